@@ -1,0 +1,18 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Megatron Bridge: finetune Hugging Face models in parallel with Megatron-Core.
+
+Importing this package loads nothing heavy: `AutoBridge` is fetched on first use.
+"""
+
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["AutoBridge", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "AutoBridge":
+        from megatron.bridge.models.conversion.auto_bridge import AutoBridge
+
+        return AutoBridge
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,183 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Process groups, ranks, seeds, and errors that end all ranks together."""
+
+import contextlib
+import datetime
+import os
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron.bridge.utils.device import DeviceChoice, current_device, enter_device
+
+
+def rank() -> int:
+    """This process's global rank; 0 before the process group is up and outside torchrun."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """The number of processes; before the process group is up, torchrun's, or 1."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_rank_0() -> bool:
+    """Whether this is global rank 0, which logs and writes for all."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for all ranks; nothing to wait for in a process without a group."""
+    if dist.is_initialized():
+        if dist.get_backend() == "nccl":
+            dist.barrier(device_ids=[current_device().index])
+        else:
+            dist.barrier()
+
+
+def init_process_group(choice: DeviceChoice, timeout_minutes: float = 10) -> bool:
+    """Enter the device and bring up the default process group.
+
+    Under torchrun (RANK and WORLD_SIZE in the environment) its rendezvous is used; otherwise a group of one.
+
+    Args:
+        choice: Device and backend.
+        timeout_minutes: After this long a collective that another rank never joins raises.
+
+    Returns:
+        Whether this call created the group (False: the caller's own group is used and stays the caller's).
+    """
+    enter_device(choice)
+    if dist.is_initialized():
+        return False
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(choice.backend, timeout=timeout)
+    else:
+        dist.init_process_group(choice.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    return True
+
+
+def initialize_model_parallel(
+    tensor_model_parallel_size: int = 1, pipeline_model_parallel_size: int = 1, **options: Any
+) -> None:
+    """Build Megatron-Core's process groups.
+
+    Args:
+        tensor_model_parallel_size: Ranks that share each layer's matrices.
+        pipeline_model_parallel_size: Ranks that share the stack of layers.
+        options: The other arguments of Core's `initialize_model_parallel`.
+
+    Raises:
+        ValueError: The sizes don't divide the number of processes.
+    """
+    from megatron.core import parallel_state
+
+    sizes = {
+        "tensor_model_parallel_size": tensor_model_parallel_size,
+        "pipeline_model_parallel_size": pipeline_model_parallel_size,
+        "context_parallel_size": options.get("context_parallel_size", 1),
+    }
+    product = int(np.prod(list(sizes.values())))
+    if world_size() % product:
+        named = " x ".join(f"{name}={size}" for name, size in sizes.items())
+        raise ValueError(
+            f"{named} = {product} doesn't divide the {world_size()} processes: start a multiple of {product}"
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        pipeline_model_parallel_size=pipeline_model_parallel_size,
+        **options,
+    )
+
+
+def destroy_model_parallel() -> None:
+    """Drop Megatron-Core's process groups and random trackers' groups, if there are any."""
+    from megatron.core import parallel_state
+
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
+
+
+@contextlib.contextmanager
+def model_parallel_groups(
+    tensor_model_parallel_size: int = 1, pipeline_model_parallel_size: int = 1, *, seed: int = 1234
+) -> Iterator[None]:
+    """A process group and model-parallel state for work outside a training run, such as a conversion.
+
+    What already exists is used as it is; what this call creates is taken down at the end.
+    """
+    from megatron.core import parallel_state
+
+    created_group = init_process_group(enter_device())
+    created_state = not parallel_state.is_initialized()
+    if created_state:
+        initialize_model_parallel(tensor_model_parallel_size, pipeline_model_parallel_size)
+        seed_everything(seed)
+    try:
+        yield
+    finally:
+        if created_state:
+            destroy_model_parallel()
+        if created_group:
+            dist.destroy_process_group()
+
+
+def seed_everything(seed: int, *, data_parallel_random_init: bool = False, **tracker_options: Any) -> None:
+    """Seed python, numpy, torch and Megatron-Core's tracker, so that ranks that must differ do.
+
+    Pipeline stages differ by 100 (and data-parallel ranks by 10 with `data_parallel_random_init`), as in
+    Megatron-LM's `_set_random_seed`, so that runs with the same seed initialise alike.
+
+    Args:
+        seed: Positive.
+        data_parallel_random_init: Different random numbers on each data-parallel rank.
+        tracker_options: Options of Core's `model_parallel_cuda_manual_seed`.
+
+    Raises:
+        ValueError: `seed` is not positive.
+    """
+    from megatron.core import parallel_state, tensor_parallel
+
+    if seed <= 0:
+        raise ValueError(f"rng.seed={seed}: expected a positive integer")
+    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
+    if data_parallel_random_init:
+        seed += 10 * parallel_state.get_data_parallel_rank()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, **tracker_options)
+
+
+@contextlib.contextmanager
+def on_all_ranks(doing: str) -> Iterator[None]:
+    """Run a body that holds no collective; if it raises on any rank, raise on every rank.
+
+    Args:
+        doing: What the body does, for the message on the ranks that did not fail.
+
+    Raises:
+        RuntimeError: On ranks where the body succeeded while it failed elsewhere; it carries the first error's text.
+        Exception: On ranks where the body failed, its own error.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        if error is not None:
+            raise error
+        return
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    for failed_rank, message in enumerate(messages):
+        if message is not None:
+            raise RuntimeError(f"{doing} failed on rank {failed_rank}: {message}")

@@ -1,0 +1,93 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Files and directories that are either there in full or not at all."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a file beside `path` for writing; on success it replaces `path` in one step, on failure it is removed.
+
+    The data and the directory entry are flushed to disk before and after the rename, so a crash leaves either the
+    old file or the new one.
+
+    Args:
+        path: The file to replace.
+        mode: `w` (UTF-8 text) or `wb`.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, beside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(beside, 0o644)
+        os.replace(beside, path)
+        fsync_directory(path.parent)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(beside)
+        raise
+
+
+@contextlib.contextmanager
+def replaced_directory(path: str | os.PathLike) -> Iterator[Path]:
+    """A directory beside `path` to fill; on success it takes `path`'s place, on failure it is removed.
+
+    Args:
+        path: The directory to replace; an old one is removed after the new one is complete.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    try:
+        yield beside
+        os.chmod(beside, 0o755)
+        if path.exists():
+            old = beside.with_suffix(".old")
+            os.replace(path, old)
+            os.replace(beside, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(beside, path)
+        fsync_directory(path.parent)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def fsync_directory(path: str | os.PathLike) -> None:
+    """Flush a directory's entries, so that a rename in it survives a crash."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_writable_directory(path: str | os.PathLike, option: str) -> None:
+    """Create `path` if needed and write one file in it.
+
+    Args:
+        path: The directory.
+        option: The configuration option that named it, for the error.
+
+    Raises:
+        ValueError: It can't be created or written.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as probe:
+            probe.write(b"0")
+    except OSError as error:
+        raise ValueError(
+            f"{option}={str(path)!r} can't be written ({error.strerror}): name a directory that this user can write"
+        ) from error

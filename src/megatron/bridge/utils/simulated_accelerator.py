@@ -1,0 +1,257 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""A simulated accelerator: host memory that answers as CUDA memory, for machines without a GPU.
+
+Megatron-Core asks its tensors `is_cuda` and hard-codes `torch.cuda` calls, and its `HybridDeviceOptimizer` splits
+parameters by where they live. `install()` lets all of that run unchanged on a laptop or in CI:
+
+* a *host* tensor is one made with `device="cpu"`, returned by `.cpu()`, or derived from one; every other tensor is a
+  *device* tensor: `is_cuda` is true, `.type()` says `torch.cuda.…`, `.cpu()` makes a host copy and `.cuda()` goes back;
+* streams and events order nothing (host work is already in order), pinned memory is plain memory.
+
+Not simulated: the error for mixing host and device tensors, a separate generator for the device, device memory limits.
+Both kinds of tensor share storage rules with stock torch, so all arithmetic is the CPU's.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_IS_CUDA = torch.Tensor.is_cuda.__get__  # type: ignore[attr-defined]
+
+
+class _Event:
+    """An event on a machine where work is done when the call returns."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._time_seconds = 0.0
+
+    def record(self, *args: Any) -> None:
+        self._time_seconds = time.perf_counter()
+
+    def wait(self, *args: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: "_Event") -> float:
+        return (end._time_seconds - self._time_seconds) * 1e3
+
+
+class _Stream:
+    """A stream on a machine with one queue: the calling thread."""
+
+    cuda_stream = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def wait_stream(self, *args: Any) -> None: ...
+
+    def wait_event(self, *args: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def record_event(self, event: _Event | None = None) -> _Event:
+        event = event or _Event()
+        event.record()
+        return event
+
+
+def _named_device(value: Any) -> str | None:
+    """`cuda` or `cpu` where `value` names a device, else None. A bare int is a CUDA ordinal, as in torch."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int):
+        return "cuda"
+    if isinstance(value, torch.device):
+        return value.type if value.type in ("cuda", "cpu") else None
+    if isinstance(value, str):
+        kind = value.split(":", 1)[0]
+        return kind if kind in ("cuda", "cpu") else None
+    return None
+
+
+def _is_host(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and getattr(value, "_simulated_host", False)
+
+
+def _mark_host(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        value._simulated_host = True
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _mark_host(item)
+    return value
+
+
+def _moved(tensor: torch.Tensor, *, to_host: bool) -> torch.Tensor:
+    """`tensor` itself where it is already there, else a copy on the other side. Autograd flows through the copy."""
+    if _is_host(tensor) == to_host:
+        return tensor
+    copy = tensor.clone()
+    copy._simulated_host = to_host
+    return copy
+
+
+def _tensor_to(tensor: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
+    """`Tensor.to` where a device may be named: the dtype change is torch's, the move is ours."""
+    target = None
+    rest = []
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            target = "cpu" if _is_host(arg) else "cuda"
+            rest.append(arg.dtype)
+        elif not isinstance(arg, torch.dtype) and _named_device(arg) is not None:
+            target = _named_device(arg)
+        else:
+            rest.append(arg)
+    if "device" in kwargs:
+        target = _named_device(kwargs["device"]) or target
+        kwargs = {name: value for name, value in kwargs.items() if name != "device"}
+    was_host = _is_host(tensor)
+    result = torch.Tensor.to(tensor, *rest, **kwargs) if rest or kwargs else tensor
+    if was_host and result is not tensor:
+        _mark_host(result)
+    return result if target is None else _moved(result, to_host=target == "cpu")
+
+
+class _SimulatedDevice(TorchFunctionMode):
+    """Answers for the device in every torch call of the thread that installed it."""
+
+    enabled = True
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if not self.enabled:
+            return func(*args, **kwargs)
+        subject = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        if func == _IS_CUDA:
+            return not _is_host(subject)
+        if func is torch.Tensor.cpu:
+            return _moved(subject, to_host=True)
+        if func is torch.Tensor.cuda:
+            return _moved(subject, to_host=False)
+        if func is torch.Tensor.pin_memory:
+            return subject
+        if func is torch.Tensor.to:
+            return _tensor_to(subject, args[1:], kwargs)
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            name = func(subject)
+            return name if _is_host(subject) else name.replace("torch.", "torch.cuda.")
+        made_on_host = _is_host(subject)
+        if "device" in kwargs and kwargs["device"] is not None:
+            made_on_host = _named_device(kwargs["device"]) == "cpu"
+            if _named_device(kwargs["device"]) == "cuda":
+                kwargs["device"] = torch.device("cpu")
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        result = func(*args, **kwargs)
+        return _mark_host(result) if made_on_host else result
+
+
+def _replacements() -> list[tuple[Any, str, Any]]:
+    """(owner, attribute, stand-in) for each `torch.cuda` name that Megatron-Core calls on its training path."""
+
+    def nothing(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    def zero(*args: Any, **kwargs: Any) -> int:
+        return 0
+
+    def no_context(*args: Any, **kwargs: Any) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
+    cuda = torch.cuda
+    stand_ins = {
+        "current_device": zero,
+        "device_count": lambda: 1,
+        "is_initialized": lambda: True,
+        "set_device": nothing,
+        "device": no_context,
+        "Stream": _Stream,
+        "Event": _Event,
+        "current_stream": lambda *args: _Stream(),
+        "default_stream": lambda *args: _Stream(),
+        "stream": no_context,
+        "set_stream": nothing,
+        "synchronize": nothing,
+        "is_current_stream_capturing": lambda: False,
+        "default_generators": (torch.default_generator,),
+        "manual_seed": torch.manual_seed,
+        "manual_seed_all": torch.manual_seed,
+        "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
+        "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
+        "_lazy_call": lambda call, **kwargs: call(),
+        "empty_cache": nothing,
+        "memory_allocated": zero,
+        "max_memory_allocated": zero,
+        "memory_reserved": zero,
+        "max_memory_reserved": zero,
+        "reset_peak_memory_stats": nothing,
+        "memory_stats": lambda *args, **kwargs: {},
+        "get_device_capability": lambda *args: (8, 0),
+    }
+    listed = [(cuda, name, stand_in) for name, stand_in in stand_ins.items()]
+    listed += [(cuda.random, name, stand_ins[name]) for name in ("get_rng_state", "set_rng_state")]
+    listed += [(cuda.nvtx, "range_push", nothing), (cuda.nvtx, "range_pop", nothing)]
+    return listed
+
+
+_mode: _SimulatedDevice | None = None
+_originals: list[tuple[Any, str, Any]] = []
+
+
+def is_installed() -> bool:
+    """Whether this process computes on the simulated accelerator."""
+    return _mode is not None
+
+
+def install() -> None:
+    """Make host memory answer as CUDA memory from here on, in this process and thread. Later calls do nothing.
+
+    Raises:
+        RuntimeError: CUDA was already initialised in this process: tensors on the real device may exist.
+    """
+    global _mode
+    if _mode is not None:
+        return
+    if torch.cuda.is_initialized():
+        raise RuntimeError(
+            "the simulated accelerator can't start: CUDA is already initialised in this process; "
+            "set dist.device=cuda, or dist.device=cpu before anything touches torch.cuda"
+        )
+
+    _replace()
+    _mode = _SimulatedDevice()
+    _mode.__enter__()
+
+
+def _replace() -> None:
+    for owner, name, stand_in in _replacements():
+        _originals.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, stand_in)
+
+
+@contextlib.contextmanager
+def suspended() -> Iterator[None]:
+    """Stock torch inside: for code that must not see a simulated device, such as a Hugging Face model's forward."""
+    if _mode is None or not _mode.enabled:
+        yield
+        return
+    _mode.enabled = False
+    while _originals:
+        owner, name, original = _originals.pop()
+        setattr(owner, name, original)
+    try:
+        yield
+    finally:
+        _replace()
+        _mode.enabled = True
