@@ -13,6 +13,7 @@ Both kinds of tensor share storage rules with stock torch, so all arithmetic is 
 """
 
 import contextlib
+import importlib
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -185,8 +186,8 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         "synchronize": nothing,
         "is_current_stream_capturing": lambda: False,
         "default_generators": (torch.default_generator,),
-        "manual_seed": torch.manual_seed,
-        "manual_seed_all": torch.manual_seed,
+        "manual_seed": torch.default_generator.manual_seed,
+        "manual_seed_all": torch.default_generator.manual_seed,
         "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
         "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
         "_lazy_call": lambda call, **kwargs: call(),
@@ -229,6 +230,8 @@ def install() -> None:
             "set dist.device=cuda, or dist.device=cpu before anything touches torch.cuda"
         )
 
+    # Core imports dynamo, which indexes torch.cuda's functions: it must see the originals.
+    importlib.import_module("torch._dynamo")
     _replace()
     _mode = _SimulatedDevice()
     _mode.__enter__()
