@@ -91,8 +91,13 @@ def write_directory(output: Path, source: dict[str, str], write_files: Callable[
     Returns:
         The marker's content: "source", "figures" and "files" (name -> size in bytes).
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    except OSError as error:
+        raise PreparationError(
+            f"cannot write in {output.parent} ({error.strerror}): choose another --output"
+        ) from error
     try:
         figures = write_files(folder)
         sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
