@@ -15,7 +15,7 @@ Both kinds of tensor share storage rules with stock torch, so all arithmetic is 
 import contextlib
 import importlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -161,48 +161,43 @@ class _SimulatedDevice(TorchFunctionMode):
 def _replacements() -> list[tuple[Any, str, Any]]:
     """(owner, attribute, stand-in) for each `torch.cuda` name that Megatron-Core calls on its training path."""
 
-    def nothing(*args: Any, **kwargs: Any) -> None:
-        return None
-
-    def zero(*args: Any, **kwargs: Any) -> int:
-        return 0
-
-    def no_context(*args: Any, **kwargs: Any) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext()
+    def returning(value: Any) -> Callable[..., Any]:
+        # A new function for each name: dynamo indexes torch.cuda's functions by identity.
+        return lambda *args, **kwargs: value
 
     cuda = torch.cuda
     stand_ins = {
-        "current_device": zero,
-        "device_count": lambda: 1,
-        "is_initialized": lambda: True,
-        "set_device": nothing,
-        "device": no_context,
+        "current_device": returning(0),
+        "device_count": returning(1),
+        "is_initialized": returning(True),
+        "set_device": returning(None),
+        "device": returning(contextlib.nullcontext()),
         "Stream": _Stream,
         "Event": _Event,
         "current_stream": lambda *args: _Stream(),
         "default_stream": lambda *args: _Stream(),
-        "stream": no_context,
-        "set_stream": nothing,
-        "synchronize": nothing,
-        "is_current_stream_capturing": lambda: False,
+        "stream": returning(contextlib.nullcontext()),
+        "set_stream": returning(None),
+        "synchronize": returning(None),
+        "is_current_stream_capturing": returning(False),
         "default_generators": (torch.default_generator,),
-        "manual_seed": torch.default_generator.manual_seed,
-        "manual_seed_all": torch.default_generator.manual_seed,
+        "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),
+        "manual_seed_all": lambda seed: torch.default_generator.manual_seed(seed),
         "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
         "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
         "_lazy_call": lambda call, **kwargs: call(),
-        "empty_cache": nothing,
-        "memory_allocated": zero,
-        "max_memory_allocated": zero,
-        "memory_reserved": zero,
-        "max_memory_reserved": zero,
-        "reset_peak_memory_stats": nothing,
-        "memory_stats": lambda *args, **kwargs: {},
-        "get_device_capability": lambda *args: (8, 0),
+        "empty_cache": returning(None),
+        "memory_allocated": returning(0),
+        "max_memory_allocated": returning(0),
+        "memory_reserved": returning(0),
+        "max_memory_reserved": returning(0),
+        "reset_peak_memory_stats": returning(None),
+        "memory_stats": returning({}),
+        "get_device_capability": returning((8, 0)),
     }
     listed = [(cuda, name, stand_in) for name, stand_in in stand_ins.items()]
     listed += [(cuda.random, name, stand_ins[name]) for name in ("get_rng_state", "set_rng_state")]
-    listed += [(cuda.nvtx, "range_push", nothing), (cuda.nvtx, "range_pop", nothing)]
+    listed += [(cuda.nvtx, name, returning(None)) for name in ("range_push", "range_pop")]
     return listed
 
 
@@ -230,8 +225,8 @@ def install() -> None:
             "set dist.device=cuda, or dist.device=cpu before anything touches torch.cuda"
         )
 
-    # Core imports dynamo, which indexes torch.cuda's functions: it must see the originals.
-    importlib.import_module("torch._dynamo")
+    # Compiled code would need a C++ toolchain on the user's machine and would not see the simulated device.
+    importlib.import_module("torch._dynamo").config.disable = True
     _replace()
     _mode = _SimulatedDevice()
     _mode.__enter__()

@@ -1,0 +1,187 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Names and places in a checkpoint directory: which iterations are there, which one is the latest, which can go.
+
+    <root>/latest_checkpointed_iteration.txt    the iteration, or "release": written last, it commits a save
+    <root>/latest_train_state.pt                copy of that iteration's train state
+    <root>/iter_0000010/                        .metadata, metadata.json, __*_*.distcp, run_config.yaml, train_state.pt
+
+The same layout as Megatron Bridge's and Megatron-LM's. Nothing here touches a tensor.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.bridge.utils.files import atomic_write
+
+TRACKER_FILE = "latest_checkpointed_iteration.txt"
+TRACKER_PREFIX = "latest"
+TRAIN_STATE_FILE = "train_state.pt"
+CONFIG_FILE = "run_config.yaml"
+METADATA_FILE = "metadata.json"
+DCP_METADATA_FILE = ".metadata"
+TOKENIZER_DIRECTORY = "tokenizer"
+
+_ITERATION_NAME = re.compile(r"iter_(\d{7,})$")
+
+
+@dataclass(frozen=True)
+class Tracker:
+    """What the tracker file says is the latest complete checkpoint."""
+
+    iteration: int
+    release: bool = False
+
+
+def checkpoint_name(root: str | os.PathLike, iteration: int, *, release: bool = False) -> Path:
+    """The directory of one iteration: `<root>/iter_0000010`, or `<root>/release`."""
+    return Path(root) / ("release" if release else f"iter_{iteration:07d}")
+
+
+def read_tracker(root: str | os.PathLike) -> Tracker | None:
+    """Read the tracker file.
+
+    Returns:
+        None where there is no tracker file.
+
+    Raises:
+        ValueError: The file holds neither an iteration nor "release".
+    """
+    path = Path(root) / TRACKER_FILE
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return None
+    if text == "release":
+        return Tracker(0, release=True)
+    if not text.isdigit():
+        raise ValueError(f"{path} holds {text[:40]!r}: expected an iteration number or 'release'")
+    return Tracker(int(text))
+
+
+def write_tracker(root: str | os.PathLike, iteration: int, *, release: bool = False) -> None:
+    """Commit a checkpoint: after this it is the latest one. Atomic."""
+    with atomic_write(Path(root) / TRACKER_FILE) as file:
+        file.write("release" if release else str(iteration))
+
+
+def iteration_of(path: str | os.PathLike) -> int | None:
+    """The iteration that a directory's name says, or None where it is no iteration's directory."""
+    match = _ITERATION_NAME.search(Path(path).name)
+    return int(match.group(1)) if match else None
+
+
+def is_iteration_directory(path: str | os.PathLike) -> bool:
+    """Whether `path` is one iteration's directory (`iter_N` or `release`), rather than the root of many."""
+    path = Path(path)
+    return path.is_dir() and (iteration_of(path) is not None or path.name == "release")
+
+
+def is_hf_directory(path: str | os.PathLike) -> bool:
+    """Whether `path` holds a Hugging Face model: `config.json` and safetensors weights."""
+    path = Path(path)
+    return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+
+
+def what_is_missing(directory: str | os.PathLike) -> str | None:
+    """What keeps an iteration's directory from being a complete checkpoint, in words; None where it is complete."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        return "there is no such directory"
+    for name in (METADATA_FILE, DCP_METADATA_FILE):
+        if not (directory / name).is_file():
+            return f"{name} is missing: the save that wrote it did not finish"
+    try:
+        backend = json.loads((directory / METADATA_FILE).read_text(encoding="utf-8"))["sharded_backend"]
+    except (ValueError, KeyError, TypeError):
+        return f"{METADATA_FILE} is damaged: expected JSON with 'sharded_backend'"
+    if backend != "torch_dist":
+        return f"its format is {backend!r}: expected 'torch_dist'"
+    if not any(directory.glob("__*.distcp")):
+        return "it has no __*.distcp file: the tensors are missing"
+    return None
+
+
+def is_complete(directory: str | os.PathLike) -> bool:
+    """Whether an iteration's directory holds a complete checkpoint."""
+    return what_is_missing(directory) is None
+
+
+def iterations(root: str | os.PathLike) -> Iterator[tuple[int, Path]]:
+    """The (iteration, directory) pairs below a root, oldest first, complete or not."""
+    root = Path(root)
+    found = [(iteration_of(path), path) for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    yield from sorted((iteration, path) for iteration, path in found if iteration is not None)
+
+
+def checkpoint_exists(root: str | os.PathLike | None) -> bool:
+    """Whether a directory holds a checkpoint to load: a tracker file in a root, or a complete `iter_N` directory."""
+    if root is None:
+        return False
+    return read_tracker(root) is not None or (is_iteration_directory(root) and is_complete(root))
+
+
+def resolve_checkpoint(path: str | os.PathLike, ckpt_step: int | None = None, *, option: str = "path") -> Path:
+    """Find the directory of the one iteration that a path means.
+
+    Args:
+        path: A root with a tracker file, or an `iter_N` or `release` directory itself.
+        ckpt_step: This iteration instead of the tracker's.
+        option: The configuration option that named the path, for errors.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint, or not that iteration.
+        ValueError: There is one, but it is not complete.
+    """
+    root = Path(path)
+    named = f"{option}={str(path)!r}"
+    if ckpt_step is not None:
+        directory = checkpoint_name(root, ckpt_step)
+        if not directory.is_dir():
+            there = ", ".join(str(iteration) for iteration, _ in iterations(root)) or "none"
+            raise FileNotFoundError(
+                f"{named} has no iteration {ckpt_step} (checkpoint.ckpt_step); there: {there}; name one of these"
+            )
+    elif is_iteration_directory(root):
+        directory = root
+    else:
+        tracker = read_tracker(root)
+        if tracker is None:
+            raise FileNotFoundError(
+                f"{named} holds no checkpoint: {root / TRACKER_FILE} is missing; name a directory that a save wrote, "
+                "or one of its iter_N directories"
+            )
+        directory = checkpoint_name(root, tracker.iteration, release=tracker.release)
+    missing = what_is_missing(directory)
+    if missing is not None:
+        whole = [str(iteration) for iteration, candidate in iterations(directory.parent) if is_complete(candidate)]
+        way_out = f"; complete iterations there: {', '.join(whole)} (checkpoint.ckpt_step)" if whole else ""
+        raise ValueError(f"{directory} ({option}) is not a complete checkpoint: {missing}{way_out}")
+    return directory
+
+
+def prune(root: str | os.PathLike, keep: int) -> list[Path]:
+    """Remove the oldest iterations of a root, keeping the newest `keep` complete ones and the tracker's.
+
+    Args:
+        root: Directory of iterations.
+        keep: How many to keep; 0 or less keeps all.
+
+    Returns:
+        The directories that were removed.
+    """
+    if keep <= 0:
+        return []
+    whole = [(iteration, path) for iteration, path in iterations(root) if is_complete(path)]
+    tracker = read_tracker(root)
+    removed = []
+    for iteration, path in whole[:-keep]:
+        if tracker is not None and not tracker.release and iteration == tracker.iteration:
+            continue
+        shutil.rmtree(path)
+        removed.append(path)
+    return removed

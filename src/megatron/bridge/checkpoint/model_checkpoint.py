@@ -1,0 +1,176 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Model weights in a checkpoint: live chunks <-> sharded state, and whole weights-only checkpoints.
+
+A model is a list of chunks, one per virtual pipeline stage of this rank; each may be wrapped (DDP, Float16Module).
+One chunk is stored under `model`, several under `model0`, `model1`, … as in Megatron-LM; the tensors' own keys carry
+no such prefix.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import unwrap_model
+
+from megatron.bridge.checkpoint import layout
+from megatron.bridge.checkpoint.sharded_state import load_sharded, save_sharded
+from megatron.bridge.utils.distributed import barrier, is_rank_0, on_all_ranks
+from megatron.bridge.utils.files import atomic_write, check_writable_directory
+
+
+def chunk_keys(num_chunks: int) -> list[str]:
+    """The state-dict key of each chunk: `model`, or `model0`, `model1`, … where there are several."""
+    return ["model"] if num_chunks == 1 else [f"model{index}" for index in range(num_chunks)]
+
+
+def model_sharded_state_dict(
+    model: Sequence[MegatronModule], metadata: dict[str, Any] | None = None
+) -> ShardedStateDict:
+    """The sharded state of a model's chunks, by chunk key; a template to load into and a description to save.
+
+    Args:
+        model: This rank's chunks.
+        metadata: Passed to Core's `sharded_state_dict`.
+    """
+    chunks = [unwrap_model(chunk) for chunk in model]
+    return {
+        key: chunk.sharded_state_dict(metadata=metadata)
+        for key, chunk in zip(chunk_keys(len(chunks)), chunks, strict=True)
+    }
+
+
+def load_model_state_dict(model: Sequence[MegatronModule], state_dict: dict[str, Any], *, strict: bool = True) -> None:
+    """Put loaded tensors into a model's chunks.
+
+    Args:
+        model: This rank's chunks.
+        state_dict: From `load_sharded`, by chunk key.
+        strict: Every key of the model must be there and no other; Transformer Engine's `_extra_state` may be absent.
+
+    Raises:
+        ValueError: Names the first key that differs.
+    """
+    for key, chunk in zip(chunk_keys(len(model)), model, strict=True):
+        missing, unexpected = unwrap_model(chunk).load_state_dict(state_dict[key], strict=False)
+        missing = [name for name in missing if not name.endswith("_extra_state")]
+        unexpected = [name for name in unexpected if not name.endswith("_extra_state")]
+        if strict and (missing or unexpected):
+            differing = f"{missing[0]} is missing" if missing else f"{unexpected[0]} is not in the model"
+            raise ValueError(
+                f"the checkpoint's {key} doesn't fit: {differing} "
+                f"({len(missing)} missing, {len(unexpected)} unexpected in all); load a checkpoint of this model"
+            )
+
+
+def save_model_checkpoint(
+    model: Sequence[MegatronModule],
+    path: str | Path,
+    *,
+    run_config: dict[str, Any],
+    train_state: dict[str, torch.Tensor] | None = None,
+    iteration: int = 0,
+) -> Path:
+    """Write a weights-only checkpoint with all ranks, in the layout that `layout` describes.
+
+    Args:
+        model: This rank's chunks.
+        path: Root directory; the iteration's directory is made in it.
+        run_config: Plain data for `run_config.yaml`; `run_config["model"]` describes the model.
+        train_state: Tensors for `train_state.pt`; None writes none.
+        iteration: The iteration to save as.
+
+    Returns:
+        The iteration's directory.
+
+    Raises:
+        ValueError: `path` can't be written.
+    """
+    root = Path(path)
+    with on_all_ranks(f"preparing {root}"):
+        if is_rank_0():
+            check_writable_directory(root, "the checkpoint's directory")
+    directory = layout.checkpoint_name(root, iteration)
+    save_sharded(model_sharded_state_dict(model), directory)
+    commit_checkpoint(root, directory, run_config=run_config, train_state=train_state, iteration=iteration)
+    return directory
+
+
+def commit_checkpoint(
+    root: Path,
+    directory: Path,
+    *,
+    run_config: dict[str, Any],
+    train_state: dict[str, torch.Tensor] | None,
+    iteration: int,
+) -> None:
+    """Write what belongs beside the tensors, then move the tracker: the one step that makes the save count.
+
+    Call on all ranks after the tensors are complete; rank 0 writes.
+    """
+    with on_all_ranks(f"completing {directory}"):
+        if is_rank_0():
+            with atomic_write(directory / layout.CONFIG_FILE) as file:
+                yaml.safe_dump(run_config, file, sort_keys=False)
+            if train_state is not None:
+                for target in (
+                    directory / layout.TRAIN_STATE_FILE,
+                    root / f"{layout.TRACKER_PREFIX}_{layout.TRAIN_STATE_FILE}",
+                ):
+                    with atomic_write(target, "wb") as file:
+                        torch.save(train_state, file)
+            layout.write_tracker(root, iteration)
+    barrier()
+
+
+def load_model_weights(
+    model: Sequence[MegatronModule],
+    path: str | Path,
+    *,
+    ckpt_step: int | None = None,
+    strict: str = "assume_ok_unexpected",
+) -> Path:
+    """Load the weights of a checkpoint into a model, at any tensor, pipeline or data layout.
+
+    Args:
+        model: This rank's chunks.
+        path: Root, `iter_N` or `release` directory.
+        ckpt_step: This iteration instead of the latest.
+        strict: Core's `StrictHandling` name for keys on one side only.
+
+    Returns:
+        The directory that was read.
+
+    Raises:
+        FileNotFoundError: No checkpoint there.
+        ValueError: Not complete, or for another model.
+    """
+    with on_all_ranks(f"finding a checkpoint in {path}"):
+        directory = layout.resolve_checkpoint(path, ckpt_step)
+    state_dict = load_sharded(model_sharded_state_dict(model), directory, strict=strict)
+    load_model_state_dict(model, state_dict)
+    return directory
+
+
+def read_run_config(directory: str | Path) -> dict[str, Any]:
+    """Read an iteration's `run_config.yaml` as plain data. `_target_` entries stay names: nothing is imported.
+
+    Raises:
+        FileNotFoundError: The directory has none.
+        ValueError: It isn't YAML, or not a mapping.
+    """
+    path = Path(directory) / layout.CONFIG_FILE
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: expected the configuration of the run that saved it") from None
+    except yaml.YAMLError as error:
+        reason = json.dumps(str(error).replace("\n", " "))
+        raise ValueError(f"{path} can't be read: expected plain YAML, found {reason}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}: expected a mapping of sections")
+    return content

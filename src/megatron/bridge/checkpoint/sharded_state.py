@@ -1,0 +1,149 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Sharded state on disk: Megatron-Core's `dist_checkpointing` in the `torch_dist` format, errors that say where."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+
+from megatron.bridge.utils.distributed import barrier, is_rank_0, on_all_ranks
+
+
+def save_sharded(
+    sharded_state_dict: ShardedStateDict,
+    directory: str | Path,
+    *,
+    content_metadata: dict[str, Any] | None = None,
+    parallel_group: dist.ProcessGroup | None = None,
+) -> None:
+    """Write a sharded state dict with all ranks. Returns when every rank's files are complete.
+
+    Args:
+        sharded_state_dict: Core's `ShardedTensor`s and `ShardedObject`s; other values are common to all ranks.
+        directory: One iteration's directory; created. Leftovers of a broken save in it are removed.
+        content_metadata: Plain data that describes the content, read back with the common state.
+        parallel_group: Spread replicated tensors' writing over this group's ranks (the data-parallel group).
+
+    Raises:
+        OSError: The directory can't be made or written.
+    """
+    directory = Path(directory)
+    with on_all_ranks(f"creating {directory}"):
+        if is_rank_0():
+            directory.mkdir(parents=True, exist_ok=True)
+            for leftover in (
+                *directory.glob("__*.distcp"),
+                *directory.glob("*metadata*"),
+                *directory.glob("common.pt"),
+            ):
+                leftover.unlink()
+    strategy = dist_checkpointing.serialization.get_default_save_sharded_strategy()
+    if parallel_group is not None:
+        strategy = FullyParallelSaveStrategyWrapper(strategy, parallel_group)
+    dist_checkpointing.save(sharded_state_dict, str(directory), strategy, content_metadata=content_metadata)
+    barrier()
+
+
+def load_sharded(
+    sharded_state_dict: ShardedStateDict,
+    directory: str | Path,
+    *,
+    strict: str = "assume_ok_unexpected",
+    parallel_group: dist.ProcessGroup | None = None,
+) -> dict[str, Any]:
+    """Read the tensors that a sharded state dict describes, with all ranks.
+
+    Args:
+        sharded_state_dict: The template; its tensors are filled in place where the format allows.
+        directory: A complete iteration's directory.
+        strict: Core's `StrictHandling` name, for keys that are in one of the two and not the other.
+        parallel_group: Read each replicated tensor once in this group and exchange.
+
+    Returns:
+        The template's structure with tensors in place of their descriptions, and the common state.
+
+    Raises:
+        ValueError: A tensor is missing in the checkpoint or has another shape; the message names it.
+    """
+    directory = str(directory)
+    with on_all_ranks(f"matching the model with {directory}"):
+        check_shapes(sharded_state_dict, directory)
+    strategy = dist_checkpointing.serialization.get_default_load_sharded_strategy(directory)
+    if parallel_group is not None:
+        strategy = FullyParallelLoadStrategyWrapper(strategy, parallel_group)
+    return dist_checkpointing.load(sharded_state_dict, directory, strategy, strict=strict)
+
+
+def load_common(directory: str | Path) -> dict[str, Any]:
+    """Read the state that is common to all ranks: plain data, no sharded tensors."""
+    return dist_checkpointing.load_common_state_dict(str(directory))
+
+
+def stored_shapes(directory: str | Path) -> dict[str, tuple[int, ...]]:
+    """The global shape of each tensor that a checkpoint holds, by key."""
+    return {key: tuple(tensor.global_shape) for key, tensor in _stored_tensors(str(directory)).items()}
+
+
+def check_shapes(sharded_state_dict: ShardedStateDict, directory: str | Path) -> None:
+    """Refuse a checkpoint whose tensors are not the ones the template asks for, before anything is read.
+
+    Raises:
+        ValueError: Names the first tensor that differs, how many others do, and both shapes.
+    """
+    stored = _stored_tensors(str(directory))
+    wrong = []
+    for wanted in _sharded_tensors(sharded_state_dict):
+        if wanted.allow_shape_mismatch:
+            continue
+        if wanted.key not in stored:
+            wrong.append(f"{wanted.key} is missing there, the run needs shape {tuple(wanted.global_shape)}")
+        elif tuple(stored[wanted.key].global_shape) != tuple(wanted.global_shape):
+            found = tuple(stored[wanted.key].global_shape)
+            wrong.append(f"{wanted.key} has shape {found} there, the run needs {tuple(wanted.global_shape)}")
+    wrong = list(dict.fromkeys(wrong))
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise ValueError(
+            f"{directory} doesn't fit this model: {wrong[0]}{more}; "
+            "load a checkpoint of this model, or set the model's sizes to the checkpoint's"
+        )
+
+
+def _stored_tensors(directory: str) -> dict[str, ShardedTensor]:
+    metadata = dist_checkpointing.load_tensors_metadata(directory)
+    return {key: tensor for key, tensor in metadata.items() if isinstance(tensor, ShardedTensor)}
+
+
+def _sharded_tensors(state: Any) -> list[ShardedTensor]:
+    """Every `ShardedTensor` in a nested state, factories built."""
+    if isinstance(state, ShardedTensor):
+        return [state]
+    if isinstance(state, ShardedTensorFactory):
+        return _sharded_tensors(state.build())
+    if isinstance(state, dict):
+        return [tensor for value in state.values() for tensor in _sharded_tensors(value)]
+    if isinstance(state, (list, tuple)):
+        return [tensor for value in state for tensor in _sharded_tensors(value)]
+    return []
+
+
+def read_plain_blob(path: str | Path) -> Any:
+    """Read a `.pt` file that holds plain data and tensors, executing nothing.
+
+    Raises:
+        ValueError: The file is damaged, or holds anything else.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch raises a different class for each kind of damage
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} can't be read as plain data: {reason}; restore the file from another copy") from error

@@ -1,0 +1,139 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Run a test's function on several ranks: a pool of processes that start once and serve many tests.
+
+A rank costs 5 to 10 seconds of imports, so the pools of a test session are kept: each size (1, 2, 4, …) once. Every
+rank has entered its device and joined the default process group; Megatron-Core's model-parallel state is taken down
+between tasks. A rank that fails shows its traceback; a task that overruns its time kills the pool, so nothing hangs.
+"""
+
+import atexit
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+START_TIMEOUT_SECONDS = 120
+
+
+class RankError(AssertionError):
+    """The first failing rank's traceback."""
+
+
+def run_on_ranks(fn: Callable, world_size: int, *args: Any, timeout_seconds: float = 180, **kwargs: Any) -> list[Any]:
+    """Call `fn(*args, **kwargs)` on each of `world_size` ranks.
+
+    Args:
+        fn: A module-level function of an importable module; it may use `torch.distributed` freely.
+        world_size: Number of ranks.
+        args: Picklable arguments.
+        timeout_seconds: After this long the ranks are killed and the call fails.
+        kwargs: Picklable arguments.
+
+    Returns:
+        Each rank's (picklable) result, in rank order.
+
+    Raises:
+        RankError: A rank raised or died, or the time ran out.
+    """
+    pool = _pools.get(world_size)
+    if pool is None:
+        pool = _pools[world_size] = _Pool(world_size)
+    try:
+        return pool.run((fn, args, kwargs), timeout_seconds)
+    except BaseException:
+        _pools.pop(world_size).kill()
+        raise
+
+
+class _Pool:
+    def __init__(self, world_size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._rendezvous = tempfile.mkdtemp(prefix="ranks_")
+        self._connections: list[Connection] = []
+        self._processes = []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(theirs, rank, world_size, os.path.join(self._rendezvous, "store")), daemon=False
+            )
+            process.start()
+            theirs.close()
+            self._connections.append(ours)
+            self._processes.append(process)
+        self._collect(START_TIMEOUT_SECONDS)
+
+    def run(self, task: tuple, timeout_seconds: float) -> list[Any]:
+        for connection in self._connections:
+            connection.send(task)
+        return self._collect(timeout_seconds)
+
+    def _collect(self, timeout_seconds: float) -> list[Any]:
+        results: dict[int, Any] = {}
+        deadline = time.monotonic() + timeout_seconds
+        while len(results) < len(self._connections):
+            pending = [c for rank, c in enumerate(self._connections) if rank not in results]
+            ready = wait(pending, timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                late = [rank for rank in range(len(self._connections)) if rank not in results]
+                raise RankError(f"ranks {late} did not finish within {timeout_seconds} seconds")
+            for connection in ready:
+                rank = self._connections.index(connection)
+                try:
+                    failure, result = connection.recv()
+                except EOFError:
+                    raise RankError(f"rank {rank} died without a traceback") from None
+                if failure is not None:
+                    raise RankError(f"rank {rank} failed:\n{failure}")
+                results[rank] = result
+        return [results[rank] for rank in range(len(self._connections))]
+
+    def kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+
+
+_pools: dict[int, _Pool] = {}
+
+
+@atexit.register
+def _kill_pools() -> None:
+    for pool in _pools.values():
+        pool.kill()
+
+
+def _serve(connection: Connection, rank: int, world_size: int, store: str) -> None:
+    """A rank's life: join the group, then run what is sent, until the pipe closes."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
+    try:
+        import torch
+        import torch.distributed as dist
+
+        from megatron.bridge.utils.device import choose_device, enter_device
+        from megatron.bridge.utils.distributed import destroy_model_parallel
+
+        torch.set_num_threads(1)
+        enough_gpus = torch.cuda.device_count() >= world_size
+        choice = enter_device(choose_device("cuda" if enough_gpus else "cpu"))
+        dist.init_process_group(choice.backend, init_method=f"file://{store}", rank=rank, world_size=world_size)
+        import megatron.core  # noqa: F401  # the pool pays for the import, not the first test
+
+        connection.send((None, None))
+    except BaseException:
+        connection.send((traceback.format_exc(), None))
+        raise
+    while True:
+        try:
+            fn, args, kwargs = connection.recv()
+        except EOFError:
+            return
+        try:
+            destroy_model_parallel()
+            connection.send((None, fn(*args, **kwargs)))
+        except BaseException:
+            connection.send((traceback.format_exc(), None))
