@@ -1,0 +1,237 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Tokenizers: a thin layer over Hugging Face's that also answers by Megatron-Core's names."""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron.bridge.data.config import TokenizerConfig
+
+logger = logging.getLogger(__name__)
+
+Offsets = list[tuple[int, int]]
+
+
+class HuggingFaceTokenizer:
+    """A fast Hugging Face tokenizer; special tokens are only what a text or a template spells out."""
+
+    def __init__(self, hf_tokenizer: Any, name: str) -> None:
+        """Wraps `hf_tokenizer` (a `PreTrainedTokenizerFast`); `name` is used in messages and cache keys."""
+        self.hf_tokenizer = hf_tokenizer
+        self.name = name
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included."""
+        return len(self.hf_tokenizer)
+
+    @property
+    def max_token_id(self) -> int:
+        """The largest id the tokenizer can give; larger than `vocab_size` - 1 where ids have gaps."""
+        return max(self.hf_tokenizer.get_vocab().values())
+
+    @property
+    def bos_id(self) -> int | None:
+        """Id of the begin-of-sequence token, or None."""
+        return self.hf_tokenizer.bos_token_id
+
+    @property
+    def eos_id(self) -> int | None:
+        """Id of the end-of-sequence token, or None."""
+        return self.hf_tokenizer.eos_token_id
+
+    @property
+    def pad_id(self) -> int:
+        """Id that fills rows up: the pad token, else EOS, else 0. Padding is masked by length, never by id."""
+        candidates = (self.hf_tokenizer.pad_token_id, self.eos_id)
+        return next((token for token in candidates if token is not None), 0)
+
+    @property
+    def eod(self) -> int:
+        """Core's name for the id that ends a document."""
+        if self.eos_id is None:
+            raise ValueError(f"tokenizer {self.name} has no EOS token: set eos_token in its tokenizer_config.json")
+        return self.eos_id
+
+    @property
+    def pad(self) -> int:
+        """Core's name for `pad_id`."""
+        return self.pad_id
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of all special tokens."""
+        added = self.hf_tokenizer.added_tokens_decoder
+        return frozenset(self.hf_tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
+
+    @property
+    def special_tokens_dict(self) -> dict[str, int | None]:
+        """Core's view of the special tokens: role -> id."""
+        return {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
+
+    @property
+    def unique_identifiers(self) -> OrderedDict:
+        """What Core's index caches are keyed by."""
+        return OrderedDict({"class": type(self).__name__, "tokenizer_path": self.name})
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether conversations can be rendered."""
+        return bool(self.hf_tokenizer.chat_template)
+
+    def text_to_ids(self, text: str) -> list[int]:
+        """Returns the tokens of `text`; no special token is added."""
+        return self.hf_tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    tokenize = text_to_ids
+
+    def ids_to_text(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Returns the text of `ids`."""
+        return self.hf_tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    detokenize = ids_to_text
+
+    def encode_batch(self, texts: list[str]) -> list[tuple[list[int], Offsets]]:
+        """Returns for each text its tokens and the (start, end) characters each token stands for."""
+        encoded = self.hf_tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+
+    def apply_chat_template(
+        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False, tools: list | None = None
+    ) -> str:
+        """Returns the conversation as the text the model was trained on.
+
+        Raises:
+            ValueError: The tokenizer has no chat template.
+        """
+        if not self.has_chat_template:
+            raise ValueError(f"tokenizer {self.name} has no chat template: set tokenizer.chat_template")
+        return self.hf_tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, tools=tools
+        )
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes the tokenizer's files into `directory`."""
+        self.hf_tokenizer.save_pretrained(str(directory))
+
+
+class NullTokenizer:
+    """A tokenizer of numbers: "7 42" is the tokens 7 and 42; the last id of the vocabulary is EOS and padding."""
+
+    name = "NullTokenizer"
+    bos_id = None
+    has_chat_template = False
+
+    def __init__(self, vocab_size: int) -> None:
+        """Makes ids 0 .. `vocab_size` - 1."""
+        self.vocab_size = vocab_size
+        self.max_token_id = self.eos_id = self.pad_id = self.eod = vocab_size - 1
+        self.special_ids = frozenset({self.eod})
+        self.unique_identifiers = OrderedDict({"class": type(self).__name__, "vocab_size": vocab_size})
+
+    @property
+    def pad(self) -> int:
+        """Not defined, so that Core never masks a token for looking like padding."""
+        raise NotImplementedError("NullTokenizer has no padding token of its own")
+
+    def text_to_ids(self, text: str) -> list[int]:
+        """Returns the numbers in `text`.
+
+        Raises:
+            ValueError: A word is not a number of the vocabulary.
+        """
+        return self.encode_batch([text])[0][0]
+
+    tokenize = text_to_ids
+
+    def ids_to_text(self, ids: Sequence[int]) -> str:
+        """Returns the numbers as text."""
+        return " ".join(str(token) for token in ids)
+
+    detokenize = ids_to_text
+
+    def encode_batch(self, texts: list[str]) -> list[tuple[list[int], Offsets]]:
+        """Returns for each text its tokens and the (start, end) characters each token stands for."""
+        return [self._encode(text) for text in texts]
+
+    def _encode(self, text: str) -> tuple[list[int], Offsets]:
+        ids: list[int] = []
+        offsets: Offsets = []
+        end = 0
+        for word in text.split():
+            start = text.index(word, end)
+            end = start + len(word)
+            if not word.isdecimal() or int(word) >= self.vocab_size:
+                raise ValueError(f"{word!r} is not a token: NullTokenizer expects 0 to {self.vocab_size - 1}")
+            ids.append(int(word))
+            offsets.append((start, end))
+        return ids, offsets
+
+    def apply_chat_template(self, messages: list[dict[str, Any]], **_: Any) -> str:
+        """Raises ValueError: numbers have no chat template."""
+        raise ValueError("NullTokenizer has no chat template: use tokenizer_type=HuggingFaceTokenizer")
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Makes `directory`; there is nothing to write."""
+        Path(directory).mkdir(parents=True, exist_ok=True)
+
+
+Tokenizer = HuggingFaceTokenizer | NullTokenizer
+
+
+def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
+    """Loads the tokenizer that `config` names.
+
+    Raises:
+        FileNotFoundError: The directory does not exist.
+        ValueError: The files cannot be loaded, or hold a tokenizer without character offsets.
+    """
+    config.finalize()
+    if config.tokenizer_type == "NullTokenizer":
+        return NullTokenizer(config.vocab_size)
+    from transformers import AutoTokenizer
+
+    name = str(config.tokenizer_model)
+    # What can only be a path is not looked up on a hub: "data/model" is one where the directory "data" exists.
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and Path(name).parent.exists())
+    if is_path and not Path(name).exists():
+        raise FileNotFoundError(f"tokenizer.tokenizer_model={name!r} does not exist: expected a tokenizer's directory")
+    try:
+        hf_tokenizer = AutoTokenizer.from_pretrained(name, **config.hf_tokenizer_kwargs)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"tokenizer.tokenizer_model={name!r} cannot be loaded ({reason}): expected a directory with tokenizer.json"
+        ) from error
+    if not hf_tokenizer.is_fast:
+        kind = type(hf_tokenizer).__name__
+        raise ValueError(f"tokenizer.tokenizer_model={name!r} gives a {kind} without offsets: save its fast version")
+    if config.chat_template is not None:
+        hf_tokenizer.chat_template = config.chat_template
+    return HuggingFaceTokenizer(hf_tokenizer, name)
+
+
+def check_tokenizer_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Refuses a tokenizer whose ids don't all lie in a model's vocabulary.
+
+    Args:
+        tokenizer: As made by `build_tokenizer`.
+        vocab_size: Rows of the model's embedding, padding rows not counted.
+
+    Raises:
+        ValueError: A token has no embedding row.
+    """
+    if tokenizer.max_token_id >= vocab_size:
+        raise ValueError(
+            f"tokenizer {tokenizer.name} has ids up to {tokenizer.max_token_id}, but the model's vocabulary has "
+            f"{vocab_size} entries (0 to {vocab_size - 1}): use the model's own tokenizer (tokenizer.tokenizer_model)"
+        )
