@@ -1,0 +1,252 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""The section on checkpoints: what is saved and loaded, when and where, and which of it is not built yet.
+
+Scripts import `CheckpointConfig` from `megatron.bridge.training.config`. Whether the copies of an offloaded
+optimizer are rebuilt after a load follows from what was loaded; there is no field for it.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """What is saved and loaded, when and where."""
+
+    save: str | None = None
+    """Directory into which checkpoints are written. None: nothing is saved."""
+
+    save_interval: int | None = None
+    """Steps between checkpoints. None: only at the end of the run."""
+
+    save_params_interval: int | None = None
+    """Steps between dumps of single weights. None: never."""
+
+    save_activations_interval: int | None = None
+    """Steps between dumps of activations. None: never."""
+
+    save_tokens_per_expert_interval: int | None = None
+    """Steps between dumps of expert loads. None: never."""
+
+    save_wgrads_interval: int | None = None
+    """Steps between dumps of weight gradients. None: never."""
+
+    save_dgrads_interval: int | None = None
+    """Steps between dumps of activation gradients. None: never."""
+
+    save_retain_interval: int | None = None
+    """Keep each checkpoint whose step this divides, whatever most_recent_k says. None: no such rule."""
+
+    most_recent_k: int | None = -1
+    """Newest checkpoints to keep; older ones are deleted. -1 or None: all are kept."""
+
+    save_optim: bool = True
+    """Write the optimizer's state."""
+
+    save_rng: bool = True
+    """Write the states of the random number generators."""
+
+    load: str | None = None
+    """Checkpoint directory from which a run resumes. None, or a directory without one: nothing to resume."""
+
+    load_optim: bool = True
+    """Load the optimizer's state. False: weights only, and the optimizer follows them."""
+
+    load_main_params_from_ckpt: bool = False
+    """Take the optimizer's FP32 weights from the checkpoint's weights (with load_optim=False)."""
+
+    load_rng: bool = True
+    """Load the states of the random number generators."""
+
+    non_persistent_save_interval: int | None = None
+    """Steps between checkpoints that replace each other. None: there are none."""
+
+    non_persistent_ckpt_type: Literal["global", "local", "in_memory", "None"] | None = None
+    """Where those are kept. None: there are none."""
+
+    non_persistent_global_ckpt_dir: str | None = None
+    """Directory for those of type global. None: a folder in `save`."""
+
+    non_persistent_local_ckpt_dir: str | None = None
+    """Directory on each machine for those of type local. None: there are none."""
+
+    non_persistent_local_ckpt_algo: Literal["fully_parallel", "atomic"] = "fully_parallel"
+    """How ranks share the writing of those of type local."""
+
+    finetune: bool = False
+    """Load the weights of `load` only, and start at step 0."""
+
+    pretrained_checkpoint: str | None = None
+    """Checkpoint (root or iter_N folder) or Hugging Face directory whose weights a run starts from, unless `load`
+    holds a checkpoint. None: no pretrained weights."""
+
+    ckpt_step: int | None = None
+    """Step to load from `load`. None: the newest."""
+
+    use_checkpoint_args: bool = False
+    """Take the model's options from a Megatron-LM checkpoint."""
+
+    use_mp_args_from_checkpoint_args: bool = False
+    """Take the parallel sizes from a Megatron-LM checkpoint."""
+
+    use_tokenizer_model_from_checkpoint_args: bool = True
+    """Take the tokenizer's path from a Megatron-LM checkpoint (with use_checkpoint_args)."""
+
+    exit_on_missing_checkpoint: bool = False
+    """End with an error when `load` holds no checkpoint, instead of starting from scratch."""
+
+    ckpt_format: Literal["torch", "torch_dist", "torch_dcp", "zarr", "fsdp_dtensor"] = "torch_dist"
+    """Format that is written and read."""
+
+    auto_detect_ckpt_format: bool = False
+    """Find out the format of what is read."""
+
+    ckpt_convert_format: Literal["torch", "torch_dist"] | None = None
+    """Format to convert to, after which the run ends. None: don't convert."""
+
+    ckpt_convert_save: str | None = None
+    """Directory for the converted checkpoint. None: a folder in `save`."""
+
+    ckpt_convert_update_legacy_dist_opt_format: bool = False
+    """Convert the distributed optimizer's old format."""
+
+    fully_parallel_save: bool = True
+    """All data-parallel ranks share the writing of a checkpoint."""
+
+    async_save: bool = False
+    """Write while the training goes on."""
+
+    async_strategy: Literal["nvrx", "mcore"] = "nvrx"
+    """What writes in the background (with async_save)."""
+
+    use_persistent_ckpt_worker: bool = True
+    """Keep the background writer between checkpoints (with async_save)."""
+
+    async_ckpt_cpu_priority: int = 10
+    """Nice value of the background writer (with async_save)."""
+
+    async_ckpt_io_priority: int | None = 3
+    """I/O class of the background writer (with async_save). None: unchanged."""
+
+    async_ckpt_use_cpu_shm: bool = False
+    """Hand tensors to the background writer in shared memory (with async_save)."""
+
+    async_write_results_mp_mode: Literal["fork", "spawn"] = "fork"
+    """How the background writer starts processes (with async_save)."""
+
+    fully_parallel_load: bool = False
+    """Each data-parallel rank reads a part of the checkpoint and gives it to the others."""
+
+    ckpt_fully_parallel_load_exchange_algo: Literal["broadcast", "gather_rounds", "gather_object"] = "broadcast"
+    """How the ranks give each other their parts (with fully_parallel_load)."""
+
+    ckpt_fully_parallel_save_process_group: Literal["dp", "ep_dp"] = "dp"
+    """Group of ranks that share the writing."""
+
+    ckpt_fully_parallel_load_process_group: Literal["dp", "ep_dp"] = "dp"
+    """Group of ranks that share the reading."""
+
+    ckpt_assume_constant_structure: bool = False
+    """Plan the first checkpoint only, and write the next ones by the same plan."""
+
+    ckpt_load_validate_sharding_integrity: bool = True
+    """Check that the parts in a checkpoint cover each tensor exactly once."""
+
+    strict_fsdp_dtensor_load: bool = False
+    """Refuse missing or unexpected keys (with ckpt_format=fsdp_dtensor)."""
+
+    dist_ckpt_strictness: Literal[
+        "assume_ok_unexpected",
+        "log_unexpected",
+        "log_all",
+        "raise_unexpected",
+        "raise_all",
+        "return_unexpected",
+        "return_all",
+        "ignore_all",
+    ] = "assume_ok_unexpected"
+    """What happens when model and checkpoint differ in names of tensors."""
+
+    dist_ckpt_save_pre_mcore_014: bool = False
+    """Write the optimizer in the format of Megatron-Core before 0.14."""
+
+    dist_ckpt_optim_fully_reshardable: bool = False
+    """Write the optimizer so that tensor and pipeline parallel sizes may change too, not only the data-parallel one."""
+
+    distrib_optim_fully_reshardable_mem_efficient: bool = False
+    """Gather the optimizer over gloo with less device memory (with dist_ckpt_optim_fully_reshardable)."""
+
+    save_tokenizer_assets: bool = True
+    """Write the tokenizer's files into each checkpoint."""
+
+    replication: bool = False
+    """Copy local checkpoints to other machines."""
+
+    replication_jump: int | None = None
+    """Distance between machines that hold each other's copies. None: with replication only."""
+
+    replication_factor: int = 2
+    """Machines that hold a copy."""
+
+    verify_integrity: bool = False
+    """Write checksums and check them on load."""
+
+    stream_ckpt_dequant: bool = True
+    """Dequantise tensor by tensor while a quantised checkpoint is read."""
+
+    storage_writers_per_rank: int = 1
+    """Files that each rank writes."""
+
+    custom_manager_class: str | None = None
+    """Import path of a class that saves and loads instead of ours. None: ours."""
+
+    dist_ckpt_workers: int = 1
+    """Processes that read or write on each rank."""
+
+    also_save_hf_checkpoint: bool = False
+    """Export a Hugging Face directory beside each checkpoint."""
+
+    hf_source_path: str | None = None
+    """Hugging Face directory whose configuration and tokenizer that export takes. None: the model's own."""
+
+    hf_trust_remote_code: bool = False
+    """Run code that comes with that directory."""
+
+    hf_distributed_save: bool = False
+    """All ranks share the writing of that export."""
+
+    hf_save_every_n_ranks: int = 1
+    """One in so many ranks writes (with hf_distributed_save)."""
+
+    def finalize(self) -> None:
+        """Check the section's own fields.
+
+        Raises:
+            ValueError: naming the field, what it holds and what it may hold.
+        """
+        for name in ("save_interval", "save_retain_interval", "non_persistent_save_interval"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"checkpoint.{name} is {value}: it is a number of steps; set 1 or more, or null")
+        if self.most_recent_k is not None and self.most_recent_k != -1 and self.most_recent_k < 1:
+            raise ValueError(
+                f"checkpoint.most_recent_k is {self.most_recent_k}: "
+                "it counts checkpoints to keep; set 1 or more, or -1 for all"
+            )
+        if self.load_main_params_from_ckpt and self.load_optim:
+            raise ValueError(
+                "checkpoint.load_main_params_from_ckpt=true with checkpoint.load_optim=true: the FP32 weights would "
+                "come from two places; set checkpoint.load_optim=false"
+            )
+        if self.ckpt_step is not None and self.load is None:
+            raise ValueError(
+                f"checkpoint.ckpt_step={self.ckpt_step} without checkpoint.load: it picks a step in that directory; "
+                "set checkpoint.load, or point checkpoint.pretrained_checkpoint at the iter_N folder"
+            )
+        if self.async_save and self.save is None:
+            raise ValueError("checkpoint.async_save=true without checkpoint.save: set the directory to save into")
+        if self.async_save and not self.use_persistent_ckpt_worker:
+            raise ValueError(
+                "checkpoint.async_save=true with checkpoint.use_persistent_ckpt_worker=false: "
+                "set checkpoint.use_persistent_ckpt_worker=true"
+            )

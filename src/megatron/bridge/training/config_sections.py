@@ -1,0 +1,407 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""The sections of a run's configuration that hold plain values: batch, evaluation, schedule, process groups, logs.
+
+Scripts import these classes from `megatron.bridge.training.config`. Checks on one section's own fields live in its
+`finalize()`, which never changes a field; rules that look at several sections are in `config_checks.py`.
+"""
+
+import os
+import signal
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+def _require_positive(section: str, **values: int | None) -> None:
+    """Raise when a number that counts something is set and smaller than one."""
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{section}.{name} is {value}: it must be at least 1; set a positive number")
+
+
+def _require_not_negative(section: str, **values: float | None) -> None:
+    """Raise when a number is set and negative."""
+    for name, value in values.items():
+        if value is not None and value < 0:
+            raise ValueError(f"{section}.{name} is {value}: it can't be negative; set 0 or more")
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """How many samples a step takes, how many steps a run takes, and what ends it early."""
+
+    micro_batch_size: int | None = None
+    """Samples in one forward pass of one data-parallel rank. Must be set."""
+
+    global_batch_size: int | None = None
+    """Samples in one optimizer step over all ranks. None: micro_batch_size times the data-parallel size."""
+
+    rampup_batch_size: list[int] | None = None
+    """[start, increment, samples]: the global batch size grows from start to global_batch_size. None: constant."""
+
+    decrease_batch_size_if_needed: bool = False
+    """Round the global batch size down to what micro batch times data-parallel size divides (with a ramp-up)."""
+
+    empty_unused_memory_level: Literal[0, 1, 2] = 0
+    """Return cached device memory each step: 0 never, 1 after the optimizer step, 2 before it too."""
+
+    check_weight_hash_across_dp_replicas_interval: int | None = None
+    """Steps between checks that all data-parallel ranks hold equal weights. None: never."""
+
+    train_sync_interval: int | None = None
+    """Steps between synchronisations of host and device. None: never."""
+
+    train_iters: int | None = None
+    """Optimizer steps of the whole run, those of earlier sessions included. None: train_samples says it."""
+
+    train_samples: int | None = None
+    """Samples of the whole run; set this or train_iters. None: train_iters says it."""
+
+    exit_interval: int | None = None
+    """Save and stop after a step whose number this divides. None: don't."""
+
+    exit_duration_in_mins: int | None = None
+    """Save and stop after this many minutes. None: don't."""
+
+    exit_signal_handler: bool = False
+    """Save and stop when `exit_signal` arrives."""
+
+    exit_signal: signal.Signals = signal.SIGTERM
+    """The signal that asks for a save and a stop (with exit_signal_handler)."""
+
+    exit_signal_handler_for_dataloader: bool = False
+    """Let data loader workers receive the exit signal too."""
+
+    manual_gc: bool = False
+    """Collect Python garbage at fixed steps instead of whenever Python likes, so that ranks don't wait."""
+
+    manual_gc_interval: int = 0
+    """Steps between garbage collections with manual_gc. 0: only at evaluation."""
+
+    manual_gc_eval: bool = True
+    """Collect garbage at both ends of an evaluation, with manual_gc."""
+
+    iterations_to_skip: list[int] = field(default_factory=list)
+    """Steps whose samples are read and thrown away."""
+
+    num_epochs: int | None = None
+    """Passes over the training set. Not built yet: set train_iters or train_samples."""
+
+    check_optimizer_step_success: bool = False
+    """Stop when the optimizer skips a step. Not built yet."""
+
+    skip_train: bool | None = None
+    """Deprecated name of validation.skip_train. None: not set; a value here wins."""
+
+    eval_iters: int | None = None
+    """Deprecated name of validation.eval_iters. None: not set; a value here wins."""
+
+    eval_interval: int | None = None
+    """Deprecated name of validation.eval_interval. None: not set; a value here wins."""
+
+    def finalize(self) -> None:
+        """Check the section's own fields.
+
+        Raises:
+            ValueError: naming the field, what it holds and what it may hold.
+        """
+        if self.micro_batch_size is None:
+            raise ValueError("train.micro_batch_size is not set: it is the samples of one forward pass; set it, e.g. 1")
+        _require_positive(
+            "train",
+            micro_batch_size=self.micro_batch_size,
+            global_batch_size=self.global_batch_size,
+            train_samples=self.train_samples,
+            exit_interval=self.exit_interval,
+            exit_duration_in_mins=self.exit_duration_in_mins,
+            eval_interval=self.eval_interval,
+        )
+        _require_not_negative(
+            "train",
+            train_iters=self.train_iters,
+            manual_gc_interval=self.manual_gc_interval,
+            eval_iters=self.eval_iters,
+        )
+        if self.train_iters is None and self.train_samples is None:
+            raise ValueError("train.train_iters and train.train_samples are both unset: set one of them")
+        if self.train_iters is not None and self.train_samples is not None:
+            raise ValueError(
+                f"train.train_iters={self.train_iters} and train.train_samples={self.train_samples} are both set: "
+                "a run's length is one or the other; set one of them to null"
+            )
+        if self.rampup_batch_size is not None and len(self.rampup_batch_size) != 3:
+            raise ValueError(
+                f"train.rampup_batch_size={self.rampup_batch_size}: expected three numbers, "
+                "[start batch size, increment, samples]; set them or null"
+            )
+
+
+@dataclass(kw_only=True)
+class ValidationConfig:
+    """When the model is evaluated, and on how much."""
+
+    eval_iters: int | None = 100
+    """Global batches of one evaluation. None: the whole validation set. 0: no evaluation."""
+
+    eval_interval: int | None = None
+    """Steps between evaluations. None: only at the end of the run."""
+
+    start_eval_at_iter: int | None = None
+    """First step at which an evaluation may happen. None: from the start."""
+
+    eval_global_batch_size: int | None = None
+    """Samples of one evaluation step. None: train.global_batch_size."""
+
+    eval_micro_batch_size: int | None = None
+    """Samples of one forward pass in evaluation. None: train.micro_batch_size."""
+
+    skip_train: bool = False
+    """Evaluate and stop, without training."""
+
+    test_mode: bool = False
+    """Reserved by Megatron-LM for its own tests."""
+
+    full_validation: bool = False
+    """Evaluate on the whole validation set each time."""
+
+    multiple_validation_sets: bool = False
+    """Evaluate on several validation sets, one by one. Not built yet."""
+
+    validation_set_names: list[str] | None = None
+    """Names of the validation sets in the logs. Not built yet. None: no names."""
+
+    def finalize(self) -> None:
+        """Check the section's own fields.
+
+        Raises:
+            ValueError: naming the field, what it holds and what it may hold.
+        """
+        _require_not_negative("validation", eval_iters=self.eval_iters, start_eval_at_iter=self.start_eval_at_iter)
+        _require_positive(
+            "validation",
+            eval_interval=self.eval_interval,
+            eval_global_batch_size=self.eval_global_batch_size,
+            eval_micro_batch_size=self.eval_micro_batch_size,
+        )
+
+
+@dataclass(kw_only=True)
+class SchedulerConfig:
+    """How learning rate and weight decay move over a run."""
+
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "linear"
+    """Shape of the learning rate from optimizer.lr down to optimizer.min_lr."""
+
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
+    """Shape of the last, falling part of a WSD (warm-up, stable, decay) schedule."""
+
+    lr_decay_iters: int | None = None
+    """Steps after which the learning rate is at its minimum. None: train.train_iters."""
+
+    lr_decay_samples: int | None = None
+    """The same in samples, for a run whose length is train.train_samples. None: train.train_samples."""
+
+    lr_wsd_decay_iters: int | None = None
+    """Steps of the falling part of a WSD schedule. None: not WSD, or counted in samples."""
+
+    lr_wsd_decay_samples: int | None = None
+    """Samples of the falling part of a WSD schedule. None: not WSD, or counted in steps."""
+
+    lr_warmup_fraction: float | None = None
+    """Warm-up as a part, 0 to 1, of the decay steps. None: lr_warmup_iters or lr_warmup_samples."""
+
+    lr_warmup_iters: int = 0
+    """Steps over which the learning rate rises from lr_warmup_init to optimizer.lr."""
+
+    lr_warmup_samples: int = 0
+    """The same in samples, for a run whose length is train.train_samples."""
+
+    lr_warmup_init: float = 0.0
+    """Learning rate at the start of the warm-up."""
+
+    override_opt_param_scheduler: bool = False
+    """After a resume, take the schedule from this configuration instead of the checkpoint."""
+
+    use_checkpoint_opt_param_scheduler: bool = False
+    """After a resume, take the schedule from the checkpoint and ignore this configuration."""
+
+    start_weight_decay: float | None = None
+    """Weight decay at the first step. None: optimizer.weight_decay."""
+
+    end_weight_decay: float | None = None
+    """Weight decay at the last step. None: optimizer.weight_decay."""
+
+    weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the way from start_weight_decay to end_weight_decay."""
+
+    no_weight_decay_cond_type: Literal["qwen3_next"] | None = None
+    """Which parameters get no weight decay. None: biases and one-dimensional parameters."""
+
+    max_steps: int | None = None
+    """Steps that the schedule may count. None: as many as the run takes. Not built yet."""
+
+    lr_decay_steps: int | None = field(init=False, default=None)
+    """Filled by runtime_config_update: decay length, in samples (the unit in which Core's scheduler counts)."""
+
+    lr_warmup_steps: int | None = field(init=False, default=None)
+    """Filled by runtime_config_update: warm-up length, in samples."""
+
+    wd_incr_steps: int | None = field(init=False, default=None)
+    """Filled by runtime_config_update: length of the weight decay's change, in samples."""
+
+    wsd_decay_steps: int | None = field(init=False, default=None)
+    """Filled by runtime_config_update: length of WSD's falling part, in samples. None: not WSD."""
+
+    def finalize(self) -> None:
+        """Check the section's own fields.
+
+        Raises:
+            ValueError: naming the field, what it holds and what it may hold.
+        """
+        _require_positive(
+            "scheduler",
+            lr_decay_iters=self.lr_decay_iters,
+            lr_decay_samples=self.lr_decay_samples,
+            lr_wsd_decay_iters=self.lr_wsd_decay_iters,
+            lr_wsd_decay_samples=self.lr_wsd_decay_samples,
+        )
+        _require_not_negative(
+            "scheduler",
+            lr_warmup_iters=self.lr_warmup_iters,
+            lr_warmup_samples=self.lr_warmup_samples,
+            lr_warmup_init=self.lr_warmup_init,
+            start_weight_decay=self.start_weight_decay,
+            end_weight_decay=self.end_weight_decay,
+        )
+        if self.lr_warmup_fraction is not None:
+            if not 0.0 <= self.lr_warmup_fraction < 1.0:
+                raise ValueError(
+                    f"scheduler.lr_warmup_fraction={self.lr_warmup_fraction}: it is a part of the decay steps; "
+                    "set 0 or more and less than 1"
+                )
+            if self.lr_warmup_iters or self.lr_warmup_samples:
+                raise ValueError(
+                    "scheduler.lr_warmup_fraction is set beside scheduler.lr_warmup_iters or lr_warmup_samples: "
+                    "the warm-up has one length; keep one of them"
+                )
+        if self.override_opt_param_scheduler and self.use_checkpoint_opt_param_scheduler:
+            raise ValueError(
+                "scheduler.override_opt_param_scheduler and scheduler.use_checkpoint_opt_param_scheduler are both "
+                "true: the schedule comes from one place; set one of them to false"
+            )
+
+
+@dataclass(kw_only=True)
+class RNGConfig:
+    """Random numbers."""
+
+    seed: int = 1234
+    """Seed of Python, NumPy, torch and Megatron-Core's tracker."""
+
+    te_rng_tracker: bool = False
+    """Use Transformer Engine's tracker of random states (needed by CUDA graphs)."""
+
+    inference_rng_tracker: bool = False
+    """Use a tracker that only serves inference."""
+
+    data_parallel_random_init: bool = False
+    """Give each data-parallel rank its own random numbers when weights are initialised."""
+
+    def finalize(self) -> None:
+        """Check the section's own fields."""
+        _require_not_negative("rng", seed=self.seed)
+
+
+@dataclass(kw_only=True)
+class DistributedInitConfig:
+    """Device and process groups."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where the model lives. auto: cuda where there is one, else cpu, where an accelerator is simulated."""
+
+    distributed_backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """How ranks talk to each other. auto: nccl on cuda, gloo on cpu."""
+
+    distributed_timeout_minutes: int = 10
+    """Minutes after which a rank that waits for another gives up."""
+
+    distributed_timeout_seconds_after_init: int | None = None
+    """Seconds for the same once the run is set up. Not built yet. None: the timeout above stays."""
+
+    local_rank: int = field(default_factory=lambda: int(os.getenv("LOCAL_RANK", "0")))
+    """This process's number on its machine; torchrun sets it through LOCAL_RANK."""
+
+    lazy_mpu_init: bool = False
+    """Leave process groups to the caller. Not built yet. (Called lazy_init before.)"""
+
+    lazy_init: bool = False
+    """Deprecated name of lazy_mpu_init. Not built yet."""
+
+    align_grad_reduce: bool = True
+    """All pipeline stages reduce gradients at the same moment."""
+
+    use_megatron_fsdp: bool = False
+    """Shard with Megatron-FSDP. Not built yet."""
+
+    use_torch_fsdp2: bool = False
+    """Shard with torch's FSDP2. Not built yet."""
+
+    nccl_communicator_config_path: str | None = None
+    """YAML file with NCCL settings for each group. None: NCCL's own."""
+
+    use_tp_pp_dp_mapping: bool = False
+    """Number the ranks tensor, pipeline, data instead of tensor, data, pipeline."""
+
+    use_gloo_process_groups: bool = True
+    """Make a gloo group beside each data-parallel group (for collectives on host memory)."""
+
+    use_decentralized_pg: bool = False
+    """Pass process groups around instead of Core's global ones. Not built yet."""
+
+    use_sharp: bool = False
+    """Reduce inside the network switches (NCCL SHARP). Not built yet."""
+
+    sharp_enabled_group: Literal["dp", "dp_replica"] | None = None
+    """Group that uses SHARP. Not built yet. None: no group."""
+
+    high_priority_stream_groups: list[str] | None = None
+    """Groups whose communication gets a high-priority stream. None: no group."""
+
+    disable_jit_fuser: bool = False
+    """Run Core's fused elementwise functions without torch's compiler."""
+
+    def finalize(self) -> None:
+        """Check the section's own fields.
+
+        Raises:
+            ValueError: naming the field, what it holds and what it may hold.
+        """
+        _require_positive("dist", distributed_timeout_minutes=self.distributed_timeout_minutes)
+        if self.device == "cpu" and self.distributed_backend == "nccl":
+            raise ValueError(
+                "dist.distributed_backend=nccl with dist.device=cpu: NCCL only talks between GPUs; "
+                "set dist.distributed_backend=gloo (or auto)"
+            )
+
+
+@dataclass(kw_only=True)
+class RerunStateMachineConfig:
+    """What happens when a step gives a result that looks wrong."""
+
+    error_injection_rate: int = 0
+    """Core's own tests inject an error once in so many steps. 0: never."""
+
+    error_injection_type: Literal["correct_result", "transient_error", "persistent_error"] = "transient_error"
+    """The kind of error injected."""
+
+    rerun_mode: Literal["disabled", "validate_results", "report_stats"] = "disabled"
+    """disabled: no step is run twice. The other modes are not built yet."""
+
+    check_for_nan_in_loss: bool = True
+    """Stop with an error when a loss is not a number."""
+
+    check_for_spiky_loss: bool = False
+    """Treat a loss far above the recent ones as a wrong result."""
+
+    def finalize(self) -> None:
+        """Check the section's own fields."""
+        _require_not_negative("rerun_state_machine", error_injection_rate=self.error_injection_rate)

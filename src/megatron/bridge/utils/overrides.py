@@ -1,0 +1,175 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Overrides as on Hydra's command lines: `train.train_iters=50 optimizer.lr=1e-5 checkpoint.save=null`.
+
+Each is checked against the dataclass's own types: an unknown option or a value of the wrong type is an error that names
+the nearest option.
+"""
+
+import dataclasses
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import yaml
+
+from megatron.bridge.utils.field_types import field_hints, fit, members_of, nearest
+from megatron.bridge.utils.yaml_io import from_yaml_dict, parse_yaml
+
+__all__ = ["apply_mapping", "apply_overrides", "nearest"]
+
+logger = logging.getLogger(__name__)
+
+_OVERRIDE = re.compile(r"^(?P<action>\+\+|\+|~)?(?P<key>[A-Za-z_][\w.-]*)(?:=(?P<value>.*))?$", re.DOTALL)
+_MISSING = object()
+
+
+def apply_overrides(config: Any, overrides: Iterable[str]) -> Any:
+    """Set options of a configuration from `key=value` texts.
+
+    A key is a path of field names. A value is YAML: numbers, true and false, null, [lists], {a: mappings}, text. A
+    section that is None (profiling) is made when one of its options is set. `+key=value` adds to a dictionary (and is
+    the same as `key=value` elsewhere); `~key` removes from one.
+
+    Args:
+        config: A dataclass with sections; it is changed.
+        overrides: The texts, applied in order.
+
+    Returns:
+        The same configuration.
+
+    Raises:
+        ValueError: An override that can't be read, names no option, or has the wrong type.
+    """
+    for override in overrides:
+        match = _OVERRIDE.match(override)
+        if match is None or (match["value"] is None) != (match["action"] == "~"):
+            raise ValueError(f"override {override!r} can't be read: expected key=value, e.g. train.train_iters=50")
+        _apply(config, match["key"], match["value"], remove=match["action"] == "~")
+    return config
+
+
+def apply_mapping(config: Any, values: Mapping[str, Any], *, where: str = "") -> Any:
+    """Set options of a configuration from nested mappings, as a YAML file holds them.
+
+    A mapping with `_target_` replaces a whole section; one without sets its options one by one.
+
+    Raises:
+        ValueError: An unknown option or a value of the wrong type.
+    """
+    for key, value in values.items():
+        if key == "_target_":
+            continue
+        path = f"{where}.{key}" if where else str(key)
+        hint = _hint(config, str(key), path, root=config)
+        current = getattr(config, key)
+        if isinstance(value, Mapping) and "_target_" not in value:
+            current = _section(config, key, current, hint)
+            if dataclasses.is_dataclass(current):
+                apply_mapping(current, value, where=path)
+                continue
+        setattr(config, key, from_yaml_dict(value, expected=hint, where=path))
+    return config
+
+
+def _apply(config: Any, key: str, text: str | None, *, remove: bool) -> None:
+    """Walk to the option and set it."""
+    *sections, last = key.split(".")
+    target, path = config, ""
+    for index, name in enumerate(sections):
+        path = f"{path}.{name}" if path else name
+        if isinstance(target, dict):
+            target = target.setdefault(name, {})
+            continue
+        hint = _hint(target, name, key, root=config)
+        target = _section(target, name, getattr(target, name), hint)
+        if not (dataclasses.is_dataclass(target) or isinstance(target, dict)):
+            rest = ".".join([*sections[index + 1 :], last])
+            what = "null" if target is None else f"a {type(target).__name__}"
+            raise ValueError(f"{key}: {path} is {what} and has no option {rest}; set {path} itself first")
+    if isinstance(target, dict):
+        _set_item(target, last, text, key, remove=remove)
+        return
+    hint = _hint(target, last, key, root=config)
+    if remove:
+        raise ValueError(f"~{key}: {key} is an option, not an entry of a dictionary; write {key}=null")
+    setattr(target, last, _value(text, hint, key, current=getattr(target, last)))
+
+
+def _set_item(target: dict, name: str, text: str | None, key: str, *, remove: bool) -> None:
+    """Set or remove one entry of a dictionary."""
+    if not remove:
+        target[name] = _plain(text)
+    elif target.pop(name, _MISSING) is _MISSING:
+        raise ValueError(f"~{key}: there is no such entry; {nearest(name, target)}the entries are {sorted(target)}")
+
+
+def _section(owner: Any, name: str, current: Any, hint: Any) -> Any:
+    """A section, made first when it is None and its class has a default for each field."""
+    if current is not None:
+        return current
+    made = next((member for member in members_of(hint) if dataclasses.is_dataclass(member)), None)
+    if made is None:
+        return dict() if any(getattr(member, "__origin__", member) is dict for member in members_of(hint)) else None
+    setattr(owner, name, made())
+    return getattr(owner, name)
+
+
+def _hint(target: Any, name: str, key: str, *, root: Any) -> Any:
+    """The type of an option, or the error that there is none."""
+    hints = field_hints(type(target))
+    if name in hints:
+        return hints[name]
+    attribute = getattr(type(target), name, None)
+    if isinstance(attribute, property) and attribute.fset is not None:
+        return attribute.fget.__annotations__.get("return", Any)
+    paths = list(_paths(root))
+    prefix = key[: len(key) - len(name)] if key.endswith(name) else ""
+    close = nearest(name, hints)
+    same_name = [path for path in paths if path.rpartition(".")[2] == name]
+    if close:
+        suggestion = close.replace("did you mean ", f"did you mean {prefix}")
+    elif same_name:
+        suggestion = f"did you mean {same_name[0]}? "
+    else:
+        suggestion = nearest(key, paths)
+    raise ValueError(f"unknown option {key}: {suggestion}{type(target).__name__} has no field {name}")
+
+
+def _paths(config: Any, prefix: str = "", depth: int = 2) -> Iterable[str]:
+    """The options of a configuration and its sections."""
+    for name in field_hints(type(config)):
+        yield prefix + name
+        value = getattr(config, name, None)
+        if depth > 1 and dataclasses.is_dataclass(value) and not isinstance(value, type):
+            yield from _paths(value, f"{prefix}{name}.", depth - 1)
+
+
+def _value(text: str, hint: Any, key: str, *, current: Any) -> Any:
+    """The value that a text stands for, in the option's type."""
+    plain = _plain(text)
+    takes_text = any(member is str for member in members_of(hint))
+    if plain == "None" and type(None) in members_of(hint):
+        plain = None  # Python's spelling of null; nobody means a directory of that name
+    if isinstance(plain, Mapping) and dataclasses.is_dataclass(current) and "_target_" not in plain:
+        return apply_mapping(current, plain, where=key)
+    try:
+        if isinstance(plain, Mapping | list):
+            return from_yaml_dict(plain, expected=hint, where=key)
+        return fit(plain, hint, where=key)
+    except ValueError:
+        if takes_text and not text.startswith(("[", "{")):
+            return text
+        raise
+
+
+def _plain(text: str) -> Any:
+    """A text as YAML; what isn't YAML is text."""
+    if text == "":
+        return ""
+    if text.startswith("{"):
+        text = re.sub(r"([{,]\s*[\w.]+):(?=\S)", r"\1: ", text)  # Hydra's {a:1}
+    try:
+        return parse_yaml(text)
+    except yaml.YAMLError:
+        return text

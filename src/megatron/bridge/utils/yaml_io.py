@@ -1,0 +1,282 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Configuration objects <-> plain dictionaries <-> YAML files.
+
+An object becomes `{"_target_": "module.Class", field: value, ...}`, as in Megatron Bridge's run_config.yaml; a function
+or a dtype `{"_target_": name, "_call_": False}`; an enum `{"_target_": name, "_args_": [value], "_name_": name}`; a
+function with some arguments bound `{"_target_": name, "_partial_": True, ...}`. Reading knows these forms and the names
+that `targets.py` takes: nothing else is imported or called.
+"""
+
+import dataclasses
+import enum
+import functools
+import logging
+import pathlib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from megatron.bridge.utils.field_types import field_hints, fit, members_of, nearest
+from megatron.bridge.utils.targets import class_named, dtype_named, function_named, name_of
+
+logger = logging.getLogger(__name__)
+
+_NOT_SAVED = "_not_saved_"
+"""Key of a value that has no form in YAML; it holds the value's text, for people."""
+
+_RUNTIME_FIELDS = frozenset(
+    "timers finalize_model_grads_func grad_scale_func no_sync_func grad_sync_func param_sync_func moe_grad_scale_func "
+    "mtp_grad_scale_func experimental_attention_variant_loss_scale_func".split()
+)
+"""Fields of Megatron-Core's configurations into which a running job hangs its own functions: written as null."""
+
+
+class ConfigFileError(ValueError):
+    """A configuration file that can't be read: names the place in the file, what it holds and what is expected."""
+
+
+def to_yaml_dict(value: Any) -> Any:
+    """A configuration object as plain dictionaries, lists, numbers and text.
+
+    Fields whose name starts with an underscore, fields that can't be set, and the functions that a running job hangs
+    into Megatron-Core's configurations are left out or null. A value without a form in YAML (a lambda, a live object)
+    becomes `{"_not_saved_": its text}`, which reading refuses or, on request, leaves at the field's default.
+    """
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, enum.Enum):
+        return {"_target_": name_of(type(value)), "_args_": [value.value], "_name_": value.name}
+    if isinstance(value, pathlib.PurePath):
+        return {"_target_": "pathlib.Path", "_args_": [str(value)]}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _dataclass_to_dict(value)
+    if isinstance(value, Mapping):
+        return {key: to_yaml_dict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [to_yaml_dict(item) for item in value]
+    if isinstance(value, functools.partial):
+        return _partial_to_dict(value)
+    name = name_of(value) if isinstance(value, torch.dtype | type) or callable(value) else None
+    return {_NOT_SAVED: _one_line(value)} if name is None else {"_target_": name, "_call_": False}
+
+
+def _dataclass_to_dict(config: Any) -> dict[str, Any]:
+    """One dataclass: its public name and the fields that a caller may set."""
+    name = name_of(type(config))
+    saved: dict[str, Any] = {"_target_": name} if name else {_NOT_SAVED: _one_line(type(config))}
+    for field in field_hints(type(config)):
+        saved[field] = None if field in _RUNTIME_FIELDS else to_yaml_dict(getattr(config, field))
+    return saved
+
+
+def _partial_to_dict(bound: functools.partial) -> dict[str, Any]:
+    """A function with some arguments bound."""
+    name = name_of(bound.func)
+    if name is None:
+        return {_NOT_SAVED: _one_line(bound)}
+    return {
+        "_target_": name,
+        "_partial_": True,
+        "_args_": to_yaml_dict(bound.args),
+        **{key: to_yaml_dict(item) for key, item in bound.keywords.items()},
+    }
+
+
+def _one_line(value: Any) -> str:
+    """A value's text on one line, without the address in memory."""
+    return re.sub(r" at 0x[0-9a-f]+", "", " ".join(str(value).split()))[:200]
+
+
+def from_yaml_dict(
+    value: Any,
+    *,
+    expected: Any = Any,
+    allow: Iterable[type] = (),
+    strict: bool = True,
+    where: str = "config",
+) -> Any:
+    """The object that `to_yaml_dict` described.
+
+    Args:
+        value: What the file says.
+        expected: The type that is wanted; a mapping without `_target_` becomes this dataclass.
+        allow: Classes that may be named beside those of Megatron Bridge and Megatron-Core.
+        strict: Refuse fields that the class lacks and values that weren't saved. False, for files written by another
+            version: leave them out and say so in the log.
+        where: Name of the value, for errors.
+
+    Raises:
+        ConfigFileError: An unknown name or field, or a value of the wrong type; it says where in the file.
+    """
+    allowed = {name: cls for cls in allow for name in (name_of(cls), f"{cls.__module__}.{cls.__qualname__}")}
+    return _Reader(allowed, strict=strict).read(value, expected, where)
+
+
+class _Reader:
+    """Reads one file's dictionaries."""
+
+    def __init__(self, allowed: dict[str | None, type], *, strict: bool):
+        self.allowed = allowed
+        self.strict = strict
+
+    def read(self, value: Any, expected: Any, where: str) -> Any:
+        """The value as an object of the expected type."""
+        members = members_of(expected)
+        if isinstance(value, Mapping):
+            if _NOT_SAVED in value:
+                raise _NotSavedError(f"{where} was {value[_NOT_SAVED]}, which a file can't hold: set it in Python")
+            if "_target_" in value:
+                return self._read_target(value, expected, where)
+            dataclass_type = next((member for member in members if dataclasses.is_dataclass(member)), None)
+            if dataclass_type is not None:
+                return self._read_dataclass(dataclass_type, value, where)
+            value = {key: self.read(item, Any, f"{where}.{key}") for key, item in value.items()}
+        elif isinstance(value, list | tuple):
+            item_hint = next((arg for member in members for arg in _item_hints(member)), Any)
+            value = [self.read(item, item_hint, f"{where}[{index}]") for index, item in enumerate(value)]
+        return self._fit(value, expected, where)
+
+    def _read_target(self, value: Mapping[str, Any], expected: Any, where: str) -> Any:
+        """What a mapping with `_target_` stands for."""
+        name, args = value["_target_"], value.get("_args_") or []
+        arguments = {key: item for key, item in value.items() if key not in _FORM_KEYS}
+        if not isinstance(name, str):
+            raise ConfigFileError(f"{where}._target_ is {name!r}: expected the name of a class; correct the file")
+        if value.get("_partial_"):
+            bound_args = [self.read(item, Any, f"{where}._args_") for item in args]
+            bound = {key: self.read(item, Any, f"{where}.{key}") for key, item in arguments.items()}
+            return functools.partial(self._function(name, where), *bound_args, **bound)
+        if name.startswith("torch.") and dtype_named(name) is not None:
+            return self._fit(dtype_named(name), expected, where)
+        if value.get("_call_") is False:
+            return self._fit(self._function(name, where), expected, where)
+        if name in ("pathlib.Path", "pathlib.PosixPath", "pathlib.PurePosixPath"):
+            return self._fit(Path(*[str(part) for part in args]), expected, where)
+        cls = self.allowed.get(name) or class_named(name)
+        if cls is None:
+            raise ConfigFileError(_unknown(name, where))
+        if issubclass(cls, enum.Enum):
+            return self._fit(args[0] if args else value.get("_name_"), cls, where)
+        return self._fit(self._read_dataclass(cls, arguments, where), expected, where)
+
+    def _function(self, name: str, where: str) -> Any:
+        """The function of that name."""
+        found = function_named(name)
+        if found is None:
+            raise ConfigFileError(_unknown(name, where))
+        return found
+
+    def _read_dataclass(self, cls: type, arguments: Mapping[str, Any], where: str) -> Any:
+        """One dataclass from its fields."""
+        hints, read = field_hints(cls), {}
+        for key, item in arguments.items():
+            if key not in hints:
+                self._leave_out(f"{where}.{key} is unknown: {nearest(str(key), hints)}{cls.__name__} has no such field")
+                continue
+            try:
+                read[key] = self.read(item, hints[key], f"{where}.{key}")
+            except _NotSavedError as error:
+                self._leave_out(str(error))
+        try:
+            return cls(**read)
+        except (TypeError, AssertionError) as error:
+            raise ConfigFileError(f"{where} is no {cls.__name__}: {_one_line(error)}") from error
+
+    def _leave_out(self, message: str) -> None:
+        """Refuse what can't be read, or say that it is left at its default."""
+        if self.strict:
+            raise ConfigFileError(message)
+        logger.warning("%s; left at its default", message)
+
+    def _fit(self, value: Any, expected: Any, where: str) -> Any:
+        """The value in the type that is expected."""
+        try:
+            return fit(value, expected, where=where)
+        except ValueError as error:
+            raise ConfigFileError(str(error)) from None
+
+
+_FORM_KEYS = ("_target_", "_call_", "_partial_", "_args_", "_name_", "_convert_", "_recursive_")
+"""Keys of the form itself; the others are arguments."""
+
+
+class _NotSavedError(ConfigFileError):
+    """A value that was left out when the file was written."""
+
+
+def _item_hints(hint: Any) -> tuple:
+    """The type of a sequence's items, if the hint says one."""
+    arguments = getattr(hint, "__args__", ())
+    return tuple(arg for arg in arguments[:1] if arg is not ...) if getattr(hint, "__origin__", None) else ()
+
+
+def _unknown(name: str, where: str) -> str:
+    """The error for a name that is not taken."""
+    return (
+        f"{where}._target_ is {name}: expected a configuration class of megatron.bridge or megatron.core, or a known "
+        "activation or initialiser; nothing was imported or run. Remove it, or import your own class first"
+    )
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers and booleans: 1e-5 is a number; yes, no, on and off are text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:bool",)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF")
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """Plain values from YAML text; tags that would make objects are refused.
+
+    Raises:
+        yaml.YAMLError: The text isn't YAML.
+    """
+    return yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader
+
+
+def load_yaml(path: str | Path) -> Any:
+    """Plain values from a YAML file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ConfigFileError: It isn't YAML; the error names file, line and column.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected a YAML file with a configuration")
+    try:
+        return parse_yaml(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigFileError(f"{path} isn't readable YAML: {_one_line(error)}; correct the file") from error
+
+
+def dump_yaml(value: Any, path: str | Path | None = None) -> str:
+    """Write a configuration object, or plain values, as YAML.
+
+    Args:
+        value: The object; `to_yaml_dict` is applied to it.
+        path: File to write. None: only return the text.
+
+    Returns:
+        The text.
+    """
+    text = yaml.safe_dump(to_yaml_dict(value), sort_keys=False, default_flow_style=False, width=120)
+    if path is not None:
+        from megatron.bridge.utils.files import atomic_write
+
+        with atomic_write(path, "w") as file:
+            file.write(text)
+    return text
