@@ -1,0 +1,19 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Floor 3, one of the materials: the model a run trains, and its conversion from and to Hugging Face."""
+
+from importlib import import_module
+from typing import Any
+
+_DOORS = {
+    "AutoBridge": "megatron.bridge.models.conversion.auto_bridge",
+    "GPTModelProvider": "megatron.bridge.models.gpt_provider",
+    "LlamaModelProvider": "megatron.bridge.models.llama",
+    "Llama3ModelProvider": "megatron.bridge.models.llama",
+}
+__all__ = list(_DOORS)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _DOORS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_DOORS[name]), name)

@@ -1,0 +1,359 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""`AutoBridge`: from a Hugging Face directory to a Megatron model and back.
+
+Importing this module is cheap; torch and Megatron-Core are imported by the methods that build or move a model.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron.bridge.models.conversion.hf_config import config_as_dict, find_hf_directory, read_hf_config
+from megatron.bridge.models.families import FAMILY_MODULES, ModelFamily, architecture_of, family_of
+
+if TYPE_CHECKING:
+    import torch
+    from megatron.core.transformer.module import MegatronModule
+    from transformers import PretrainedConfig
+
+    from megatron.bridge.models.conversion.tasks import ConversionTask
+    from megatron.bridge.models.gpt_provider import GPTModelProvider
+
+    Model = MegatronModule | Sequence[MegatronModule]
+
+
+class AutoBridge:
+    """Converts one Hugging Face model. Make it with `from_hf_pretrained` or `from_hf_config`.
+
+    Args:
+        hf_config: Content of `config.json`.
+        directory: Where the weights and the tokenizer are; None: nowhere.
+        name: What the user called the model, for errors and for `hf_model_id`.
+
+    Raises:
+        ValueError: The architecture is not supported.
+    """
+
+    def __init__(self, hf_config: dict[str, Any], *, directory: Path | None, name: str) -> None:
+        if architecture_of(hf_config) is None:
+            raise ValueError(
+                f"{name} names architectures {hf_config.get('architectures')}: supported are {sorted(FAMILY_MODULES)}"
+            )
+        self.hf_config = hf_config
+        self.directory = directory
+        self.name = name
+
+    @classmethod
+    def from_hf_pretrained(cls, path: "str | Path", **download_options: Any) -> "AutoBridge":
+        """Bridge a model directory, or a model of the Hugging Face hub.
+
+        Args:
+            path: Directory, or hub name.
+            download_options: `revision`, `token`, `local_files_only`, … for the hub.
+
+        Raises:
+            FileNotFoundError: No such model.
+            ValueError: The architecture is not supported.
+        """
+        directory = find_hf_directory(path, **download_options)
+        return cls(read_hf_config(directory), directory=directory, name=str(path))
+
+    @classmethod
+    def from_hf_config(cls, config: "PretrainedConfig | Mapping[str, Any]") -> "AutoBridge":
+        """Bridge a configuration without weights: a model to be trained from scratch, or loaded by `hf_path`."""
+        return cls(config_as_dict(config), directory=None, name="the configuration")
+
+    @classmethod
+    def can_handle(cls, path: "str | Path", **download_options: Any) -> bool:
+        """Whether `path` is a model whose architecture is supported."""
+        try:
+            return cls.supports(read_hf_config(find_hf_directory(path, **download_options)))
+        except (FileNotFoundError, ValueError):
+            return False
+
+    @staticmethod
+    def supports(config: "PretrainedConfig | Mapping[str, Any]") -> bool:
+        """Whether the architecture of a configuration is supported."""
+        return architecture_of(config_as_dict(config)) is not None
+
+    @staticmethod
+    def list_supported_models() -> list[str]:
+        """The Hugging Face architectures that can be converted."""
+        return sorted(FAMILY_MODULES)
+
+    @property
+    def family(self) -> ModelFamily:
+        """The tables of the model's family."""
+        return family_of(self.hf_config)
+
+    def to_megatron_provider(
+        self, load_weights: bool = True, hf_path: "str | Path | None" = None
+    ) -> "GPTModelProvider":
+        """The Megatron configuration of this model.
+
+        Args:
+            load_weights: Load the weights when the model is built, before it is wrapped.
+            hf_path: Read the weights here instead.
+
+        Raises:
+            ValueError: The configuration asks for what Megatron can't express, or there are no weights to load.
+        """
+        provider = self.family.provider_class(**self.family.provider_fields(self.hf_config))
+        if self.directory is not None:
+            provider.hf_model_id = str(self.directory.resolve() if Path(self.name).exists() else self.name)
+        if load_weights:
+            self._weights_directory(hf_path)  # refuse now rather than after the model is built
+            provider.perform_initialization = False
+            provider.register_pre_wrap_hook(lambda chunks: self.load_hf_weights(chunks, hf_path))
+        return provider
+
+    def to_megatron_model(self, load_weights: bool = True, **options: Any) -> "list[MegatronModule]":
+        """Build the model; brings up a process group and model-parallel state where there are none.
+
+        Args:
+            load_weights: Load the weights.
+            options: For `provide_distributed_model`.
+        """
+        from megatron.bridge.models.conversion.saved_provider import set_parallel_sizes
+
+        provider = self.to_megatron_provider(load_weights)
+        set_parallel_sizes(provider, {})
+        return provider.provide_distributed_model(**options)
+
+    def load_hf_weights(
+        self,
+        model: "Model",
+        hf_path: "str | Path | None" = None,
+        allowed_mismatched_params: Sequence[str] | None = None,
+        *,
+        show_progress: bool = True,
+    ) -> "list[MegatronModule]":
+        """Copy the weights into a built model, one slice at a time. Collective.
+
+        Args:
+            model: This rank's chunks, wrapped or not.
+            hf_path: Read the weights here instead.
+            allowed_mismatched_params: Patterns of weights whose shape may differ; these keep their values.
+            show_progress: Whether rank 0 shows a bar.
+
+        Raises:
+            FileNotFoundError: No weights, or a shard is missing.
+            ValueError: A tensor is missing, unexpected, or of the wrong shape; the model is unchanged then.
+        """
+        from megatron.bridge.models.conversion.hf_weights import HFWeights
+        from megatron.bridge.models.conversion.load import load_weights
+
+        chunks = _as_chunks(model)
+        load_weights(
+            chunks,
+            self.family,
+            HFWeights(self._weights_directory(hf_path)),
+            allowed_mismatched=allowed_mismatched_params or (),
+            show_progress=show_progress,
+        )
+        return chunks
+
+    def export_hf_weights(
+        self,
+        model: "Model",
+        cpu: bool = False,
+        show_progress: bool = True,
+        conversion_tasks: "Sequence[ConversionTask] | None" = None,
+    ) -> "Iterator[tuple[str, torch.Tensor]]":
+        """Yield (Hugging Face name, whole tensor) pairs. Collective: every rank must take every pair.
+
+        Args:
+            model: This rank's chunks, wrapped or not.
+            cpu: Yield tensors in host memory.
+            show_progress: Whether rank 0 shows a bar.
+            conversion_tasks: Only these weights; None: all.
+        """
+        from megatron.bridge.models.conversion.export import export_weights
+
+        chunks = _as_chunks(model)
+        return export_weights(chunks, self.family, cpu=cpu, show_progress=show_progress, tasks=conversion_tasks)
+
+    def get_conversion_tasks(self, model: "Model") -> "list[ConversionTask]":
+        """Each weight that this rank holds, with the Hugging Face tensors that it is made of."""
+        from megatron.bridge.models.conversion.tasks import local_tasks
+
+        return [task for chunk in local_tasks(_as_chunks(model), self.family) for task in chunk]
+
+    def save_hf_pretrained(
+        self,
+        model: "Model",
+        path: "str | Path",
+        show_progress: bool = True,
+        source_path: "str | Path | None" = None,
+        strict: bool = True,
+        *,
+        max_shard_bytes: int = 5_000_000_000,
+    ) -> None:
+        """Write a Hugging Face directory: configuration, tokenizer and weights. Collective.
+
+        Args:
+            model: This rank's chunks, wrapped or not.
+            path: New directory, or an earlier export to replace.
+            show_progress: Whether rank 0 shows a bar.
+            source_path: Take configuration and tokenizer from here instead.
+            strict: Refuse an export whose tensor names differ from the source's.
+            max_shard_bytes: Size that a file of weights stays below.
+
+        Raises:
+            ValueError: `path` is taken, or the names differ.
+        """
+        from megatron.bridge.models.conversion.hf_directory import save_hf_directory
+
+        source = find_hf_directory(source_path) if source_path else self.directory
+        save_hf_directory(
+            _as_chunks(model),
+            self.family,
+            path,
+            hf_config=read_hf_config(source) if source_path else self.hf_config,
+            source=source,
+            strict=strict,
+            show_progress=show_progress,
+            max_shard_bytes=max_shard_bytes,
+        )
+
+    def save_megatron_model(
+        self, model: "Model", path: "str | Path", hf_tokenizer_path: "str | Path | None" = None
+    ) -> Path:
+        """Write a weights-only Megatron checkpoint, iteration 0. Collective.
+
+        Args:
+            model: This rank's chunks, wrapped or not.
+            path: Root directory of the checkpoint.
+            hf_tokenizer_path: Directory whose tokenizer is stored with it; None: the model's own.
+
+        Returns:
+            The iteration's directory.
+        """
+        from megatron.bridge.checkpoint.layout import TOKENIZER_DIRECTORY
+        from megatron.bridge.checkpoint.model_checkpoint import save_model_checkpoint
+        from megatron.bridge.models.conversion.hf_directory import TOKENIZER_FILES, copy_files
+        from megatron.bridge.models.conversion.tasks import model_config
+        from megatron.bridge.utils.distributed import is_rank_0, on_all_ranks
+        from megatron.bridge.utils.yaml_io import to_yaml_dict
+
+        chunks = _as_chunks(model)
+        provider = copy.copy(model_config(chunks))
+        provider.perform_initialization, provider.use_cpu_initialization = True, False  # how it was built, not what
+        iteration_directory = save_model_checkpoint(chunks, path, run_config={"model": to_yaml_dict(provider)})
+        tokenizer = Path(hf_tokenizer_path) if hf_tokenizer_path else self.directory
+        with on_all_ranks(f"storing the tokenizer in {iteration_directory}"):
+            if is_rank_0() and tokenizer is not None:
+                target = iteration_directory / TOKENIZER_DIRECTORY
+                target.mkdir(exist_ok=True)
+                copy_files(tokenizer, target, TOKENIZER_FILES)
+        return iteration_directory
+
+    def load_megatron_model(
+        self, path: "str | Path", *, mp_overrides: Mapping[str, Any] | None = None, **options: Any
+    ) -> "list[MegatronModule]":
+        """Build the model of a Megatron checkpoint and load its weights. Collective.
+
+        Brings up a process group and model-parallel state where there are none, and leaves them up.
+
+        Args:
+            path: Root, or `iter_N` directory.
+            mp_overrides: Parallel sizes and other provider fields that differ from the checkpoint's; by default the
+                sizes of the model-parallel state, or 1.
+            options: For `provide_distributed_model`; not wrapped for training by default.
+
+        Raises:
+            FileNotFoundError: No checkpoint there.
+            ValueError: Not complete, or its configuration can't be read.
+        """
+        from megatron.bridge.checkpoint.model_checkpoint import load_model_weights
+        from megatron.bridge.models.conversion.saved_provider import read_provider, set_parallel_sizes
+
+        provider = read_provider(path)
+        set_parallel_sizes(provider, mp_overrides or {})
+        provider.perform_initialization = False
+        chunks = provider.provide_distributed_model(**{"wrap_with_ddp": False, **options})
+        load_model_weights(chunks, path)
+        return chunks
+
+    @classmethod
+    def import_ckpt(
+        cls,
+        hf_model_id: "str | Path",
+        megatron_path: "str | Path",
+        *,
+        tensor_model_parallel_size: int = 1,
+        pipeline_model_parallel_size: int = 1,
+        show_progress: bool = True,
+        **download_options: Any,
+    ) -> Path:
+        """Convert a Hugging Face model to a Megatron checkpoint, in host memory. Collective under torchrun.
+
+        Args:
+            hf_model_id: Directory, or hub name.
+            megatron_path: Root directory of the checkpoint.
+            tensor_model_parallel_size: Ranks that share each matrix while converting; the result can be loaded at any.
+            pipeline_model_parallel_size: Ranks that share the layers while converting.
+            show_progress: Whether rank 0 shows a bar.
+            download_options: For the hub.
+
+        Returns:
+            The iteration's directory.
+        """
+        from megatron.bridge.models.conversion.saved_provider import set_parallel_sizes
+        from megatron.bridge.utils.distributed import model_parallel_groups
+
+        bridge = cls.from_hf_pretrained(hf_model_id, **download_options)
+        with model_parallel_groups(tensor_model_parallel_size, pipeline_model_parallel_size):
+            provider = bridge.to_megatron_provider(load_weights=False)
+            set_parallel_sizes(provider, {})
+            provider.perform_initialization = False
+            chunks = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
+            bridge.load_hf_weights(chunks, show_progress=show_progress)
+            return bridge.save_megatron_model(chunks, megatron_path)
+
+    def export_ckpt(
+        self,
+        megatron_path: "str | Path",
+        hf_path: "str | Path",
+        show_progress: bool = True,
+        strict: bool = True,
+        *,
+        tensor_model_parallel_size: int = 1,
+        pipeline_model_parallel_size: int = 1,
+    ) -> None:
+        """Convert a Megatron checkpoint to a Hugging Face directory, in host memory. Collective under torchrun.
+
+        Args:
+            megatron_path: Root, or `iter_N` directory.
+            hf_path: New directory, or an earlier export to replace.
+            show_progress: Whether rank 0 shows a bar.
+            strict: Refuse an export whose tensor names differ from the source's.
+            tensor_model_parallel_size: Ranks that share each matrix while converting.
+            pipeline_model_parallel_size: Ranks that share the layers while converting.
+        """
+        from megatron.bridge.utils.distributed import model_parallel_groups
+
+        with model_parallel_groups(tensor_model_parallel_size, pipeline_model_parallel_size):
+            chunks = self.load_megatron_model(megatron_path, use_cpu_initialization=True)
+            self.save_hf_pretrained(chunks, hf_path, show_progress, strict=strict)
+
+    @staticmethod
+    def get_hf_model_id_from_checkpoint(path: "str | Path") -> str | None:
+        """The Hugging Face directory or hub name that a Megatron checkpoint came from; None: it doesn't say."""
+        from megatron.bridge.models.conversion.saved_provider import read_model_section
+
+        return read_model_section(path).get("hf_model_id")
+
+    def _weights_directory(self, hf_path: "str | Path | None") -> Path:
+        directory = find_hf_directory(hf_path) if hf_path else self.directory
+        if directory is None:
+            raise ValueError(
+                "there are no weights to load: this bridge was made from a configuration; pass hf_path, or "
+                "load_weights=False"
+            )
+        return directory
+
+
+def _as_chunks(model: "Model") -> "list[MegatronModule]":
+    return list(model) if isinstance(model, Sequence) else [model]

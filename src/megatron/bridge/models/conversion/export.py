@@ -1,0 +1,86 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""A Megatron model's weights as Hugging Face tensors: one at a time, whole, on every rank."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from tqdm import tqdm
+
+from megatron.bridge.models.conversion.tasks import ConversionTask, WeightPlace, all_places, local_tasks, model_config
+from megatron.bridge.models.families import ModelFamily
+from megatron.bridge.utils.device import current_device
+from megatron.bridge.utils.distributed import is_rank_0
+
+
+def export_weights(
+    chunks: Sequence[MegatronModule],
+    family: ModelFamily,
+    *,
+    cpu: bool = False,
+    show_progress: bool = True,
+    tasks: Sequence[ConversionTask] | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, tensor) pairs in the order of the layers. Collective: every rank must take every pair.
+
+    Args:
+        chunks: The model, wrapped or not.
+        family: Its table of mappings.
+        cpu: Yield tensors in host memory.
+        show_progress: Whether rank 0 shows a bar.
+        tasks: Only these weights of this rank; None: all.
+
+    Yields:
+        The Hugging Face name and the whole tensor, a copy in the model's dtype; the same on all ranks.
+    """
+    config = model_config(chunks)
+    by_chunk = local_tasks(chunks, family) if tasks is None else [tasks]
+    mine = {task.megatron_name: task for chunk in by_chunk for task in chunk if not task.place.is_copy}
+    places = exported_places(by_chunk)
+    with tqdm(places, desc="exporting weights", unit="tensor", disable=not (show_progress and is_rank_0())) as bar:
+        for place in bar:
+            for name, tensor in _hf_tensors(place, mine.get(place.mapping.megatron_name), config).items():
+                yield name, tensor.cpu() if cpu else tensor
+
+
+def exported_places(tasks: Sequence[Sequence[ConversionTask]]) -> list[WeightPlace]:
+    """The weights that an export consists of, in order. Collective."""
+    return [place for place in all_places(tasks) if not place.is_copy]
+
+
+def _hf_tensors(place: WeightPlace, task: ConversionTask | None, config: TransformerConfig) -> dict[str, torch.Tensor]:
+    """One weight's Hugging Face tensors on every rank; `task` is None on the stages that don't hold it."""
+    pipeline_group = parallel_state.get_pipeline_model_parallel_group()
+    many_ranks = config.tensor_model_parallel_size > 1 or pipeline_group.size() > 1
+    device = current_device() if many_ranks or task is None else task.parameter.device
+    dim = place.mapping.dim or 0
+    tensors = {
+        name: torch.empty(shape, dtype=place.dtype, device=device) for name, shape in place.hf_shapes(config).items()
+    }
+    if task is not None:
+        whole = _whole_weight(task, device)
+        position = 0
+        for segment in place.segments(config):
+            if segment.hf_name is not None:
+                target = tensors[segment.hf_name].narrow(dim, segment.start, segment.length)
+                target.copy_(whole.narrow(dim, position, segment.length))
+            position += segment.length
+    if pipeline_group.size() > 1:
+        owner = dist.get_global_rank(pipeline_group, place.pipeline_rank)
+        for tensor in tensors.values():
+            dist.broadcast(tensor, owner, group=pipeline_group)
+    return tensors
+
+
+def _whole_weight(task: ConversionTask, device: torch.device) -> torch.Tensor:
+    """The weight over all tensor-parallel ranks, laid end to end along its split axis."""
+    shard = task.parameter.detach().to(device)
+    group = parallel_state.get_tensor_model_parallel_group()
+    if task.place.mapping.dim is None or group.size() == 1:
+        return shard
+    shards = [torch.empty_like(shard, memory_format=torch.contiguous_format) for _ in range(group.size())]
+    dist.all_gather(shards, shard.contiguous(), group=group)
+    return torch.cat(shards, dim=task.place.mapping.dim)

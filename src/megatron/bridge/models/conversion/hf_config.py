@@ -1,0 +1,129 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Reading a Hugging Face `config.json`, and the parts of it that families share."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+from megatron.bridge.models.vocab_padding import largest_divisor
+
+DOWNLOADED_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*"]
+
+
+def find_hf_directory(path: str | Path, **download_options: Any) -> Path:
+    """The local directory of a Hugging Face model, fetched from the hub where `path` is a hub name.
+
+    Args:
+        path: A directory, or a name such as `HuggingFaceTB/SmolLM2-135M-Instruct`.
+        download_options: For `huggingface_hub.snapshot_download`: `revision`, `token`, `local_files_only`, …
+
+    Raises:
+        FileNotFoundError: No such directory, and no such model that can be fetched.
+    """
+    if os.path.isdir(path):
+        return Path(path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=DOWNLOADED_FILES, **download_options))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise FileNotFoundError(
+            f"{str(path)!r} is no directory, and fetching it from the Hugging Face hub failed ({reason}): "
+            "expected the directory of a Hugging Face model, or the name of one that the hub has"
+        ) from error
+
+
+def config_as_dict(config: "PretrainedConfig | Mapping[str, Any]") -> dict[str, Any]:
+    """A Hugging Face configuration object, or the content of a `config.json`, as a dict that names its architecture."""
+    if isinstance(config, Mapping):
+        return dict(config)
+    content = config.to_dict()
+    if not content.get("architectures"):
+        content["architectures"] = [type(config).__name__.removesuffix("Config") + "ForCausalLM"]
+    return content
+
+
+def read_hf_config(directory: str | Path) -> dict[str, Any]:
+    """Read `config.json` of a Hugging Face directory.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not a JSON object.
+    """
+    path = Path(directory) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: expected the directory of a Hugging Face model") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): restore the file from another copy") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds a {type(config).__name__}: expected a JSON object")
+    return config
+
+
+def expect_value(hf: Mapping[str, Any], key: str, expected: Any, *, default: Any) -> None:
+    """Refuse a Hugging Face configuration that asks for what the family's table can't express.
+
+    Raises:
+        ValueError: `hf[key]` is not `expected`.
+    """
+    found = hf.get(key, default)
+    if found != expected:
+        raise ValueError(f"config.json: {key}={found!r} is not supported for {hf['architectures']}: need {expected!r}")
+
+
+def rope_parameters(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The provider's rotary fields; reads transformers 5's `rope_parameters` and the older `rope_scaling`.
+
+    Raises:
+        ValueError: A kind of scaling other than "default", "linear" and "llama3".
+    """
+    rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    fields: dict[str, Any] = {
+        "rotary_base": rope.get("rope_theta") or hf.get("rope_theta", 10000.0),
+        "rotary_percent": rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor", 1.0),
+    }
+    if kind == "linear":
+        fields["seq_len_interpolation_factor"] = rope["factor"]
+    elif kind == "llama3":
+        fields["rope_scaling"] = True
+        fields["rope_scaling_factor"] = rope["factor"]
+        for name in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+            fields[f"rope_scaling_{name}"] = rope[name]
+    elif kind != "default":
+        raise ValueError(f"config.json: rope_type={kind!r} is not supported: expected default, linear or llama3")
+    return fields
+
+
+def dtype_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The provider's precision fields for weights of the configuration's dtype.
+
+    Raises:
+        ValueError: A dtype that Megatron has no parameters in.
+    """
+    name = str(hf.get("dtype") or hf.get("torch_dtype") or "float32").removeprefix("torch.")
+    if name not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"config.json: dtype={name!r} is not supported: expected float32, bfloat16 or float16")
+    import torch  # here, so that a look at a directory doesn't cost the import
+
+    dtype = getattr(torch, name)
+    return {
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "fp16": dtype is torch.float16,
+    }
+
+
+def vocabulary_fields(vocab_size: int) -> dict[str, Any]:
+    """Let ranks share any vocabulary, without padding at tensor-parallel size 1."""
+    return {"should_pad_vocab": True, "make_vocab_size_divisible_by": largest_divisor(vocab_size)}

@@ -1,0 +1,134 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""A whole Hugging Face directory: configuration, tokenizer and weights, there in full or not at all."""
+
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+
+from megatron.bridge.models.conversion.export import export_weights, exported_places
+from megatron.bridge.models.conversion.hf_weights import HFWeights, HFWeightsWriter, ShardPlan
+from megatron.bridge.models.conversion.load import may_be_ignored
+from megatron.bridge.models.conversion.tasks import local_tasks, model_config
+from megatron.bridge.models.families import ModelFamily
+from megatron.bridge.utils.distributed import is_rank_0, on_all_ranks
+from megatron.bridge.utils.files import replaced_directory
+
+logger = logging.getLogger(__name__)
+
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+)
+OTHER_FILES = ("generation_config.json", "LICENSE*", "NOTICE*")
+
+
+def copy_files(source: Path, target: Path, patterns: Sequence[str]) -> None:
+    """Copy the files at the top of `source` that match a pattern."""
+    for path in sorted({path for pattern in patterns for path in source.glob(pattern) if path.is_file()}):
+        shutil.copyfile(path, target / path.name)
+
+
+def save_hf_directory(
+    chunks: Sequence[MegatronModule],
+    family: ModelFamily,
+    path: str | Path,
+    *,
+    hf_config: dict[str, Any],
+    source: Path | None,
+    strict: bool = True,
+    show_progress: bool = True,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write a model as a Hugging Face directory. Collective; rank 0 writes, one shard of weights in memory.
+
+    Args:
+        chunks: The model, wrapped or not.
+        family: Its table of mappings.
+        path: The directory; an older export there is replaced once the new one is complete.
+        hf_config: Becomes `config.json`, with the model's dtype.
+        source: Directory whose tokenizer, generation configuration and licence are copied; None copies none.
+        strict: Refuse an export whose tensor names differ from those of `source`.
+        show_progress: Whether rank 0 shows a bar.
+        max_shard_bytes: Size that a file of weights stays below, unless a single tensor is larger.
+
+    Raises:
+        ValueError: `path` is taken by something else, or the names differ. Nothing is written then.
+    """
+    path = Path(path)
+    config = model_config(chunks)
+    places = exported_places(local_tasks(chunks, family))
+    plan = ShardPlan.make((pair for place in places for pair in place.hf_bytes(config)), max_shard_bytes)
+    with ExitStack() as stack:
+        with on_all_ranks(f"preparing {path}"):
+            check_target(path, source)
+            check_names(set(plan.file_of), family, config, source, strict=strict)
+            if is_rank_0():
+                directory = stack.enter_context(replaced_directory(path))
+                _write_config(directory, hf_config, config.params_dtype)
+                if source is not None:
+                    copy_files(source, directory, (*TOKENIZER_FILES, *OTHER_FILES))
+                writer = HFWeightsWriter(directory, plan)
+        for name, tensor in export_weights(chunks, family, cpu=True, show_progress=show_progress):
+            with on_all_ranks(f"writing {path}"):
+                if is_rank_0():
+                    writer.add(name, tensor)
+        with on_all_ranks(f"completing {path}"):
+            if is_rank_0():
+                writer.finish()
+                stack.close()
+    logger.info("wrote %s (%d tensors, %.2f GB)", path, len(plan.file_of), plan.total_bytes / 1e9)
+
+
+def check_target(path: Path, source: Path | None) -> None:
+    """Refuse to replace what is no earlier export.
+
+    Raises:
+        ValueError: `path` is the source itself, a file, or a directory with other content.
+    """
+    if source is not None and path.resolve() == source.resolve():
+        raise ValueError(f"{path} is the source of the conversion: name another directory to write to")
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file: name a directory to write to")
+    if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
+        raise ValueError(f"{path} holds something else than a Hugging Face model: name a new or empty directory")
+
+
+def check_names(exported: set[str], family: ModelFamily, config: Any, source: Path | None, *, strict: bool) -> None:
+    """Compare the names of an export with those of the directory that the model came from.
+
+    Raises:
+        ValueError: They differ, and `strict`.
+    """
+    if source is None or not any(source.glob("*.safetensors")):
+        return
+    weights = HFWeights(source)
+    in_source = {name for name in weights.files if not may_be_ignored(name, config, family)}
+    differing = sorted(in_source ^ exported)
+    if differing:
+        side = "only the source" if differing[0] in in_source else "only the export"
+        message = (
+            f"the export's tensors differ from those of {source}: {side} holds {differing[0]!r} "
+            f"({len(differing)} differ)"
+        )
+        if strict:
+            raise ValueError(f"{message}; name the directory of this model, or pass strict=False")
+        logger.warning(message)
+
+
+def _write_config(directory: Path, hf_config: dict[str, Any], dtype: torch.dtype) -> None:
+    """Write `config.json` with the dtype that the weights really have."""
+    key = "dtype" if "dtype" in hf_config else "torch_dtype"
+    config = {**hf_config, key: str(dtype).removeprefix("torch.")}
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,150 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Hugging Face weights on disk: safetensors read slice by slice, and written shard by shard."""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+
+
+class HFWeights:
+    """The tensors of a Hugging Face directory. Nothing but headers is read until a slice is asked for.
+
+    Args:
+        directory: Holds `model.safetensors`, or shards with their index.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self._files: dict[Path, Any] = {}
+
+    @cached_property
+    def files(self) -> dict[str, Path]:
+        """The file of each tensor, by tensor name.
+
+        Raises:
+            FileNotFoundError: No safetensors weights, or a shard that the index names is missing.
+            ValueError: A file is damaged or half-written, or a shard lacks a tensor that the index puts there.
+        """
+        index = self.directory / INDEX_FILE
+        if not index.is_file():
+            single = self.directory / SINGLE_FILE
+            if not single.is_file():
+                raise FileNotFoundError(
+                    f"{single} is missing, and so is {INDEX_FILE}: expected a Hugging Face model saved as safetensors"
+                )
+            return dict.fromkeys(self._open(single).keys(), single)
+        files = {name: self.directory / file for name, file in _read_index(index).items()}
+        for path in sorted(set(files.values())):
+            held = set(self._open(path).keys())
+            absent = [name for name, file in files.items() if file == path and name not in held]
+            if absent:
+                raise ValueError(f"{path} holds no {absent[0]!r}, which {index} puts there: download the file again")
+        return files
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """The dtype of a tensor as safetensors names it: `BF16`, `F16`, `F32`, …"""
+        return self._slice(name).get_dtype()
+
+    def read(self, name: str, dim: int | None = None, start: int = 0, length: int = 0) -> torch.Tensor:
+        """Read a tensor, or the part `[start, start + length)` of it along axis `dim`, to the host."""
+        whole = self._slice(name)
+        if dim is None:
+            return whole[...]
+        return whole[(slice(None),) * dim + (slice(start, start + length),)]
+
+    def _slice(self, name: str) -> Any:
+        return self._open(self.files[name]).get_slice(name)
+
+    def _open(self, path: Path) -> Any:
+        if path not in self._files:
+            try:
+                self._files[path] = safe_open(path, framework="pt", device="cpu")
+            except FileNotFoundError:
+                raise FileNotFoundError(f"{path} is missing, and {INDEX_FILE} names it: download it again") from None
+            except SafetensorError as error:
+                raise ValueError(f"{path} is damaged or half-written ({error}): download it again") from None
+        return self._files[path]
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}): expected JSON with a weight_map") from None
+    return weight_map
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """Which tensor goes to which file; decided before the first one is written."""
+
+    file_of: dict[str, str]
+    total_bytes: int
+
+    @classmethod
+    def make(cls, sizes_bytes: Iterable[tuple[str, int]], max_shard_bytes: int) -> "ShardPlan":
+        """Fill files in the given order.
+
+        Args:
+            sizes_bytes: (tensor name, size) pairs.
+            max_shard_bytes: Size that a file stays below, unless a single tensor is larger.
+        """
+        shards: list[list[str]] = [[]]
+        filled = total = 0
+        for name, size in sizes_bytes:
+            if shards[-1] and filled + size > max_shard_bytes:
+                shards.append([])
+                filled = 0
+            shards[-1].append(name)
+            filled += size
+            total += size
+        if len(shards) == 1:
+            return cls(dict.fromkeys(shards[0], SINGLE_FILE), total)
+        names = {i: f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)}
+        return cls({tensor: names[i] for i, shard in enumerate(shards, start=1) for tensor in shard}, total)
+
+
+class HFWeightsWriter:
+    """Writes tensors in the order of a plan, holding one shard in memory.
+
+    Args:
+        directory: Where the files go.
+        plan: Names every tensor that will be added.
+    """
+
+    def __init__(self, directory: Path, plan: ShardPlan) -> None:
+        self._directory = directory
+        self._plan = plan
+        self._shard: dict[str, torch.Tensor] = {}
+        self._waiting = dict(plan.file_of)
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Take the next tensor, which lies in host memory; writes its file when the file's last tensor has come."""
+        file = self._waiting.pop(name)
+        self._shard[name] = tensor.contiguous()
+        if file not in self._waiting.values():
+            path = self._directory / file
+            save_file(self._shard, path, metadata={"format": "pt"})
+            os.chmod(path, 0o644)
+            self._shard.clear()
+
+    def finish(self) -> None:
+        """Write the index, where there is more than one file."""
+        if set(self._plan.file_of.values()) != {SINGLE_FILE}:
+            index = {"metadata": {"total_size": self._plan.total_bytes}, "weight_map": self._plan.file_of}
+            (self._directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,145 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Hugging Face weights into a built Megatron model: everything is checked before anything is touched."""
+
+import logging
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from tqdm import tqdm
+
+from megatron.bridge.models.conversion.hf_weights import HFWeights
+from megatron.bridge.models.conversion.mapping import shard
+from megatron.bridge.models.conversion.tasks import ConversionTask, WeightPlace, all_places, local_tasks, model_config
+from megatron.bridge.models.families import ModelFamily
+from megatron.bridge.utils.distributed import is_rank_0, on_all_ranks
+
+logger = logging.getLogger(__name__)
+
+_SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def load_weights(
+    chunks: Sequence[MegatronModule],
+    family: ModelFamily,
+    weights: HFWeights,
+    *,
+    allowed_mismatched: Sequence[str] = (),
+    show_progress: bool = True,
+) -> None:
+    """Copy Hugging Face weights into this rank's parameters, in the parameters' dtype. Collective.
+
+    Each rank reads only the slices it needs, one at a time.
+
+    Args:
+        chunks: The model, wrapped or not.
+        family: Its table of mappings.
+        weights: Where to read.
+        allowed_mismatched: Patterns (fnmatch) of Hugging Face or Megatron names whose shape may differ; such weights
+            keep their values.
+        show_progress: Whether rank 0 shows a bar.
+
+    Raises:
+        FileNotFoundError: No weights there, or a shard is missing.
+        ValueError: A tensor is missing, unexpected, or of the wrong shape. No parameter has changed then.
+    """
+    config = model_config(chunks)
+    tasks = local_tasks(chunks, family)
+    places = all_places(tasks)
+    with on_all_ranks(f"checking the weights in {weights.directory}"):
+        mismatched = check_weights(places, config, family, weights, allowed_mismatched=allowed_mismatched)
+    with on_all_ranks(f"reading the weights in {weights.directory}"):
+        mine = [task for chunk in tasks for task in chunk if task.megatron_name not in mismatched]
+        with tqdm(mine, desc="reading weights", unit="tensor", disable=not (show_progress and is_rank_0())) as bar:
+            for task in bar:
+                _copy_into(task, config, weights)
+
+
+def _copy_into(task: ConversionTask, config: TransformerConfig, weights: HFWeights) -> None:
+    """Fill one parameter, slice by slice."""
+    dim = task.place.mapping.dim
+    segments = task.place.segments(config)
+    if dim is None:
+        parts = shard(segments, 0, task.parameter.shape[0])
+    else:
+        length = task.parameter.shape[dim]
+        parts = shard(segments, parallel_state.get_tensor_model_parallel_rank() * length, length)
+    with torch.no_grad():
+        for offset, segment in parts:
+            target = task.parameter.narrow(dim or 0, offset, segment.length)
+            if segment.hf_name is None:
+                target.zero_()
+            else:
+                target.copy_(weights.read(segment.hf_name, dim or 0, segment.start, segment.length))
+
+
+def check_weights(
+    places: Sequence[WeightPlace],
+    config: TransformerConfig,
+    family: ModelFamily,
+    weights: HFWeights,
+    *,
+    allowed_mismatched: Sequence[str] = (),
+) -> set[str]:
+    """Compare the files with the model, reading headers only.
+
+    Returns:
+        The Megatron names whose shapes differ and may.
+
+    Raises:
+        FileNotFoundError: No weights there, or a shard is missing.
+        ValueError: Names the file, the tensor, what was found and what is expected.
+    """
+    expected: set[str] = set()
+    mismatched: set[str] = set()
+    dtypes: dict[str, int] = {}
+    for place in places:
+        for name, shape in place.hf_shapes(config).items():
+            expected.add(name)
+            if name not in weights.files:
+                raise ValueError(
+                    f"{weights.directory} holds no tensor {name!r}, which the model needs with shape {shape}: "
+                    "name the directory of this model, or download it again"
+                )
+            found = weights.shape(name)
+            if found == shape:
+                if weights.dtype(name) != _SAFETENSORS_DTYPES.get(place.dtype):
+                    dtypes[weights.dtype(name)] = dtypes.get(weights.dtype(name), 0) + 1
+            elif any(fnmatchcase(n, p) for p in allowed_mismatched for n in (name, place.mapping.megatron_name)):
+                logger.warning(
+                    "%s keeps its values: %s has shape %s, not %s", place.mapping.megatron_name, name, found, shape
+                )
+                mismatched.add(place.mapping.megatron_name)
+            else:
+                raise ValueError(_wrong_shape(weights, name, found, shape, place, config))
+    unexpected = [name for name in weights.files if name not in expected and not may_be_ignored(name, config, family)]
+    if unexpected:
+        raise ValueError(
+            f"{weights.files[unexpected[0]]} holds {unexpected[0]!r}, for which the model has no place "
+            f"({len(unexpected)} such tensors): name the directory of this model, or correct the model's configuration"
+        )
+    for dtype, count in dtypes.items():
+        logger.warning("%d tensors of dtype %s are cast to the model's", count, dtype)
+    return mismatched
+
+
+def _wrong_shape(
+    weights: HFWeights, name: str, found: tuple, expected: tuple, place: WeightPlace, config: TransformerConfig
+) -> str:
+    """The one-line error for a tensor that doesn't fit."""
+    line = f"{weights.files[name]}: {name!r} has shape {found}, expected {expected}"
+    padding = [segment for segment in place.segments(config) if segment.hf_name is None]
+    if padding or expected[0] == config.vocab_size:
+        rows = place.full_length(config.tensor_model_parallel_size)
+        return f"{line} for model.vocab_size={config.vocab_size} (padded to {rows}): set model.vocab_size={found[0]}"
+    return f"{line} by the model's configuration: name the directory of this model, or correct the model's sizes"
+
+
+def may_be_ignored(name: str, config: TransformerConfig, family: ModelFamily) -> bool:
+    """Whether a file may hold a tensor that the model has no place for."""
+    if config.share_embeddings_and_output_weights and name == "lm_head.weight":
+        return True
+    return any(fnmatchcase(name, pattern) for pattern in family.ignored_tensors)

@@ -1,0 +1,146 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""How a Megatron weight is put together from Hugging Face tensors: tables of slices, no tensor in sight.
+
+A Megatron weight, its tensor-parallel shards laid end to end along one axis, is a sequence of *segments*: slices of
+Hugging Face tensors along the same axis. One rank's shard is an even part of that sequence. This one description
+serves both directions: import copies each slice into its place, export copies it back, and both are exact.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class ModelSizes(Protocol):
+    """The part of a provider that layouts need; counts and lengths over all ranks."""
+
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    ffn_hidden_size: int
+    vocab_size: int
+    share_embeddings_and_output_weights: bool
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A slice of a Hugging Face tensor along the split axis; `hf_name` None stands for padding."""
+
+    hf_name: str | None
+    start: int
+    length: int
+
+
+Layout = Callable[[ModelSizes, int, tuple[str, ...], int], list[Segment]]
+"""(sizes, tensor-parallel size, Hugging Face names, full length) -> the segments of the whole weight."""
+
+
+@dataclass(frozen=True)
+class WeightMapping:
+    """One Megatron weight, or one in every layer, and the Hugging Face tensors it is made of.
+
+    Names may hold `{layer}`, the layer's number from 0 over all pipeline stages.
+    """
+
+    megatron_name: str
+    hf_names: tuple[str, ...]
+    layout: Layout
+    dim: int | None
+    """The axis that tensor parallelism splits; None: every rank holds the whole weight."""
+
+    def at_layer(self, layer: int | None) -> "WeightMapping":
+        """The same mapping with the layer's number filled in."""
+        if layer is None:
+            return self
+        hf_names = tuple(name.replace("{layer}", str(layer)) for name in self.hf_names)
+        return WeightMapping(self.megatron_name.replace("{layer}", str(layer)), hf_names, self.layout, self.dim)
+
+    def segments(self, sizes: ModelSizes, tensor_parallel_size: int, full_length: int) -> list[Segment]:
+        """The segments of the whole weight, whose length along the split axis is `full_length`."""
+        return self.layout(sizes, tensor_parallel_size, self.hf_names, full_length)
+
+
+def shard(segments: Iterable[Segment], start: int, length: int) -> list[tuple[int, Segment]]:
+    """The part of a sequence of segments that lies within `[start, start + length)`.
+
+    Returns:
+        (offset within the part, segment) pairs.
+    """
+    parts = []
+    position = 0
+    for segment in segments:
+        first = max(position, start)
+        last = min(position + segment.length, start + length)
+        if first < last:
+            cut = Segment(segment.hf_name, segment.start + first - position, last - first)
+            parts.append((first - start, cut))
+        position += segment.length
+    return parts
+
+
+def hf_lengths(segments: Iterable[Segment]) -> dict[str, int]:
+    """The length of each Hugging Face tensor along the split axis, as its segments add up."""
+    lengths: dict[str, int] = {}
+    for segment in segments:
+        if segment.hf_name is not None:
+            lengths[segment.hf_name] = lengths.get(segment.hf_name, 0) + segment.length
+    return lengths
+
+
+def replicated(megatron_name: str, hf_name: str) -> WeightMapping:
+    """A weight that every tensor-parallel rank holds whole, such as a norm's."""
+    return WeightMapping(megatron_name, (hf_name,), _one_tensor, dim=None)
+
+
+def split_rows(megatron_name: str, hf_name: str) -> WeightMapping:
+    """A matrix, or bias, whose output features are split (Core's column-parallel layers)."""
+    return WeightMapping(megatron_name, (hf_name,), _one_tensor, dim=0)
+
+
+def split_columns(megatron_name: str, hf_name: str) -> WeightMapping:
+    """A matrix whose input features are split (Core's row-parallel layers)."""
+    return WeightMapping(megatron_name, (hf_name,), _one_tensor, dim=1)
+
+
+def vocabulary(megatron_name: str, hf_name: str) -> WeightMapping:
+    """A matrix with one row a token, padded at the end."""
+    return WeightMapping(megatron_name, (hf_name,), _padded_vocabulary, dim=0)
+
+
+def fused_qkv(megatron_name: str, *, q: str, k: str, v: str) -> WeightMapping:
+    """Query, key and value in one matrix, or bias: for each query group its heads' queries, its key, its value."""
+    return WeightMapping(megatron_name, (q, k, v), _grouped_qkv, dim=0)
+
+
+def fused_gate_up(megatron_name: str, *, gate: str, up: str) -> WeightMapping:
+    """A gated MLP's two input matrices in one: on each tensor-parallel rank its gate rows, then its up rows."""
+    return WeightMapping(megatron_name, (gate, up), _gate_up_by_rank, dim=0)
+
+
+def _one_tensor(sizes: ModelSizes, ranks: int, names: tuple[str, ...], full_length: int) -> list[Segment]:
+    return [Segment(names[0], 0, full_length)]
+
+
+def _padded_vocabulary(sizes: ModelSizes, ranks: int, names: tuple[str, ...], full_length: int) -> list[Segment]:
+    padding = [Segment(None, 0, full_length - sizes.vocab_size)] if full_length > sizes.vocab_size else []
+    return [Segment(names[0], 0, sizes.vocab_size), *padding]
+
+
+def _grouped_qkv(sizes: ModelSizes, ranks: int, names: tuple[str, ...], full_length: int) -> list[Segment]:
+    q, k, v = names
+    kv_rows = sizes.kv_channels
+    q_rows = kv_rows * (sizes.num_attention_heads // sizes.num_query_groups)
+    return [
+        segment
+        for group in range(sizes.num_query_groups)
+        for segment in (
+            Segment(q, group * q_rows, q_rows),
+            Segment(k, group * kv_rows, kv_rows),
+            Segment(v, group * kv_rows, kv_rows),
+        )
+    ]
+
+
+def _gate_up_by_rank(sizes: ModelSizes, ranks: int, names: tuple[str, ...], full_length: int) -> list[Segment]:
+    rows = sizes.ffn_hidden_size // ranks
+    return [Segment(name, rank * rows, rows) for rank in range(ranks) for name in names]

@@ -1,0 +1,63 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""The provider that a Megatron checkpoint describes, and the parallel sizes it is built with here."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron.core import parallel_state
+
+from megatron.bridge.checkpoint.layout import resolve_checkpoint
+from megatron.bridge.checkpoint.model_checkpoint import read_run_config
+from megatron.bridge.models.gpt_provider import GPTModelProvider
+from megatron.bridge.utils.yaml_io import from_yaml_dict
+
+
+def read_model_section(path: str | Path) -> dict[str, Any]:
+    """The `model` section of a checkpoint's configuration, as plain data.
+
+    Raises:
+        FileNotFoundError: No checkpoint, or none with a configuration.
+        ValueError: The configuration has no such section.
+    """
+    directory = resolve_checkpoint(path)
+    section = read_run_config(directory).get("model")
+    if not isinstance(section, Mapping):
+        raise ValueError(f"{directory} has a configuration without a 'model' section: expected the model's fields")
+    return dict(section)
+
+
+def read_provider(path: str | Path) -> GPTModelProvider:
+    """The provider that a checkpoint's configuration describes; nothing in the file is executed.
+
+    Raises:
+        FileNotFoundError: No checkpoint, or none with a configuration.
+        ValueError: It names a class that is not known here, or a value of the wrong type.
+    """
+    return from_yaml_dict(read_model_section(path), expected=GPTModelProvider, strict=False, where=f"{path}: model")
+
+
+def set_parallel_sizes(provider: GPTModelProvider, overrides: Mapping[str, Any]) -> None:
+    """Give a provider the sizes of Core's model-parallel state, brought up with `overrides` where there is none.
+
+    Args:
+        provider: Any; its own sizes are those of the run that saved it.
+        overrides: Provider fields to set; parallel sizes not named are the state's, or 1.
+    """
+    provider.sequence_parallel = False
+    provider.context_parallel_size = provider.expert_model_parallel_size = 1
+    provider.expert_tensor_parallel_size = None
+    provider.pipeline_model_parallel_layout = None
+    provider.num_layers_in_first_pipeline_stage = provider.num_layers_in_last_pipeline_stage = None
+    provider.account_for_embedding_in_pipeline_split = provider.account_for_loss_in_pipeline_split = False
+    is_up = parallel_state.is_initialized()
+    state = parallel_state
+    provider.tensor_model_parallel_size = state.get_tensor_model_parallel_world_size() if is_up else 1
+    provider.pipeline_model_parallel_size = state.get_pipeline_model_parallel_world_size() if is_up else 1
+    provider.virtual_pipeline_model_parallel_size = (
+        state.get_virtual_pipeline_model_parallel_world_size() if is_up else None
+    )
+    for name, value in overrides.items():
+        setattr(provider, name, value)
+    if not is_up:
+        provider.initialize_model_parallel()

@@ -1,0 +1,203 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""`GPTModelProvider`: Core's transformer configuration plus what it takes to build a GPT from it."""
+
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from megatron.bridge.models.fusions import COMPILED_FUSIONS, KERNEL_FUSIONS, why_unavailable
+from megatron.bridge.models.layer_specs import default_layer_spec
+from megatron.bridge.models.model_provider import ModelProviderMixin
+from megatron.bridge.models.rope import Llama3RopeScaling
+from megatron.bridge.models.vocab_padding import mask_padding_logits, padded_vocab_size
+
+logger = logging.getLogger(__name__)
+
+LayerSpec = ModuleSpec | TransformerBlockSubmodules
+_INIT_METHODS = ("init_method", "output_layer_init_method", "embedding_init_method")
+
+
+@dataclass
+class GPTModelProvider(TransformerConfig, ModelProviderMixin):
+    """A GPT's configuration, which builds the GPT.
+
+    Fields may be changed until the model is built: nothing is checked or derived before `finalize()`.
+    """
+
+    seq_length: int = 1024
+    """Longest sequence, in tokens."""
+    vocab_size: int | None = None
+    """Tokens of the tokenizer's vocabulary, without padding. Needed to build the model."""
+    should_pad_vocab: bool = False
+    """Whether the embedding may get more rows than the vocabulary has tokens, so that ranks share it evenly."""
+    make_vocab_size_divisible_by: int = 128
+    """With `should_pad_vocab`: the padded vocabulary is a multiple of this times the tensor-parallel size."""
+    share_embeddings_and_output_weights: bool = True
+    """Whether the output layer uses the embedding's weight (tied embeddings)."""
+    position_embedding_type: Literal["learned_absolute", "rope", "none"] = "learned_absolute"
+    """How a token knows its position."""
+    rotary_base: float = 10000
+    """Base of the rotary frequencies."""
+    rotary_percent: float = 1.0
+    """Part of each head's channels that is rotated."""
+    rope_scaling: bool = False
+    """Whether the rotary frequencies are scaled as in Llama 3."""
+    rope_scaling_factor: float = 8.0
+    """How many times longer the slow frequencies become."""
+    rope_scaling_low_freq_factor: float = 1.0
+    """Frequencies with fewer turns than this in the original length are scaled in full."""
+    rope_scaling_high_freq_factor: float = 4.0
+    """Frequencies with more turns than this in the original length stay as they are."""
+    rope_scaling_original_max_position_embeddings: int = 8192
+    """Length pretrained on, in tokens."""
+    seq_len_interpolation_factor: float | None = None
+    """Linear scaling of the positions; None: none."""
+    scatter_embedding_sequence_parallel: bool = True
+    """With sequence parallelism: whether the embedding's output is cut along the sequence."""
+    parallel_output: bool = True
+    """Whether logits stay split over the tensor-parallel ranks."""
+    fp16_lm_cross_entropy: bool = False
+    """Whether the loss is computed in half precision."""
+    transformer_layer_spec: LayerSpec | Callable[..., LayerSpec] = default_layer_spec
+    """The layers, or a function of the provider (and `vp_stage`, if it takes it) that returns them."""
+    hf_model_id: str | None = None
+    """Where the weights came from: a Hugging Face directory or hub name; None: nowhere."""
+
+    def __post_init__(self) -> None:
+        """Core's checks and derived fields wait for `finalize()`."""
+        self._pre_wrap_hooks = []
+        self._post_wrap_hooks = []
+        self._derived_init_methods: dict[str, Callable] = {}
+
+    def finalize(self) -> None:
+        """Switch off the fusions that can't run here, then run Core's checks and derive what is left open.
+
+        Raises:
+            ValueError: Fields that contradict each other.
+        """
+        for name, derived in self._derived_init_methods.items():
+            if getattr(self, name) is derived:  # else it was set since
+                setattr(self, name, None)
+        left_open = [name for name in _INIT_METHODS if getattr(self, name) is None]
+        self._switch_off_fusions()
+        if self.pipeline_model_parallel_size > 1 and self.pipeline_dtype is None:
+            self.pipeline_dtype = self.params_dtype
+        TransformerConfig.__post_init__(self)
+        self._derived_init_methods = {name: getattr(self, name) for name in left_open}
+
+    def _switch_off_fusions(self) -> None:
+        reasons: dict[str, list[str]] = {}
+        for name in (*COMPILED_FUSIONS, *KERNEL_FUSIONS):
+            reason = why_unavailable(name) if getattr(self, name) else None
+            if reason is not None:
+                setattr(self, name, False)
+                reasons.setdefault(reason, []).append(name)
+        if reasons:
+            logger.info("fusions off: %s", "; ".join(f"{', '.join(names)} ({why})" for why, names in reasons.items()))
+
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding over all tensor-parallel ranks.
+
+        Raises:
+            ValueError: No vocabulary size, or one that the ranks can't share and that must not be padded.
+        """
+        if self.vocab_size is None:
+            raise ValueError("model.vocab_size is not set: set it to the number of tokens of the tokenizer")
+        tensor_parallel_size = self.tensor_model_parallel_size
+        if self.should_pad_vocab:
+            return padded_vocab_size(self.vocab_size, self.make_vocab_size_divisible_by, tensor_parallel_size)
+        if self.vocab_size % tensor_parallel_size:
+            raise ValueError(
+                f"model.vocab_size={self.vocab_size} is no multiple of "
+                f"model.tensor_model_parallel_size={tensor_parallel_size}: set model.should_pad_vocab=true"
+            )
+        return self.vocab_size
+
+    def provide(
+        self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
+    ) -> GPTModel:
+        """Build one bare chunk of a finalized provider. Core's model-parallel state must be up.
+
+        Args:
+            pre_process: Whether the chunk has the embedding; None: whether it is the first one.
+            post_process: Whether the chunk has the output layer; None: whether it is the last one.
+            vp_stage: The chunk's virtual pipeline stage; None without virtual pipelining.
+        """
+        is_first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+        is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+        model = GPTModel(
+            config=self,
+            transformer_layer_spec=self._layer_spec(vp_stage),
+            vocab_size=self.padded_vocab_size(),
+            max_sequence_length=self.seq_length,
+            pre_process=is_first if pre_process is None else pre_process,
+            post_process=is_last if post_process is None else post_process,
+            fp16_lm_cross_entropy=self.fp16_lm_cross_entropy,
+            parallel_output=self.parallel_output,
+            share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
+            position_embedding_type=self.position_embedding_type,
+            rotary_percent=self.rotary_percent,
+            rotary_base=self.rotary_base,
+            scatter_embedding_sequence_parallel=self.scatter_embedding_sequence_parallel,
+            seq_len_interpolation_factor=self.seq_len_interpolation_factor,
+            vp_stage=vp_stage,
+        )
+        if self.rope_scaling:
+            # Core's own scaling knows only the factor; the other three numbers differ between models.
+            model.rotary_pos_emb.inv_freq = self._rope_scaling().scale(model.rotary_pos_emb.inv_freq)
+        if model.post_process and self.padded_vocab_size() > self.vocab_size:
+            mask_padding_logits(
+                model.output_layer,
+                vocab_size=self.vocab_size,
+                tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
+                tensor_parallel_size=self.tensor_model_parallel_size,
+            )
+        return model
+
+    def _layer_spec(self, vp_stage: int | None) -> LayerSpec:
+        spec = self.transformer_layer_spec
+        if isinstance(spec, (ModuleSpec, TransformerBlockSubmodules)):
+            return spec
+        takes_stage = "vp_stage" in inspect.signature(spec).parameters
+        return spec(self, vp_stage=vp_stage) if takes_stage else spec(self)
+
+    def _rope_scaling(self) -> Llama3RopeScaling:
+        return Llama3RopeScaling(
+            factor=self.rope_scaling_factor,
+            low_freq_factor=self.rope_scaling_low_freq_factor,
+            high_freq_factor=self.rope_scaling_high_freq_factor,
+            original_max_position_embeddings=self.rope_scaling_original_max_position_embeddings,
+        )
+
+    def initialize_model_parallel(self, seed: int = 1234, **options: Any) -> None:
+        """Bring up the process group, Core's model-parallel state with this provider's sizes, and the seeds.
+
+        Args:
+            seed: For every random generator.
+            options: Further arguments of Core's `initialize_model_parallel`.
+        """
+        from megatron.bridge.utils.device import enter_device
+        from megatron.bridge.utils.distributed import (
+            init_process_group,
+            initialize_model_parallel,
+            seed_everything,
+        )
+
+        init_process_group(enter_device())
+        initialize_model_parallel(
+            self.tensor_model_parallel_size,
+            self.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=self.virtual_pipeline_model_parallel_size,
+            context_parallel_size=self.context_parallel_size,
+            expert_model_parallel_size=self.expert_model_parallel_size,
+            **options,
+        )
+        seed_everything(seed)

@@ -1,0 +1,83 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Which implementation the transformer layers get: Transformer Engine's or Core's local one, chosen with a reason."""
+
+import dataclasses
+import importlib.util
+import logging
+from functools import partial
+from typing import Any
+
+from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from megatron.bridge.models.torch_norm import TorchNorm
+from megatron.bridge.utils.device import is_simulated
+
+logger = logging.getLogger(__name__)
+
+
+def has_transformer_engine() -> bool:
+    """Whether Transformer Engine is installed."""
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+def choose_layer_spec(config: TransformerConfig) -> tuple[str, str]:
+    """The implementation for this process and the reason: `("local" | "transformer_engine", reason)`."""
+    if config.transformer_impl == "local":
+        return "local", "model.transformer_impl=local"
+    if is_simulated():
+        return "local", "Transformer Engine needs a GPU, and the accelerator is simulated"
+    if not has_transformer_engine():
+        return "local", "Transformer Engine is not installed"
+    return "transformer_engine", "Transformer Engine is installed"
+
+
+def default_layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """Transformer Engine's layers where they can run, else Core's local layers; logs the choice and the reason.
+
+    Args:
+        config: A finalized provider.
+        vp_stage: The chunk's virtual pipeline stage; None without virtual pipelining.
+    """
+    name, reason = choose_layer_spec(config)
+    if not vp_stage:
+        logger.info("layer spec: %s (%s)", name, reason)
+    return (local_layer_spec if name == "local" else transformer_engine_layer_spec)(config, vp_stage)
+
+
+def transformer_engine_layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage on Transformer Engine."""
+    return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+
+
+def local_layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage on Core's own modules, with norms that know sequence parallelism."""
+    block = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
+    )
+    # Apex's fused norm, where it is installed, knows LayerNorm with sequence parallelism, and no RMSNorm.
+    replaced = (WrappedTorchNorm, FusedLayerNorm) if config.normalization == "RMSNorm" else (WrappedTorchNorm,)
+    _replace_norms(block, replaced)
+    return block
+
+
+def _replace_norms(spec: Any, replaced: tuple[type, ...]) -> None:
+    """Put `TorchNorm` wherever a spec, or a spec inside it, names one of the `replaced` classes."""
+    if isinstance(spec, list):
+        for item in spec:
+            _replace_norms(item, replaced)
+    elif isinstance(spec, ModuleSpec):
+        _replace_norms(spec.submodules, replaced)
+    elif isinstance(spec, partial):
+        _replace_norms(list(spec.keywords.values()), replaced)
+    elif dataclasses.is_dataclass(spec) and not isinstance(spec, type):
+        for field in dataclasses.fields(spec):
+            value = getattr(spec, field.name)
+            if any(value is norm for norm in replaced):
+                setattr(spec, field.name, TorchNorm)
+            else:
+                _replace_norms(value, replaced)

@@ -1,0 +1,141 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""How a provider becomes the model chunks of this rank: hooks, precision wrapper, data-parallel wrapper.
+
+A *chunk* is the part of the model between two pipeline hand-overs: one a rank, or one a virtual pipeline stage.
+"""
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import Float16Module, MegatronModule
+
+from megatron.bridge.utils.device import current_device
+
+ChunkHook = Callable[[list[MegatronModule]], list[MegatronModule] | None]
+"""Gets the chunks; returns them, others in their place, or None to keep them."""
+
+
+class ModelProviderMixin(abc.ABC):
+    """What every provider can do, given `provide` and `finalize`."""
+
+    _pre_wrap_hooks: list[ChunkHook]
+    _post_wrap_hooks: list[ChunkHook]
+
+    @abc.abstractmethod
+    def provide(
+        self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
+    ) -> MegatronModule:
+        """Build one bare chunk."""
+
+    @abc.abstractmethod
+    def finalize(self) -> None:
+        """Check the fields and fill the derived ones; may be called again after a change."""
+
+    def register_pre_wrap_hook(self, hook: ChunkHook, prepend: bool = False) -> None:
+        """Have `hook` called with the bare chunks, before the precision and data-parallel wrappers.
+
+        Args:
+            hook: Loads weights, freezes them, or adds adapters.
+            prepend: Call it before the hooks registered so far.
+        """
+        self._pre_wrap_hooks.insert(0 if prepend else len(self._pre_wrap_hooks), hook)
+
+    def register_post_wrap_hook(self, hook: ChunkHook, prepend: bool = False) -> None:
+        """Have `hook` called with the wrapped chunks.
+
+        Args:
+            hook: What to do with them.
+            prepend: Call it before the hooks registered so far.
+        """
+        self._post_wrap_hooks.insert(0 if prepend else len(self._post_wrap_hooks), hook)
+
+    def provide_distributed_model(
+        self,
+        ddp_config: DistributedDataParallelConfig | None = None,
+        *,
+        wrap_with_ddp: bool = True,
+        use_cpu_initialization: bool = False,
+        data_parallel_random_init: bool = False,
+        overlap_param_gather_with_optimizer_step: bool = False,
+        pg_collection: ProcessGroupCollection | None = None,
+        pre_wrap_hook: ChunkHook | None = None,
+        post_wrap_hook: ChunkHook | None = None,
+    ) -> list[MegatronModule]:
+        """Build this rank's chunks. Core's model-parallel state must be up and its random tracker seeded.
+
+        Args:
+            ddp_config: For Core's data-parallel wrapper; None takes its defaults.
+            wrap_with_ddp: Wrap for training. Without it the chunks have no gradient buffers.
+            use_cpu_initialization: Build in host memory; moved to the device only if `wrap_with_ddp`.
+            data_parallel_random_init: Ranks started from different weights: take those of the first data-parallel rank.
+            overlap_param_gather_with_optimizer_step: As in Core: no gradient buckets.
+            pg_collection: Core's process groups; None takes those of its global state.
+            pre_wrap_hook: One more hook, called after the registered ones.
+            post_wrap_hook: One more hook, called after the registered ones.
+
+        Returns:
+            One chunk, or one a virtual pipeline stage.
+        """
+        self.use_cpu_initialization = self.use_cpu_initialization or use_cpu_initialization
+        self.finalize()
+        self._check_parallel_sizes()
+        chunks = self._build_chunks()
+        chunks = _call_hooks([*self._pre_wrap_hooks, *([pre_wrap_hook] if pre_wrap_hook else [])], chunks)
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+            if wrap_with_ddp or not self.use_cpu_initialization:
+                chunk.to(current_device())
+        if self.fp16 or self.bf16:
+            chunks = [Float16Module(self, chunk) for chunk in chunks]
+        if wrap_with_ddp:
+            chunks = [
+                DistributedDataParallel(
+                    config=self,
+                    ddp_config=ddp_config or DistributedDataParallelConfig(),
+                    module=chunk,
+                    # Only the first chunk's backward ends late enough for its buckets to be worth overlapping.
+                    disable_bucketing=index > 0 or overlap_param_gather_with_optimizer_step,
+                    pg_collection=pg_collection,
+                )
+                for index, chunk in enumerate(chunks)
+            ]
+            if data_parallel_random_init:
+                for chunk in chunks:
+                    chunk.broadcast_params()
+        return _call_hooks([*self._post_wrap_hooks, *([post_wrap_hook] if post_wrap_hook else [])], chunks)
+
+    def _build_chunks(self) -> list[MegatronModule]:
+        num_stages = self.virtual_pipeline_model_parallel_size
+        if num_stages is None or self.pipeline_model_parallel_size == 1:
+            return [self.provide()]
+        return [self.provide(vp_stage=stage) for stage in range(num_stages)]
+
+    def _check_parallel_sizes(self) -> None:
+        """Compare the provider's parallel sizes with Core's process groups.
+
+        Raises:
+            ValueError: They differ, so the model would be cut otherwise than the ranks are grouped.
+        """
+        found = {
+            "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+            "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+            "virtual_pipeline_model_parallel_size": parallel_state.get_virtual_pipeline_model_parallel_world_size(),
+        }
+        for name, size in found.items():
+            if getattr(self, name) != size:
+                raise ValueError(
+                    f"model.{name}={getattr(self, name)}, but the process groups were built for {size}: "
+                    "initialize model parallelism with the model's sizes"
+                )
+
+
+def _call_hooks(hooks: list[ChunkHook], chunks: list[Any]) -> list[Any]:
+    for hook in hooks:
+        replaced = hook(chunks)
+        chunks = chunks if replaced is None else replaced
+    return chunks
