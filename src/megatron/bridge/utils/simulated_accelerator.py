@@ -105,9 +105,13 @@ def _moved(tensor: torch.Tensor, *, to_host: bool) -> torch.Tensor:
 def _tensor_to(tensor: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
     """`Tensor.to` where a device may be named: the dtype change is torch's, the move is ours."""
     target = None
-    rest = []
+    rest, flags = [], []
     for arg in args:
-        if isinstance(arg, torch.Tensor):
+        if arg is None:  # Module.to passes a dtype of None
+            continue
+        if isinstance(arg, bool):
+            flags.append(arg)
+        elif isinstance(arg, torch.Tensor):
             target = "cpu" if _is_host(arg) else "cuda"
             rest.append(arg.dtype)
         elif not isinstance(arg, torch.dtype) and _named_device(arg) is not None:
@@ -117,6 +121,7 @@ def _tensor_to(tensor: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
     if "device" in kwargs:
         target = _named_device(kwargs["device"]) or target
         kwargs = {name: value for name, value in kwargs.items() if name != "device"}
+    kwargs = {**kwargs, **dict(zip(("non_blocking", "copy"), flags, strict=False))}
     was_host = _is_host(tensor)
     result = torch.Tensor.to(tensor, *rest, **kwargs) if rest or kwargs else tensor
     if was_host and result is not tensor:
