@@ -145,6 +145,9 @@ class ValidationConfig:
     eval_interval: int | None = None
     """Steps between evaluations. None: only at the end of the run."""
 
+    eval_at_start: bool = False
+    """Evaluate before the first step too, so that a run shows what its training changed."""
+
     start_eval_at_iter: int | None = None
     """First step at which an evaluation may happen. None: from the start."""
 

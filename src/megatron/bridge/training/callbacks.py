@@ -1,0 +1,96 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Hooks into a run: subclass `Callback`, override what you need, pass it to `finetune` or `pretrain`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from megatron.bridge.training.state import GlobalState
+
+
+@dataclass
+class CallbackContext:
+    """What a callback sees. Fields that an event has no value for are None."""
+
+    state: GlobalState
+    model: list[torch.nn.Module]
+    optimizer: Any = None
+    scheduler: Any = None
+    user_state: dict[str, Any] = field(default_factory=dict)
+    """Callbacks may keep their own things here; it lives as long as the run."""
+
+    loss_dict: dict[str, float] | None = None
+    """Losses of the step just taken, or the means of an evaluation."""
+
+    grad_norm: float | None = None
+    skipped_iter: bool | None = None
+    num_tokens: int | None = None
+    """Tokens that counted in the loss of the step just taken, over all ranks."""
+
+    step_seconds: float | None = None
+    """Wall-clock time of the step just taken."""
+
+
+class Callback:
+    """Override the events you need. They run on every rank, in the order the callbacks were given."""
+
+    def on_train_start(self, context: CallbackContext) -> None: ...
+    def on_train_step_start(self, context: CallbackContext) -> None: ...
+    def on_train_step_end(self, context: CallbackContext) -> None: ...
+    def on_train_end(self, context: CallbackContext) -> None: ...
+    def on_eval_start(self, context: CallbackContext) -> None: ...
+    def on_eval_step_start(self, context: CallbackContext) -> None: ...
+    def on_eval_step_end(self, context: CallbackContext) -> None: ...
+    def on_eval_end(self, context: CallbackContext) -> None: ...
+    def on_test_start(self, context: CallbackContext) -> None: ...
+    def on_test_step_start(self, context: CallbackContext) -> None: ...
+    def on_test_step_end(self, context: CallbackContext) -> None: ...
+    def on_test_end(self, context: CallbackContext) -> None: ...
+    def on_checkpoint_save(self, context: CallbackContext) -> None: ...
+
+
+EVENTS = tuple(name for name in vars(Callback) if name.startswith("on_"))
+
+
+class CallbackManager:
+    """Calls a run's callbacks, in order."""
+
+    def __init__(self, callbacks: Sequence[Callback] = ()) -> None:
+        self.callbacks = list(callbacks)
+        self.user_state: dict[str, Any] = {}
+
+    def add(self, callback: Callback) -> None:
+        """Append a callback."""
+        self.callbacks.append(callback)
+
+    def fire(self, event: str, context: CallbackContext) -> None:
+        """Call one event of all callbacks.
+
+        Args:
+            event: A name in `EVENTS`.
+            context: What they see.
+        """
+        context.user_state = self.user_state
+        for callback in self.callbacks:
+            getattr(callback, event)(context)
+
+
+def normalize_callbacks(callbacks: Sequence[Callback] | CallbackManager | None) -> CallbackManager:
+    """A manager from what users pass: a list of callbacks, a manager, or None.
+
+    Raises:
+        ValueError: An element is not a `Callback`.
+    """
+    if isinstance(callbacks, CallbackManager):
+        return callbacks
+    for callback in callbacks or ():
+        if not isinstance(callback, Callback):
+            raise ValueError(
+                f"callbacks holds a {type(callback).__name__}: expected instances of "
+                "megatron.bridge.training.callbacks.Callback"
+            )
+    return CallbackManager(callbacks or ())

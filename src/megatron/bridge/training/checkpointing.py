@@ -1,0 +1,234 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Save and load: the two verbs of checkpointing, and the sync that makes a load right under CPU offload.
+
+The rule: masters follow what was loaded. Optimizer state loaded: theirs, to the bit. Weights only: rebuilt from the
+weights. It is decided by what the load did (`LoadPlan.optimizer`), never by a flag.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import yaml
+from megatron.core import mpu
+from megatron.core.num_microbatches_calculator import update_num_microbatches
+
+from megatron.bridge.checkpoint import layout
+from megatron.bridge.checkpoint.model_checkpoint import (
+    commit_checkpoint,
+    load_model_state_dict,
+    model_sharded_state_dict,
+)
+from megatron.bridge.checkpoint.sharded_state import load_sharded, read_plain_blob, save_sharded
+from megatron.bridge.training.checkpoint_plan import LoadPlan, Source, plan_load
+from megatron.bridge.training.config import ConfigContainer
+from megatron.bridge.training.cpu_offload.param_copies import (
+    HybridParamSync,
+    check_hybrid_optimizer_param_copies,
+    sync_hybrid_optimizer_param_copies,
+)
+from megatron.bridge.training.rng_state import get_rng_state, restore_rng_state
+from megatron.bridge.training.state import GlobalState, TrainState
+from megatron.bridge.utils.distributed import barrier, is_rank_0, on_all_ranks
+from megatron.bridge.utils.files import check_writable_directory
+
+__all__ = [
+    "HybridParamSync",
+    "check_hybrid_optimizer_param_copies",
+    "load_checkpoint",
+    "save_checkpoint",
+    "sync_hybrid_optimizer_param_copies",
+]
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT_VERSION = 3.0
+
+
+def save_checkpoint(
+    state: GlobalState,
+    model: list[Any],
+    optimizer: Any,
+    opt_param_scheduler: Any,
+    num_floating_point_operations_so_far: float = 0,
+) -> Path:
+    """Write a checkpoint of the current step with all ranks. It counts only once it is complete on disk.
+
+    Args:
+        state: The run; its train state says the step.
+        model: This rank's chunks.
+        optimizer: Megatron optimizer, or None.
+        opt_param_scheduler: Its schedule, or None.
+        num_floating_point_operations_so_far: Written into the train state.
+
+    Returns:
+        The iteration's directory.
+
+    Raises:
+        ValueError: `checkpoint.save` is not set or can't be written.
+    """
+    cfg = state.cfg
+    if cfg.checkpoint.save is None:
+        raise ValueError("save_checkpoint needs checkpoint.save: set it to a directory")
+    root = Path(cfg.checkpoint.save)
+    with on_all_ranks(f"preparing {root}"):
+        if is_rank_0():
+            check_writable_directory(root, "checkpoint.save")
+    state.train_state.floating_point_operations_so_far = num_floating_point_operations_so_far
+    step = state.train_state.step
+    directory = layout.checkpoint_name(root, step)
+    content = _state_to_save(cfg, model, optimizer, opt_param_scheduler, step)
+    save_sharded(
+        content,
+        directory,
+        content_metadata=_sharding_metadata(cfg),
+        parallel_group=mpu.get_data_parallel_group(with_context_parallel=True)
+        if cfg.checkpoint.fully_parallel_save
+        else None,
+    )
+    with on_all_ranks(f"completing {directory}"):
+        if is_rank_0() and cfg.checkpoint.save_tokenizer_assets and state.tokenizer is not None:
+            state.tokenizer.save_pretrained(directory / layout.TOKENIZER_DIRECTORY)
+    commit_checkpoint(
+        root,
+        directory,
+        run_config=yaml.safe_load(cfg.to_yaml()),
+        train_state=state.train_state.state_dict(),
+        iteration=step,
+    )
+    if is_rank_0():
+        logger.info("saved step %d to %s", step, directory)
+        for old in layout.prune(root, cfg.checkpoint.most_recent_k or 0):
+            logger.info("removed %s (checkpoint.most_recent_k=%d)", old, cfg.checkpoint.most_recent_k)
+    barrier()
+    return directory
+
+
+def load_checkpoint(
+    state: GlobalState,
+    model: list[Any],
+    optimizer: Any,
+    opt_param_scheduler: Any,
+    strict: bool = True,
+) -> tuple[int, float]:
+    """Load what the configuration asks for, with all ranks, and bring the optimizer's copies in line with it.
+
+    Args:
+        state: The run; its train state is replaced on a resume and kept otherwise.
+        model: This rank's chunks.
+        optimizer: Megatron optimizer built on them, or None.
+        opt_param_scheduler: Its schedule, or None.
+        strict: Every tensor of the model must be in the checkpoint and fit.
+
+    Returns:
+        The step and the floating point operations so far; (0, 0) for pretrained weights or nothing to load.
+
+    Raises:
+        FileNotFoundError: Nothing to load where something was named.
+        ValueError: The checkpoint is incomplete or for another model.
+        RuntimeError: The offloaded optimizer's copies don't follow the load.
+    """
+    with on_all_ranks("planning the load"):
+        plan = plan_load(state.cfg)
+    if plan is None:
+        return 0, 0
+    logger.info("loading %s", plan)
+    if plan.source is Source.HUGGING_FACE:
+        _load_hf_weights(model, plan.path)
+        loaded = {}
+    else:
+        loaded = _load_megatron(state.cfg, plan, model, optimizer, opt_param_scheduler, strict=strict)
+    if optimizer is not None:
+        _bring_masters_in_line(state.cfg, optimizer, restored=plan.optimizer, loaded=loaded)
+    if plan.train_state:
+        _restore_train_state(state, plan.path)
+    barrier()
+    return state.train_state.step, state.train_state.floating_point_operations_so_far
+
+
+def _bring_masters_in_line(cfg: ConfigContainer, optimizer: Any, *, restored: bool, loaded: dict[str, Any]) -> None:
+    """Masters follow what was loaded: rebuilt from the weights, unless the optimizer's own state was restored."""
+    is_mixed_precision = cfg.model.fp16 or cfg.model.bf16
+    main_params = loaded if cfg.checkpoint.load_main_params_from_ckpt and not restored else None
+    if not restored and is_mixed_precision:
+        optimizer.reload_model_params(state_dict=main_params)
+    if not cfg.optimizer.optimizer_cpu_offload:
+        return
+    if not restored:
+        sync_hybrid_optimizer_param_copies(optimizer, main_params)
+    check_hybrid_optimizer_param_copies(optimizer, exact=not restored and main_params is None)
+
+
+def _load_hf_weights(model: list[Any], path: Path) -> None:
+    from megatron.bridge.models.conversion.auto_bridge import AutoBridge
+
+    AutoBridge.from_hf_pretrained(str(path)).load_hf_weights(model)
+
+
+def _load_megatron(
+    cfg: ConfigContainer, plan: LoadPlan, model: list[Any], optimizer: Any, opt_param_scheduler: Any, *, strict: bool
+) -> dict[str, Any]:
+    """Read the planned parts of a Megatron checkpoint and put them in place; returns what was read."""
+    metadata = _sharding_metadata(cfg)
+    weights = model_sharded_state_dict(model, metadata)
+    template = dict(weights)
+    with_optimizer = plan.optimizer and optimizer is not None
+    if with_optimizer:
+        template["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=True, metadata=metadata)
+    if plan.rng:
+        template["rng_state"] = get_rng_state(cfg.rng.data_parallel_random_init)
+    loaded = load_sharded(
+        template,
+        plan.path,
+        strict=cfg.checkpoint.dist_ckpt_strictness,
+        parallel_group=mpu.get_data_parallel_group(with_context_parallel=True)
+        if cfg.checkpoint.fully_parallel_load
+        else None,
+    )
+    load_model_state_dict(model, loaded, strict=strict)
+    if with_optimizer:
+        optimizer.load_state_dict(loaded["optimizer"])
+    if plan.scheduler and opt_param_scheduler is not None:
+        opt_param_scheduler.load_state_dict(loaded["opt_param_scheduler"])
+    if plan.rng:
+        restore_rng_state(loaded["rng_state"], data_parallel_random_init=cfg.rng.data_parallel_random_init)
+    return loaded
+
+
+def _restore_train_state(state: GlobalState, directory: Path) -> None:
+    """Replace the run's train state by the checkpoint's; a new object each time, so that no two runs share one."""
+    with on_all_ranks(f"reading {directory / layout.TRAIN_STATE_FILE}"):
+        path = directory / layout.TRAIN_STATE_FILE
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is missing: there is no step to resume from; for the weights alone set "
+                "checkpoint.finetune=true, or name the checkpoint in checkpoint.pretrained_checkpoint"
+            )
+        train_state = TrainState()
+        train_state.load_state_dict(read_plain_blob(path))
+    state.train_state = train_state
+    update_num_microbatches(consumed_samples=train_state.consumed_train_samples, verbose=True)
+
+
+def _state_to_save(
+    cfg: ConfigContainer, model: list[Any], optimizer: Any, opt_param_scheduler: Any, step: int
+) -> dict[str, Any]:
+    metadata = _sharding_metadata(cfg)
+    weights = model_sharded_state_dict(model, metadata)
+    content: dict[str, Any] = {"checkpoint_version": CHECKPOINT_VERSION, "iteration": step, **weights}
+    if cfg.checkpoint.save_optim and optimizer is not None:
+        content["optimizer"] = optimizer.sharded_state_dict(weights, metadata=metadata)
+        if opt_param_scheduler is not None:
+            content["opt_param_scheduler"] = opt_param_scheduler.state_dict()
+    if cfg.checkpoint.save_rng:
+        content["rng_state"] = get_rng_state(cfg.rng.data_parallel_random_init)
+    return content
+
+
+def _sharding_metadata(cfg: ConfigContainer) -> dict[str, Any]:
+    """How Core shards the state, stored with the checkpoint as `content_metadata`."""
+    metadata: dict[str, Any] = {"chained_optim_avoid_prefix": True, "singleton_local_shards": False}
+    if cfg.ddp.use_distributed_optimizer:
+        fully = cfg.checkpoint.dist_ckpt_optim_fully_reshardable
+        metadata["distrib_optim_sharding_type"] = "fully_reshardable" if fully else "dp_reshardable"
+    return metadata

@@ -1,0 +1,48 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""What a resume restores, to the bit: Adam's step counter and the masters that are stepped on.
+
+The dp_reshardable format keeps `step` out of the sharded state and hands the load template's value back, which then
+overwrites the counter that the param groups brought (NovaSky-AI/SkyRL PR 1403, Megatron-LM PR 7449). And a loaded
+master that is not the very tensor a sub-optimizer steps on is never pushed to it.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron.bridge.training.cpu_offload.repair import Repair
+
+
+class _RestoreStepAndMasters:
+    """Overrides of `DistributedOptimizer`."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if "param_state" not in state_dict:
+            return
+        steps = {group["step"] for group in state_dict["optimizer"]["param_groups"] if "step" in group}
+        if isinstance(self.optimizer, HybridDeviceOptimizer):
+            self.optimizer._update_fp32_params_by_new_state()
+        for sub_optimizer in getattr(self.optimizer, "sub_optimizers", [self.optimizer]):
+            for state in sub_optimizer.state.values():
+                if "step" in state and len(steps) == 1:
+                    state["step"] = torch.tensor(float(next(iter(steps))))
+
+
+def _steps_are_in_the_state(optimizer: DistributedOptimizer) -> bool:
+    return isinstance(optimizer.optimizer, (HybridDeviceOptimizer, torch.optim.Adam, torch.optim.AdamW))
+
+
+REPAIRS = (
+    Repair(
+        name="exact resume",
+        defect="a resume resets Adam's step counter and may leave masters behind",
+        threads=("NovaSky-AI/SkyRL PR 1403", "NVIDIA/Megatron-LM PR 7449"),
+        core_versions="0.16.1 to 0.19.2",
+        target=DistributedOptimizer,
+        mixin=_RestoreStepAndMasters,
+        is_needed=_steps_are_in_the_state,
+    ),
+)

@@ -1,0 +1,86 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""State to load into, without a step.
+
+Core fills an empty optimizer by `dummy_step`: random gradients, the real learning rate and a real step, which perturbs
+the weights that were just loaded (Megatron-LM #1842). Without Transformer Engine or Apex it does not fill a plain
+torch Adam at all, and building the load template (or saving before the first step) dies on `assert len(steps) == 1`.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron.bridge.training.cpu_offload.repair import Repair
+
+
+def allocate_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give every parameter of an Adam optimizer the state of step 0. State that exists is kept.
+
+    Args:
+        optimizer: A torch Adam or AdamW, Transformer Engine's or Apex's FusedAdam, or a `HybridDeviceOptimizer` of those.
+    """
+    if isinstance(optimizer, HybridDeviceOptimizer):
+        for sub_optimizer in optimizer.sub_optimizers:
+            allocate_state(sub_optimizer)
+        optimizer._sync_sub_optimizers_state_to_hdo()
+        return
+    keeps_step_in_state = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
+    for group in optimizer.param_groups:
+        if "betas" not in group:
+            continue  # SGD keeps no state that a load must find
+        for param in group["params"]:
+            if not optimizer.state[param]:
+                state: dict[str, Any] = {"step": torch.tensor(0.0)} if keeps_step_in_state else {}
+                state["exp_avg"] = torch.zeros_like(param.data)
+                state["exp_avg_sq"] = torch.zeros_like(param.data)
+                optimizer.state[param] = state
+
+
+class _AllocateBeforeTemplate:
+    """Overrides of `DistributedOptimizer`."""
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_stub_optimizer:
+            allocate_state(self.optimizer)
+        return super().sharded_state_dict(*args, **kwargs)
+
+
+class _AllocateInsteadOfStep:
+    """Overrides of `HybridDeviceOptimizer`."""
+
+    def dummy_step(self) -> None:
+        allocate_state(self)
+
+
+def _inner_is_torch_adam_or_hybrid(optimizer: DistributedOptimizer) -> bool:
+    return isinstance(optimizer.optimizer, (HybridDeviceOptimizer, torch.optim.Adam, torch.optim.AdamW))
+
+
+def _dummy_step_steps(optimizer: HybridDeviceOptimizer) -> bool:
+    return "self.step()" in inspect.getsource(HybridDeviceOptimizer.dummy_step)
+
+
+THREADS = ("NVIDIA/Megatron-LM #1842",)
+REPAIRS = (
+    Repair(
+        name="load template",
+        defect="an optimizer that never stepped can't be saved or loaded into",
+        threads=THREADS,
+        core_versions="0.16.1 to 0.19.2",
+        target=DistributedOptimizer,
+        mixin=_AllocateBeforeTemplate,
+        is_needed=_inner_is_torch_adam_or_hybrid,
+    ),
+    Repair(
+        name="no dummy step",
+        defect="dummy_step steps on random gradients and changes the weights",
+        threads=THREADS,
+        core_versions="0.16.1 to 0.19.2",
+        target=HybridDeviceOptimizer,
+        mixin=_AllocateInsteadOfStep,
+        is_needed=_dummy_step_steps,
+    ),
+)

@@ -1,0 +1,44 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""A resume that is not precision-aware: masters found where they are.
+
+Core looks every parameter up in `param_to_fp32_param`, which is empty unless precision-aware, and dies with KeyError
+while it builds the load template (NovaSky-AI/SkyRL PR 1401, Megatron-LM PR 6124).
+"""
+
+import inspect
+
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+
+from megatron.bridge.training.cpu_offload.repair import Repair
+
+
+class _MastersWhereTheyAre:
+    """Overrides of `HybridDeviceOptimizer`."""
+
+    def _update_fp32_params_by_new_state(self) -> None:
+        if not self.param_update_in_fp32:
+            return
+        for param, state in self.state.items():
+            master = self.param_to_inner_param[param]
+            if state["master_param"] is not master:
+                master.data.copy_(state["master_param"])
+                state["master_param"] = master
+
+
+def _looks_up_every_parameter(optimizer: HybridDeviceOptimizer) -> bool:
+    return "self.param_to_fp32_param[param]" in inspect.getsource(
+        HybridDeviceOptimizer._update_fp32_params_by_new_state
+    )
+
+
+REPAIRS = (
+    Repair(
+        name="master lookup",
+        defect="a resume without precision-aware optimizer dies with KeyError",
+        threads=("NovaSky-AI/SkyRL PR 1401", "NVIDIA/Megatron-LM PR 6124"),
+        core_versions="0.16.1 to 0.19.2",
+        target=HybridDeviceOptimizer,
+        mixin=_MastersWhereTheyAre,
+        is_needed=_looks_up_every_parameter,
+    ),
+)

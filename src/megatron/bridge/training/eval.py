@@ -1,0 +1,56 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Evaluation: the mean loss per token over a held-out set."""
+
+import logging
+import math
+from collections.abc import Callable
+
+import torch
+
+from megatron.bridge.training.callbacks import CallbackContext, CallbackManager
+from megatron.bridge.training.micro_batches import means, run_micro_batches
+from megatron.bridge.training.setup import SetupOutput
+
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def evaluate(
+    run: SetupOutput, forward_step: Callable, callbacks: CallbackManager, *, split: str = "validation"
+) -> dict[str, float]:
+    """Run the model over one pass of a set and report the mean losses.
+
+    Args:
+        run: What `setup` built.
+        forward_step: From `bind_forward_step`.
+        callbacks: Told of each step (`on_eval_…`, or `on_test_…` for the test set) and of the result.
+        split: `validation` or `test`.
+
+    Returns:
+        The mean loss per token, by name, the same on every rank.
+    """
+    event = "eval" if split == "validation" else "test"
+    batches = run.valid_data_iterator if split == "validation" else run.test_data_iterator
+    context = CallbackContext(run.state, run.model, run.optimizer, run.scheduler)
+    for chunk in run.model:
+        chunk.eval()
+    callbacks.fire(f"on_{event}_start", context)
+    sums: dict[str, tuple[float, float]] = {}
+    for micro_batches in batches:
+        callbacks.fire(f"on_{event}_step_start", context)
+        for name, (loss, count) in run_micro_batches(forward_step, micro_batches, run.model, forward_only=True).items():
+            before = sums.get(name, (0.0, 0.0))
+            sums[name] = (before[0] + loss, before[1] + count)
+        callbacks.fire(f"on_{event}_step_end", context)
+    if split == "validation":
+        run.state.train_state.consumed_valid_samples += batches.num_samples
+    for chunk in run.model:
+        chunk.train()
+    context.loss_dict = means(sums)
+    context.num_tokens = int(max((count for _, count in sums.values()), default=0))
+    reported = ", ".join(
+        f"{name} {value:.4f} (perplexity {math.exp(min(value, 20.0)):.2f})" for name, value in context.loss_dict.items()
+    )
+    logger.info("step %d: %s over %d samples: %s", run.state.train_state.step, split, batches.num_samples, reported)
+    callbacks.fire(f"on_{event}_end", context)
+    return context.loss_dict

@@ -1,0 +1,32 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""`finetune`: a run that starts from weights it must find."""
+
+from collections.abc import Callable, Sequence
+
+from megatron.bridge.training.callbacks import Callback, CallbackManager
+from megatron.bridge.training.config import ConfigContainer
+from megatron.bridge.training.pretrain import pretrain
+
+
+def finetune(
+    config: ConfigContainer,
+    forward_step_func: Callable,
+    callbacks: Sequence[Callback] | CallbackManager | None = None,
+) -> None:
+    """Finetune a pretrained model, or resume a finetune.
+
+    Weights come from `checkpoint.load` if it holds a checkpoint (a resume), else from `checkpoint.pretrained_checkpoint`
+    (a Megatron checkpoint, one of its iterations, or a Hugging Face directory). With the optimizer offloaded to the
+    CPU its copies of the weights follow what was loaded; nothing needs to be called or set for that.
+
+    Args:
+        config: As for `pretrain`.
+        forward_step_func: As for `pretrain`.
+        callbacks: As for `pretrain`.
+
+    Raises:
+        FileNotFoundError: There is nothing to load.
+        ValueError: As for `pretrain`.
+    """
+    config._checkpoint_load_required = True
+    pretrain(config, forward_step_func, callbacks)

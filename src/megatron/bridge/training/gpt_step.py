@@ -1,0 +1,68 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""The forward step of a GPT model: a micro-batch in, per-token losses out.
+
+Shapes: B micro-batch, S sequence.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from megatron.bridge.training.losses import masked_next_token_loss
+from megatron.bridge.training.state import GlobalState
+from megatron.bridge.utils.device import current_device
+
+BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+
+
+def get_batch(data_iterator: Iterator[dict[str, Any]]) -> dict[str, torch.Tensor | None]:
+    """Take the next micro-batch and put it on this rank's device.
+
+    Args:
+        data_iterator: Yields dicts with `tokens`, `labels`, `position_ids` ([B, S] int64), `loss_mask` ([B, S] float32)
+            and `attention_mask` (None for causal attention).
+
+    Returns:
+        The five tensors by name, on the device.
+    """
+    batch = next(data_iterator)
+    device = current_device()
+    return {
+        key: batch[key].to(device, non_blocking=True) if isinstance(batch.get(key), torch.Tensor) else None
+        for key in BATCH_KEYS
+    }
+
+
+def forward_step(
+    state: GlobalState,
+    data_iterator: Iterator[dict[str, Any]],
+    model: torch.nn.Module,
+    return_schedule_plan: bool = False,
+) -> tuple[torch.Tensor, Callable]:
+    """Run the model on the next micro-batch.
+
+    Args:
+        state: The run.
+        data_iterator: Micro-batches.
+        model: This stage's chunk.
+        return_schedule_plan: Not supported; kept in the signature that scripts use.
+
+    Returns:
+        The stage's output ([B, S] per-token losses on the last stage) and the loss function to call on it.
+
+    Raises:
+        ValueError: `return_schedule_plan` is set.
+    """
+    if return_schedule_plan:
+        raise ValueError("return_schedule_plan=True needs comm_overlap of MoE layers, which is not supported: unset it")
+    batch = get_batch(data_iterator)
+    output = model(batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"])
+    loss_function = partial(
+        masked_next_token_loss,
+        batch["loss_mask"],
+        check_for_nan_in_loss=state.cfg.rerun_state_machine.check_for_nan_in_loss,
+        check_for_spiky_loss=state.cfg.rerun_state_machine.check_for_spiky_loss,
+    )
+    return output, loss_function

@@ -1,0 +1,84 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Bring up what a run needs before its model: device, process groups, seeds, micro-batch calculator."""
+
+import logging
+
+from megatron.core import parallel_state
+from megatron.core.num_microbatches_calculator import (
+    destroy_num_microbatches_calculator,
+    init_num_microbatches_calculator,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.rerun_state_machine import RerunMode, destroy_rerun_state_machine, initialize_rerun_state_machine
+
+from megatron.bridge.training.config import ConfigContainer
+from megatron.bridge.utils import distributed
+from megatron.bridge.utils.device import choose_device
+from megatron.bridge.utils.logging import setup_logging
+
+logger = logging.getLogger(__name__)
+
+
+def enter_run(cfg: ConfigContainer) -> bool:
+    """Enter the configured device and bring up the default process group.
+
+    Returns:
+        Whether this call created the process group, and so must destroy it.
+    """
+    setup_logging(logging.INFO if cfg.logger.logging_level is None else cfg.logger.logging_level)
+    choice = choose_device(cfg.dist.device, cfg.dist.distributed_backend)
+    return distributed.init_process_group(choice, cfg.dist.distributed_timeout_minutes)
+
+
+def initialize_megatron(cfg: ConfigContainer) -> ProcessGroupCollection:
+    """Build Megatron-Core's process groups, seed all generators and set up the micro-batch calculator.
+
+    Args:
+        cfg: A configuration that `runtime_config_update` has resolved and checked.
+
+    Returns:
+        The process groups, by name.
+
+    Raises:
+        ValueError: The parallel sizes don't divide the number of processes.
+    """
+    enter_run(cfg)
+    model = cfg.model
+    distributed.initialize_model_parallel(
+        model.tensor_model_parallel_size,
+        model.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=model.virtual_pipeline_model_parallel_size,
+        context_parallel_size=model.context_parallel_size,
+        expert_model_parallel_size=model.expert_model_parallel_size,
+        expert_tensor_parallel_size=model.expert_tensor_parallel_size,
+        num_distributed_optimizer_instances=cfg.ddp.num_distributed_optimizer_instances,
+        distributed_timeout_minutes=cfg.dist.distributed_timeout_minutes,
+        create_gloo_process_groups=cfg.dist.use_gloo_process_groups,
+    )
+    distributed.seed_everything(
+        cfg.rng.seed,
+        data_parallel_random_init=cfg.rng.data_parallel_random_init,
+        te_rng_tracker=cfg.rng.te_rng_tracker,
+        inference_rng_tracker=cfg.rng.inference_rng_tracker,
+        force_reset_rng=True,
+    )
+    # Core's optimizer asks the rerun machine for permission to step; disabled, it only says yes.
+    initialize_rerun_state_machine(mode=RerunMode.DISABLED)
+    derived = cfg.derive(distributed.world_size())
+    destroy_num_microbatches_calculator()
+    init_num_microbatches_calculator(
+        distributed.rank(),
+        cfg.train.rampup_batch_size,
+        derived.global_batch_size,
+        derived.micro_batch_size,
+        derived.data_parallel_size,
+    )
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def destroy_global_state() -> None:
+    """Take down what `initialize_megatron` set up, so that another run can follow in this process."""
+    destroy_num_microbatches_calculator()
+    destroy_rerun_state_machine()
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()

@@ -1,0 +1,101 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Run a forward step through Megatron-Core's schedules: bind the run to it, feed it a step's micro-batches, add up losses."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron.bridge.training.state import GlobalState
+
+
+def bind_forward_step(forward_step_func: Callable, state: GlobalState) -> Callable:
+    """Give the run to a forward step that asks for it.
+
+    Args:
+        forward_step_func: Takes `(state, data_iterator, model)`, or `(data_iterator, model)` without the run; one more
+            parameter, `return_schedule_plan`, may follow. The run is recognised by the annotation `GlobalState` or by
+            being the first parameter named `state` or `global_state`.
+        state: The run.
+
+    Returns:
+        A function of `(data_iterator, model)`.
+
+    Raises:
+        ValueError: The function takes neither.
+    """
+    parameters = [
+        parameter for parameter in inspect.signature(forward_step_func).parameters.values() if parameter.name != "self"
+    ]
+    positional = [parameter for parameter in parameters if parameter.name != "return_schedule_plan"]
+    first = positional[0] if positional else None
+    wants_state = first is not None and (
+        first.annotation in (GlobalState, "GlobalState") or first.name in ("state", "global_state")
+    )
+    if len(positional) == (3 if wants_state else 2):
+        return partial(forward_step_func, state) if wants_state else forward_step_func
+    names = ", ".join(parameter.name for parameter in parameters)
+    raise ValueError(
+        f"forward_step_func {getattr(forward_step_func, '__name__', forward_step_func)!r} takes ({names}): "
+        "expected (state, data_iterator, model) or (data_iterator, model)"
+    )
+
+
+def run_micro_batches(
+    forward_step: Callable,
+    micro_batches: Sequence[dict[str, Any]],
+    model: list[torch.nn.Module],
+    *,
+    forward_only: bool = False,
+) -> dict[str, tuple[float, float]]:
+    """Run one step's micro-batches forward (and backward), and add up the losses over all ranks.
+
+    Args:
+        forward_step: From `bind_forward_step`.
+        micro_batches: This rank's micro-batches, each `tokens` [B, S]; all of one shape.
+        model: This rank's chunks.
+        forward_only: Evaluation: no backward pass.
+
+    Returns:
+        For each loss that the forward step reported, its sum and its number of tokens over the global batch, the same
+        on every rank.
+    """
+    batch_size, seq_length = micro_batches[0]["tokens"].shape
+    iterators = [iter(micro_batches) for _ in model]
+    reported = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(model) > 1 else iterators[0],
+        model=model if len(model) > 1 else model[0],
+        num_microbatches=len(micro_batches),
+        seq_length=seq_length,
+        micro_batch_size=batch_size,
+        decoder_seq_length=seq_length,
+        forward_only=forward_only,
+    )
+    return _sum_over_ranks(reported)
+
+
+def _sum_over_ranks(reported: list[dict[str, torch.Tensor]]) -> dict[str, tuple[float, float]]:
+    """Add up each loss over micro-batches and data-parallel ranks; only the last pipeline stage has them to add."""
+    is_last = mpu.is_pipeline_last_stage(ignore_virtual=True)
+    names = sorted(reported[0]) if is_last and reported else []
+    sums = {name: torch.stack([losses[name].detach().float() for losses in reported]).sum(0) for name in names}
+    for name in names:
+        torch.distributed.all_reduce(sums[name], group=mpu.get_data_parallel_group(with_context_parallel=True))
+    totals = {name: (float(sums[name][0]), float(sums[name][1])) for name in names}
+    if mpu.get_pipeline_model_parallel_world_size() == 1:
+        return totals
+    shared = [totals]
+    torch.distributed.broadcast_object_list(
+        shared, src=mpu.get_pipeline_model_parallel_last_rank(), group=mpu.get_pipeline_model_parallel_group()
+    )
+    return shared[0]
+
+
+def means(totals: dict[str, tuple[float, float]]) -> dict[str, float]:
+    """The mean loss per token of each total."""
+    return {name: loss / max(count, 1.0) for name, (loss, count) in totals.items()}

@@ -1,0 +1,102 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Build the optimizer and its schedule."""
+
+import logging
+from typing import Any
+
+import megatron.core.optimizer as core_optimizer
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron.bridge.training.config import OptimizerConfig, SchedulerConfig
+from megatron.bridge.training.cpu_offload.install import install_repairs
+from megatron.bridge.training.cpu_offload.param_copies import find_hybrid_optimizers, sync_hybrid_optimizer_param_copies
+
+logger = logging.getLogger(__name__)
+
+
+def setup_optimizer(
+    optimizer_config: OptimizerConfig,
+    scheduler_config: SchedulerConfig,
+    model: list[Any],
+    use_gloo_process_groups: bool = False,
+    pg_collection: ProcessGroupCollection | None = None,
+    optimizer_config_override_provider: Any = None,
+) -> tuple[Any, OptimizerParamScheduler]:
+    """Build Megatron-Core's optimizer for a model, mend its known defects, and build the schedule.
+
+    Args:
+        optimizer_config: A finalised configuration.
+        scheduler_config: With its step counts filled in, in samples.
+        model: This rank's chunks, wrapped in DDP.
+        use_gloo_process_groups: Let the distributed optimizer gather over gloo.
+        pg_collection: Process groups; None uses Core's global ones.
+        optimizer_config_override_provider: Not supported; kept in the signature that scripts use.
+
+    Returns:
+        The optimizer and its parameter scheduler.
+
+    Raises:
+        ValueError: An override provider is given.
+    """
+    if optimizer_config_override_provider is not None:
+        raise ValueError(
+            "optimizer_config_override_provider is set: per-parameter overrides are not supported; set it to None"
+        )
+    optimizer = get_megatron_optimizer(
+        optimizer_config, model, use_gloo_process_groups=use_gloo_process_groups, pg_collection=pg_collection
+    )
+    install_repairs(optimizer)
+    logger.info("optimizer: %s", describe_optimizer(optimizer_config, optimizer))
+    return optimizer, build_scheduler(optimizer, optimizer_config, scheduler_config)
+
+
+def build_scheduler(
+    optimizer: Any, optimizer_config: OptimizerConfig, scheduler_config: SchedulerConfig
+) -> OptimizerParamScheduler:
+    """The schedule of learning rate and weight decay; it counts samples."""
+    scheduler = scheduler_config
+    decay = optimizer_config.weight_decay
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=scheduler.lr_warmup_init,
+        max_lr=optimizer_config.lr,
+        min_lr=optimizer_config.min_lr or 0.0,
+        lr_warmup_steps=scheduler.lr_warmup_steps,
+        lr_decay_steps=scheduler.lr_decay_steps,
+        lr_decay_style=scheduler.lr_decay_style,
+        start_wd=decay if scheduler.start_weight_decay is None else scheduler.start_weight_decay,
+        end_wd=decay if scheduler.end_weight_decay is None else scheduler.end_weight_decay,
+        wd_incr_steps=scheduler.wd_incr_steps,
+        wd_incr_style=scheduler.weight_decay_incr_style,
+        use_checkpoint_opt_param_scheduler=scheduler.use_checkpoint_opt_param_scheduler,
+        override_opt_param_scheduler=scheduler.override_opt_param_scheduler,
+        wsd_decay_steps=scheduler.wsd_decay_steps,
+        lr_wsd_decay_style=scheduler.lr_wsd_decay_style,
+    )
+
+
+def describe_optimizer(config: OptimizerConfig, optimizer: Any) -> str:
+    """Which optimizer runs where, and why, in one line."""
+    if core_optimizer.USING_PYTORCH_OPTIMIZER:
+        kernel = "torch's own kernels (neither Transformer Engine nor Apex is installed)"
+    else:
+        kernel = f"{core_optimizer.Adam.__module__.split('.')[0]}'s fused kernels"
+    what = f"{config.optimizer}, {kernel}"
+    hybrids = [found.optimizer for found in find_hybrid_optimizers(optimizer)]
+    if hybrids:
+        offloaded = sum(param.numel() for hybrid in hybrids for param in hybrid.gpu_params_map_cpu_copy)
+        total = sum(param.numel() for hybrid in hybrids for group in hybrid.param_groups for param in group["params"])
+        mode = "precision-aware" if config.use_precision_aware_optimizer else "FP32 shards on the device"
+        what += f"; offloaded to the CPU: {offloaded / max(total, 1):.0%} of this rank's {total:,} parameters ({mode})"
+    return what
+
+
+def sync_hybrid_device_optimizer_fp32_master_copies(optimizer: Any) -> bool:
+    """Megatron Bridge's public name for `sync_hybrid_optimizer_param_copies`.
+
+    Returns:
+        Whether anything was refreshed.
+    """
+    return bool(sync_hybrid_optimizer_param_copies(optimizer))

@@ -1,0 +1,65 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""`pretrain`: one run from a configuration, from its first check to its last checkpoint."""
+
+from collections.abc import Callable, Sequence
+
+import torch.distributed as dist
+
+from megatron.bridge.training.callbacks import Callback, CallbackManager, normalize_callbacks
+from megatron.bridge.training.config import ConfigContainer, runtime_config_update
+from megatron.bridge.training.eval import evaluate
+from megatron.bridge.training.initialize import destroy_global_state, enter_run
+from megatron.bridge.training.micro_batches import bind_forward_step
+from megatron.bridge.training.progress import ProgressBar, TensorBoard
+from megatron.bridge.training.setup import maybe_log_and_save_config, setup
+from megatron.bridge.training.state import GlobalState
+from megatron.bridge.training.train import train
+from megatron.bridge.utils.distributed import on_all_ranks
+
+
+def pretrain(
+    config: ConfigContainer,
+    forward_step_func: Callable,
+    callbacks: Sequence[Callback] | CallbackManager | None = None,
+) -> None:
+    """Train a model as configured.
+
+    Call it on every rank (torchrun). The device is CUDA with NCCL where there is one, else the CPU with gloo.
+
+    Args:
+        config: What to train on what, and how; its sections may be changed by `runtime_config_update`.
+        forward_step_func: One micro-batch forward, e.g. `gpt_step.forward_step`.
+        callbacks: Called after the progress bar's and TensorBoard's.
+
+    Raises:
+        ValueError, FileNotFoundError: The configuration, the data or a checkpoint can't work; on all ranks, before
+            training starts.
+    """
+    owns_process_group = enter_run(config)
+    try:
+        with on_all_ranks("checking the configuration"):
+            runtime_config_update(config)
+            manager = CallbackManager([ProgressBar(), TensorBoard(), *normalize_callbacks(callbacks).callbacks])
+        maybe_log_and_save_config(config)
+        _run(GlobalState(config), forward_step_func, manager)
+    finally:
+        destroy_global_state()
+        if owns_process_group and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _run(state: GlobalState, forward_step_func: Callable, callbacks: CallbackManager) -> None:
+    """Set up, train, and evaluate at the end."""
+    run = setup(state)
+    forward_step = bind_forward_step(forward_step_func, state)
+    try:
+        if state.cfg.validation.eval_at_start and state.train_state.do_valid:
+            evaluate(run, forward_step, callbacks)
+        if state.train_state.do_train:
+            train(run, forward_step_func, callbacks)
+        if state.train_state.do_valid:
+            evaluate(run, forward_step, callbacks)
+        if state.train_state.do_test:
+            evaluate(run, forward_step, callbacks, split="test")
+    finally:
+        state.close()

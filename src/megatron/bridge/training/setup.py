@@ -1,0 +1,195 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Build everything a run needs, in the one order that is right: weights are loaded after the optimizer exists."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_model_config
+
+from megatron.bridge.data.config import DatasetBuildContext
+from megatron.bridge.data.loaders import build_datasets, build_evaluation_steps, build_step_iterator, padding_for
+from megatron.bridge.data.tokenizer import build_tokenizer, check_tokenizer_fits
+from megatron.bridge.training.checkpointing import load_checkpoint
+from megatron.bridge.training.config import ConfigContainer
+from megatron.bridge.training.initialize import initialize_megatron
+from megatron.bridge.training.optim import setup_optimizer
+from megatron.bridge.training.state import GlobalState
+from megatron.bridge.utils.distributed import is_rank_0, on_all_ranks, world_size
+from megatron.bridge.utils.files import check_writable_directory
+
+logger = logging.getLogger(__name__)
+
+
+class SetupOutput(NamedTuple):
+    """What `setup` built."""
+
+    state: GlobalState
+    model: list[Any]
+    optimizer: Any
+    scheduler: Any
+    train_data_iterator: Any
+    """Yields, for each step, the list of this rank's micro-batches."""
+    valid_data_iterator: Any
+    """Iterable: one pass over the validation set, each step a list of micro-batches. None: no validation set."""
+    test_data_iterator: Any
+    checkpointing_context: dict[str, Any]
+    pg_collection: ProcessGroupCollection
+
+
+@dataclass(frozen=True)
+class _Data:
+    train: Any
+    valid: Any
+    test: Any
+    padding: Any
+
+
+def setup(state: GlobalState, train_valid_test_datasets_provider: Callable[..., Any] = build_datasets) -> SetupOutput:
+    """Build process groups, data, model and optimizer, then load.
+
+    Data and directories are checked first: they are cheap to check and often wrong.
+
+    Args:
+        state: A new run, with a configuration that `runtime_config_update` has resolved and checked.
+        train_valid_test_datasets_provider: Called with the dataset configuration and a `DatasetBuildContext`.
+
+    Returns:
+        Everything built, in one tuple.
+
+    Raises:
+        ValueError, FileNotFoundError: Something can't work; raised on all ranks before training starts.
+    """
+    cfg = state.cfg
+    pg_collection = initialize_megatron(cfg)
+    state.derived = cfg.derive(world_size())
+    _check_directories(cfg)
+    with on_all_ranks("loading the tokenizer"):
+        state.tokenizer = build_tokenizer(cfg.tokenizer)
+        if cfg.model.vocab_size is None:
+            cfg.model.vocab_size = state.tokenizer.vocab_size
+        check_tokenizer_fits(state.tokenizer, cfg.model.vocab_size)
+    data = _build_data(state, train_valid_test_datasets_provider)
+    # Made once before the model exists: too few samples must be said before minutes of building.
+    _train_iterator(state, data, pg_collection)
+
+    model = cfg.model.provide_distributed_model(
+        ddp_config=cfg.ddp,
+        data_parallel_random_init=cfg.rng.data_parallel_random_init,
+        pg_collection=pg_collection,
+    )
+    optimizer, scheduler = setup_optimizer(
+        cfg.optimizer, cfg.scheduler, model, cfg.dist.use_gloo_process_groups, pg_collection
+    )
+    _connect(model, optimizer, cfg)
+    load_checkpoint(state, model, optimizer, scheduler)
+
+    train_state = state.train_state
+    train_state.do_train = data.train is not None and state.derived.train_iters > 0 and not state.derived.skip_train
+    train_state.do_valid = data.valid is not None and state.derived.eval_iters != 0
+    train_state.do_test = data.test is not None and state.derived.eval_iters != 0
+    return SetupOutput(
+        state,
+        model,
+        optimizer,
+        scheduler,
+        _train_iterator(state, data, pg_collection),
+        _evaluation_steps(state, data.valid, data, pg_collection),
+        _evaluation_steps(state, data.test, data, pg_collection),
+        {},
+        pg_collection,
+    )
+
+
+def maybe_log_and_save_config(cfg: ConfigContainer) -> None:
+    """Log what differs from the defaults and, if asked, write the configuration to a file (rank 0)."""
+    if not is_rank_0():
+        return
+    cfg.log_non_default_values()
+    if cfg.logger.save_config_filepath is not None:
+        cfg.to_yaml(cfg.logger.save_config_filepath)
+
+
+def _check_directories(cfg: ConfigContainer) -> None:
+    with on_all_ranks("checking the output directories"):
+        if is_rank_0():
+            for option, path in (
+                ("checkpoint.save", cfg.checkpoint.save),
+                ("logger.tensorboard_dir", cfg.logger.tensorboard_dir),
+            ):
+                if path is not None:
+                    check_writable_directory(path, option)
+
+
+def _build_data(state: GlobalState, provider: Callable[..., Any]) -> _Data:
+    cfg, derived = state.cfg, state.derived
+    context = DatasetBuildContext(
+        train_samples=derived.train_samples,
+        valid_samples=derived.valid_samples,
+        test_samples=derived.test_samples,
+        tokenizer=state.tokenizer,
+    )
+    train, valid, test = provider(cfg.dataset, context)
+    divisor = cfg.model.tensor_model_parallel_size if cfg.model.sequence_parallel else 1
+    padding = padding_for(
+        cfg.dataset,
+        state.tokenizer,
+        seq_length=cfg.model.seq_length,
+        divisor=divisor * cfg.model.context_parallel_size,
+    )
+    return _Data(train, valid, test, padding)
+
+
+def _train_iterator(state: GlobalState, data: _Data, pg_collection: ProcessGroupCollection) -> Any:
+    """This rank's micro-batches of each step, from the sample where the train state stands; None without training."""
+    if data.train is None or state.derived.skip_train:
+        return None
+    with on_all_ranks("preparing the training data"):
+        return build_step_iterator(
+            data.train,
+            consumed_samples=state.train_state.consumed_train_samples,
+            micro_batch_size=state.derived.micro_batch_size,
+            global_batch_size=state.derived.global_batch_size,
+            data_parallel_rank=pg_collection.dp.rank(),
+            data_parallel_size=pg_collection.dp.size(),
+            seed=getattr(state.cfg.dataset, "seed", state.cfg.rng.seed),
+            shuffle=state.cfg.dataset.is_shuffled,
+            padding=data.padding,
+            num_workers=state.cfg.dataset.num_workers,
+            pin_memory=state.cfg.dataset.pin_memory,
+        )
+
+
+def _evaluation_steps(state: GlobalState, dataset: Any, data: _Data, pg_collection: ProcessGroupCollection) -> Any:
+    if dataset is None or state.derived.eval_iters == 0:
+        return None
+    return build_evaluation_steps(
+        dataset,
+        micro_batch_size=state.derived.eval_micro_batch_size,
+        global_batch_size=state.derived.eval_global_batch_size,
+        data_parallel_rank=pg_collection.dp.rank(),
+        data_parallel_size=pg_collection.dp.size(),
+        padding=data.padding,
+        max_batches=state.derived.eval_iters,
+    )
+
+
+def _connect(model: list[Any], optimizer: Any, cfg: ConfigContainer) -> None:
+    """Give Core's schedules the functions they call around the micro-batches of a step."""
+    config = get_model_config(model[0])
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = partial(finalize_model_grads)
+    if isinstance(model[0], DistributedDataParallel) and cfg.ddp.overlap_grad_reduce:
+        config.no_sync_func = _one_or_list([chunk.no_sync for chunk in model])
+        if cfg.ddp.align_param_gather or len(model) > 1:
+            config.grad_sync_func = _one_or_list([chunk.start_grad_sync for chunk in model])
+    if cfg.ddp.overlap_param_gather and cfg.ddp.align_param_gather:
+        config.param_sync_func = _one_or_list([chunk.start_param_sync for chunk in model])
+
+
+def _one_or_list(functions: list[Callable]) -> Callable | list[Callable]:
+    return functions[0] if len(functions) == 1 else functions

@@ -1,0 +1,94 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""What a run knows about itself: the part that a checkpoint restores, and the objects of this process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+    from megatron.bridge.training.config import ConfigContainer
+    from megatron.bridge.training.config_derived import DerivedConfig
+
+
+@dataclass
+class TrainState:
+    """Progress of a run: plain numbers, saved with every checkpoint as `train_state.pt`."""
+
+    step: int = 0
+    """Optimizer steps taken."""
+
+    consumed_train_samples: int = 0
+    """Training samples taken from the data, skipped steps included."""
+
+    skipped_train_samples: int = 0
+    """Samples of steps that were skipped."""
+
+    consumed_valid_samples: int = 0
+    """Validation samples evaluated."""
+
+    floating_point_operations_so_far: int = 0
+    """Floating point operations of all steps, by the model's formula."""
+
+    do_train: bool = False
+    """Whether the run has training data."""
+
+    do_valid: bool = False
+    """Whether the run has validation data."""
+
+    do_test: bool = False
+    """Whether the run has test data."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The fields as tensors, in Megatron Bridge's dtypes: int64 counts, float32 operations, bool flags."""
+        dtypes = {"floating_point_operations_so_far": torch.float32, "do_train": torch.bool}
+        dtypes |= {"do_valid": torch.bool, "do_test": torch.bool}
+        return {
+            item.name: torch.tensor(getattr(self, item.name), dtype=dtypes.get(item.name, torch.int64), device="cpu")
+            for item in fields(self)
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the fields from tensors or numbers.
+
+        Raises:
+            ValueError: A field is missing.
+        """
+        for item in fields(self):
+            if item.name not in state_dict:
+                raise ValueError(f"the checkpoint's train state lacks {item.name!r}: found {sorted(state_dict)}")
+            setattr(self, item.name, type(item.default)(state_dict[item.name]))
+
+
+@dataclass
+class GlobalState:
+    """The objects that belong to one run in this process."""
+
+    cfg: ConfigContainer
+    train_state: TrainState = field(default_factory=TrainState)
+    tokenizer: Any = None
+    derived: DerivedConfig | None = None
+    _tensorboard: SummaryWriter | None = field(default=None, repr=False)
+
+    @property
+    def tensorboard_logger(self) -> SummaryWriter | None:
+        """TensorBoard's writer, made on first use on rank 0; None elsewhere or without it."""
+        from megatron.bridge.utils.distributed import is_rank_0
+
+        if self._tensorboard is None and self.cfg.logger.tensorboard_dir and is_rank_0():
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(
+                log_dir=self.cfg.logger.tensorboard_dir, max_queue=self.cfg.logger.tensorboard_queue_size
+            )
+        return self._tensorboard
+
+    def close(self) -> None:
+        """Flush and close what was opened."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = None

@@ -1,0 +1,167 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""The training loop: step, count, evaluate, save, stop."""
+
+import gc
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.num_microbatches_calculator import get_current_global_batch_size, update_num_microbatches
+
+from megatron.bridge.training.callbacks import CallbackContext, CallbackManager
+from megatron.bridge.training.checkpointing import save_checkpoint
+from megatron.bridge.training.eval import evaluate
+from megatron.bridge.training.micro_batches import bind_forward_step, means, run_micro_batches
+from megatron.bridge.training.setup import SetupOutput
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainStepResult:
+    """What one optimizer step gave."""
+
+    losses: dict[str, float]
+    """Mean per token over the global batch, by name."""
+
+    num_tokens: int
+    """Tokens that counted in the loss, over all ranks."""
+
+    grad_norm: float | None
+    """Norm of the whole gradient before clipping. None: not computed (clip_grad=0)."""
+
+    updated: bool
+    """False: the step was skipped because a gradient was not finite (FP16 with dynamic loss scaling)."""
+
+
+def train(run: SetupOutput, forward_step_func: Callable, callbacks: CallbackManager) -> None:
+    """Train until the configured number of steps, evaluating and saving on the way and at the end.
+
+    Args:
+        run: What `setup` built.
+        forward_step_func: See `bind_forward_step`.
+        callbacks: Called around the run and each step.
+    """
+    state, cfg = run.state, run.state.cfg
+    forward_step = bind_forward_step(forward_step_func, state)
+    context = CallbackContext(state, run.model, run.optimizer, run.scheduler)
+    for chunk in run.model:
+        chunk.train()
+    started = time.monotonic()
+    saved_step = None
+    callbacks.fire("on_train_start", context)
+    with _garbage_collection(cfg.train):
+        while state.train_state.step < state.derived.train_iters:
+            _take_step(run, forward_step, context, callbacks)
+            step = state.train_state.step
+            if _is_due(step, state.derived.eval_interval) and state.train_state.do_valid:
+                evaluate(run, forward_step, callbacks)
+            asked_to_stop = _is_asked_to_stop(cfg.train, step, started)
+            if cfg.checkpoint.save and (_is_due(step, cfg.checkpoint.save_interval) or asked_to_stop):
+                _save(run, context, callbacks)
+                saved_step = step
+            if asked_to_stop:
+                logger.info("stopping at step %d of %d", step, state.derived.train_iters)
+                break
+    callbacks.fire("on_train_end", context)
+    if cfg.checkpoint.save and saved_step != state.train_state.step:
+        _save(run, context, callbacks)
+
+
+def train_step(run: SetupOutput, forward_step: Callable, micro_batches: list[dict[str, Any]]) -> TrainStepResult:
+    """Take one optimizer step on a global batch.
+
+    Args:
+        run: What `setup` built.
+        forward_step: From `bind_forward_step`.
+        micro_batches: This rank's part of the global batch.
+
+    Returns:
+        Losses and gradient norm of the step.
+    """
+    for chunk in run.model:
+        chunk.zero_grad_buffer()
+    run.optimizer.zero_grad()
+    totals = run_micro_batches(forward_step, micro_batches, run.model)
+    updated, grad_norm, _ = run.optimizer.step()
+    updated = _on_every_model_parallel_rank(updated)
+    if updated:
+        run.scheduler.step(increment=get_current_global_batch_size())
+    num_tokens = int(max((count for _, count in totals.values()), default=0))
+    return TrainStepResult(means(totals), num_tokens, None if grad_norm is None else float(grad_norm), updated)
+
+
+def _take_step(run: SetupOutput, forward_step: Callable, context: CallbackContext, callbacks: CallbackManager) -> None:
+    """One pass of the loop: read, step, count, tell the callbacks."""
+    train_state, train_config = run.state.train_state, run.state.cfg.train
+    update_num_microbatches(train_state.consumed_train_samples, consistency_check=False)
+    micro_batches = next(run.train_data_iterator)
+    batch_size = get_current_global_batch_size()
+    if train_state.step in train_config.iterations_to_skip:
+        train_state.skipped_train_samples += batch_size
+        train_state.consumed_train_samples += batch_size
+        train_state.step += 1
+        logger.info("step %d skipped (train.iterations_to_skip)", train_state.step)
+        return
+    callbacks.fire("on_train_step_start", context)
+    started = time.perf_counter()
+    result = train_step(run, forward_step, micro_batches)
+    train_state.step += 1
+    train_state.consumed_train_samples += batch_size
+    context.loss_dict, context.grad_norm = result.losses, result.grad_norm
+    context.skipped_iter, context.num_tokens = not result.updated, result.num_tokens
+    context.step_seconds = time.perf_counter() - started
+    callbacks.fire("on_train_step_end", context)
+    if train_config.manual_gc and _is_due(train_state.step, train_config.manual_gc_interval or None):
+        gc.collect()
+
+
+def _save(run: SetupOutput, context: CallbackContext, callbacks: CallbackManager) -> None:
+    state = run.state
+    save_checkpoint(state, run.model, run.optimizer, run.scheduler, state.train_state.floating_point_operations_so_far)
+    callbacks.fire("on_checkpoint_save", context)
+
+
+def _is_due(step: int, interval: int | None) -> bool:
+    return interval is not None and step % interval == 0
+
+
+def _is_asked_to_stop(train_config: Any, step: int, started: float) -> bool:
+    """Whether this is the step to stop after; the clock is rank 0's, so that all ranks agree."""
+    if _is_due(step, train_config.exit_interval):
+        return True
+    if train_config.exit_duration_in_mins is None:
+        return False
+    minutes = [(time.monotonic() - started) / 60]
+    torch.distributed.broadcast_object_list(minutes, src=0)
+    return minutes[0] > train_config.exit_duration_in_mins
+
+
+def _on_every_model_parallel_rank(updated: bool) -> bool:
+    """True only if no rank of the model-parallel group skipped its step."""
+    group = mpu.get_model_parallel_group()
+    if group.size() == 1:
+        return updated
+    answer = torch.tensor(int(updated), device=torch.cuda.current_device())
+    torch.distributed.all_reduce(answer, op=torch.distributed.ReduceOp.MIN, group=group)
+    return bool(answer.item())
+
+
+class _garbage_collection:  # reads as a statement
+    """Leave Python's collector to the loop where the configuration says so."""
+
+    def __init__(self, train_config: Any) -> None:
+        self._manual = train_config.manual_gc
+
+    def __enter__(self) -> None:
+        if self._manual:
+            gc.disable()
+            gc.collect()
+
+    def __exit__(self, *error: Any) -> None:
+        if self._manual:
+            gc.enable()
