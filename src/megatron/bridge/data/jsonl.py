@@ -32,7 +32,7 @@ def read_rows(path: str | Path, *, show_progress: bool = False) -> Iterator[tupl
                     bar.update(len(raw))
                     text = _decode(raw, path, number)
                     if text.strip():
-                        yield number, _parse(text, path, number)
+                        yield number, _parse(text.rstrip(), path, number)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} does not exist: expected a JSONL file") from error
     except OSError as error:

@@ -99,6 +99,11 @@ def build_datasets(config: DatasetConfig, context: DatasetBuildContext) -> Datas
         FileNotFoundError: A file is missing.
         ValueError: The configuration or a file cannot be used.
     """
+    if not isinstance(config, GPTSFTDatasetConfig | GPTDatasetConfig | DatasetProvider):
+        raise ValueError(
+            f"dataset is a {type(config).__name__}: expected GPTSFTDatasetConfig, GPTDatasetConfig, "
+            "MockGPTDatasetConfig or a DatasetProvider"
+        )
     config.finalize()
     if isinstance(config, GPTSFTDatasetConfig):
         with on_all_ranks("reading the data"):
@@ -107,19 +112,18 @@ def build_datasets(config: DatasetConfig, context: DatasetBuildContext) -> Datas
         from megatron.bridge.data.gpt import build_gpt_datasets
 
         return build_gpt_datasets(config, context)
-    if isinstance(config, DatasetProvider):
-        datasets = config.build_datasets(context)
-        if not isinstance(datasets, tuple | list) or len(datasets) != 3:
-            name = type(config).__name__
-            raise ValueError(f"{name}.build_datasets returned {type(datasets).__name__}: expected three datasets")
-        return tuple(datasets)
-    raise ValueError(
-        f"dataset is a {type(config).__name__}: expected GPTSFTDatasetConfig, GPTDatasetConfig, "
-        "MockGPTDatasetConfig or a DatasetProvider"
-    )
+    datasets = config.build_datasets(context)
+    if not isinstance(datasets, tuple | list) or len(datasets) != 3:
+        name = type(config).__name__
+        raise ValueError(
+            f"{name}.build_datasets returned {type(datasets).__name__}: expected a tuple of three datasets"
+        )
+    return tuple(datasets)
 
 
 def _build_sft_datasets(config: GPTSFTDatasetConfig, context: DatasetBuildContext) -> Datasets:
+    if context.tokenizer is None:
+        raise ValueError("DatasetBuildContext.tokenizer is not set: JSONL data needs the run's tokenizer")
     root = Path(config.dataset_root)
     if not root.is_dir():
         raise FileNotFoundError(f"dataset.dataset_root={str(root)!r} is no directory: expected training.jsonl in it")
