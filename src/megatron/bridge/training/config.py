@@ -16,10 +16,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron.bridge.data.config import (
+    DataloaderConfig,
+    DatasetBuildContext,
+    DatasetProvider,
+    FinetuningDatasetConfig,
+    GPTDatasetConfig,
+    GPTSFTDatasetConfig,
+    MockGPTDatasetConfig,
+    TokenizerConfig,
+)
+from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.training import config_derived
 from megatron.bridge.training.comm_overlap import CommOverlapConfig
 from megatron.bridge.training.config_checkpoint import CheckpointConfig
 from megatron.bridge.training.config_checks import RULES
+from megatron.bridge.training.config_checks_optimizer import log_what_is_offloaded
 from megatron.bridge.training.config_derived import DerivedConfig
 from megatron.bridge.training.config_logging import LoggerConfig, ProfilingConfig
 from megatron.bridge.training.config_optimizer import (
@@ -28,14 +40,9 @@ from megatron.bridge.training.config_optimizer import (
     OptimizerConfigOverrideProvider,
     OptimizerConfigOverrideProviderContext,
 )
-from megatron.bridge.training.config_sections import (
-    DistributedInitConfig,
-    RerunStateMachineConfig,
-    RNGConfig,
-    SchedulerConfig,
-    TrainingConfig,
-    ValidationConfig,
-)
+from megatron.bridge.training.config_processes import DistributedInitConfig, RerunStateMachineConfig, RNGConfig
+from megatron.bridge.training.config_sections import SchedulerConfig, TrainingConfig, ValidationConfig
+from megatron.bridge.training.config_unsupported import log_options_without_effect
 from megatron.bridge.training.mixed_precision import MixedPrecisionConfig, get_mixed_precision_config
 from megatron.bridge.utils import distributed
 from megatron.bridge.utils.targets import publish
@@ -57,8 +64,8 @@ class ConfigContainer:
     train: TrainingConfig
     """Batch sizes and length of the run."""
 
-    model: Any
-    """The model provider, e.g. a GPTModelProvider."""
+    model: GPTModelProvider
+    """The model provider."""
 
     optimizer: OptimizerConfig
     """The optimizer."""
@@ -72,14 +79,14 @@ class ConfigContainer:
     scheduler: SchedulerConfig
     """Learning rate and weight decay over time."""
 
-    dataset: Any
-    """The data, e.g. a GPTSFTDatasetConfig or a DatasetProvider."""
+    dataset: GPTSFTDatasetConfig | GPTDatasetConfig | DatasetProvider
+    """The data."""
 
     logger: LoggerConfig
     """Logs and TensorBoard."""
 
-    tokenizer: Any
-    """The tokenizer, a TokenizerConfig."""
+    tokenizer: TokenizerConfig
+    """The tokenizer."""
 
     checkpoint: CheckpointConfig
     """What is saved and loaded."""
@@ -162,9 +169,9 @@ class ConfigContainer:
         for rule in RULES:
             rule(self, ranks)
         for section in (self.optimizer, self.ddp, self.model, self.dataset, self.tokenizer):
-            finalize = getattr(section, "finalize", None)  # a user's own dataset class may have none
-            if finalize is not None:
-                finalize()
+            section.finalize()
+        log_what_is_offloaded(self)
+        log_options_without_effect(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain dictionaries with `_target_`."""
@@ -276,15 +283,20 @@ def _share_between_ddp_and_optimizer(cfg: ConfigContainer) -> None:
 publish(
     __name__,
     CheckpointConfig,
+    DatasetProvider,
     DistributedDataParallelConfig,
     DistributedInitConfig,
+    GPTDatasetConfig,
+    GPTSFTDatasetConfig,
     LoggerConfig,
+    MockGPTDatasetConfig,
     OptimizerConfig,
     OptimizerConfigOverrideProvider,
     ProfilingConfig,
     RNGConfig,
     RerunStateMachineConfig,
     SchedulerConfig,
+    TokenizerConfig,
     TrainingConfig,
     ValidationConfig,
 )
@@ -294,11 +306,19 @@ __all__ = [
     "CommOverlapConfig",
     "ConfigContainer",
     "ConfigFileError",
+    "DataloaderConfig",
+    "DatasetBuildContext",
+    "DatasetProvider",
     "DerivedConfig",
     "DistributedDataParallelConfig",
     "DistributedInitConfig",
+    "FinetuningDatasetConfig",
+    "GPTDatasetConfig",
+    "GPTModelProvider",
+    "GPTSFTDatasetConfig",
     "LoggerConfig",
     "MixedPrecisionConfig",
+    "MockGPTDatasetConfig",
     "OptimizerConfig",
     "OptimizerConfigOverrideProvider",
     "OptimizerConfigOverrideProviderContext",
@@ -306,6 +326,7 @@ __all__ = [
     "RNGConfig",
     "RerunStateMachineConfig",
     "SchedulerConfig",
+    "TokenizerConfig",
     "TrainingConfig",
     "ValidationConfig",
     "runtime_config_update",

@@ -137,8 +137,9 @@ def _train_iters_with_ramp_up(rampup: list[int], num_samples: int, batch: int) -
 def eval_settings(cfg: "ConfigContainer") -> tuple[int | None, int | None, bool]:
     """(eval_iters, eval_interval, skip_train), where the deprecated names on TrainingConfig win when they are set."""
     train, validation = cfg.train, cfg.validation
+    eval_iters = validation.eval_iters if train.eval_iters is None else train.eval_iters
     return (
-        validation.eval_iters if train.eval_iters is None else train.eval_iters,
+        None if validation.full_validation and eval_iters != 0 else eval_iters,
         validation.eval_interval if train.eval_interval is None else train.eval_interval,
         validation.skip_train if train.skip_train is None else train.skip_train,
     )

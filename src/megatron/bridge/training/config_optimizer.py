@@ -31,7 +31,11 @@ class OptimizerConfig(CoreOptimizerConfig):
         """
         try:
             super().__post_init__()
-        except (AssertionError, RuntimeError) as error:
+        except (
+            AssertionError,
+            RuntimeError,
+            TypeError,
+        ) as error:  # TypeError: 0.16 compares a version that isn't there
             raise ValueError(f"optimizer: {error}") from error
 
 

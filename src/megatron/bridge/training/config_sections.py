@@ -1,24 +1,23 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""The sections of a run's configuration that hold plain values: batch, evaluation, schedule, process groups, logs.
+"""The sections on the run itself: batch sizes and length, evaluation, schedule.
 
 Scripts import these classes from `megatron.bridge.training.config`. Checks on one section's own fields live in its
 `finalize()`, which never changes a field; rules that look at several sections are in `config_checks.py`.
 """
 
-import os
 import signal
 from dataclasses import dataclass, field
 from typing import Literal
 
 
-def _require_positive(section: str, **values: int | None) -> None:
+def require_positive(section: str, **values: int | None) -> None:
     """Raise when a number that counts something is set and smaller than one."""
     for name, value in values.items():
         if value is not None and value < 1:
             raise ValueError(f"{section}.{name} is {value}: it must be at least 1; set a positive number")
 
 
-def _require_not_negative(section: str, **values: float | None) -> None:
+def require_not_negative(section: str, **values: float | None) -> None:
     """Raise when a number is set and negative."""
     for name, value in values.items():
         if value is not None and value < 0:
@@ -106,7 +105,7 @@ class TrainingConfig:
         """
         if self.micro_batch_size is None:
             raise ValueError("train.micro_batch_size is not set: it is the samples of one forward pass; set it, e.g. 1")
-        _require_positive(
+        require_positive(
             "train",
             micro_batch_size=self.micro_batch_size,
             global_batch_size=self.global_batch_size,
@@ -115,7 +114,7 @@ class TrainingConfig:
             exit_duration_in_mins=self.exit_duration_in_mins,
             eval_interval=self.eval_interval,
         )
-        _require_not_negative(
+        require_not_negative(
             "train",
             train_iters=self.train_iters,
             manual_gc_interval=self.manual_gc_interval,
@@ -148,6 +147,9 @@ class ValidationConfig:
     eval_at_start: bool = False
     """Evaluate before the first step too, so that a run shows what its training changed."""
 
+    eval_at_start: bool = False
+    """Evaluate once before the first step."""
+
     start_eval_at_iter: int | None = None
     """First step at which an evaluation may happen. None: from the start."""
 
@@ -178,8 +180,8 @@ class ValidationConfig:
         Raises:
             ValueError: naming the field, what it holds and what it may hold.
         """
-        _require_not_negative("validation", eval_iters=self.eval_iters, start_eval_at_iter=self.start_eval_at_iter)
-        _require_positive(
+        require_not_negative("validation", eval_iters=self.eval_iters, start_eval_at_iter=self.start_eval_at_iter)
+        require_positive(
             "validation",
             eval_interval=self.eval_interval,
             eval_global_batch_size=self.eval_global_batch_size,
@@ -260,14 +262,14 @@ class SchedulerConfig:
         Raises:
             ValueError: naming the field, what it holds and what it may hold.
         """
-        _require_positive(
+        require_positive(
             "scheduler",
             lr_decay_iters=self.lr_decay_iters,
             lr_decay_samples=self.lr_decay_samples,
             lr_wsd_decay_iters=self.lr_wsd_decay_iters,
             lr_wsd_decay_samples=self.lr_wsd_decay_samples,
         )
-        _require_not_negative(
+        require_not_negative(
             "scheduler",
             lr_warmup_iters=self.lr_warmup_iters,
             lr_warmup_samples=self.lr_warmup_samples,
@@ -291,120 +293,3 @@ class SchedulerConfig:
                 "scheduler.override_opt_param_scheduler and scheduler.use_checkpoint_opt_param_scheduler are both "
                 "true: the schedule comes from one place; set one of them to false"
             )
-
-
-@dataclass(kw_only=True)
-class RNGConfig:
-    """Random numbers."""
-
-    seed: int = 1234
-    """Seed of Python, NumPy, torch and Megatron-Core's tracker."""
-
-    te_rng_tracker: bool = False
-    """Use Transformer Engine's tracker of random states (needed by CUDA graphs)."""
-
-    inference_rng_tracker: bool = False
-    """Use a tracker that only serves inference."""
-
-    data_parallel_random_init: bool = False
-    """Give each data-parallel rank its own random numbers when weights are initialised."""
-
-    def finalize(self) -> None:
-        """Check the section's own fields."""
-        _require_not_negative("rng", seed=self.seed)
-
-
-@dataclass(kw_only=True)
-class DistributedInitConfig:
-    """Device and process groups."""
-
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Where the model lives. auto: cuda where there is one, else cpu, where an accelerator is simulated."""
-
-    distributed_backend: Literal["auto", "nccl", "gloo"] = "auto"
-    """How ranks talk to each other. auto: nccl on cuda, gloo on cpu."""
-
-    distributed_timeout_minutes: int = 10
-    """Minutes after which a rank that waits for another gives up."""
-
-    distributed_timeout_seconds_after_init: int | None = None
-    """Seconds for the same once the run is set up. Not built yet. None: the timeout above stays."""
-
-    local_rank: int = field(default_factory=lambda: int(os.getenv("LOCAL_RANK", "0")))
-    """This process's number on its machine; torchrun sets it through LOCAL_RANK."""
-
-    lazy_mpu_init: bool = False
-    """Leave process groups to the caller. Not built yet. (Called lazy_init before.)"""
-
-    lazy_init: bool = False
-    """Deprecated name of lazy_mpu_init. Not built yet."""
-
-    align_grad_reduce: bool = True
-    """All pipeline stages reduce gradients at the same moment."""
-
-    use_megatron_fsdp: bool = False
-    """Shard with Megatron-FSDP. Not built yet."""
-
-    use_torch_fsdp2: bool = False
-    """Shard with torch's FSDP2. Not built yet."""
-
-    nccl_communicator_config_path: str | None = None
-    """YAML file with NCCL settings for each group. None: NCCL's own."""
-
-    use_tp_pp_dp_mapping: bool = False
-    """Number the ranks tensor, pipeline, data instead of tensor, data, pipeline."""
-
-    use_gloo_process_groups: bool = True
-    """Make a gloo group beside each data-parallel group (for collectives on host memory)."""
-
-    use_decentralized_pg: bool = False
-    """Pass process groups around instead of Core's global ones. Not built yet."""
-
-    use_sharp: bool = False
-    """Reduce inside the network switches (NCCL SHARP). Not built yet."""
-
-    sharp_enabled_group: Literal["dp", "dp_replica"] | None = None
-    """Group that uses SHARP. Not built yet. None: no group."""
-
-    high_priority_stream_groups: list[str] | None = None
-    """Groups whose communication gets a high-priority stream. None: no group."""
-
-    disable_jit_fuser: bool = False
-    """Run Core's fused elementwise functions without torch's compiler."""
-
-    def finalize(self) -> None:
-        """Check the section's own fields.
-
-        Raises:
-            ValueError: naming the field, what it holds and what it may hold.
-        """
-        _require_positive("dist", distributed_timeout_minutes=self.distributed_timeout_minutes)
-        if self.device == "cpu" and self.distributed_backend == "nccl":
-            raise ValueError(
-                "dist.distributed_backend=nccl with dist.device=cpu: NCCL only talks between GPUs; "
-                "set dist.distributed_backend=gloo (or auto)"
-            )
-
-
-@dataclass(kw_only=True)
-class RerunStateMachineConfig:
-    """What happens when a step gives a result that looks wrong."""
-
-    error_injection_rate: int = 0
-    """Core's own tests inject an error once in so many steps. 0: never."""
-
-    error_injection_type: Literal["correct_result", "transient_error", "persistent_error"] = "transient_error"
-    """The kind of error injected."""
-
-    rerun_mode: Literal["disabled", "validate_results", "report_stats"] = "disabled"
-    """disabled: no step is run twice. The other modes are not built yet."""
-
-    check_for_nan_in_loss: bool = True
-    """Stop with an error when a loss is not a number."""
-
-    check_for_spiky_loss: bool = False
-    """Treat a loss far above the recent ones as a wrong result."""
-
-    def finalize(self) -> None:
-        """Check the section's own fields."""
-        _require_not_negative("rerun_state_machine", error_injection_rate=self.error_injection_rate)

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""The types of dataclass fields, and values fitted to them: what a file or a command line says against what is expected."""
+"""The types of dataclass fields, and values from files and command lines fitted to them."""
 
 import collections.abc
 import dataclasses

@@ -7,12 +7,14 @@ function with some arguments bound `{"_target_": name, "_partial_": True, ...}`.
 that `targets.py` takes: nothing else is imported or called.
 """
 
+import collections.abc
 import dataclasses
 import enum
 import functools
 import logging
 import pathlib
 import re
+import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -136,7 +138,7 @@ class _Reader:
                 return self._read_dataclass(dataclass_type, value, where)
             value = {key: self.read(item, Any, f"{where}.{key}") for key, item in value.items()}
         elif isinstance(value, list | tuple):
-            item_hint = next((arg for member in members for arg in _item_hints(member)), Any)
+            item_hint = _item_hint(members)
             value = [self.read(item, item_hint, f"{where}[{index}]") for index, item in enumerate(value)]
         return self._fit(value, expected, where)
 
@@ -208,10 +210,16 @@ class _NotSavedError(ConfigFileError):
     """A value that was left out when the file was written."""
 
 
-def _item_hints(hint: Any) -> tuple:
-    """The type of a sequence's items, if the hint says one."""
-    arguments = getattr(hint, "__args__", ())
-    return tuple(arg for arg in arguments[:1] if arg is not ...) if getattr(hint, "__origin__", None) else ()
+def _item_hint(members: tuple) -> Any:
+    """The type of each item of a sequence; Any where items differ, or more than one kind of sequence is taken."""
+    hints = []
+    for member in members:
+        arguments = typing.get_args(member)
+        if typing.get_origin(member) in (list, set, frozenset, collections.abc.Sequence) and arguments:
+            hints.append(arguments[0])
+        elif typing.get_origin(member) is tuple:
+            hints.append(arguments[0] if arguments[-1] is ... else Any)
+    return hints[0] if len(hints) == 1 else Any
 
 
 def _unknown(name: str, where: str) -> str:
@@ -244,7 +252,7 @@ def parse_yaml(text: str) -> Any:
     Raises:
         yaml.YAMLError: The text isn't YAML.
     """
-    return yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader
+    return yaml.load(text, Loader=_Loader)
 
 
 def load_yaml(path: str | Path) -> Any:

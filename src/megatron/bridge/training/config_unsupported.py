@@ -1,0 +1,183 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Options of Megatron Bridge that are not built here yet: asking for one is an error, never silence.
+
+When something is built, delete its row.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron.bridge.training.config import ConfigContainer
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """One row: an option, the values that ask for nothing new, and the way out."""
+
+    option: str
+    """Section and field, e.g. checkpoint.async_save; or a section alone."""
+
+    accepted: tuple[Any, ...] = (None, False)
+    """Values that work."""
+
+    instead: str = ""
+    """What to do. Empty: set the first accepted value."""
+
+
+_NO_DUMPS = "write whole checkpoints (checkpoint.save_interval) instead"
+_NO_FSDP = "use the distributed optimizer (ddp.use_distributed_optimizer=true) instead"
+_NO_SECOND_KIND = "use checkpoint.save_interval with checkpoint.most_recent_k instead"
+_FROM_LM = "convert the checkpoint first and set the options in the configuration"
+_ONE_PROCESS_GROUP_STYLE = "leave it off: process groups are made at the start, in Core's global state"
+
+UNSUPPORTED = (
+    # whole sections
+    Unsupported("ft", (None,), "restart the job from its newest checkpoint instead"),
+    Unsupported("straggler", (None,)),
+    Unsupported("nvrx_straggler", (None,)),
+    Unsupported("tensor_inspect", (None,)),
+    Unsupported("inprocess_restart", (None,), "restart the job from its newest checkpoint instead"),
+    # length of the run and its checks
+    Unsupported("train.num_epochs", (None,), "set train.train_iters or train.train_samples instead"),
+    Unsupported("train.check_optimizer_step_success"),
+    Unsupported("train.check_weight_hash_across_dp_replicas_interval"),
+    Unsupported("train.train_sync_interval"),
+    Unsupported("train.empty_unused_memory_level", (0,)),
+    Unsupported(
+        "train.exit_signal_handler", (False,), "set train.exit_duration_in_mins or train.exit_interval instead"
+    ),
+    Unsupported("train.exit_signal_handler_for_dataloader"),
+    Unsupported("train.decrease_batch_size_if_needed"),
+    Unsupported("validation.multiple_validation_sets"),
+    Unsupported("validation.validation_set_names"),
+    Unsupported("validation.start_eval_at_iter"),
+    Unsupported("validation.test_mode"),
+    Unsupported("profiling.use_nsys_profiler"),
+    Unsupported("profiling.use_pytorch_profiler"),
+    Unsupported("profiling.record_memory_history"),
+    # the optimizer
+    Unsupported("optimizer_config_override_provider"),
+    Unsupported("scheduler.no_weight_decay_cond_type", (None,), "set optimizer.apply_wd_to_qk_layernorm=true instead"),
+    Unsupported("scheduler.max_steps", (None,), "set scheduler.lr_decay_iters instead"),
+    Unsupported("rerun_state_machine.rerun_mode", ("disabled",)),
+    Unsupported("rerun_state_machine.error_injection_rate", (0,)),
+    # process groups
+    Unsupported("dist.align_grad_reduce", (True,)),
+    Unsupported("dist.disable_jit_fuser"),
+    Unsupported("dist.use_megatron_fsdp", (False,), _NO_FSDP),
+    Unsupported("dist.use_torch_fsdp2", (False,), _NO_FSDP),
+    Unsupported("ddp.use_megatron_fsdp", (False,), _NO_FSDP),
+    Unsupported("ddp.use_custom_fsdp", (False,), _NO_FSDP),
+    Unsupported("dist.lazy_mpu_init", (False,), _ONE_PROCESS_GROUP_STYLE),
+    Unsupported("dist.lazy_init", (False,), _ONE_PROCESS_GROUP_STYLE),
+    Unsupported("dist.use_decentralized_pg", (False,), _ONE_PROCESS_GROUP_STYLE),
+    Unsupported("dist.use_tp_pp_dp_mapping"),
+    Unsupported("dist.use_sharp"),
+    Unsupported("dist.sharp_enabled_group"),
+    Unsupported("dist.nccl_communicator_config_path"),
+    Unsupported("dist.high_priority_stream_groups", (None, [])),
+    Unsupported("dist.distributed_timeout_seconds_after_init"),
+    # the model
+    Unsupported("model.context_parallel_size", (1,), "shorten model.seq_length or raise tensor parallelism instead"),
+    Unsupported("model.fp8_quantizer_factory", (None,), "choose a model.fp8_recipe of Transformer Engine's instead"),
+    Unsupported("model.fp4_quantizer_factory", (None,), "choose a model.fp4_recipe of Transformer Engine's instead"),
+    # what is saved and loaded
+    Unsupported("checkpoint.async_save", (False,), "checkpoints are written before the next step"),
+    Unsupported("checkpoint.ckpt_format", ("torch_dist",)),
+    Unsupported(
+        "checkpoint.ckpt_convert_format", (None,), "python -m megatron.bridge.convert converts to Hugging Face"
+    ),
+    Unsupported("checkpoint.ckpt_convert_save"),
+    Unsupported("checkpoint.ckpt_convert_update_legacy_dist_opt_format"),
+    Unsupported("checkpoint.save_params_interval", (None,), _NO_DUMPS),
+    Unsupported("checkpoint.save_activations_interval", (None,), _NO_DUMPS),
+    Unsupported("checkpoint.save_tokens_per_expert_interval", (None,), _NO_DUMPS),
+    Unsupported("checkpoint.save_wgrads_interval", (None,), _NO_DUMPS),
+    Unsupported("checkpoint.save_dgrads_interval", (None,), _NO_DUMPS),
+    Unsupported("checkpoint.save_retain_interval", (None,), "set checkpoint.most_recent_k=-1 to keep all"),
+    Unsupported("checkpoint.non_persistent_save_interval", (None,), _NO_SECOND_KIND),
+    Unsupported("checkpoint.non_persistent_ckpt_type", (None, "None"), _NO_SECOND_KIND),
+    Unsupported("checkpoint.non_persistent_global_ckpt_dir", (None,), _NO_SECOND_KIND),
+    Unsupported("checkpoint.non_persistent_local_ckpt_dir", (None,), _NO_SECOND_KIND),
+    Unsupported("checkpoint.replication"),
+    Unsupported("checkpoint.replication_jump"),
+    Unsupported("checkpoint.use_checkpoint_args", (False,), _FROM_LM),
+    Unsupported("checkpoint.use_mp_args_from_checkpoint_args", (False,), _FROM_LM),
+    Unsupported("checkpoint.auto_detect_ckpt_format", (False,), "the format is torch_dist"),
+    Unsupported("checkpoint.dist_ckpt_save_pre_mcore_014"),
+    Unsupported("checkpoint.distrib_optim_fully_reshardable_mem_efficient"),
+    Unsupported("checkpoint.ckpt_fully_parallel_save_process_group", ("dp",)),
+    Unsupported("checkpoint.ckpt_fully_parallel_load_process_group", ("dp",)),
+    Unsupported("checkpoint.ckpt_assume_constant_structure"),
+    Unsupported("checkpoint.storage_writers_per_rank", (1,)),
+    Unsupported("checkpoint.dist_ckpt_workers", (1,)),
+    Unsupported("checkpoint.verify_integrity"),
+    Unsupported("checkpoint.custom_manager_class"),
+    Unsupported(
+        "checkpoint.also_save_hf_checkpoint", (False,), "export afterwards: python -m megatron.bridge.convert export"
+    ),
+    Unsupported("checkpoint.hf_distributed_save"),
+    Unsupported("checkpoint.hf_trust_remote_code"),
+)
+"""Options that are refused unless they hold an accepted value."""
+
+
+_INERT = tuple(
+    f"logger.{name}"
+    for name in (
+        "log_params_norm log_throughput log_throughput_to_tensorboard log_progress log_timers_to_tensorboard "
+        "log_validation_ppl_to_tensorboard log_memory_to_tensorboard memory_keys log_memory_interval "
+        "log_device_memory_used log_l2_norm_grad_to_tensorboard log_num_zeros_in_grad log_max_attention_logit "
+        "log_runtime_to_tensorboard log_world_size_to_tensorboard log_energy wandb_project modules_to_filter "
+        "set_level_for_all_loggers timing_log_level"
+    ).split()
+)
+"""Options that only ask for more to be shown: they are accepted, without effect, and the log says so."""
+
+
+def _value_of(cfg: "ConfigContainer", option: str) -> Any:
+    """What an option holds; None in a section that is None."""
+    value: Any = cfg
+    for name in option.split("."):
+        value = getattr(value, name) if value is not None else None
+    return value
+
+
+def log_options_without_effect(cfg: "ConfigContainer") -> None:
+    """Name, in one line, the options that ask for something to be shown that isn't built yet."""
+    asked_for = [option for option in _INERT if _value_of(cfg, option)]
+    if asked_for:
+        logger.info("accepted without effect, not built yet: %s", ", ".join(asked_for))
+
+
+def check_options_are_built(cfg: "ConfigContainer", world_size: int) -> None:
+    """Nothing is asked for that isn't built."""
+    for row in UNSUPPORTED:
+        value = _value_of(cfg, row.option)
+        if not any(value is accepted or value == accepted for accepted in row.accepted):
+            way_out = row.instead or f"set {row.option}={_as_text(row.accepted[0])}"
+            raise ValueError(f"{row.option}={_as_text(value)} is not built yet: {way_out}")
+
+
+def check_comm_overlap_is_off(cfg: "ConfigContainer", world_size: int) -> None:
+    """`comm_overlap` may be there, with everything in it off."""
+    overlap = cfg.comm_overlap
+    if overlap is None:
+        return
+    for name in overlap.__dataclass_fields__:
+        if getattr(overlap, name) not in (None, False):
+            raise ValueError(
+                f"comm_overlap.{name}={getattr(overlap, name)} is not built yet: set comm_overlap=null; "
+                "ddp.overlap_grad_reduce and ddp.overlap_param_gather do what they say"
+            )
+
+
+def _as_text(value: Any) -> str:
+    """A value as an override would say it, on one line."""
+    text = {None: "null", True: "true", False: "false"}.get(value) if isinstance(value, bool | None) else None
+    return text or " ".join(str(value).split())[:80]
