@@ -300,16 +300,11 @@ class AutoBridge:
         Returns:
             The iteration's directory.
         """
-        from megatron.bridge.models.conversion.saved_provider import set_parallel_sizes
         from megatron.bridge.utils.distributed import model_parallel_groups
 
         bridge = cls.from_hf_pretrained(hf_model_id, **download_options)
         with model_parallel_groups(tensor_model_parallel_size, pipeline_model_parallel_size):
-            provider = bridge.to_megatron_provider(load_weights=False)
-            set_parallel_sizes(provider, {})
-            provider.perform_initialization = False
-            chunks = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
-            bridge.load_hf_weights(chunks, show_progress=show_progress)
+            chunks = bridge._build_on_host(show_progress=show_progress)
             return bridge.save_megatron_model(chunks, megatron_path)
 
     def export_ckpt(
@@ -337,6 +332,42 @@ class AutoBridge:
         with model_parallel_groups(tensor_model_parallel_size, pipeline_model_parallel_size):
             chunks = self.load_megatron_model(megatron_path, use_cpu_initialization=True)
             self.save_hf_pretrained(chunks, hf_path, show_progress, strict=strict)
+
+    def check_roundtrip(
+        self,
+        *,
+        tensor_model_parallel_size: int = 1,
+        pipeline_model_parallel_size: int = 1,
+        show_progress: bool = True,
+    ) -> tuple[int, list[str]]:
+        """Load the weights into a Megatron model, export them, and compare bit by bit with the files. Collective.
+
+        Args:
+            tensor_model_parallel_size: Ranks that share each matrix.
+            pipeline_model_parallel_size: Ranks that share the layers.
+            show_progress: Whether rank 0 shows bars.
+
+        Returns:
+            The number of equal tensors, and one line for each that differs.
+        """
+        from megatron.bridge.models.conversion.hf_weights import HFWeights
+        from megatron.bridge.models.conversion.roundtrip import compare_with_files
+        from megatron.bridge.utils.distributed import model_parallel_groups
+
+        with model_parallel_groups(tensor_model_parallel_size, pipeline_model_parallel_size):
+            chunks = self._build_on_host(show_progress=show_progress)
+            weights = HFWeights(self._weights_directory(None))
+            return compare_with_files(chunks, self.family, weights, show_progress=show_progress)
+
+    def _build_on_host(self, *, show_progress: bool) -> "list[MegatronModule]":
+        """The model with its weights, in host memory, at the sizes of the model-parallel state."""
+        from megatron.bridge.models.conversion.saved_provider import set_parallel_sizes
+
+        provider = self.to_megatron_provider(load_weights=False)
+        set_parallel_sizes(provider, {})
+        provider.perform_initialization = False
+        chunks = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
+        return self.load_hf_weights(chunks, show_progress=show_progress)
 
     @staticmethod
     def get_hf_model_id_from_checkpoint(path: "str | Path") -> str | None:
