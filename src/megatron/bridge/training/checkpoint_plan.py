@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""What a load restores, and why: decided once, from the configuration and from what is on disk, before anything is read.
+"""What a load restores, and why: decided once, from the configuration and what is on disk, before anything is read.
 
 `load_checkpoint` follows the plan; no flag of the configuration is changed on the way.
 """

@@ -15,9 +15,10 @@ def finetune(
 ) -> None:
     """Finetune a pretrained model, or resume a finetune.
 
-    Weights come from `checkpoint.load` if it holds a checkpoint (a resume), else from `checkpoint.pretrained_checkpoint`
-    (a Megatron checkpoint, one of its iterations, or a Hugging Face directory). With the optimizer offloaded to the
-    CPU its copies of the weights follow what was loaded; nothing needs to be called or set for that.
+    Weights come from `checkpoint.load` if it holds a checkpoint (a resume), else from
+    `checkpoint.pretrained_checkpoint` (a Megatron checkpoint, one of its iterations, or a Hugging Face directory).
+    With the optimizer offloaded to the CPU its copies of the weights follow what was loaded; nothing needs to be
+    called or set for that.
 
     Args:
         config: As for `pretrain`.

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Run a forward step through Megatron-Core's schedules: bind the run to it, feed it a step's micro-batches, add up losses."""
+"""Run a forward step through Megatron-Core's schedules: bind the run to it, feed it micro-batches, add up losses."""
 
 import inspect
 from collections.abc import Callable, Sequence

@@ -13,7 +13,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 def get_rng_state(
     data_parallel_random_init: bool = False, ckpt_format: str = "torch_dist", *, pg_collection: Any = None
 ) -> ShardedObject:
-    """This rank's random states, an entry for each tensor and pipeline position (and data-parallel rank, if they differ).
+    """This rank's random states: an entry for each tensor and pipeline position, and data rank if they differ.
 
     Args:
         data_parallel_random_init: Data-parallel ranks have states of their own: keep them all.

@@ -15,20 +15,23 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.bridge.training.cpu_offload.repair import Repair
 
 
-class _RestoreStepAndMasters:
+def _restore_step_and_masters(base: type) -> type:
     """Overrides of `DistributedOptimizer`."""
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if "param_state" not in state_dict:
-            return
-        steps = {group["step"] for group in state_dict["optimizer"]["param_groups"] if "step" in group}
-        if isinstance(self.optimizer, HybridDeviceOptimizer):
-            self.optimizer._update_fp32_params_by_new_state()
-        for sub_optimizer in getattr(self.optimizer, "sub_optimizers", [self.optimizer]):
-            for state in sub_optimizer.state.values():
-                if "step" in state and len(steps) == 1:
-                    state["step"] = torch.tensor(float(next(iter(steps))))
+    class RestoreStepAndMasters(base):
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            super().load_state_dict(state_dict)
+            if "param_state" not in state_dict:
+                return
+            steps = {group["step"] for group in state_dict["optimizer"]["param_groups"] if "step" in group}
+            if isinstance(self.optimizer, HybridDeviceOptimizer):
+                self.optimizer._update_fp32_params_by_new_state()
+            for sub_optimizer in getattr(self.optimizer, "sub_optimizers", [self.optimizer]):
+                for state in sub_optimizer.state.values():
+                    if "step" in state and len(steps) == 1:
+                        state["step"] = torch.tensor(float(next(iter(steps))))
+
+    return RestoreStepAndMasters
 
 
 def _steps_are_in_the_state(optimizer: DistributedOptimizer) -> bool:
@@ -42,7 +45,7 @@ REPAIRS = (
         threads=("NovaSky-AI/SkyRL PR 1403", "NVIDIA/Megatron-LM PR 7449"),
         core_versions="0.16.1 to 0.19.2",
         target=DistributedOptimizer,
-        mixin=_RestoreStepAndMasters,
+        subclass=_restore_step_and_masters,
         is_needed=_steps_are_in_the_state,
     ),
 )

@@ -7,6 +7,7 @@ that mend it; an optimizer without defects stays Core's.
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
@@ -56,12 +57,10 @@ def _distributed_optimizers(optimizer: Any) -> list[DistributedOptimizer]:
 def _repair(optimizer: Any, target: type) -> list[str]:
     needed = tuple(repair for repair in REPAIRS if repair.target is target and repair.is_needed(optimizer))
     if needed and type(optimizer) is target:
-        optimizer.__class__ = _repaired_class(target, tuple(repair.mixin for repair in needed))
+        optimizer.__class__ = _repaired_class(target, tuple(repair.subclass for repair in needed))
     return [repair.name for repair in needed]
 
 
 @functools.cache
-def _repaired_class(target: type, mixins: tuple[type, ...]) -> type:
-    return type(
-        f"Repaired{target.__name__}", (*mixins, target), {"__doc__": f"{target.__name__} with its defects mended."}
-    )
+def _repaired_class(target: type, subclasses: tuple[Callable[[type], type], ...]) -> type:
+    return functools.reduce(lambda base, subclass: subclass(base), subclasses, target)

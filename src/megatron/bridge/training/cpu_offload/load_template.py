@@ -20,7 +20,7 @@ def allocate_state(optimizer: torch.optim.Optimizer) -> None:
     """Give every parameter of an Adam optimizer the state of step 0. State that exists is kept.
 
     Args:
-        optimizer: A torch Adam or AdamW, Transformer Engine's or Apex's FusedAdam, or a `HybridDeviceOptimizer` of those.
+        optimizer: Torch's Adam or AdamW, Transformer Engine's or Apex's FusedAdam, or a hybrid of those.
     """
     if isinstance(optimizer, HybridDeviceOptimizer):
         for sub_optimizer in optimizer.sub_optimizers:
@@ -39,20 +39,26 @@ def allocate_state(optimizer: torch.optim.Optimizer) -> None:
                 optimizer.state[param] = state
 
 
-class _AllocateBeforeTemplate:
+def _allocate_before_template(base: type) -> type:
     """Overrides of `DistributedOptimizer`."""
 
-    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.is_stub_optimizer:
-            allocate_state(self.optimizer)
-        return super().sharded_state_dict(*args, **kwargs)
+    class AllocateBeforeTemplate(base):
+        def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+            if not self.is_stub_optimizer:
+                allocate_state(self.optimizer)
+            return super().sharded_state_dict(*args, **kwargs)
+
+    return AllocateBeforeTemplate
 
 
-class _AllocateInsteadOfStep:
+def _allocate_instead_of_step(base: type) -> type:
     """Overrides of `HybridDeviceOptimizer`."""
 
-    def dummy_step(self) -> None:
-        allocate_state(self)
+    class AllocateInsteadOfStep(base):
+        def dummy_step(self) -> None:
+            allocate_state(self)
+
+    return AllocateInsteadOfStep
 
 
 def _inner_is_torch_adam_or_hybrid(optimizer: DistributedOptimizer) -> bool:
@@ -71,7 +77,7 @@ REPAIRS = (
         threads=THREADS,
         core_versions="0.16.1 to 0.19.2",
         target=DistributedOptimizer,
-        mixin=_AllocateBeforeTemplate,
+        subclass=_allocate_before_template,
         is_needed=_inner_is_torch_adam_or_hybrid,
     ),
     Repair(
@@ -80,7 +86,7 @@ REPAIRS = (
         threads=THREADS,
         core_versions="0.16.1 to 0.19.2",
         target=HybridDeviceOptimizer,
-        mixin=_AllocateInsteadOfStep,
+        subclass=_allocate_instead_of_step,
         is_needed=_dummy_step_steps,
     ),
 )

@@ -12,17 +12,20 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.bridge.training.cpu_offload.repair import Repair
 
 
-class _MastersWhereTheyAre:
+def _masters_where_they_are(base: type) -> type:
     """Overrides of `HybridDeviceOptimizer`."""
 
-    def _update_fp32_params_by_new_state(self) -> None:
-        if not self.param_update_in_fp32:
-            return
-        for param, state in self.state.items():
-            master = self.param_to_inner_param[param]
-            if state["master_param"] is not master:
-                master.data.copy_(state["master_param"])
-                state["master_param"] = master
+    class MastersWhereTheyAre(base):
+        def _update_fp32_params_by_new_state(self) -> None:
+            if not self.param_update_in_fp32:
+                return
+            for param, state in self.state.items():
+                master = self.param_to_inner_param[param]
+                if state["master_param"] is not master:
+                    master.data.copy_(state["master_param"])
+                    state["master_param"] = master
+
+    return MastersWhereTheyAre
 
 
 def _looks_up_every_parameter(optimizer: HybridDeviceOptimizer) -> bool:
@@ -38,7 +41,7 @@ REPAIRS = (
         threads=("NovaSky-AI/SkyRL PR 1401", "NVIDIA/Megatron-LM PR 6124"),
         core_versions="0.16.1 to 0.19.2",
         target=HybridDeviceOptimizer,
-        mixin=_MastersWhereTheyAre,
+        subclass=_masters_where_they_are,
         is_needed=_looks_up_every_parameter,
     ),
 )

@@ -158,7 +158,7 @@ def _attribute(owner: Any, name: str) -> Any:
     except AttributeError as error:
         raise RuntimeError(
             f"{type(owner).__name__}.{name} is missing in megatron-core {core_version}: the copies of an offloaded "
-            f"optimizer can't be refreshed; use megatron-core {SUPPORTED_CORE}, or optimizer.optimizer_cpu_offload=False"
+            f"optimizer can't be refreshed; use megatron-core {SUPPORTED_CORE} or optimizer.optimizer_cpu_offload=False"
         ) from error
 
 

@@ -13,15 +13,18 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.bridge.training.cpu_offload.repair import Repair
 
 
-class _PlainParamGroups:
+def _plain_param_groups(base: type) -> type:
     """Overrides of `DistributedOptimizer`."""
 
-    def state_dict(self) -> dict[str, Any]:
-        state_dict = super().state_dict()
-        for group in state_dict["optimizer"]["param_groups"]:
-            for key in [key for key, value in group.items() if isinstance(value, type)]:
-                del group[key]
-        return state_dict
+    class PlainParamGroups(base):
+        def state_dict(self) -> dict[str, Any]:
+            state_dict = super().state_dict()
+            for group in state_dict["optimizer"]["param_groups"]:
+                for key in [key for key, value in group.items() if isinstance(value, type)]:
+                    del group[key]
+            return state_dict
+
+    return PlainParamGroups
 
 
 def _groups_hold_classes(optimizer: DistributedOptimizer) -> bool:
@@ -38,7 +41,7 @@ REPAIRS = (
         threads=("NVIDIA-NeMo/RL #1553",),
         core_versions="0.16.1 to 0.19.2",
         target=DistributedOptimizer,
-        mixin=_PlainParamGroups,
+        subclass=_plain_param_groups,
         is_needed=_groups_hold_classes,
     ),
 )

@@ -25,8 +25,8 @@ class Repair:
     target: type
     """Core's class that is overridden."""
 
-    mixin: type
-    """Holds the overriding methods; goes before `target` in the method order."""
+    subclass: Callable[[type], type]
+    """Makes, of `target` or a subclass of it, a subclass with the overrides. Adds no slots: instances change class."""
 
     is_needed: Callable[[Any], bool]
     """Whether this optimizer, in the installed Core, has the defect: asked of its source or state, not its version."""

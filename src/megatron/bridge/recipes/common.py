@@ -1,0 +1,61 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""What recipes share: a recipe is its differences from this."""
+
+from typing import Any
+
+from megatron.bridge.data.config import GPTSFTDatasetConfig, TokenizerConfig
+from megatron.bridge.training.config import (
+    CheckpointConfig,
+    ConfigContainer,
+    DistributedDataParallelConfig,
+    LoggerConfig,
+    OptimizerConfig,
+    RNGConfig,
+    SchedulerConfig,
+    TrainingConfig,
+    ValidationConfig,
+)
+
+
+def sft_common(model: Any, *, seq_length: int, run_directory: str = "./nemo_experiments/default") -> ConfigContainer:
+    """A full finetune in bf16 with the distributed optimizer, not offloaded.
+
+    The run resumes from where it saves. Set `checkpoint.pretrained_checkpoint`, `dataset.dataset_root` and
+    `tokenizer.tokenizer_model` before the run.
+
+    Args:
+        model: The model provider.
+        seq_length: Longest sample, in tokens.
+        run_directory: Checkpoints and TensorBoard files go below it.
+    """
+    model.seq_length = seq_length
+    # Every answer token weighs the same, however the micro-batches fall.
+    model.calculate_per_token_loss = True
+    return ConfigContainer(
+        model=model,
+        train=TrainingConfig(train_iters=1000, micro_batch_size=1, global_batch_size=128),
+        validation=ValidationConfig(eval_interval=100, eval_iters=32),
+        optimizer=OptimizerConfig(
+            optimizer="adam",
+            lr=5e-6,
+            min_lr=0.0,
+            weight_decay=0.1,
+            adam_beta1=0.9,
+            adam_beta2=0.98,
+            adam_eps=1e-8,
+            clip_grad=1.0,
+            use_distributed_optimizer=True,
+        ),
+        scheduler=SchedulerConfig(lr_decay_style="cosine", lr_warmup_iters=50),
+        ddp=DistributedDataParallelConfig(
+            use_distributed_optimizer=True, grad_reduce_in_fp32=True, average_in_collective=False
+        ),
+        dataset=GPTSFTDatasetConfig(dataset_root="", seq_length=seq_length, dataloader_type="batch", do_test=False),
+        tokenizer=TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=""),
+        checkpoint=CheckpointConfig(
+            save=f"{run_directory}/checkpoints", load=f"{run_directory}/checkpoints", save_interval=100
+        ),
+        logger=LoggerConfig(log_interval=10, tensorboard_dir=f"{run_directory}/tensorboard"),
+        rng=RNGConfig(seed=5678),
+        mixed_precision="bf16_mixed",
+    )

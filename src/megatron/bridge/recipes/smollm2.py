@@ -1,0 +1,38 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""SmolLM2: small enough to finetune on a laptop, real enough to show what finetuning does."""
+
+from megatron.bridge.models.llama import LlamaModelProvider
+from megatron.bridge.recipes.common import sft_common
+from megatron.bridge.training.config import ConfigContainer
+
+
+def smollm2_135m_sft_config() -> ConfigContainer:
+    """Full finetune of SmolLM2-135M with the optimizer offloaded to the CPU, on short conversations."""
+    cfg = sft_common(
+        LlamaModelProvider(
+            num_layers=30,
+            hidden_size=576,
+            ffn_hidden_size=1536,
+            num_attention_heads=9,
+            num_query_groups=3,
+            kv_channels=64,
+            vocab_size=49152,
+            rotary_base=100000,
+            layernorm_epsilon=1e-5,
+            share_embeddings_and_output_weights=True,
+        ),
+        seq_length=256,
+    )
+    cfg.train.micro_batch_size = 4
+    cfg.train.global_batch_size = 8
+    cfg.train.train_iters = 30
+    cfg.optimizer.lr = 2e-5
+    cfg.optimizer.weight_decay = 0.01
+    cfg.optimizer.optimizer_cpu_offload = True
+    cfg.optimizer.optimizer_offload_fraction = 1.0
+    cfg.scheduler.lr_warmup_iters = 5
+    cfg.checkpoint.save_interval = None
+    cfg.validation.eval_interval = None
+    cfg.validation.eval_at_start = True
+    cfg.validation.eval_iters = None
+    return cfg
