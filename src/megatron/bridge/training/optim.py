@@ -9,7 +9,12 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron.bridge.training.config import OptimizerConfig, SchedulerConfig
+from megatron.bridge.training.config import (
+    OptimizerConfig,
+    OptimizerConfigOverrideProvider,
+    OptimizerConfigOverrideProviderContext,
+    SchedulerConfig,
+)
 from megatron.bridge.training.cpu_offload.install import install_repairs
 from megatron.bridge.training.cpu_offload.param_copies import find_hybrid_optimizers, sync_hybrid_optimizer_param_copies
 
@@ -22,7 +27,7 @@ def setup_optimizer(
     model: list[Any],
     use_gloo_process_groups: bool = False,
     pg_collection: ProcessGroupCollection | None = None,
-    optimizer_config_override_provider: Any = None,
+    optimizer_config_override_provider: OptimizerConfigOverrideProvider | None = None,
 ) -> tuple[Any, OptimizerParamScheduler]:
     """Build Megatron-Core's optimizer for a model, mend its known defects, and build the schedule.
 
@@ -32,20 +37,22 @@ def setup_optimizer(
         model: This rank's chunks, wrapped in DDP.
         use_gloo_process_groups: Let the distributed optimizer gather over gloo.
         pg_collection: Process groups; None uses Core's global ones.
-        optimizer_config_override_provider: Not supported; kept in the signature that scripts use.
+        optimizer_config_override_provider: Options for single parameters; None gives Core's usual ones.
 
     Returns:
         The optimizer and its parameter scheduler.
-
-    Raises:
-        ValueError: An override provider is given.
     """
-    if optimizer_config_override_provider is not None:
-        raise ValueError(
-            "optimizer_config_override_provider is set: per-parameter overrides are not supported; set it to None"
-        )
+    provider = optimizer_config_override_provider or OptimizerConfigOverrideProvider()
     optimizer = get_megatron_optimizer(
-        optimizer_config, model, use_gloo_process_groups=use_gloo_process_groups, pg_collection=pg_collection
+        optimizer_config,
+        model,
+        config_overrides=provider.build_config_overrides(
+            OptimizerConfigOverrideProviderContext(
+                scheduler_config=scheduler_config, optimizer_config=optimizer_config, model=model
+            )
+        ),
+        use_gloo_process_groups=use_gloo_process_groups,
+        pg_collection=pg_collection,
     )
     install_repairs(optimizer)
     logger.info("optimizer: %s", describe_optimizer(optimizer_config, optimizer))

@@ -82,7 +82,13 @@ def setup(state: GlobalState, train_valid_test_datasets_provider: Callable[..., 
         data_parallel_random_init=cfg.rng.data_parallel_random_init,
         pg_collection=pg_collection,
     )
-    optimizer, scheduler = setup_optimizer(cfg.optimizer, cfg.scheduler, model, cfg.dist.use_gloo_process_groups)
+    optimizer, scheduler = setup_optimizer(
+        cfg.optimizer,
+        cfg.scheduler,
+        model,
+        cfg.dist.use_gloo_process_groups,
+        optimizer_config_override_provider=cfg.optimizer_config_override_provider,
+    )
     _connect(model, optimizer, cfg)
     load_checkpoint(state, model, optimizer, scheduler)
 

@@ -14,6 +14,7 @@ Both kinds of tensor share storage rules with stock torch, so all arithmetic is 
 
 import contextlib
 import importlib
+import logging
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -232,6 +233,10 @@ def install() -> None:
 
     # Compiled code would need a C++ toolchain on the user's machine and would not see the simulated device.
     importlib.import_module("torch._dynamo").config.disable = True
+    # Core's tracker warns when device randomness moves the host's generator; here they are one generator.
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )
     _replace()
     _mode = _SimulatedDevice()
     _mode.__enter__()
