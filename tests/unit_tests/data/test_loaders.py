@@ -82,6 +82,21 @@ def test_rows_are_padded_to_the_longest_sample_of_the_global_batch_and_masked_by
                 assert set(tokens[size:].tolist()) | set(labels[size:].tolist()) <= {999}
 
 
+def test_a_learned_token_that_looks_like_padding_stays_learned():
+    class EndingInPad(Counting):
+        def __getitem__(self, index):
+            sample = super().__getitem__(index)
+            sample["labels"][-1] = 999
+            sample["loss_mask"][0] = 0.0
+            return sample
+
+    dataset = EndingInPad(20)
+    [step] = steps(dataset, 1)
+    for tokens, mask in zip(step[0]["tokens"], step[0]["loss_mask"], strict=True):
+        size = int(dataset.sizes[int(tokens[0])])
+        assert mask.tolist() == [0.0] + [1.0] * (size - 1) + [0.0] * (len(mask) - size)
+
+
 def test_padding_can_go_to_the_full_length_and_never_beyond():
     assert Padding(seq_length=10, multiple_of=4).row_length(np.array([0]), np.array([9])) == 10
     full = Padding(seq_length=16, to_full_length=True)

@@ -125,6 +125,17 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(write_jsonl, tokenize
     assert len(whole) == 2
 
 
+def test_a_template_that_hides_earlier_answers_is_refused(write_jsonl, tokenizer_directory):
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' and not loop.last %}-{% else %}{{ m['content'] }}"
+        "{% endif %}{% endfor %}"
+    )
+    config = TokenizerConfig(tokenizer_model=str(tokenizer_directory), chat_template=template)
+    path = write_jsonl([{"messages": CONVERSATION[:2]}, {"messages": CONVERSATION}])
+    with pytest.raises(ValueError, match=r"training\.jsonl:2: the chat template cannot be split into turns: message 2"):
+        load(path, build_tokenizer(config))
+
+
 def test_conversations_need_a_template(write_jsonl, tmp_path):
     bare = build_tokenizer(TokenizerConfig(tokenizer_model=str(write_tokenizer(tmp_path / "t", chat_template=None))))
     with pytest.raises(ValueError, match=r"no chat template: set tokenizer\.chat_template"):
@@ -179,6 +190,12 @@ def test_report_counts_what_is_dropped(write_jsonl, tokenizer):
 
 def test_blank_answers_are_dropped(write_jsonl, tokenizer):
     dataset = load(write_jsonl([{"input": "a", "output": "  "}, {"input": "a", "output": "b"}]), tokenizer)
+    assert (len(dataset), dataset.report.dropped) == (1, 1)
+
+
+def test_a_sample_of_one_token_has_nothing_to_predict(write_jsonl, tokenizer):
+    path = write_jsonl([{"output": "a"}, {"output": "ab"}])
+    dataset = load(path, tokenizer, prompt_template="{output}", truncation_field="", add_eos=False)
     assert (len(dataset), dataset.report.dropped) == (1, 1)
 
 
