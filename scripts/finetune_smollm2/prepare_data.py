@@ -16,12 +16,12 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from wheel_files import PreparationError, download_wheel, is_prepared, run_script, write_directory
+from wheel_files import PreparationError, download_wheel, is_prepared, run_script, sha256_of, write_directory
 
 WHEEL = "chatterbot-corpus==1.3.3"
 WHEEL_SHA256 = "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154"
 LANGUAGE_FOLDER = "chatterbot_corpus/data/english/"
-SOURCE = {"wheel": WHEEL, "wheel_sha256": WHEEL_SHA256, "format": "1"}
+SOURCE = {"wheel": WHEEL, "format": "1"}
 VALIDATION_ONE_IN = 10
 
 
@@ -77,8 +77,8 @@ def first_pairs(conversations: list[tuple[str, list]]) -> dict[str, dict]:
     return rows
 
 
-def write_data(wheel: Path, folder: Path) -> dict[str, int]:
-    """Writes the two JSONL files into `folder`; returns the number of lines of each."""
+def write_data(wheel: Path, folder: Path) -> dict:
+    """Writes the two JSONL files into `folder`; returns figures for the marker file."""
     conversations = read_conversations(wheel)
     splits: dict[str, list[dict]] = {"training": [], "validation": []}
     for key, row in first_pairs(conversations).items():
@@ -86,7 +86,8 @@ def write_data(wheel: Path, folder: Path) -> dict[str, int]:
     for name, rows in splits.items():
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    return {name: len(rows) for name, rows in splits.items()} | {"conversations_read": len(conversations)}
+    counts = {name: len(rows) for name, rows in splits.items()}
+    return counts | {"conversations_read": len(conversations), "wheel_sha256": sha256_of(wheel)}
 
 
 def main() -> None:

@@ -1,0 +1,60 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Finetune SmolLM2-135M-Instruct on question and answer pairs, with the optimizer offloaded to the CPU.
+
+Each rank runs this file (torchrun); it is what a script of your own looks like:
+
+    torchrun --nproc-per-node 2 scripts/finetune_smollm2/train.py \
+        --pretrained-checkpoint results/smollm2/pretrained --output results/smollm2 train.train_iters=30
+"""
+
+import argparse
+from pathlib import Path
+
+from megatron.bridge.recipes.smollm2 import smollm2_135m_sft_config
+from megatron.bridge.training.config import ConfigContainer
+from megatron.bridge.training.finetune import finetune
+from megatron.bridge.training.gpt_step import forward_step
+from megatron.bridge.training.progress import MetricsFile
+from megatron.bridge.utils.distributed import world_size
+from megatron.bridge.utils.overrides import apply_overrides
+
+
+def build_config(arguments: argparse.Namespace) -> ConfigContainer:
+    """The recipe, this run's paths, and the command line's overrides, in that order."""
+    cfg = smollm2_135m_sft_config()
+    cfg.checkpoint.pretrained_checkpoint = str(arguments.pretrained_checkpoint)
+    cfg.checkpoint.save = cfg.checkpoint.load = str(arguments.output / "checkpoints")
+    cfg.logger.tensorboard_dir = str(arguments.output / "tensorboard")
+    cfg.dataset.dataset_root = str(arguments.data)
+    cfg.tokenizer.tokenizer_model = str(arguments.model)
+    cfg.train.micro_batch_size = max(1, min(4, cfg.train.global_batch_size // world_size()))
+    apply_overrides(cfg, arguments.overrides)
+    return cfg
+
+
+def main() -> None:
+    """Parse, configure, finetune."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=Path("data/smollm2-135m-instruct"), help="for the tokenizer")
+    parser.add_argument("--data", type=Path, default=Path("data/chatterbot"), help="holds training.jsonl")
+    parser.add_argument("--pretrained-checkpoint", type=Path, required=True, help="weights to start from")
+    parser.add_argument("--output", type=Path, required=True, help="checkpoints, TensorBoard and metrics go here")
+    parser.add_argument(
+        "--stock-megatron-core",
+        action="store_true",
+        help="leave the offloaded optimizer's copies as Megatron-Core leaves them, to see what that does",
+    )
+    parser.add_argument("overrides", nargs="*", help="key=value, e.g. optimizer.lr=1e-5")
+    arguments = parser.parse_args()
+    if arguments.stock_megatron_core:
+        from without_sync import switch_off_sync
+
+        switch_off_sync()
+    try:
+        finetune(build_config(arguments), forward_step, callbacks=[MetricsFile(arguments.output / "metrics.jsonl")])
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
