@@ -86,6 +86,9 @@ def _read_index(path: Path) -> dict[str, str]:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): expected JSON with a weight_map") from None
+    for name, file in weight_map.items():
+        if Path(file).name != file:
+            raise ValueError(f"{path} names {file!r} for {name!r}: expected a file in the same directory")
     return weight_map
 
 

@@ -1,0 +1,131 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron.bridge import AutoBridge
+from megatron.bridge.models.conversion.hf_config import find_hf_directory, read_hf_config, rope_parameters
+
+SMOLLM2 = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "max_position_embeddings": 8192,
+    "num_attention_heads": 9,
+    "num_hidden_layers": 30,
+    "num_key_value_heads": 3,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 100000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 49152,
+}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+def provider_of(**overrides):
+    return AutoBridge.from_hf_config({**SMOLLM2, **overrides}).to_megatron_provider(load_weights=False)
+
+
+def test_every_field_has_its_place():
+    provider = provider_of(max_position_embeddings=4096, initializer_range=0.03)
+    assert provider.num_layers == 30
+    assert (provider.hidden_size, provider.ffn_hidden_size) == (576, 1536)
+    assert (provider.num_attention_heads, provider.num_query_groups, provider.kv_channels) == (9, 3, 64)
+    assert (provider.vocab_size, provider.seq_length, provider.init_method_std) == (49152, 4096, 0.03)
+    assert (provider.normalization, provider.layernorm_epsilon) == ("RMSNorm", 1e-5)
+    assert (provider.position_embedding_type, provider.rotary_base) == ("rope", 100000.0)
+    assert provider.share_embeddings_and_output_weights
+    assert provider.gated_linear_unit and provider.activation_func is F.silu and not provider.add_bias_linear
+    assert (provider.bf16, provider.fp16, provider.params_dtype) == (True, False, torch.bfloat16)
+
+
+def test_old_files_leave_defaults_out():
+    short = {key: value for key, value in SMOLLM2.items() if key not in ("num_key_value_heads", "torch_dtype")}
+    provider = AutoBridge.from_hf_config(short).to_megatron_provider(load_weights=False)
+    assert provider.num_query_groups == 9
+    assert provider.params_dtype is torch.float32 and not provider.bf16
+
+
+def test_transformers_objects_and_their_files_say_the_same(tmp_path):
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=64, num_attention_heads=4, rope_parameters={"rope_theta": 3e4, "rope_type": "default"}
+    )
+    config.save_pretrained(tmp_path)
+    fields = [
+        AutoBridge.from_hf_config(config).to_megatron_provider(load_weights=False),
+        AutoBridge.from_hf_config(
+            {**read_hf_config(tmp_path), "architectures": ["LlamaForCausalLM"]}
+        ).to_megatron_provider(load_weights=False),
+    ]
+    assert fields[0] == fields[1]
+    assert fields[0].rotary_base == 3e4
+
+
+def test_both_spellings_of_rope_scaling():
+    numbers = {**LLAMA3, "original_max_position_embeddings": 8192}
+    old = rope_parameters({"rope_theta": 5e5, "rope_scaling": numbers})
+    new = rope_parameters({"rope_parameters": {**numbers, "rope_theta": 5e5}})
+    assert old == new
+    assert old["rope_scaling"] and old["rotary_base"] == 5e5 and old["rope_scaling_factor"] == 8.0
+    linear = rope_parameters({"rope_scaling": {"type": "linear", "factor": 2.0}})
+    assert linear["seq_len_interpolation_factor"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
+        ({"attention_bias": True}, "mlp_bias=False is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn' is not supported"),
+        ({"torch_dtype": "float8_e4m3fn"}, "dtype='float8_e4m3fn' is not supported"),
+    ],
+)
+def test_what_cannot_be_expressed_is_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        provider_of(**overrides)
+
+
+def test_unknown_architecture_is_refused_and_the_known_ones_named():
+    with pytest.raises(ValueError, match=r"\['BertModel'\]: supported are \['LlamaForCausalLM'\]"):
+        AutoBridge.from_hf_config({"architectures": ["BertModel"]})
+    assert not AutoBridge.supports({"architectures": ["BertModel"]})
+    assert AutoBridge.supports(SMOLLM2)
+    assert AutoBridge.list_supported_models() == ["LlamaForCausalLM"]
+
+
+def test_directories_without_a_model_are_refused(tmp_path, monkeypatch):
+    assert not AutoBridge.can_handle(tmp_path)
+    with pytest.raises(FileNotFoundError, match="config.json is missing"):
+        AutoBridge.from_hf_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json is not valid JSON"):
+        AutoBridge.from_hf_pretrained(tmp_path)
+
+
+def test_name_that_is_no_directory_and_not_on_the_hub(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is no directory") as raised:
+        find_hf_directory("nobody/no-such-model", local_files_only=True, cache_dir=tmp_path)
+    assert "\n" not in str(raised.value)
+    with pytest.raises(FileNotFoundError, match="is no directory"):
+        find_hf_directory(tmp_path / "no" / "such" / "directory", local_files_only=True)
+
+
+def test_no_weights_is_refused_before_anything_is_built():
+    with pytest.raises(ValueError, match="there are no weights to load"):
+        AutoBridge.from_hf_config(SMOLLM2).to_megatron_provider()
+
+
+def test_looking_at_models_and_help_import_no_torch():
+    code = (
+        "import sys; from megatron.bridge import AutoBridge; import megatron.bridge.convert as c; c.build_parser();"
+        "assert AutoBridge.supports({'architectures': ['LlamaForCausalLM']});"
+        "assert not {'torch', 'transformers', 'megatron.core'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,0 +1,239 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Loading checks everything first: a wrong file is named in one line and leaves the model as it was."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron.bridge import AutoBridge
+from megatron.bridge.models.conversion.hf_weights import HFWeights
+from tests.ranks import run_on_ranks
+from tests.unit_tests.models.tiny_llama import save_tiny_llama
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return save_tiny_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def changed(llama, tmp_path):
+    """A copy of the model whose tensors a test changes."""
+
+    def change(edit):
+        directory = tmp_path / "changed"
+        shutil.copytree(llama, directory)
+        tensors = load_file(directory / "model.safetensors")
+        edit(tensors)
+        save_file(tensors, directory / "model.safetensors")
+        return directory
+
+    return change
+
+
+def load_on_rank(llama, changed, overrides=(), allowed=None):
+    """Build the model of `llama`, with its weights unless sizes are overridden, then load `changed` into it.
+
+    Returns the error, and the weights that changed.
+    """
+    bridge = AutoBridge.from_hf_pretrained(llama)
+    provider = bridge.to_megatron_provider(load_weights=not overrides)
+    for name, value in dict(overrides).items():
+        setattr(provider, name, value)
+    provider.initialize_model_parallel()
+    chunks = provider.provide_distributed_model(wrap_with_ddp=False)
+    before = {name: parameter.clone() for name, parameter in chunks[0].named_parameters()}
+    error = None
+    try:
+        bridge.load_hf_weights(chunks, changed, allowed, show_progress=False)
+    except (ValueError, FileNotFoundError) as raised:
+        error = str(raised)
+    differing = [name for name, parameter in chunks[0].named_parameters() if not torch.equal(parameter, before[name])]
+    return error, differing
+
+
+def remove(name):
+    return lambda tensors: tensors.pop(name)
+
+
+def reshape(name, *shape):
+    return lambda tensors: tensors.update({name: torch.zeros(shape)})
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            remove("model.layers.3.mlp.up_proj.weight"),
+            "holds no tensor 'model.layers.3.mlp.up_proj.weight', which the model needs with shape (48, 32)",
+        ),
+        (remove("lm_head.weight"), "holds no tensor 'lm_head.weight'"),
+        (
+            reshape("model.layers.0.self_attn.k_proj.weight", 32, 32),
+            "model.safetensors: 'model.layers.0.self_attn.k_proj.weight' has shape (32, 32), expected (16, 32)",
+        ),
+        (
+            reshape("model.layers.1.mlp.down_proj.weight", 32, 50),
+            "'model.layers.1.mlp.down_proj.weight' has shape (32, 50), expected (32, 48)",
+        ),
+        (
+            reshape("model.embed_tokens.weight", 200, 32),
+            "'model.embed_tokens.weight' has shape (200, 32), expected (96, 32) for model.vocab_size=96 (padded to 96)",
+        ),
+        (
+            reshape("model.layers.4.input_layernorm.weight", 32),
+            "holds 'model.layers.4.input_layernorm.weight', for which the model has no place (1 such tensors)",
+        ),
+    ],
+)
+def test_wrong_tensor_is_named_and_the_model_untouched(llama, changed, edit, message):
+    error, differing = run_on_ranks(load_on_rank, 1, llama, changed(edit))[0]
+    assert message in error and "changed" in error and "\n" not in error
+    assert differing == []
+
+
+def test_vocabulary_larger_than_the_embedding_is_refused(llama):
+    overrides = {"vocab_size": 60, "make_vocab_size_divisible_by": 64}
+    error, differing = run_on_ranks(load_on_rank, 1, llama, llama, overrides)[0]
+    assert (
+        "has shape (96, 32), expected (60, 32) for model.vocab_size=60 (padded to 64): set model.vocab_size=96" in error
+    )
+    assert differing == []
+
+
+def test_half_written_file_is_refused(llama, changed):
+    directory = changed(lambda tensors: None)
+    content = (directory / "model.safetensors").read_bytes()
+    (directory / "model.safetensors").write_bytes(content[: len(content) // 2])
+    error, differing = run_on_ranks(load_on_rank, 1, llama, directory)[0]
+    assert "model.safetensors is damaged or half-written" in error and differing == []
+
+
+def test_allowed_mismatch_keeps_its_values_and_the_rest_is_loaded(llama, changed):
+    directory = changed(reshape("model.layers.1.mlp.down_proj.weight", 32, 50))
+
+    def double(tensors):
+        for tensor in tensors.values():
+            tensor *= 2
+
+    tensors = load_file(directory / "model.safetensors")
+    double(tensors)
+    save_file(tensors, directory / "model.safetensors")
+    error, differing = run_on_ranks(load_on_rank, 1, llama, directory, (), ["*.down_proj.weight"])[0]
+    assert error is None
+    assert "decoder.layers.1.mlp.linear_fc2.weight" not in differing
+    assert "decoder.layers.2.mlp.linear_fc2.weight" in differing and "output_layer.weight" in differing
+
+
+def test_old_buffers_in_the_file_are_ignored(llama, changed):
+    directory = changed(reshape("model.layers.0.self_attn.rotary_emb.inv_freq", 4))
+    assert run_on_ranks(load_on_rank, 1, llama, directory)[0] == (None, [])
+
+
+def test_head_of_a_tied_model_is_ignored(tmp_path):
+    tied = save_tiny_llama(tmp_path / "tied", tie_word_embeddings=True)
+    tensors = load_file(tied / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tied / "model.safetensors")
+    assert run_on_ranks(load_on_rank, 1, tied, tied)[0] == (None, [])
+
+
+def error_on_every_rank(llama, changed, rank_with_bad_file):
+    directory = changed if torch.distributed.get_rank() == rank_with_bad_file else llama
+    try:
+        load_on_rank_result = load_on_rank(llama, directory)
+    except RuntimeError as raised:
+        return str(raised)
+    return load_on_rank_result[0]
+
+
+def test_error_on_one_rank_ends_all(llama, changed):
+    directory = changed(remove("model.norm.weight"))
+    first, second = run_on_ranks(error_on_every_rank, 2, llama, directory, 1)
+    assert "failed on rank 1: ValueError" in first and "holds no tensor 'model.norm.weight'" in first
+    assert second.startswith(str(directory)) or "holds no tensor 'model.norm.weight'" in second
+
+
+class CountingWeights(HFWeights):
+    """Counts what is read."""
+
+    num_elements = 0
+    largest = 0
+
+    def read(self, *args, **kwargs):
+        tensor = super().read(*args, **kwargs)
+        self.num_elements += tensor.numel()
+        self.largest = max(self.largest, tensor.numel())
+        return tensor
+
+
+def elements_read_on_rank(llama, tensor_parallel_size, pipeline_parallel_size):
+    from megatron.bridge.models.conversion.load import load_weights
+
+    bridge = AutoBridge.from_hf_pretrained(llama)
+    provider = bridge.to_megatron_provider(load_weights=False)
+    provider.tensor_model_parallel_size = tensor_parallel_size
+    provider.pipeline_model_parallel_size = pipeline_parallel_size
+    provider.initialize_model_parallel()
+    chunks = provider.provide_distributed_model(wrap_with_ddp=False)
+    weights = CountingWeights(llama)
+    load_weights(chunks, bridge.family, weights, show_progress=False)
+    return weights.num_elements, weights.largest, sum(p.numel() for p in chunks[0].parameters())
+
+
+@pytest.mark.parametrize("sizes", [(2, 1), (1, 2)])
+def test_each_rank_reads_only_what_it_holds(tmp_path, sizes):
+    llama = save_tiny_llama(tmp_path, vocab_size=256)  # no padding
+    total = sum(tensor.numel() for tensor in load_file(llama / "model.safetensors").values())
+    for num_read, largest, num_held in run_on_ranks(elements_read_on_rank, 2, llama, *sizes):
+        assert num_read == num_held < 0.6 * total
+        assert largest <= 256 * 32
+
+
+def dtype_on_rank(llama, dtype):
+    bridge = AutoBridge.from_hf_pretrained(llama)
+    provider = bridge.to_megatron_provider()
+    provider.params_dtype, provider.bf16 = dtype, dtype is torch.bfloat16
+    provider.initialize_model_parallel()
+    chunks = provider.provide_distributed_model(wrap_with_ddp=False)
+    exported = dict(bridge.export_hf_weights(chunks, cpu=True, show_progress=False))
+    original = load_file(llama / "model.safetensors")
+    return [name for name, tensor in original.items() if not torch.equal(exported[name], tensor.to(dtype))]
+
+
+def test_weights_are_rounded_to_the_model_s_dtype(llama):
+    assert run_on_ranks(dtype_on_rank, 1, llama, torch.bfloat16)[0] == []
+
+
+def unknown_weight_on_rank(llama):
+    bridge = AutoBridge.from_hf_pretrained(llama)
+    provider = bridge.to_megatron_provider(load_weights=False)
+    provider.initialize_model_parallel()
+    (chunk,) = provider.provide_distributed_model(wrap_with_ddp=False)
+    tasks = bridge.get_conversion_tasks(chunk)
+    chunk.decoder.layers[0].mlp.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="'decoder.layers.0.mlp.extra.weight' has no mapping"):
+        bridge.load_hf_weights([chunk])
+    return {task.megatron_name: task.hf_names for task in tasks}
+
+
+def test_tasks_name_both_sides(llama):
+    tasks = run_on_ranks(unknown_weight_on_rank, 1, llama)[0]
+    assert len(tasks) == 3 + 4 * 6
+    assert tasks["decoder.layers.2.mlp.linear_fc1.weight"] == (
+        "model.layers.2.mlp.gate_proj.weight",
+        "model.layers.2.mlp.up_proj.weight",
+    )
+
+
+def test_config_of_another_size_is_named(llama, tmp_path):
+    directory = tmp_path / "other"
+    shutil.copytree(llama, directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    error, differing = run_on_ranks(load_on_rank, 1, directory, llama, {"num_layers": 2})[0]
+    assert "for which the model has no place (18 such tensors)" in error and differing == []

@@ -1,0 +1,80 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+from types import SimpleNamespace
+
+import pytest
+
+from megatron.bridge.models.conversion.mapping import (
+    Segment,
+    fused_gate_up,
+    fused_qkv,
+    hf_lengths,
+    replicated,
+    shard,
+    split_columns,
+    vocabulary,
+)
+
+SIZES = SimpleNamespace(
+    num_attention_heads=8,
+    num_query_groups=2,
+    kv_channels=4,
+    ffn_hidden_size=24,
+    vocab_size=10,
+    share_embeddings_and_output_weights=False,
+)
+QKV = fused_qkv("qkv", q="q", k="k", v="v")
+
+
+def test_qkv_lays_each_group_end_to_end():
+    assert QKV.segments(SIZES, 1, 48) == [
+        Segment("q", 0, 16),
+        Segment("k", 0, 4),
+        Segment("v", 0, 4),
+        Segment("q", 16, 16),
+        Segment("k", 4, 4),
+        Segment("v", 4, 4),
+    ]
+
+
+def test_gate_and_up_alternate_by_rank():
+    assert fused_gate_up("fc1", gate="g", up="u").segments(SIZES, 2, 48) == [
+        Segment("g", 0, 12),
+        Segment("u", 0, 12),
+        Segment("g", 12, 12),
+        Segment("u", 12, 12),
+    ]
+
+
+def test_vocabulary_ends_in_padding():
+    assert vocabulary("e", "embed").segments(SIZES, 2, 12) == [Segment("embed", 0, 10), Segment(None, 0, 2)]
+    assert vocabulary("e", "embed").segments(SIZES, 1, 10) == [Segment("embed", 0, 10)]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    ("mapping", "full_length"),
+    [(QKV, 48), (fused_gate_up("fc1", gate="g", up="u"), 48), (vocabulary("e", "embed"), 16)],
+)
+def test_shards_hold_every_row_exactly_once(mapping, full_length, ranks):
+    """Also where there are more ranks than query groups, whose shards cut through a group."""
+    segments = mapping.segments(SIZES, ranks, full_length)
+    assert sum(segment.length for segment in segments) == full_length
+    rows: dict[str, list[int]] = {}
+    for rank in range(ranks):
+        length = full_length // ranks
+        position = 0
+        for offset, segment in shard(segments, rank * length, length):
+            assert offset == position
+            position += segment.length
+            if segment.hf_name is not None:
+                rows.setdefault(segment.hf_name, []).extend(range(segment.start, segment.start + segment.length))
+        assert position == length
+    assert {name: sorted(held) for name, held in rows.items()} == {
+        name: list(range(length)) for name, length in hf_lengths(segments).items()
+    }
+
+
+def test_layer_number_is_filled_in():
+    mapping = split_columns("decoder.layers.{layer}.w", "model.layers.{layer}.w").at_layer(7)
+    assert (mapping.megatron_name, mapping.hf_names, mapping.dim) == ("decoder.layers.7.w", ("model.layers.7.w",), 1)
+    assert replicated("a", "b").at_layer(None).megatron_name == "a"

@@ -1,0 +1,82 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Tiny random Llamas as Hugging Face directories, and the logits of both sides."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron.bridge.utils.simulated_accelerator import suspended
+
+SMALL = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=96,
+    max_position_embeddings=64,
+    initializer_range=0.2,  # large enough that a wrongly placed row changes the logits visibly
+)
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+def save_tiny_llama(directory: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> Path:
+    """Write a random Llama, every weight of it random, norms and biases included."""
+    with suspended():
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(**{**SMALL, **overrides}))
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        model.to(dtype).save_pretrained(directory)
+    return Path(directory)
+
+
+def some_tokens(vocab_size: int, length: int = 32) -> torch.Tensor:
+    """Token ids [2, length] that touch the whole vocabulary."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, vocab_size, (2, length), generator=generator)
+
+
+def hf_logits(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """What transformers computes in fp32: [B, S, V]."""
+    with suspended(), torch.no_grad():
+        from transformers import LlamaForCausalLM
+
+        return LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()(tokens).logits
+
+
+def megatron_logits(chunks: list, tokens: torch.Tensor) -> torch.Tensor | None:
+    """What the Megatron model computes: [B, S, V] on the last pipeline stage, None on the others."""
+    from megatron.core import parallel_state
+    from megatron.core.utils import unwrap_model
+
+    rank, num_stages = dist.get_rank(), parallel_state.get_pipeline_model_parallel_world_size()
+    assert num_stages in (1, dist.get_world_size())
+    batch, length = tokens.shape
+    positions = torch.arange(length)[None].expand(batch, -1)
+    output = None
+    with torch.no_grad():
+        for index, chunk in enumerate(chunks):
+            model = unwrap_model(chunk).eval()
+            shape = (length, batch, model.config.hidden_size)
+            if not model.pre_process:
+                received = torch.empty(shape)
+                dist.recv(received, (rank - 1) % num_stages)
+                model.set_input_tensor(received)
+            output = model(tokens, positions, None, runtime_gather_output=True)
+            if not model.post_process:
+                dist.send(output.contiguous(), (rank + 1) % num_stages)
+                output = None
+    return output
