@@ -6,8 +6,9 @@ the nearest option.
 """
 
 import dataclasses
-import logging
+import difflib
 import re
+import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,8 +18,6 @@ from megatron.bridge.utils.field_types import field_hints, fit, members_of, near
 from megatron.bridge.utils.yaml_io import from_yaml_dict, parse_yaml
 
 __all__ = ["apply_mapping", "apply_overrides", "nearest"]
-
-logger = logging.getLogger(__name__)
 
 _OVERRIDE = re.compile(r"^(?P<action>\+\+|\+|~)?(?P<key>[A-Za-z_][\w.-]*)(?:=(?P<value>.*))?$", re.DOTALL)
 _MISSING = object()
@@ -75,20 +74,20 @@ def apply_mapping(config: Any, values: Mapping[str, Any], *, where: str = "") ->
 def _apply(config: Any, key: str, text: str | None, *, remove: bool) -> None:
     """Walk to the option and set it."""
     *sections, last = key.split(".")
-    target, path = config, ""
+    target, item_hint, path = config, Any, ""
     for index, name in enumerate(sections):
         path = f"{path}.{name}" if path else name
         if isinstance(target, dict):
             target = target.setdefault(name, {})
             continue
         hint = _hint(target, name, key, root=config)
-        target = _section(target, name, getattr(target, name), hint)
+        target, item_hint = _section(target, name, getattr(target, name), hint), _value_hint(hint)
         if not (dataclasses.is_dataclass(target) or isinstance(target, dict)):
             rest = ".".join([*sections[index + 1 :], last])
             what = "null" if target is None else f"a {type(target).__name__}"
             raise ValueError(f"{key}: {path} is {what} and has no option {rest}; set {path} itself first")
     if isinstance(target, dict):
-        _set_item(target, last, text, key, remove=remove)
+        _set_item(target, last, text, item_hint, key, remove=remove)
         return
     hint = _hint(target, last, key, root=config)
     if remove:
@@ -96,22 +95,30 @@ def _apply(config: Any, key: str, text: str | None, *, remove: bool) -> None:
     setattr(target, last, _value(text, hint, key, current=getattr(target, last)))
 
 
-def _set_item(target: dict, name: str, text: str | None, key: str, *, remove: bool) -> None:
+def _set_item(target: dict, name: str, text: str | None, hint: Any, key: str, *, remove: bool) -> None:
     """Set or remove one entry of a dictionary."""
     if not remove:
-        target[name] = _plain(text)
+        target[name] = _value(text, hint, key, current=None)
     elif target.pop(name, _MISSING) is _MISSING:
         raise ValueError(f"~{key}: there is no such entry; {nearest(name, target)}the entries are {sorted(target)}")
+
+
+def _value_hint(hint: Any) -> Any:
+    """The type of a dictionary's values, if the hint says one."""
+    found = [typing.get_args(member) for member in members_of(hint) if typing.get_origin(member) is dict]
+    return found[0][1] if found else Any
 
 
 def _section(owner: Any, name: str, current: Any, hint: Any) -> Any:
     """A section, made first when it is None and its class has a default for each field."""
     if current is not None:
         return current
-    made = next((member for member in members_of(hint) if dataclasses.is_dataclass(member)), None)
-    if made is None:
-        return dict() if any(getattr(member, "__origin__", member) is dict for member in members_of(hint)) else None
-    setattr(owner, name, made())
+    members = members_of(hint)
+    makes = next((member for member in members if dataclasses.is_dataclass(member)), None)
+    if makes is None and any((typing.get_origin(member) or member) is dict for member in members):
+        makes = dict
+    if makes is not None:
+        setattr(owner, name, makes())
     return getattr(owner, name)
 
 
@@ -123,17 +130,21 @@ def _hint(target: Any, name: str, key: str, *, root: Any) -> Any:
     attribute = getattr(type(target), name, None)
     if isinstance(attribute, property) and attribute.fset is not None:
         return attribute.fget.__annotations__.get("return", Any)
-    paths = list(_paths(root))
-    prefix = key[: len(key) - len(name)] if key.endswith(name) else ""
-    close = nearest(name, hints)
-    same_name = [path for path in paths if path.rpartition(".")[2] == name]
-    if close:
-        suggestion = close.replace("did you mean ", f"did you mean {prefix}")
-    elif same_name:
-        suggestion = f"did you mean {same_name[0]}? "
-    else:
-        suggestion = nearest(key, paths)
-    raise ValueError(f"unknown option {key}: {suggestion}{type(target).__name__} has no field {name}")
+    raise ValueError(
+        f"unknown option {key}: {_suggestion(name, key, hints, root)}{type(target).__name__} has no field {name}"
+    )
+
+
+def _suggestion(name: str, key: str, hints: Iterable[str], root: Any) -> str:
+    """'did you mean X? ' for an option that isn't there: a corrected name, else the same name in another section."""
+    paths, leaf = list(_paths(root)), key.rpartition(".")[2]
+    close = difflib.get_close_matches(name, list(hints), n=1)
+    corrected = [".".join(close[0] if part == name else part for part in key.split("."))] if close else []
+    elsewhere = [path for path in paths if path.rpartition(".")[2] == leaf]
+    is_dotted = "." in key
+    for candidate in [*(path for path in corrected if path in paths and is_dotted), *elsewhere, *corrected]:
+        return f"did you mean {candidate}? "
+    return nearest(key, [path for path in paths if ("." in path) == is_dotted])
 
 
 def _paths(config: Any, prefix: str = "", depth: int = 2) -> Iterable[str]:

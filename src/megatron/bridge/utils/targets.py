@@ -10,14 +10,23 @@ import enum
 import functools
 import importlib
 import importlib.util
+import re
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+_OWN_MODULES = re.compile(
+    r"megatron\.bridge\.((training|data)\.([a-z_]+\.)*[a-z_]*config[a-z_]*"
+    r"|training\.(mixed_precision|comm_overlap)|(models|peft)\.[a-z0-9_.]+)"
+)
+"""Modules of ours whose dataclasses and enums may be named; they are imported when they are."""
+
 _CLASS_PACKAGES = ("megatron.bridge.", "megatron.core.")
-"""Packages whose dataclasses and enums may be named; their modules are imported when they are."""
+"""Packages whose dataclasses and enums may be named where the module is imported already: our own classes import what
+they use of Megatron-Core's."""
 
 _ENUMS = ("signal.Signals",)
 """Enums elsewhere that may be named."""
@@ -58,7 +67,7 @@ def name_of(target: Any) -> str | None:
     """
     if isinstance(target, torch.dtype):
         return str(target)
-    if target in _public_names:
+    if isinstance(target, type | types.FunctionType) and target in _public_names:
         return _public_names[target]
     qualified, module = getattr(target, "__qualname__", None), _module_of(target)
     if qualified is None or module is None or "<" in qualified:
@@ -107,13 +116,12 @@ def class_named(name: str) -> type | None:
     and the class extends one of them.
     """
     module, _, attribute = name.rpartition(".")
+    found = _imported(module, attribute) if _OWN_MODULES.fullmatch(module) else _attribute(name)
+    if not isinstance(found, type):
+        return None
     if name in _ENUMS or name.startswith(_CLASS_PACKAGES):
-        found = _imported(module, attribute)
-        return found if isinstance(found, type) and _is_config_type(found) else None
-    found = _attribute(name)
-    if isinstance(found, type) and dataclasses.is_dataclass(found) and _extends_ours(found):
-        return found
-    return None
+        return found if _is_config_type(found) else None
+    return found if dataclasses.is_dataclass(found) and _extends_ours(found) else None
 
 
 def _is_config_type(found: type) -> bool:

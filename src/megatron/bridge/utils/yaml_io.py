@@ -48,10 +48,13 @@ def to_yaml_dict(value: Any) -> Any:
     into Megatron-Core's configurations are left out or null. A value without a form in YAML (a lambda, a live object)
     becomes `{"_not_saved_": its text}`, which reading refuses or, on request, leaves at the field's default.
     """
-    if value is None or type(value) in (bool, int, float, str):
-        return value
     if isinstance(value, enum.Enum):
         return {"_target_": name_of(type(value)), "_args_": [value.value], "_name_": value.name}
+    if value is None or isinstance(value, bool):
+        return value
+    for plain in (int, float, str):  # also what extends them, NumPy's float64 for one
+        if isinstance(value, plain):
+            return plain(value)
     if isinstance(value, pathlib.PurePath):
         return {"_target_": "pathlib.Path", "_args_": [str(value)]}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -185,8 +188,8 @@ class _Reader:
                 self._leave_out(str(error))
         try:
             return cls(**read)
-        except (TypeError, AssertionError) as error:
-            raise ConfigFileError(f"{where} is no {cls.__name__}: {_one_line(error)}") from error
+        except (TypeError, ValueError, AssertionError) as error:
+            raise ConfigFileError(f"{where} can't be a {cls.__name__}: {_one_line(error)}") from error
 
     def _leave_out(self, message: str) -> None:
         """Refuse what can't be read, or say that it is left at its default."""
@@ -239,11 +242,18 @@ _Loader.yaml_implicit_resolvers = {
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF")
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that either version of YAML would read as something else."""
+
+
+for _yaml_class in (_Loader, _Dumper):
+    _yaml_class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
 
 
 def parse_yaml(text: str) -> Any:
@@ -281,7 +291,7 @@ def dump_yaml(value: Any, path: str | Path | None = None) -> str:
     Returns:
         The text.
     """
-    text = yaml.safe_dump(to_yaml_dict(value), sort_keys=False, default_flow_style=False, width=120)
+    text = yaml.dump(to_yaml_dict(value), Dumper=_Dumper, sort_keys=False, default_flow_style=False, width=120)
     if path is not None:
         from megatron.bridge.utils.files import atomic_write
 
