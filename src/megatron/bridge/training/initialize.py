@@ -3,7 +3,6 @@
 
 import logging
 
-from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import (
     destroy_num_microbatches_calculator,
     init_num_microbatches_calculator,
@@ -80,5 +79,4 @@ def destroy_global_state() -> None:
     """Take down what `initialize_megatron` set up, so that another run can follow in this process."""
     destroy_num_microbatches_calculator()
     destroy_rerun_state_machine()
-    if parallel_state.is_initialized():
-        parallel_state.destroy_model_parallel()
+    distributed.destroy_model_parallel()

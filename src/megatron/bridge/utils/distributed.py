@@ -96,11 +96,16 @@ def initialize_model_parallel(
 
 
 def destroy_model_parallel() -> None:
-    """Drop Megatron-Core's process groups and random trackers' groups, if there are any."""
+    """Take down Megatron-Core's process groups, if there are any.
+
+    Core only forgets them; their sockets and threads (one a group on gloo) would stay until the process ends.
+    """
     from megatron.core import parallel_state
 
-    if parallel_state.is_initialized():
-        parallel_state.destroy_model_parallel()
+    groups = [group for group in parallel_state._global_process_group_list or () if group is not None]
+    parallel_state.destroy_model_parallel()
+    for group in groups if dist.is_initialized() else ():
+        dist.destroy_process_group(group)
 
 
 @contextlib.contextmanager
