@@ -102,10 +102,10 @@ def destroy_model_parallel() -> None:
     """
     from megatron.core import parallel_state
 
-    groups = [group for group in parallel_state._global_process_group_list or () if group is not None]
-    parallel_state.destroy_model_parallel()
-    for group in groups if dist.is_initialized() else ():
+    groups = parallel_state._global_process_group_list or () if dist.is_initialized() else ()
+    for group in dict.fromkeys(group for group in groups if group is not None):
         dist.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()
 
 
 @contextlib.contextmanager
