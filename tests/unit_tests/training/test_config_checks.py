@@ -9,10 +9,8 @@ import logging
 import pytest
 from megatron.core.optimizer import optimizer_config as core_optimizer_config
 
-from megatron.bridge.training.comm_overlap import CommOverlapConfig
 from megatron.bridge.training.config import runtime_config_update
 from megatron.bridge.training.config_checks import RULES
-from megatron.bridge.training.config_unsupported import UNSUPPORTED, check_options_are_built
 from tests.unit_tests.training.config_examples import make_config
 
 OFFLOAD = ("optimizer.optimizer_cpu_offload=true", "optimizer.optimizer_offload_fraction=1.0")
@@ -58,9 +56,9 @@ GOOD = {
         + ("mixed_precision=bf16_mixed",),
         2,
     ),
-    "counted in samples, growing batch": (
+    "counted in samples": (
         ("train.train_iters=null", "train.train_samples=160", "scheduler.lr_warmup_iters=0")
-        + ("scheduler.lr_warmup_samples=16", "train.rampup_batch_size=[4,2,32]"),
+        + ("scheduler.lr_warmup_samples=16",),
         1,
     ),
     "WSD": (("scheduler.lr_decay_style=WSD", "scheduler.lr_wsd_decay_iters=5"), 1),
@@ -177,11 +175,6 @@ BAD = {
     "check_global_batch_is_divisible": [
         (["train.global_batch_size=9"], 1, "train.global_batch_size=9 is no multiple of train.micro_batch_size=2"),
         ([], 3, "data-parallel size 3 = 6"),
-    ],
-    "check_batch_ramp_up_is_divisible": [
-        (["train.rampup_batch_size=[4,3,32]"], 1, "in equal increments"),
-        (["train.rampup_batch_size=[2,2,32]"], 2, "must be multiples of micro-batch x data-parallel size = 4"),
-        (["train.rampup_batch_size=[4,2,32]"], 1, "set train.train_samples instead"),
     ],
     "check_evaluation_batch_is_divisible": [
         (["validation.eval_global_batch_size=3"], 1, "validation.eval_global_batch_size=3 is no multiple of")
@@ -386,31 +379,6 @@ def test_core_pads_no_vocabulary_that_is_not_known_yet():
     )
 
 
-@pytest.mark.parametrize("row", UNSUPPORTED, ids=lambda row: row.option)
-def test_an_option_that_is_not_built_is_refused_and_its_accepted_values_are_not(row):
-    *sections, name = row.option.split(".")
-    for value in row.accepted:
-        cfg = make_config("profiling={}")
-        owner = getattr(cfg, sections[0]) if sections else cfg
-        setattr(owner, name, value)
-        check_options_are_built(cfg, 1)
-
-    cfg = make_config("profiling={}")
-    owner = getattr(cfg, sections[0]) if sections else cfg
-    assert name in {field.name for field in dataclasses.fields(owner)}
-    setattr(owner, name, "something else")
-    with pytest.raises(ValueError, match="is not built yet: ") as error:
-        check_options_are_built(cfg, 1)
-    assert str(error.value).startswith(f"{row.option}=something else")
-    assert not str(error.value).endswith(": ")
-
-
-def test_a_communication_overlap_that_is_off_is_accepted():
-    cfg = make_config()
-    cfg.comm_overlap = CommOverlapConfig(tp_comm_overlap=False, overlap_grad_reduce=False)
-    cfg.validate(1)
-
-
 def test_offloading_nothing_runs_and_says_so(caplog):
     caplog.set_level(logging.INFO)
     make_config("optimizer.optimizer_cpu_offload=true").validate(1)
@@ -425,9 +393,3 @@ def test_a_fraction_without_offload_says_that_nothing_is_offloaded(caplog):
     caplog.set_level(logging.INFO)
     make_config("optimizer.optimizer_offload_fraction=0.5").validate(1)
     assert "optimizer.optimizer_cpu_offload=false: nothing is offloaded" in caplog.text
-
-
-def test_options_that_only_show_more_are_accepted_and_named(caplog):
-    caplog.set_level(logging.INFO)
-    make_config("logger.log_params_norm=true", "logger.wandb_project=mine").validate(1)
-    assert "without effect, not built yet: logger.log_params_norm, logger.wandb_project" in caplog.text

@@ -127,6 +127,23 @@ def test_the_forms_that_megatron_bridge_writes_are_read():
     assert from_yaml_dict({"_target_": "megatron.bridge.training.config.RNGConfig", "seed": 5}) == RNGConfig(seed=5)
 
 
+def test_a_class_of_another_version_is_read_as_the_expected_one_only_on_request(caplog):
+    saved = {"_target_": "megatron.bridge.training.llama.OtherRNGConfig", "seed": 5, "other": 1}
+    with pytest.raises(ConfigFileError, match="OtherRNGConfig"):
+        from_yaml_dict(saved, expected=RNGConfig)
+    with pytest.raises(ConfigFileError, match="OtherRNGConfig"):
+        from_yaml_dict(saved, strict=False)  # nothing is expected
+    assert from_yaml_dict(saved, expected=RNGConfig, strict=False) == RNGConfig(seed=5)
+    assert "read as a RNGConfig" in caplog.text and "config.other is unknown" in caplog.text
+    with pytest.raises(ConfigFileError, match="os.system"):  # functions have no stand-in
+        from_yaml_dict({"activation": {"_target_": "os.system", "_call_": False}}, expected=Outer, strict=False)
+
+
+def test_layer_specs_may_be_named_where_megatron_bridge_has_them():
+    written = {"_target_": "megatron.bridge.models.gpt_provider.default_layer_spec", "_call_": False}
+    assert callable(from_yaml_dict(written))
+
+
 def test_a_mapping_becomes_the_dataclass_that_is_expected():
     read = from_yaml_dict({"inner": {"size": 4}, "many": [{"size": 5}], "dtype": "bf16"}, expected=Outer)
     assert read == Outer(inner=Inner(4), many=[Inner(5)], dtype=torch.bfloat16)

@@ -12,6 +12,8 @@ in models/gpt_provider.py.
 import dataclasses
 import logging
 import os
+import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -183,7 +185,7 @@ class ConfigContainer:
 
     def print_yaml(self) -> None:
         """Show the configuration as YAML on standard output."""
-        print(self.to_yaml())
+        sys.stdout.write(self.to_yaml())
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], *, strict: bool = True) -> "ConfigContainer":
@@ -219,7 +221,8 @@ class ConfigContainer:
         for name in [entry.name for entry in dataclasses.fields(self)]:
             changed = _non_default_values(getattr(self, name))
             if changed:
-                logger.info("%s: %s", name, ", ".join(f"{key}={value!r}" for key, value in changed.items()))
+                shown = ", ".join(f"{key}={value!r}" for key, value in changed.items())
+                logger.info("%s: %s", name, re.sub(r" at 0x[0-9a-f]+", "", shown))
 
 
 def _non_default_values(section: Any) -> dict[str, Any]:

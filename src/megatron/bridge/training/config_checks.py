@@ -30,28 +30,6 @@ def check_global_batch_is_divisible(cfg: "ConfigContainer", world_size: int) -> 
         )
 
 
-def check_batch_ramp_up_is_divisible(cfg: "ConfigContainer", world_size: int) -> None:
-    """A batch that grows is divisible at each size, and the run's length is counted in samples."""
-    if cfg.train.rampup_batch_size is None:
-        return
-    start, increment, samples = cfg.train.rampup_batch_size
-    share = cfg.train.micro_batch_size * data_parallel_size(cfg, world_size)
-    batch = global_batch_size(cfg, world_size)
-    option = f"train.rampup_batch_size={cfg.train.rampup_batch_size}"
-    if start < 1 or increment < 1 or samples < 0 or start > batch or (batch - start) % increment:
-        raise ValueError(
-            f"{option}: expected to reach train.global_batch_size={batch} from {start} in equal increments; "
-            "change the numbers"
-        )
-    if start % share or increment % share:
-        raise ValueError(
-            f"{option}: start and increment must be multiples of micro-batch x data-parallel size = {share}; "
-            f"change them"
-        )
-    if cfg.train.train_samples is None:
-        raise ValueError(f"{option} with train.train_iters: steps differ in size; set train.train_samples instead")
-
-
 def check_evaluation_batch_is_divisible(cfg: "ConfigContainer", world_size: int) -> None:
     """The same for an evaluation with its own batch sizes."""
     derived = derive(cfg, world_size)
@@ -162,7 +140,6 @@ def check_peft_has_pretrained_checkpoint(cfg: "ConfigContainer", world_size: int
 RULES: tuple[Callable[["ConfigContainer", int], None], ...] = (
     *PARALLEL_RULES,
     check_global_batch_is_divisible,
-    check_batch_ramp_up_is_divisible,
     check_evaluation_batch_is_divisible,
     check_virtual_pipeline_fits,
     check_sequence_lengths_agree,

@@ -28,7 +28,7 @@ class DerivedConfig:
     """Samples of one optimizer step, over all ranks."""
 
     num_microbatches: int
-    """Forward passes of one rank in one optimizer step (after a batch size ramp-up)."""
+    """Forward passes of one rank in one optimizer step."""
 
     train_iters: int
     """Optimizer steps of the whole run."""
@@ -112,26 +112,9 @@ def global_batch_size(cfg: "ConfigContainer", world_size: int) -> int:
 
 def train_iters(cfg: "ConfigContainer", world_size: int) -> int:
     """Optimizer steps of the run, from train_iters or from train_samples."""
-    train = cfg.train
-    if train.train_iters is not None:
-        return train.train_iters
-    batch = global_batch_size(cfg, world_size)
-    if train.rampup_batch_size is None:
-        return train.train_samples // batch
-    return _train_iters_with_ramp_up(train.rampup_batch_size, train.train_samples, batch)
-
-
-def _train_iters_with_ramp_up(rampup: list[int], num_samples: int, batch: int) -> int:
-    """Steps of a run whose batch grows from rampup[0] by rampup[1] over rampup[2] samples, and then stays."""
-    size, increment, ramp_samples = rampup
-    num_increments = max((batch - size) // increment, 1)
-    samples_per_size = ramp_samples / num_increments
-    consumed = iters = 0
-    while consumed < min(ramp_samples, num_samples):
-        current = min(size + int(consumed / samples_per_size) * increment, batch)
-        consumed += current
-        iters += 1
-    return iters + max(num_samples - consumed, 0) // batch
+    if cfg.train.train_iters is not None:
+        return cfg.train.train_iters
+    return cfg.train.train_samples // global_batch_size(cfg, world_size)
 
 
 def eval_settings(cfg: "ConfigContainer") -> tuple[int | None, int | None, bool]:

@@ -35,7 +35,7 @@ class TrainingConfig:
     """Samples in one optimizer step over all ranks. None: micro_batch_size times the data-parallel size."""
 
     rampup_batch_size: list[int] | None = None
-    """[start, increment, samples]: the global batch size grows from start to global_batch_size. None: constant."""
+    """[start, increment, samples]: the global batch size grows. Not built yet. None: it is constant."""
 
     decrease_batch_size_if_needed: bool = False
     """Round the global batch size down to what micro batch times data-parallel size divides (with a ramp-up)."""
@@ -126,11 +126,6 @@ class TrainingConfig:
             raise ValueError(
                 f"train.train_iters={self.train_iters} and train.train_samples={self.train_samples} are both set: "
                 "a run's length is one or the other; set one of them to null"
-            )
-        if self.rampup_batch_size is not None and len(self.rampup_batch_size) != 3:
-            raise ValueError(
-                f"train.rampup_batch_size={self.rampup_batch_size}: expected three numbers, "
-                "[start batch size, increment, samples]; set them or null"
             )
 
 

@@ -105,7 +105,7 @@ def function_named(name: str) -> Callable[..., Any] | None:
         return None
     found = _imported(module, attribute)
     is_function = callable(found) and not isinstance(found, type)
-    own = name in _FUNCTIONS or getattr(found, "__module__", None) == module
+    own = name in _FUNCTIONS or getattr(found, "__module__", None) in _FUNCTION_MODULES
     return found if is_function and own else None
 
 

@@ -111,7 +111,7 @@ def from_yaml_dict(
         expected: The type that is wanted; a mapping without `_target_` becomes this dataclass.
         allow: Classes that may be named beside those of Megatron Bridge and Megatron-Core.
         strict: Refuse fields that the class lacks and values that weren't saved. False, for files written by another
-            version: leave them out and say so in the log.
+            version: leave them out, read an unknown class as the expected dataclass, and say so in the log.
         where: Name of the value, for errors.
 
     Raises:
@@ -161,12 +161,18 @@ class _Reader:
             return self._fit(self._function(name, where), expected, where)
         if name in ("pathlib.Path", "pathlib.PosixPath", "pathlib.PurePosixPath"):
             return self._fit(Path(*[str(part) for part in args]), expected, where)
-        cls = self.allowed.get(name) or class_named(name)
-        if cls is None:
-            raise ConfigFileError(_unknown(name, where))
+        cls = self.allowed.get(name) or class_named(name) or self._stand_in(name, expected, where)
         if issubclass(cls, enum.Enum):
             return self._fit(args[0] if args else value.get("_name_"), cls, where)
         return self._fit(self._read_dataclass(cls, arguments, where), expected, where)
+
+    def _stand_in(self, name: str, expected: Any, where: str) -> type:
+        """The class that is expected, for one that another version named; only where the caller isn't strict."""
+        stand_in = next((member for member in members_of(expected) if dataclasses.is_dataclass(member)), None)
+        if self.strict or stand_in is None:
+            raise ConfigFileError(_unknown(name, where))
+        logger.warning("%s._target_ is %s, which is unknown: read as a %s", where, name, stand_in.__name__)
+        return stand_in
 
     def _function(self, name: str, where: str) -> Any:
         """The function of that name."""
