@@ -53,6 +53,32 @@ def _hybrid_optimizer_really_splits(fraction):
     return len(optimizer.gpu_params_map_cpu_copy), moved
 
 
+class _MakesADeviceTensor(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor):
+        return tensor * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        made = torch.ones(2, device=torch.cuda.current_device())
+        return grad + made.is_cuda * made
+
+
+def _backward_makes_device_tensors():
+    param = torch.ones(2, requires_grad=True)
+    gradients = []
+    for run in (torch.Tensor.backward, torch.autograd.backward):
+        run(_MakesADeviceTensor.apply(param).sum())
+        gradients.append(param.grad.tolist())
+        param.grad = None
+    (grad,) = torch.autograd.grad(_MakesADeviceTensor.apply(param).sum(), [param])
+    return [*gradients, grad.tolist()]
+
+
+def test_autograd_functions_make_device_tensors():
+    assert run_on_ranks(_backward_makes_device_tensors, 1)[0] == [[2.0, 2.0]] * 3
+
+
 def test_tensors_answer_for_their_place():
     run_on_ranks(_tensors_answer_for_their_place, 1)
 

@@ -164,6 +164,16 @@ class _SimulatedDevice(TorchFunctionMode):
         return _mark_host(result) if made_on_host else result
 
 
+def _run_backward(*args: Any, **kwargs: Any) -> Any:
+    """The autograd engine with the device in force: Core's own autograd functions make device tensors in it.
+
+    `Tensor.backward` and `torch.autograd.backward` are torch calls themselves, and a mode is out of force within the
+    call that it answers.
+    """
+    with _mode:
+        return torch.autograd.graph._engine_run_backward(*args, **kwargs)
+
+
 def _replacements() -> list[tuple[Any, str, Any]]:
     """(owner, attribute, stand-in) for each `torch.cuda` name that Megatron-Core calls on its training path."""
 
@@ -204,6 +214,7 @@ def _replacements() -> list[tuple[Any, str, Any]]:
     listed = [(cuda, name, stand_in) for name, stand_in in stand_ins.items()]
     listed += [(cuda.random, name, stand_ins[name]) for name in ("get_rng_state", "set_rng_state")]
     listed += [(cuda.nvtx, name, returning(None)) for name in ("range_push", "range_pop")]
+    listed += [(torch.autograd, "_engine_run_backward", _run_backward)]
     return listed
 
 
