@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 from safetensors.torch import load_file
 
 from megatron.bridge import AutoBridge
@@ -93,7 +94,13 @@ def test_biases_at_tensor_parallel_size_2(models):
 
 
 def roundtrip_on_rank(directory, layout, wrap_with_ddp):
+    """Load, into the bare chunks and then again through the wrappers, and export."""
     bridge, chunks = build_on_rank(directory, layout, wrap_with_ddp=wrap_with_ddp)
+    with torch.no_grad():
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                parameter.fill_(7)
+    bridge.load_hf_weights(chunks, show_progress=False)
     return compare_with_files(chunks, bridge.family, HFWeights(directory), show_progress=False)
 
 
@@ -230,3 +237,63 @@ def test_checkpoint_computes_the_same_at_any_layout(models, checkpoint, layout):
     outputs = run_on_ranks(reshard_on_rank, 2, directory, checkpoint, LAYOUTS[layout], tokens)
     outputs = [torch.from_numpy(output) for output in outputs if output is not None]
     assert outputs and all((o[..., :96] - hf_logits(directory, tokens)).abs().max() < LOGIT_TOLERANCE for o in outputs)
+
+
+def edit_run_config(checkpoint, edit):
+    path = checkpoint / "iter_0000000" / "run_config.yaml"
+    config = yaml.safe_load(path.read_text())
+    edit(config["model"])
+    path.write_text(yaml.safe_dump(config))
+
+
+def load_error_on_rank(directory, checkpoint):
+    try:
+        AutoBridge.from_hf_pretrained(directory).load_megatron_model(checkpoint)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def test_configuration_of_another_version_is_read(models, tmp_path):
+    """Classes and fields that are not known here don't matter to the weights."""
+    directory = models("tied")
+    run_on_ranks(import_on_rank, 2, directory, tmp_path, {})
+
+    def as_elsewhere(model):
+        model["_target_"] = "megatron.bridge.models.llama.llama_provider.Llama32ModelProvider1B"
+        model.update(field_of_tomorrow=1, num_moe_experts="many", tp_comm_overlap=True, recompute_granularity="full")
+
+    edit_run_config(tmp_path, as_elsewhere)
+    assert run_on_ranks(load_error_on_rank, 2, directory, tmp_path) == [None, None]
+    edit_run_config(tmp_path, lambda model: model.update(vocab_size="os.system"))
+    for error in run_on_ranks(load_error_on_rank, 2, directory, tmp_path):
+        assert "model.vocab_size" in error and "\n" not in error
+
+
+def test_checkpoint_of_another_model_is_refused(models, checkpoint):
+    for error in run_on_ranks(load_error_on_rank, 2, models("one_query_group"), checkpoint):
+        assert "was saved with model.num_query_groups=2, but the Hugging Face configuration says 1" in error
+
+
+def norm_gradients_on_rank(directory, layout, tokens):
+    """Each norm's gradient after one backward, reduced as in training."""
+    from megatron.core.distributed import finalize_model_grads
+
+    _, (chunk,) = build_on_rank(directory, layout, wrap_with_ddp=True)
+    positions = torch.arange(tokens.shape[1])[None].expand(tokens.shape[0], -1)
+    chunk(tokens, positions, None, labels=tokens).float().mean().backward()
+    finalize_model_grads([chunk])
+    return {name: p.main_grad.numpy() for name, p in chunk.named_parameters() if "norm" in name}
+
+
+def test_sequence_parallel_norms_get_the_whole_gradient(models):
+    """Each rank sees half of the sequence: without the norms' mark the gradients would be halves."""
+    directory, tokens = models("untied"), some_tokens(96)
+    expected = run_on_ranks(norm_gradients_on_rank, 2, directory, {}, tokens)[0]
+    assert len(expected) == 4 * 2 + 1
+    for gradients in run_on_ranks(norm_gradients_on_rank, 2, directory, LAYOUTS["tp2_sequence_parallel"], tokens):
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(
+                torch.from_numpy(gradient), torch.from_numpy(expected[name]), rtol=1e-4, atol=1e-6
+            )
+            assert abs(gradient).max() > 1e-4

@@ -68,7 +68,7 @@ def megatron_logits(chunks: list, tokens: torch.Tensor) -> torch.Tensor | None:
     positions = torch.arange(length)[None].expand(batch, -1)
     output = None
     with torch.no_grad():
-        for index, chunk in enumerate(chunks):
+        for chunk in chunks:
             model = unwrap_model(chunk).eval()
             shape = (length, batch, model.config.hidden_size)
             if not model.pre_process:

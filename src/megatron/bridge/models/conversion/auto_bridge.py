@@ -264,12 +264,13 @@ class AutoBridge:
 
         Raises:
             FileNotFoundError: No checkpoint there.
-            ValueError: Not complete, or its configuration can't be read.
+            ValueError: Not complete, or of another model than this bridge's.
         """
         from megatron.bridge.checkpoint.model_checkpoint import load_model_weights
-        from megatron.bridge.models.conversion.saved_provider import read_provider, set_parallel_sizes
+        from megatron.bridge.models.conversion.saved_provider import apply_saved_fields, set_parallel_sizes
 
-        provider = read_provider(path)
+        provider = self.to_megatron_provider(load_weights=False)
+        apply_saved_fields(provider, path, self.family.provider_fields(self.hf_config))
         set_parallel_sizes(provider, mp_overrides or {})
         provider.perform_initialization = False
         chunks = provider.provide_distributed_model(**{"wrap_with_ddp": False, **options})

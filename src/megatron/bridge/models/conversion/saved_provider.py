@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""The provider that a Megatron checkpoint describes, and the parallel sizes it is built with here."""
+"""What a Megatron checkpoint says of its model, and the parallel sizes that the model is built with here."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,20 @@ from megatron.core import parallel_state
 from megatron.bridge.checkpoint.layout import resolve_checkpoint
 from megatron.bridge.checkpoint.model_checkpoint import read_run_config
 from megatron.bridge.models.gpt_provider import GPTModelProvider
+from megatron.bridge.utils.field_types import field_hints
 from megatron.bridge.utils.yaml_io import from_yaml_dict
+
+_SIZES = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "vocab_size",
+    "add_bias_linear",
+    "share_embeddings_and_output_weights",
+)
 
 
 def read_model_section(path: str | Path) -> dict[str, Any]:
@@ -27,14 +40,33 @@ def read_model_section(path: str | Path) -> dict[str, Any]:
     return dict(section)
 
 
-def read_provider(path: str | Path) -> GPTModelProvider:
-    """The provider that a checkpoint's configuration describes; nothing in the file is executed.
+def apply_saved_fields(provider: GPTModelProvider, path: str | Path, names: Collection[str]) -> None:
+    """Set those fields of a provider that a checkpoint's configuration describes; nothing in the file is executed.
+
+    Only the fields that a conversion knows are taken. The others say how a run was trained (recomputation, fusions,
+    overlap, …), under the names and defaults of its own version of Megatron-Core.
+
+    Args:
+        provider: Made from the Hugging Face configuration that belongs to the checkpoint.
+        path: Root, or `iter_N` directory.
+        names: The fields to take, where the file has them.
 
     Raises:
         FileNotFoundError: No checkpoint, or none with a configuration.
-        ValueError: It names a class that is not known here, or a value of the wrong type.
+        ValueError: A value of the wrong type, or a size that the provider has otherwise.
     """
-    return from_yaml_dict(read_model_section(path), expected=GPTModelProvider, strict=False, where=f"{path}: model")
+    section = read_model_section(path)
+    hints = field_hints(type(provider))
+    for name in names:
+        if name not in section:
+            continue
+        value = from_yaml_dict(section[name], expected=hints[name], where=f"{path}: model.{name}")
+        if name in _SIZES and value != getattr(provider, name):
+            raise ValueError(
+                f"{path} was saved with model.{name}={value}, but the Hugging Face configuration says "
+                f"{getattr(provider, name)}: name the model that the checkpoint was imported from"
+            )
+        setattr(provider, name, value)
 
 
 def set_parallel_sizes(provider: GPTModelProvider, overrides: Mapping[str, Any]) -> None:
