@@ -45,6 +45,11 @@ def test_finalize_again_follows_changed_fields_and_keeps_given_ones():
     assert provider.output_layer_init_method is torch.nn.init.zeros_
 
 
+def test_scaling_of_positions_that_are_not_rotary_is_refused():
+    with pytest.raises(ValueError, match="rope_scaling=True.*position_embedding_type='none'"):
+        tiny(rope_scaling=True, position_embedding_type="none").finalize()
+
+
 def test_pipeline_needs_no_dtype_of_its_own():
     provider = tiny(pipeline_model_parallel_size=2, params_dtype=torch.bfloat16, bf16=True)
     provider.finalize()
@@ -64,7 +69,7 @@ def test_unavailable_fusions_are_switched_off_in_one_line(monkeypatch, caplog):
     assert not provider.apply_rope_fusion and not provider.bias_activation_fusion
 
 
-def test_fusions_without_their_package_are_unavailable_on_a_gpu_too(monkeypatch):
+def test_fusions_without_their_package_are_unavailable_on_a_gpu_too(monkeypatch, tmp_path):
     monkeypatch.setattr(fusions, "is_simulated", lambda: False)
     monkeypatch.setattr(fusions.importlib.util, "find_spec", lambda name: None)
     assert fusions.why_unavailable("apply_rope_fusion") == "transformer_engine is not installed"
@@ -73,6 +78,11 @@ def test_fusions_without_their_package_are_unavailable_on_a_gpu_too(monkeypatch)
     monkeypatch.setattr(fusions.shutil, "which", lambda name: None)
     assert fusions.why_unavailable("apply_rope_fusion") is None
     assert fusions.why_unavailable("bias_dropout_fusion") == "there is no C compiler"
+    monkeypatch.setattr(fusions.shutil, "which", lambda name: "cc")
+    monkeypatch.setattr(fusions.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert fusions.why_unavailable("bias_dropout_fusion") == "Python's C headers are missing"
+    (tmp_path / "Python.h").touch()
+    assert fusions.why_unavailable("bias_dropout_fusion") is None
 
 
 def test_vocabulary_must_be_known_and_fit_the_ranks():

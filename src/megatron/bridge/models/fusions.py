@@ -3,6 +3,8 @@
 
 import importlib.util
 import shutil
+import sysconfig
+from pathlib import Path
 
 from megatron.bridge.utils.device import is_simulated
 
@@ -33,4 +35,7 @@ def why_unavailable(fusion: str) -> str | None:
         return None if importlib.util.find_spec(package) else f"{package} is not installed"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    return None if any(map(shutil.which, ("cc", "gcc", "clang"))) else "there is no C compiler"
+    if not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        return "there is no C compiler"
+    # triton compiles a launcher against them.
+    return None if Path(sysconfig.get_paths()["include"], "Python.h").is_file() else "Python's C headers are missing"

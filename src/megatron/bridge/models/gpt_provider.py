@@ -83,6 +83,11 @@ class GPTModelProvider(TransformerConfig, ModelProviderMixin):
         Raises:
             ValueError: Fields that contradict each other.
         """
+        if self.rope_scaling and self.position_embedding_type != "rope":
+            raise ValueError(
+                f"model.rope_scaling=True scales rotary positions, and model.position_embedding_type="
+                f"{self.position_embedding_type!r}: set it to 'rope', or model.rope_scaling=False"
+            )
         for name, derived in self._derived_init_methods.items():
             if getattr(self, name) is derived:  # else it was set since
                 setattr(self, name, None)

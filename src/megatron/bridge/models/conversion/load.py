@@ -131,8 +131,7 @@ def _wrong_shape(
 ) -> str:
     """The one-line error for a tensor that doesn't fit."""
     line = f"{weights.files[name]}: {name!r} has shape {found}, expected {expected}"
-    padding = [segment for segment in place.segments(config) if segment.hf_name is None]
-    if padding or expected[0] == config.vocab_size:
+    if place.mapping.is_vocabulary:
         rows = place.full_length(config.tensor_model_parallel_size)
         return f"{line} for model.vocab_size={config.vocab_size} (padded to {rows}): set model.vocab_size={found[0]}"
     return f"{line} by the model's configuration: name the directory of this model, or correct the model's sizes"

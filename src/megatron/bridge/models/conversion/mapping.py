@@ -48,6 +48,11 @@ class WeightMapping:
     dim: int | None
     """The axis that tensor parallelism splits; None: every rank holds the whole weight."""
 
+    @property
+    def is_vocabulary(self) -> bool:
+        """Whether the weight has one row a token."""
+        return self.layout is _padded_vocabulary
+
     def at_layer(self, layer: int | None) -> "WeightMapping":
         """The same mapping with the layer's number filled in."""
         if layer is None:
