@@ -27,7 +27,8 @@ def build_config(arguments: argparse.Namespace) -> ConfigContainer:
     cfg.logger.tensorboard_dir = str(arguments.output / "tensorboard")
     cfg.dataset.dataset_root = str(arguments.data)
     cfg.tokenizer.tokenizer_model = str(arguments.model)
-    cfg.train.micro_batch_size = max(1, min(4, cfg.train.global_batch_size // world_size()))
+    share = cfg.train.micro_batch_size * world_size()
+    cfg.train.global_batch_size = -(-cfg.train.global_batch_size // share) * share
     apply_overrides(cfg, arguments.overrides)
     return cfg
 

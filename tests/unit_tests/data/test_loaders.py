@@ -218,3 +218,24 @@ def test_a_users_positions_are_kept():
     first = step[0]["position_ids"][0]
     size = int(Counting(8).sizes[int(step[0]["tokens"][0, 0])])
     assert first[:size].tolist() == [0] * size
+
+
+def test_each_micro_batch_may_have_a_length_of_its_own():
+    dataset = Counting(20)
+    padding = Padding(seq_length=64, multiple_of=4, per_micro_batch=True)
+    iterator = build_step_iterator(
+        dataset,
+        consumed_samples=0,
+        micro_batch_size=2,
+        global_batch_size=8,
+        data_parallel_rank=0,
+        data_parallel_size=1,
+        seed=1,
+        shuffle=True,
+        padding=padding,
+    )
+    step = next(iterator)
+    lengths = [batch["tokens"].shape[1] for batch in step]
+    longest = [max(int(dataset.sizes[int(row[0])]) for row in batch["tokens"]) for batch in step]
+    assert lengths == [-(-length // 4) * 4 for length in longest]
+    assert len(set(lengths)) > 1

@@ -341,7 +341,7 @@ class DatasetProvider(DataloaderConfig, ABC):
     `build_datasets` returns (train, valid, test) map-style datasets, None for one that is not wanted. An item is a
     dict of 1-D tensors of one length, at most the model's `seq_length`: `tokens` and `labels` (int64; labels already
     shifted), `loss_mask` (float32) and, if positions are not 0, 1, 2, ..., `position_ids` (int64). A dataset with an
-    attribute `lengths` (one item length each) is padded to the longest sample of a global batch, another to
+    attribute `lengths` (one item length each) is padded to the longest sample of a batch, another to
     `seq_length`. Every rank builds the same datasets.
     """
 

@@ -2,9 +2,9 @@
 """Datasets and the batches made of them.
 
 A micro-batch is a dict of host tensors: `tokens`, `labels` (shifted), `position_ids` (int64) and `loss_mask`
-(float32), each [B, S], and `attention_mask` None (causal). All micro-batches of one global batch have one S, on every
-rank, because S follows from the samples of the whole global batch. Nothing here asks another rank: ranks of one
-data-parallel rank make identical batches.
+(float32), each [B, S], and `attention_mask` None (causal). S follows from the samples of the whole global batch, so that all
+its micro-batches are alike on every rank, or from those of each micro-batch. Nothing here asks another rank: ranks of
+one data-parallel rank make identical batches.
 """
 
 import logging
@@ -45,12 +45,15 @@ class Padding:
         seq_length: Longest row; also the length of rows of a dataset that does not tell its samples' lengths.
         multiple_of: Lengths are rounded up to a multiple of this, but not beyond `seq_length`.
         to_full_length: Whether every row gets `seq_length`.
+        per_micro_batch: Whether each micro-batch has a length of its own, which saves padding; pipeline stages, which
+            must know the length beforehand, need one length for the whole global batch.
         pad_id: Token that fills up `tokens` and `labels`; never learned.
     """
 
     seq_length: int
     multiple_of: int = 16
     to_full_length: bool = False
+    per_micro_batch: bool = False
     pad_id: int = 0
 
     def __post_init__(self) -> None:
@@ -58,14 +61,16 @@ class Padding:
         check_positive("multiple_of", self.multiple_of)
 
     def row_length(self, rows: np.ndarray, lengths: np.ndarray | None) -> int:
-        """Returns the length S of the batch with samples `rows` (PADDING_ROW for none)."""
+        """Returns the length S of a batch with samples `rows` (PADDING_ROW for none)."""
         if lengths is None or self.to_full_length:
             return self.seq_length
-        longest = int(lengths[rows[rows != PADDING_ROW]].max())
+        longest = int(lengths[rows[rows != PADDING_ROW]].max(initial=1))
         return min(-(-longest // self.multiple_of) * self.multiple_of, self.seq_length)
 
 
-def padding_for(config: DatasetConfig, tokenizer: Any, *, seq_length: int, divisor: int = 1) -> Padding:
+def padding_for(
+    config: DatasetConfig, tokenizer: Any, *, seq_length: int, divisor: int = 1, per_micro_batch: bool = False
+) -> Padding:
     """Returns the padding that `config` asks for.
 
     Args:
@@ -73,6 +78,7 @@ def padding_for(config: DatasetConfig, tokenizer: Any, *, seq_length: int, divis
         tokenizer: As made by `build_tokenizer`.
         seq_length: The model's sequence length.
         divisor: What each S must be a multiple of (sequence and context parallel sizes).
+        per_micro_batch: See `Padding`.
 
     Raises:
         ValueError: `seq_length` is not a multiple of `divisor`.
@@ -80,12 +86,18 @@ def padding_for(config: DatasetConfig, tokenizer: Any, *, seq_length: int, divis
     if seq_length % divisor:
         raise ValueError(f"seq_length={seq_length} is not a multiple of {divisor}, the parallel sizes that share it")
     if not isinstance(config, GPTSFTDatasetConfig):
-        return Padding(seq_length=seq_length, multiple_of=int(np.lcm(16, divisor)), pad_id=tokenizer.pad_id)
+        return Padding(
+            seq_length=seq_length,
+            multiple_of=int(np.lcm(16, divisor)),
+            per_micro_batch=per_micro_batch,
+            pad_id=tokenizer.pad_id,
+        )
     options = config.options
     return Padding(
         seq_length=seq_length,
         multiple_of=int(np.lcm(options.pad_seq_length_to_mult, divisor)),
         to_full_length=options.pad_to_max_length,
+        per_micro_batch=per_micro_batch,
         pad_id=tokenizer.pad_id,
     )
 
@@ -283,8 +295,11 @@ class _PaddedRows(Dataset):
 
     def keys_of_step(self, batch: np.ndarray, layout: BatchLayout) -> list[list[tuple[int, int]]]:
         """Returns the keys of this rank's micro-batches of one global batch."""
-        length = self.padding.row_length(batch, self.lengths)
-        return [[(int(row), length) for row in micro_batch] for micro_batch in layout.rank_slice(batch)]
+        micro_batches = layout.rank_slice(batch)
+        if not self.padding.per_micro_batch:
+            length = self.padding.row_length(batch, self.lengths)
+            return [[(int(row), length) for row in rows] for rows in micro_batches]
+        return [[(int(row), self.padding.row_length(rows, self.lengths)) for row in rows] for rows in micro_batches]
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
         index, length = key

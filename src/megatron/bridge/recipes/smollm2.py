@@ -23,9 +23,10 @@ def smollm2_135m_sft_config() -> ConfigContainer:
         ),
         seq_length=256,
     )
-    cfg.train.micro_batch_size = 4
-    cfg.train.global_batch_size = 8
+    cfg.train.micro_batch_size = 2
+    cfg.train.global_batch_size = 12
     cfg.train.train_iters = 30
+    cfg.dataset.dataset_kwargs = {"pad_seq_length_to_mult": 8}
     cfg.optimizer.lr = 2e-5
     cfg.optimizer.weight_decay = 0.01
     cfg.optimizer.optimizer_cpu_offload = True

@@ -34,6 +34,9 @@ class CallbackContext:
     step_seconds: float | None = None
     """Wall-clock time of the step just taken."""
 
+    tokens_per_second: float | None = None
+    """All tokens of the step just taken, prompts and padding too, by its time: this rank's times the data ranks."""
+
 
 class Callback:
     """Override the events you need. They run on every rank, in the order the callbacks were given."""

@@ -40,7 +40,7 @@ class ProgressBar(Callback):
         shown["lr"] = f"{learning_rate(context):.1e}"
         if context.grad_norm is not None:
             shown["grad norm"] = f"{context.grad_norm:.2f}"
-        shown["tokens/s"] = f"{context.num_tokens / context.step_seconds:.0f}"
+        shown["tokens/s"] = f"{context.tokens_per_second:.0f}"
         self._bar.set_postfix(shown)
         self._bar.update()
 
@@ -58,7 +58,7 @@ class TensorBoard(Callback):
         for name, value in context.loss_dict.items():
             writer.add_scalar(name, value, step)
         writer.add_scalar("learning-rate", learning_rate(context), step)
-        writer.add_scalar("tokens-per-second", context.num_tokens / context.step_seconds, step)
+        writer.add_scalar("tokens-per-second", context.tokens_per_second, step)
         if context.grad_norm is not None:
             writer.add_scalar("grad-norm", context.grad_norm, step)
 
@@ -101,6 +101,7 @@ class MetricsFile(Callback):
             grad_norm=context.grad_norm,
             num_tokens=context.num_tokens,
             step_seconds=round(context.step_seconds, 4),
+            tokens_per_second=round(context.tokens_per_second, 1),
         )
 
     def on_eval_end(self, context: CallbackContext) -> None:

@@ -144,6 +144,7 @@ def _build_data(state: GlobalState, provider: Callable[..., Any]) -> _Data:
         state.tokenizer,
         seq_length=cfg.model.seq_length,
         divisor=divisor * cfg.model.context_parallel_size,
+        per_micro_batch=cfg.model.pipeline_model_parallel_size == 1,
     )
     return _Data(train, valid, test, padding)
 

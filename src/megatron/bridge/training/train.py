@@ -115,6 +115,8 @@ def _take_step(run: SetupOutput, forward_step: Callable, context: CallbackContex
     context.loss_dict, context.grad_norm = result.losses, result.grad_norm
     context.skipped_iter, context.num_tokens = not result.updated, result.num_tokens
     context.step_seconds = time.perf_counter() - started
+    tokens = sum(batch["tokens"].numel() for batch in micro_batches)
+    context.tokens_per_second = tokens * run.state.derived.data_parallel_size / context.step_seconds
     callbacks.fire("on_train_step_end", context)
     if train_config.manual_gc and _is_due(train_state.step, train_config.manual_gc_interval or None):
         gc.collect()

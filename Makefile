@@ -1,0 +1,44 @@
+# From a fresh clone: `make finetune` shows what this is for, `make test` that it is right.
+PYTHON ?= python3.11
+VENV ?= .venv
+# The tested pair of versions. `make test CORE=0.19.2 VENV=.venv-core-0.19.2` tests the other end of the range.
+CORE ?= 0.16.1
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help install finetune model test lint format clean
+
+help:
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(VENV)/.installed-$(CORE) ## make the virtual environment
+
+# torch first: left open, pip would take its newest CUDA build. Core 0.17 and later declare Python 3.12 and run on 3.11.
+$(VENV)/.installed-$(CORE): pyproject.toml
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet torch==2.13.0
+	test "$(CORE)" = 0.16.1 || $(BIN)/pip install --quiet triton einops
+	$(BIN)/pip install --quiet --ignore-requires-python --no-deps megatron-core==$(CORE)
+	$(BIN)/pip install --quiet --editable ".[demo,test]"
+	touch $@
+
+finetune: install ## fetch SmolLM2 and data, finetune with CPU offload on 2 processes, export, compare
+	$(BIN)/python scripts/finetune_smollm2/run.py $(ARGS)
+
+model: install ## fetch the model and the data only
+	$(BIN)/python scripts/finetune_smollm2/prepare_model.py
+	$(BIN)/python scripts/finetune_smollm2/prepare_data.py
+
+test: install model ## run all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: install ## check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install ## mend style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove what the demonstration made
+	rm -rf results
