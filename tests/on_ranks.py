@@ -80,3 +80,37 @@ def differing(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -
         for name in first
         if not torch.equal(first[name], second[name])
     }
+
+
+def build_training(cfg: Any) -> tuple[list[Any], Any, Any]:
+    """Model, optimizer and schedule of a configuration, on random weights, with nothing loaded."""
+    from megatron.bridge.training.config import runtime_config_update
+    from megatron.bridge.training.initialize import initialize_megatron
+    from megatron.bridge.training.optim import setup_optimizer
+
+    runtime_config_update(cfg)
+    pg_collection = initialize_megatron(cfg)
+    model = cfg.model.provide_distributed_model(ddp_config=cfg.ddp, pg_collection=pg_collection)
+    optimizer, scheduler = setup_optimizer(cfg.optimizer, cfg.scheduler, model, cfg.dist.use_gloo_process_groups)
+    return model, optimizer, scheduler
+
+
+def fill_weights(model: list[Any], *, seed: int) -> None:
+    """Overwrite every weight in place, the same on every rank, as a load does."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for chunk in model:
+            for param in chunk.parameters():
+                param.copy_(torch.randn(param.shape, generator=generator) * 0.02 + (param.dim() == 1))
+
+
+def take_step(model: list[Any], optimizer: Any, *, seed: int = 0) -> None:
+    """One optimizer step on made-up gradients, the same on every rank."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer.zero_grad()
+    for chunk in model:
+        chunk.zero_grad_buffer()
+        for param in chunk.parameters():
+            param.main_grad.copy_(torch.randn(param.shape, generator=generator))
+        chunk.finish_grad_sync()
+    optimizer.step()

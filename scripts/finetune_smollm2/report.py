@@ -20,10 +20,10 @@ def main() -> None:
     stock = read_metrics(arguments.stock_metrics) if arguments.stock_metrics.exists() else []
     draw(ours, stock, arguments.picture)
     report_losses(ours, stock)
-    questions = held_out_questions(arguments.data / "validation.jsonl", count=3)
+    questions = held_out_questions(arguments.data / "validation.jsonl", count=2)
     answers = {name: answer(getattr(arguments, name), questions) for name in ("base", "finetuned")}
     for index, (question, expected) in enumerate(questions):
-        print(f"\n   question   {question}\n   data       {expected}")
+        print(f"\n   {'question':10} {question}\n   {'data':10} {expected}")
         for name in ("base", "finetuned"):
             print(f"   {name:10} {answers[name][index]}")
 
@@ -79,7 +79,7 @@ def held_out_questions(path: Path, *, count: int) -> list[tuple[str, str]]:
     chosen: dict[str, tuple[str, str]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        question, expected = (message["content"] for message in row["messages"][:2])
+        question, expected = (" ".join(message["content"].split()) for message in row["messages"][:2])
         chosen.setdefault(row.get("category", question), (question, expected))
     return list(chosen.values())[:count]
 

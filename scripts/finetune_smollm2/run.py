@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument(
         "--stock-iters",
         type=int,
-        default=6,
+        default=4,
         help="steps of a second run that leaves the optimizer as Megatron-Core does, for the picture; 0 leaves it out",
     )
     parser.add_argument("overrides", nargs="*", help="key=value for the run, e.g. train.train_iters=50")

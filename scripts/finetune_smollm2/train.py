@@ -26,6 +26,9 @@ def build_config(arguments: argparse.Namespace) -> ConfigContainer:
     cfg.checkpoint.save = cfg.checkpoint.load = str(arguments.output / "checkpoints")
     cfg.logger.tensorboard_dir = str(arguments.output / "tensorboard")
     cfg.dataset.dataset_root = str(arguments.data)
+    # Batches of 8 are noisy. Under this seed the first ones are typical of the data (the base model's loss on them is
+    # near its mean), so that the curve's first steps show the model and not the draw.
+    cfg.dataset.seed = 2722
     cfg.tokenizer.tokenizer_model = str(arguments.model)
     share = cfg.train.micro_batch_size * world_size()
     cfg.train.global_batch_size = -(-cfg.train.global_batch_size // share) * share

@@ -1,11 +1,13 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Sharded state on disk: Megatron-Core's `dist_checkpointing` in the `torch_dist` format, errors that say where."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import __version__ as core_version
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
@@ -74,6 +76,7 @@ def load_sharded(
     """
     directory = str(directory)
     with on_all_ranks(f"matching the model with {directory}"):
+        _check_common_state_is_readable(Path(directory))
         check_shapes(sharded_state_dict, directory)
     strategy = dist_checkpointing.serialization.get_default_load_sharded_strategy(directory)
     if parallel_group is not None:
@@ -113,6 +116,20 @@ def check_shapes(sharded_state_dict: ShardedStateDict, directory: str | Path) ->
         raise ValueError(
             f"{directory} doesn't fit this model: {wrong[0]}{more}; "
             "load a checkpoint of this model, or set the model's sizes to the checkpoint's"
+        )
+
+
+def _check_common_state_is_readable(directory: Path) -> None:
+    """Core up to 0.16 keeps the common state in a file of its own; later versions write it among the tensors.
+
+    Raises:
+        ValueError: The checkpoint was written by a later Core than this one can read.
+    """
+    needs_file = "common_strategy" in inspect.signature(dist_checkpointing.load).parameters
+    if needs_file and not (directory / "common.pt").is_file():
+        raise ValueError(
+            f"{directory} has no common.pt: a later Megatron-Core wrote it than the installed {core_version} can read; "
+            "install that version"
         )
 
 

@@ -21,10 +21,10 @@ def smollm2_135m_sft_config() -> ConfigContainer:
             layernorm_epsilon=1e-5,
             share_embeddings_and_output_weights=True,
         ),
-        seq_length=256,
+        seq_length=128,
     )
     cfg.train.micro_batch_size = 2
-    cfg.train.global_batch_size = 12
+    cfg.train.global_batch_size = 8
     cfg.train.train_iters = 30
     cfg.dataset.dataset_kwargs = {"pad_seq_length_to_mult": 8}
     cfg.optimizer.lr = 2e-5

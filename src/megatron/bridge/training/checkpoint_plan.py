@@ -92,6 +92,8 @@ def _plan_resume(cfg: ConfigContainer) -> LoadPlan:
     elif not holds_optimizer:
         reasons.append("optimizer: the checkpoint has none")
     with_optimizer = checkpoint.load_optim and holds_optimizer
+    if with_optimizer:
+        _check_optimizer_layout(cfg, directory)
     why_not_rng = _why_not_rng(cfg, directory)
     if why_not_rng is not None:
         reasons.append(f"rng: {why_not_rng}")
@@ -121,14 +123,47 @@ def _why_not_rng(cfg: ConfigContainer, directory: Path) -> str | None:
     """Why the random states can't be restored, or None where they can."""
     if not cfg.checkpoint.load_rng:
         return "checkpoint.load_rng=false"
-    saved = read_run_config(directory)
-    if not _entry(saved, "checkpoint", "save_rng", default=True):
+    if not _entry(read_run_config(directory), "checkpoint", "save_rng", default=True):
         return "the checkpoint has none"
+    return _changed_layout(cfg, directory)
+
+
+def _changed_layout(cfg: ConfigContainer, directory: Path) -> str | None:
+    """How the tensor or pipeline layout differs from the checkpoint's, or None where it is the same."""
+    saved = read_run_config(directory)
     for size, short in (("tensor_model_parallel_size", "TP"), ("pipeline_model_parallel_size", "PP")):
         was, now = _entry(saved, "model", size, default=1), getattr(cfg.model, size)
         if was != now:
             return f"{short} {was} -> {now}"
     return None
+
+
+def _check_optimizer_layout(cfg: ConfigContainer, directory: Path) -> None:
+    """The optimizer's state is stored by bucket: it can be spread over other data ranks, not cut in another way.
+
+    Raises:
+        ValueError: The tensor or pipeline layout changed.
+    """
+    changed = _changed_layout(cfg, directory)
+    if changed is not None:
+        raise ValueError(
+            f"{directory} (checkpoint.load) holds optimizer state of another layout ({changed}), which can't be "
+            "resharded: use the checkpoint's parallel sizes, or load its weights alone with checkpoint.load_optim=false"
+        )
+
+
+def check_vocabulary(cfg: ConfigContainer, directory: Path) -> None:
+    """A checkpoint of another vocabulary would load: Core lets the embedding's padded rows differ.
+
+    Raises:
+        ValueError: The vocabularies differ.
+    """
+    saved = _entry(read_run_config(directory), "model", "vocab_size", default=cfg.model.vocab_size)
+    if saved != cfg.model.vocab_size:
+        raise ValueError(
+            f"{directory} was saved by a model with vocab_size={saved}, this model has {cfg.model.vocab_size}: "
+            "set model.vocab_size to the checkpoint's, and use its tokenizer"
+        )
 
 
 def _entry(run_config: dict[str, Any], section: str, name: str, *, default: Any) -> Any:

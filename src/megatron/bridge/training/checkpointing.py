@@ -20,7 +20,7 @@ from megatron.bridge.checkpoint.model_checkpoint import (
     model_sharded_state_dict,
 )
 from megatron.bridge.checkpoint.sharded_state import load_sharded, read_plain_blob, save_sharded
-from megatron.bridge.training.checkpoint_plan import LoadPlan, Source, plan_load
+from megatron.bridge.training.checkpoint_plan import LoadPlan, Source, check_vocabulary, plan_load
 from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.training.cpu_offload.param_copies import (
     HybridParamSync,
@@ -130,6 +130,8 @@ def load_checkpoint(
     """
     with on_all_ranks("planning the load"):
         plan = plan_load(state.cfg)
+        if plan is not None and plan.source is Source.MEGATRON:
+            check_vocabulary(state.cfg, plan.path)
     if plan is None:
         return 0, 0
     logger.info("loading %s", plan)
