@@ -9,6 +9,8 @@ import torch
 from megatron.core import mpu, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
+from megatron.bridge.utils.device import device_rng_state, set_device_rng_state
+
 
 def get_rng_state(
     data_parallel_random_init: bool = False, ckpt_format: str = "torch_dist", *, pg_collection: Any = None
@@ -44,7 +46,7 @@ def current_states() -> dict[str, Any]:
         "random_rng_state": random.getstate(),
         "np_rng_state": np.random.get_state(),
         "torch_rng_state": torch.get_rng_state(),
-        "cuda_rng_state": torch.cuda.get_rng_state(),
+        "cuda_rng_state": device_rng_state(),
         "rng_tracker_states": tensor_parallel.get_cuda_rng_tracker().get_states(),
     }
 
@@ -69,5 +71,5 @@ def restore_rng_state(states: list[dict[str, Any]], *, data_parallel_random_init
     random.setstate(state["random_rng_state"])
     np.random.set_state(state["np_rng_state"])
     torch.set_rng_state(state["torch_rng_state"])
-    torch.cuda.set_rng_state(state["cuda_rng_state"])
+    set_device_rng_state(state["cuda_rng_state"])
     tensor_parallel.get_cuda_rng_tracker().set_states(state["rng_tracker_states"])

@@ -17,6 +17,7 @@ from megatron.bridge.training.checkpointing import save_checkpoint
 from megatron.bridge.training.eval import evaluate
 from megatron.bridge.training.micro_batches import bind_forward_step, means, run_micro_batches
 from megatron.bridge.training.setup import SetupOutput
+from megatron.bridge.utils.device import current_device
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +149,7 @@ def _on_every_model_parallel_rank(updated: bool) -> bool:
     group = mpu.get_model_parallel_group()
     if group.size() == 1:
         return updated
-    answer = torch.tensor(int(updated), device=torch.cuda.current_device())
+    answer = torch.tensor(int(updated), device=current_device())
     torch.distributed.all_reduce(answer, op=torch.distributed.ReduceOp.MIN, group=group)
     return bool(answer.item())
 

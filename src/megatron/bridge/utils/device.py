@@ -106,6 +106,18 @@ def synchronize() -> None:
     torch.cuda.synchronize()
 
 
+def device_rng_state() -> torch.Tensor:
+    """The state of the device's generator, uint8 on the host; under simulation that of torch's only generator."""
+    enter_device()
+    return torch.cuda.get_rng_state()
+
+
+def set_device_rng_state(state: torch.Tensor) -> None:
+    """Put a state from `device_rng_state` back."""
+    enter_device()
+    torch.cuda.set_rng_state(state)
+
+
 def peak_memory_bytes() -> int:
     """Peak device memory allocated so far, in bytes; under simulation the process's peak resident memory."""
     if is_simulated() or not torch.cuda.is_available():
