@@ -33,6 +33,7 @@ def mocked_optimizer(*, precision_aware=False):
     optimizer.model_fp32_groups = optimizer.shard_fp32_groups = [[]]
     optimizer._get_model_param_range_map.return_value = {"param": MagicMock(start=1, end=3)}
     optimizer._build_model_param_to_state_dict_param_map.side_effect = lambda state: {WEIGHT: state["model"]["weight"]}
+    optimizer.model_chunks = []
     hybrid.gpu_params_map_cpu_copy = {stepped_on: clone}
     hybrid.param_to_fp32_param = {shard_of_weight: clone} if precision_aware else {}
     hybrid.param_to_inner_param = {stepped_on: clone}
@@ -103,7 +104,6 @@ def test_sync_hybrid_optimizer_param_copies_says_which_attribute_is_gone(name):
 
 def test_sync_hybrid_optimizer_param_copies_refuses_a_state_dict_of_another_shape():
     optimizer, _, _ = mocked_optimizer()
-    optimizer.model_chunks = []
     with pytest.raises(RuntimeError, match=r"shape \(4,\) in the model and \(5,\) in the state dict"):
         sync_hybrid_optimizer_param_copies(optimizer, {"model": {"weight": torch.zeros(5)}})
 
@@ -127,7 +127,6 @@ def test_guard_lets_restored_masters_hold_bits_that_the_weights_lost():
     with pytest.raises(RuntimeError, match="is not the loaded weight"):
         check_hybrid_optimizer_param_copies(optimizer, exact=True)
     clone.copy_(torch.tensor([2.1, 3.1]))
-    optimizer.model_chunks = []
     with pytest.raises(RuntimeError, match="is not the loaded weight"):
         check_hybrid_optimizer_param_copies(optimizer, exact=False)
 

@@ -62,6 +62,7 @@ def initialize_megatron(cfg: ConfigContainer) -> ProcessGroupCollection:
         force_reset_rng=True,
     )
     # Core's optimizer asks the rerun machine for permission to step; disabled, it only says yes.
+    destroy_rerun_state_machine()
     initialize_rerun_state_machine(mode=RerunMode.DISABLED)
     derived = cfg.derive(distributed.world_size())
     destroy_num_microbatches_calculator()
