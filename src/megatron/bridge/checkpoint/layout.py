@@ -26,7 +26,7 @@ METADATA_FILE = "metadata.json"
 DCP_METADATA_FILE = ".metadata"
 TOKENIZER_DIRECTORY = "tokenizer"
 
-_ITERATION_NAME = re.compile(r"iter_(\d{7,})$")
+_ITERATION_NAME = re.compile(r"iter_(\d{7,})")
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,15 @@ def write_tracker(root: str | os.PathLike, iteration: int, *, release: bool = Fa
 
 def iteration_of(path: str | os.PathLike) -> int | None:
     """The iteration that a directory's name says, or None where it is no iteration's directory."""
-    match = _ITERATION_NAME.search(Path(path).name)
+    match = _ITERATION_NAME.fullmatch(Path(path).name)
     return int(match.group(1)) if match else None
 
 
 def is_iteration_directory(path: str | os.PathLike) -> bool:
     """Whether `path` is one iteration's directory (`iter_N` or `release`), rather than the root of many."""
     path = Path(path)
-    return path.is_dir() and (iteration_of(path) is not None or path.name == "release")
+    is_release = path.name == "release" and not (path / TRACKER_FILE).exists()  # a root may be called so too
+    return path.is_dir() and (iteration_of(path) is not None or is_release)
 
 
 def is_hf_directory(path: str | os.PathLike) -> bool:
@@ -119,10 +120,13 @@ def iterations(root: str | os.PathLike) -> Iterator[tuple[int, Path]]:
 
 
 def checkpoint_exists(root: str | os.PathLike | None) -> bool:
-    """Whether a directory holds a checkpoint to load: a tracker file in a root, or a complete `iter_N` directory."""
+    """Whether a directory names a checkpoint to load: a root with a tracker file, or an iteration's own directory.
+
+    It may be incomplete: `resolve_checkpoint` refuses that, where a run would otherwise start anew without a word.
+    """
     if root is None:
         return False
-    return read_tracker(root) is not None or (is_iteration_directory(root) and is_complete(root))
+    return read_tracker(root) is not None or (is_iteration_directory(root) and any(Path(root).iterdir()))
 
 
 def resolve_checkpoint(path: str | os.PathLike, ckpt_step: int | None = None, *, option: str = "path") -> Path:

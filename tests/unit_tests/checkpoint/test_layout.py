@@ -1,0 +1,165 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Names, the tracker, which directory a path means, what is complete, what may go."""
+
+import json
+
+import pytest
+
+from megatron.bridge.checkpoint import layout
+from megatron.bridge.checkpoint.layout import Tracker
+
+
+def write_iteration(root, iteration, *, release=False, without=()):
+    """A directory that looks complete to `layout`, which reads no tensor."""
+    directory = layout.checkpoint_name(root, iteration, release=release)
+    directory.mkdir(parents=True)
+    content = {"metadata.json": json.dumps({"sharded_backend": "torch_dist"}), ".metadata": "", "__0_0.distcp": ""}
+    for name, text in content.items():
+        if name not in without:
+            (directory / name).write_text(text)
+    return directory
+
+
+def iterations_left(root):
+    return [iteration for iteration, _ in layout.iterations(root)]
+
+
+@pytest.mark.parametrize(
+    ("iteration", "release", "name"),
+    [(0, False, "iter_0000000"), (12, False, "iter_0000012"), (12345678, False, "iter_12345678"), (0, True, "release")],
+)
+def test_checkpoint_name(tmp_path, iteration, release, name):
+    directory = layout.checkpoint_name(tmp_path, iteration, release=release)
+    assert directory == tmp_path / name
+    assert layout.iteration_of(directory) == (None if release else iteration)
+    assert not layout.is_iteration_directory(directory)
+    directory.mkdir()
+    assert layout.is_iteration_directory(directory)
+
+
+@pytest.mark.parametrize("name", ["iter_12", "iter_0000012x", "old_iter_0000012", ".iter_0000012.partial", "run"])
+def test_other_names_are_no_iterations(tmp_path, name):
+    assert layout.iteration_of(tmp_path / name) is None
+
+
+def test_a_run_that_is_called_release_is_a_root(tmp_path):
+    root = tmp_path / "release"
+    directory = write_iteration(root, 3)
+    layout.write_tracker(root, 3)
+    assert layout.resolve_checkpoint(root) == directory
+
+
+@pytest.mark.parametrize(("iteration", "release", "text"), [(6, False, "6"), (0, True, "release")])
+def test_tracker_round_trip(tmp_path, iteration, release, text):
+    layout.write_tracker(tmp_path, iteration, release=release)
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == text
+    assert layout.read_tracker(tmp_path) == Tracker(iteration, release)
+
+
+def test_there_may_be_no_tracker(tmp_path):
+    assert layout.read_tracker(tmp_path) is None
+    assert layout.read_tracker(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize("text", ["", "-3", "iter_3", "3.5"])
+def test_a_damaged_tracker_is_refused(tmp_path, text):
+    (tmp_path / layout.TRACKER_FILE).write_text(text)
+    with pytest.raises(ValueError, match="latest_checkpointed_iteration.txt holds .*: expected an iteration number"):
+        layout.read_tracker(tmp_path)
+
+
+def test_resolve_the_trackers_iteration_or_the_one_asked_for(tmp_path):
+    second, fourth = write_iteration(tmp_path, 2), write_iteration(tmp_path, 4)
+    layout.write_tracker(tmp_path, 2)
+    assert layout.resolve_checkpoint(tmp_path) == second, "the tracker's, not the newest"
+    assert layout.resolve_checkpoint(tmp_path, 4) == fourth
+    assert layout.resolve_checkpoint(str(fourth)) == fourth
+    release = write_iteration(tmp_path, 0, release=True)
+    layout.write_tracker(tmp_path, 0, release=True)
+    assert layout.resolve_checkpoint(tmp_path) == release
+    assert layout.resolve_checkpoint(release) == release
+
+
+def test_resolve_says_what_is_there_instead(tmp_path):
+    write_iteration(tmp_path, 2)
+    with pytest.raises(FileNotFoundError, match=r"checkpoint.load='.*' holds no checkpoint: .*txt is missing; name a"):
+        layout.resolve_checkpoint(tmp_path, option="checkpoint.load")
+    layout.write_tracker(tmp_path, 2)
+    with pytest.raises(FileNotFoundError, match=r"has no iteration 3 \(checkpoint.ckpt_step\); there: 2; name one"):
+        layout.resolve_checkpoint(tmp_path, 3)
+    layout.write_tracker(tmp_path, 5)
+    with pytest.raises(ValueError, match=r"iter_0000005 .*: there is no such directory; complete iterations there: 2"):
+        layout.resolve_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ("metadata.json", "metadata.json is missing: the save that wrote it did not finish"),
+        (".metadata", "\\.metadata is missing"),
+        ("__0_0.distcp", "it has no __\\*.distcp file"),
+    ],
+)
+def test_a_half_written_iteration_is_refused(tmp_path, broken, message):
+    directory = write_iteration(tmp_path, 2, without=[broken])
+    layout.write_tracker(tmp_path, 2)
+    assert not layout.is_complete(directory)
+    with pytest.raises(ValueError, match=f"iter_0000002 .* is not a complete checkpoint: {message}"):
+        layout.resolve_checkpoint(tmp_path)
+    assert layout.checkpoint_exists(tmp_path) and layout.checkpoint_exists(directory), "refused, not overlooked"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [('{"sharded_ba', "damaged"), ("[]", "damaged"), ('{"sharded_backend": "zarr"}', "its format is 'zarr'")],
+)
+def test_damaged_metadata_is_refused(tmp_path, text, message):
+    directory = write_iteration(tmp_path, 2)
+    assert layout.is_complete(directory)
+    (directory / "metadata.json").write_text(text)
+    assert message in layout.what_is_missing(directory)
+
+
+def test_what_counts_as_a_checkpoint(tmp_path):
+    assert not layout.checkpoint_exists(None)
+    assert not layout.checkpoint_exists(tmp_path)
+    directory = write_iteration(tmp_path, 2)
+    assert not layout.checkpoint_exists(tmp_path), "a save that was not committed"
+    assert layout.checkpoint_exists(directory)
+    layout.write_tracker(tmp_path, 2)
+    assert layout.checkpoint_exists(tmp_path)
+    (tmp_path / "new" / "release").mkdir(parents=True)
+    assert not layout.checkpoint_exists(tmp_path / "new" / "release"), "an empty run that is called release"
+
+
+def test_a_hugging_face_directory_has_a_config_and_weights(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert not layout.is_hf_directory(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    assert layout.is_hf_directory(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("keep", "tracker", "left"),
+    [(2, 8, [6, 8]), (1, 8, [8]), (1, 4, [4, 8]), (9, 8, [2, 4, 6, 8]), (0, 8, [2, 4, 6, 8]), (-1, 8, [2, 4, 6, 8])],
+)
+def test_prune_keeps_the_newest_and_the_trackers(tmp_path, keep, tracker, left):
+    for iteration in (2, 4, 6, 8):
+        write_iteration(tmp_path, iteration)
+    layout.write_tracker(tmp_path, tracker)
+    removed = layout.prune(tmp_path, keep)
+    assert iterations_left(tmp_path) == left
+    assert [layout.iteration_of(path) for path in removed] == [step for step in (2, 4, 6, 8) if step not in left]
+
+
+def test_prune_touches_only_complete_iterations(tmp_path):
+    write_iteration(tmp_path, 2)
+    write_iteration(tmp_path, 4)
+    write_iteration(tmp_path, 6, without=["metadata.json"])
+    write_iteration(tmp_path, 0, release=True)
+    copy = tmp_path / "copy_of_iter_0000002"
+    write_iteration(tmp_path / "elsewhere", 2).rename(copy)
+    layout.write_tracker(tmp_path, 4)
+    layout.prune(tmp_path, 1)
+    assert iterations_left(tmp_path) == [4, 6], "a broken save does not count as one to keep"
+    assert copy.is_dir() and (tmp_path / "release").is_dir()
