@@ -1,0 +1,172 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""The house keeps its floors: who imports whom, and who may speak of the device, read from the source."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "megatron.bridge"
+SOURCE = Path(__file__).parents[2] / "src" / "megatron" / "bridge"
+
+FLOORS = {
+    "utils": 1,
+    "checkpoint": 2,
+    "models": 3,
+    "data": 3,
+    "peft": 3,
+    "training": 4,
+    "recipes": 5,
+    "convert": 5,
+}
+"""Each room imports from lower floors and from itself; rooms on one floor don't know each other."""
+
+DOORS = {"__init__.py"}
+"""The package's own `__init__.py` opens lazily onto any floor."""
+
+NAMES_THE_DEVICE = {
+    "utils/device.py": "chooses it",
+    "utils/simulated_accelerator.py": "simulates it",
+    "models/fusions.py": "names the packages of fused kernels, which end in _cuda",
+    "training/config_processes.py": "lists the values of dist.device",
+    "training/cpu_offload/param_copies.py": "imports only torch and megatron-core, so that it can be lifted as it is",
+}
+"""The files that may say "cuda" in code, and why."""
+
+
+def source_files() -> list[str]:
+    return sorted(path.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("*.py"))
+
+
+def room_of(file: str) -> str:
+    """`training/train.py` -> training, `convert.py` -> convert."""
+    return file.split("/")[0].removesuffix(".py")
+
+
+def imported_modules(tree: ast.AST, file: str) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of everything a file imports, inside functions too; `from x import y` gives `x.y`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, name.name) for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = [node.module] if node.module else []
+            if node.level:
+                package = [*PACKAGE.split("."), *file.split("/")[:-1]]
+                base = package[: len(package) - node.level + 1] + base
+            yield from ((node.lineno, ".".join([*base, name.name])) for name in node.names)
+
+
+def floor_violations(source: str, file: str) -> list[str]:
+    """What a file imports that it must not, one line each."""
+    room, found = room_of(file), []
+    for line, module in imported_modules(ast.parse(source), file):
+        if not module.startswith(f"{PACKAGE}."):
+            continue
+        other = module.split(".")[2]
+        if other == room or FLOORS.get(other, 99) < FLOORS[room]:
+            continue
+        found.append(f"{file}:{line} imports {module}: {room} (floor {FLOORS[room]}) must not know {other}")
+    return found
+
+
+def mentions_of_the_device(source: str) -> list[int]:
+    """Lines of code that say "cuda": names, attributes and strings; comments and docstrings are free to."""
+    tree = ast.parse(source)
+    prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    lines = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+            text = node.value
+        elif isinstance(node, ast.Attribute):
+            text = node.attr
+        elif isinstance(node, ast.Name):
+            text = node.id
+        elif isinstance(node, ast.alias):
+            text = node.name
+        else:
+            continue
+        if re.search(r"\b(is_)?cuda\b|_cuda$", text):
+            lines.add(node.lineno)
+    return sorted(lines)
+
+
+@pytest.mark.parametrize("file", [file for file in source_files() if file not in DOORS])
+def test_each_file_imports_from_its_own_room_or_from_below(file):
+    assert room_of(file) in FLOORS, f"{file} is in no room of the house: give it a floor"
+    assert floor_violations((SOURCE / file).read_text(encoding="utf-8"), file) == []
+
+
+@pytest.mark.parametrize("file", source_files())
+def test_only_the_device_layer_speaks_of_cuda(file):
+    lines = mentions_of_the_device((SOURCE / file).read_text(encoding="utf-8"))
+    if file in NAMES_THE_DEVICE:
+        assert lines, f"{file} no longer says cuda: take it off the list"
+    else:
+        assert lines == [], f"{file} says cuda in lines {lines}: ask megatron.bridge.utils.device instead"
+
+
+def test_the_lifted_file_imports_nothing_of_ours():
+    file = "training/cpu_offload/param_copies.py"
+    tree = ast.parse((SOURCE / file).read_text(encoding="utf-8"))
+    assert [module for _, module in imported_modules(tree, file) if module.startswith(PACKAGE)] == []
+
+
+def test_the_namespace_is_shared_with_megatron_core():
+    assert not (SOURCE.parent / "__init__.py").exists()
+    folders = {(SOURCE / file).parent for file in source_files()}
+    assert [folder for folder in folders if not (folder / "__init__.py").is_file()] == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("utils/files.py", "from megatron.bridge.training.train import train"),
+        ("utils/files.py", "from megatron.bridge import AutoBridge"),
+        ("checkpoint/layout.py", "import megatron.bridge.models.llama"),
+        ("checkpoint/layout.py", "from ..models import llama"),
+        ("data/sft.py", "from megatron.bridge.models.llama import FAMILY"),
+        ("data/sft.py", "def late():\n    from megatron.bridge import peft"),
+        ("models/conversion/load.py", "from ...training import train"),
+        ("convert.py", "from megatron.bridge.recipes.common import sft_common"),
+    ],
+)
+def test_the_checker_finds_an_import_from_above_or_beside(file, line):
+    assert len(floor_violations(line, file)) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("training/train.py", "from megatron.bridge.utils.device import current_device"),
+        ("training/train.py", "from megatron.bridge.training.setup import setup"),
+        ("recipes/smollm2.py", "from megatron.bridge.models.llama import LlamaModelProvider"),
+        ("models/conversion/load.py", "from . import mapping\nfrom .. import rope\nfrom ...utils import files"),
+        ("convert.py", "from megatron.bridge.models.conversion.auto_bridge import AutoBridge"),
+        ("utils/files.py", "import os\nfrom megatron.core import mpu"),
+    ],
+)
+def test_the_checker_lets_imports_from_below_pass(file, line):
+    assert floor_violations(line, file) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "torch.cuda.synchronize()",
+        "from torch import cuda",
+        "import torch.cuda",
+        "tensor.to('cuda')",
+        "device = f'cuda:{rank}'",
+        "if tensor.is_cuda: pass",
+        "tensor.cuda()",
+    ],
+)
+def test_the_checker_hears_cuda_in_code(line):
+    assert mentions_of_the_device(f'"""The docstring says cuda."""\n# so does a comment: cuda\n{line}\n') == [3]
+
+
+@pytest.mark.parametrize("line", ["tracker = get_cuda_rng_tracker()", "key = 'cuda_rng_state'", "x = 1  # cuda", "1"])
+def test_the_checker_lets_megatron_cores_names_and_prose_pass(line):
+    assert mentions_of_the_device(f'"""cuda"""\n{line}\nclass A:\n    x: int = 0\n    """On cuda."""\n') == []
