@@ -2,6 +2,7 @@
 """Sharded state on disk: Megatron-Core's `dist_checkpointing` in the `torch_dist` format, errors that say where."""
 
 import inspect
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
 )
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron.bridge.checkpoint.layout import DCP_METADATA_FILE
 from megatron.bridge.utils.distributed import barrier, is_rank_0, on_all_ranks
 
 
@@ -72,10 +76,11 @@ def load_sharded(
         The template's structure with tensors in place of their descriptions, and the common state.
 
     Raises:
-        ValueError: A tensor is missing in the checkpoint or has another shape; the message names it.
+        ValueError: A file is missing or cut off, or a tensor is missing or has another shape; the message names it.
     """
     directory = str(directory)
     with on_all_ranks(f"matching the model with {directory}"):
+        check_files(directory)
         _check_common_state_is_readable(Path(directory))
         check_shapes(sharded_state_dict, directory)
     strategy = dist_checkpointing.serialization.get_default_load_sharded_strategy(directory)
@@ -92,6 +97,42 @@ def load_common(directory: str | Path) -> dict[str, Any]:
 def stored_shapes(directory: str | Path) -> dict[str, tuple[int, ...]]:
     """The global shape of each tensor that a checkpoint holds, by key."""
     return {key: tuple(tensor.global_shape) for key, tensor in _stored_tensors(str(directory)).items()}
+
+
+def check_files(directory: str | Path) -> None:
+    """Refuse a checkpoint of which a file is missing or cut off, before anything is read from the others.
+
+    Raises:
+        ValueError: Names the first such file.
+    """
+    directory = Path(directory)
+    needed_bytes: dict[str, int] = {}
+    for part in _dcp_metadata(directory).storage_data.values():
+        needed_bytes[part.relative_path] = max(needed_bytes.get(part.relative_path, 0), part.offset + part.length)
+    for name, needed in sorted(needed_bytes.items()):
+        path = directory / name
+        found = f"has {path.stat().st_size} bytes" if path.is_file() else "is missing"
+        if not path.is_file() or path.stat().st_size < needed:
+            raise ValueError(
+                f"{path} {found}: expected {needed} bytes, as {directory / DCP_METADATA_FILE} says; "
+                "restore it from another copy, or load another iteration (checkpoint.ckpt_step)"
+            )
+
+
+def _dcp_metadata(directory: Path) -> Metadata:
+    """What is stored in which file.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    try:
+        return FileSystemReader(directory).read_metadata()
+    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"{directory / DCP_METADATA_FILE} is damaged ({reason}): expected torch's description of a distributed "
+            "checkpoint; restore it from another copy, or load another iteration (checkpoint.ckpt_step)"
+        ) from error
 
 
 def check_shapes(sharded_state_dict: ShardedStateDict, directory: str | Path) -> None:
@@ -134,6 +175,7 @@ def _check_common_state_is_readable(directory: Path) -> None:
 
 
 def _stored_tensors(directory: str) -> dict[str, ShardedTensor]:
+    _dcp_metadata(Path(directory))  # readable, or an error that names the file
     metadata = dist_checkpointing.load_tensors_metadata(directory)
     return {key: tensor for key, tensor in metadata.items() if isinstance(tensor, ShardedTensor)}
 

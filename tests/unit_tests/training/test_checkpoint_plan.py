@@ -1,0 +1,267 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Every load case as a row: what is on disk and in the configuration, and what is restored or why it is refused."""
+
+import shutil
+
+import pytest
+
+from megatron.bridge.checkpoint import layout
+from tests.on_ranks import make_pretrained, run_finetune
+from tests.ranks import run_on_ranks
+from tests.tiny import tiny_config
+from tests.unit_tests.models.tiny_llama import save_tiny_llama
+
+RESUMED = {"optimizer": True, "scheduler": True, "rng": True, "train_state": True}
+WEIGHTS_ONLY = {"optimizer": False, "scheduler": False, "rng": False, "train_state": False}
+FRESH_OPTIMIZER = {**RESUMED, "optimizer": False, "scheduler": False}
+
+
+def _make_checkpoints(directory):
+    make_pretrained(f"{directory}/pretrained")
+    pretrained = {"pretrained_checkpoint": f"{directory}/pretrained"}
+    for name, fields in {
+        "full": {"save_interval": 1},
+        "no_optim": {"save_optim": False},
+        "no_rng": {"save_rng": False},
+    }.items():
+        checkpoint = {**pretrained, **fields, "save": f"{directory}/{name}"}
+        run_finetune(tiny_config(directory, train_iters=2, checkpoint=checkpoint))
+
+
+@pytest.fixture(scope="module")
+def on_disk(tmp_path_factory):
+    """Real checkpoints, each written once, and some that were broken afterwards."""
+    directory = tmp_path_factory.mktemp("plans")
+    run_on_ranks(_make_checkpoints, 1, directory)
+    save_tiny_llama(directory / "hf")
+    shutil.copytree(directory / "pretrained" / "iter_0000000", directory / "released" / "release")
+    layout.write_tracker(directory / "released", 0, release=True)
+    for name, broken in (("half", "metadata.json"), ("no_config", "run_config.yaml"), ("damaged", "run_config.yaml")):
+        shutil.copytree(directory / "full", directory / name)
+        (directory / name / "iter_0000002" / broken).unlink()
+    (directory / "damaged" / "iter_0000002" / "run_config.yaml").write_text("model: [1,")
+    (directory / "empty").mkdir()
+    return directory
+
+
+def plan_of(directory, options, *, load_required=True):
+    """The plan of a finetune (or a pretraining) whose checkpoint options name directories of the fixture."""
+    from megatron.bridge.training.checkpoint_plan import plan_load
+
+    checkpoint = dict(options)
+    model = checkpoint.pop("model", {})
+    for option in ("load", "save", "pretrained_checkpoint"):
+        if checkpoint.get(option) is not None:
+            checkpoint[option] = f"{directory}/{checkpoint[option]}"
+    cfg = tiny_config(directory, checkpoint={"save": None, **checkpoint}, model=model)
+    cfg._checkpoint_load_required = load_required
+    before = repr(cfg)
+    try:
+        return plan_load(cfg)
+    finally:
+        assert repr(cfg) == before, "a plan only reads the configuration"
+
+
+PLANS = {
+    "resume": ({"load": "full"}, "full/iter_0000002", RESUMED, ()),
+    "resume from an iteration's folder": ({"load": "full/iter_0000001"}, "full/iter_0000001", RESUMED, ()),
+    "load wins over pretrained": (
+        {"load": "full", "pretrained_checkpoint": "pretrained"},
+        "full/iter_0000002",
+        RESUMED,
+        (),
+    ),
+    "ckpt_step": ({"load": "full", "ckpt_step": 1}, "full/iter_0000001", RESUMED, ()),
+    "load_optim=false": (
+        {"load": "full", "load_optim": False},
+        "full/iter_0000002",
+        FRESH_OPTIMIZER,
+        ("optimizer: checkpoint.load_optim=false",),
+    ),
+    "a run that saves no optimizer resumes with one": (
+        {"load": "full", "save": "other", "save_optim": False},
+        "full/iter_0000002",
+        RESUMED,
+        (),
+    ),
+    "saved without optimizer": (
+        {"load": "no_optim"},
+        "no_optim/iter_0000002",
+        FRESH_OPTIMIZER,
+        ("optimizer: the checkpoint has none",),
+    ),
+    "load_rng=false": (
+        {"load": "full", "load_rng": False},
+        "full/iter_0000002",
+        {**RESUMED, "rng": False},
+        ("rng: checkpoint.load_rng=false",),
+    ),
+    "saved without rng": (
+        {"load": "no_rng"},
+        "no_rng/iter_0000002",
+        {**RESUMED, "rng": False},
+        ("rng: the checkpoint has none",),
+    ),
+    "another layout, weights and step": (
+        {"load": "full", "load_optim": False, "model": {"tensor_model_parallel_size": 2}},
+        "full/iter_0000002",
+        {**FRESH_OPTIMIZER, "rng": False},
+        ("optimizer: checkpoint.load_optim=false", "rng: TP 1 -> 2"),
+    ),
+    "finetune=true": (
+        {"load": "full", "finetune": True},
+        "full/iter_0000002",
+        WEIGHTS_ONLY,
+        ("checkpoint.finetune=true",),
+    ),
+    "pretrained root": (
+        {"pretrained_checkpoint": "pretrained"},
+        "pretrained/iter_0000000",
+        WEIGHTS_ONLY,
+        ("pretrained weights",),
+    ),
+    "pretrained iteration": (
+        {"pretrained_checkpoint": "full/iter_0000001"},
+        "full/iter_0000001",
+        WEIGHTS_ONLY,
+        ("pretrained weights",),
+    ),
+    "pretrained, nothing to resume yet": (
+        {"load": "empty", "save": "empty", "pretrained_checkpoint": "pretrained"},
+        "pretrained/iter_0000000",
+        WEIGHTS_ONLY,
+        ("pretrained weights",),
+    ),
+    "pretrained Hugging Face directory": (
+        {"pretrained_checkpoint": "hf"},
+        "hf",
+        WEIGHTS_ONLY,
+        ("pretrained weights",),
+    ),
+    "release": ({"load": "released"}, "released/release", WEIGHTS_ONLY, ("a release checkpoint",)),
+    "pretrained release": (
+        {"pretrained_checkpoint": "released"},
+        "released/release",
+        WEIGHTS_ONLY,
+        ("pretrained weights",),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PLANS)
+def test_plan(on_disk, case):
+    options, path, restored, reasons = PLANS[case]
+    plan = plan_of(on_disk, options)
+    assert plan.path == on_disk / path
+    assert plan.source.name == ("HUGGING_FACE" if path == "hf" else "MEGATRON")
+    assert {name: getattr(plan, name) for name in restored} == restored
+    assert plan.reasons == reasons
+    assert plan_of(on_disk, options) == plan, "asked again, the same"
+
+
+REFUSALS = {
+    "missing iteration": (
+        {"load": "full", "ckpt_step": 7},
+        FileNotFoundError,
+        r"checkpoint.load='.*full' has no iteration 7 \(checkpoint.ckpt_step\); there: 1, 2; name one of these",
+    ),
+    "half-written": (
+        {"load": "half"},
+        ValueError,
+        r"iter_0000002 \(checkpoint.load\) is not a complete checkpoint: metadata.json is missing: .*"
+        r"complete iterations there: 1 \(checkpoint.ckpt_step\)",
+    ),
+    "half-written iteration's folder, despite pretrained": (
+        {"load": "half/iter_0000002", "pretrained_checkpoint": "pretrained"},
+        ValueError,
+        "metadata.json is missing",
+    ),
+    "half-written, pretrained": (
+        {"pretrained_checkpoint": "half"},
+        ValueError,
+        r"iter_0000002 \(checkpoint.pretrained_checkpoint\) is not a complete checkpoint",
+    ),
+    "no configuration": ({"load": "no_config"}, FileNotFoundError, "run_config.yaml is missing: expected the config"),
+    "damaged configuration": ({"load": "damaged"}, ValueError, "run_config.yaml can't be read: expected plain YAML"),
+    "another layout": (
+        {"load": "full", "model": {"pipeline_model_parallel_size": 2}},
+        ValueError,
+        r"iter_0000002 \(checkpoint.load\) holds optimizer state of another layout \(PP 1 -> 2\).*load_optim=false",
+    ),
+    "resume from Hugging Face": (
+        {"load": "hf"},
+        ValueError,
+        r"checkpoint.load='.*hf' is a Hugging Face directory.*set checkpoint.pretrained_checkpoint to it",
+    ),
+    "nothing in pretrained": (
+        {"pretrained_checkpoint": "empty"},
+        FileNotFoundError,
+        "checkpoint.pretrained_checkpoint='.*empty' holds no checkpoint: .*latest_checkpointed_iteration.txt is miss",
+    ),
+    "finetune of nothing": ({}, FileNotFoundError, "neither checkpoint.load nor checkpoint.pretrained_checkpoint is"),
+    "finetune, load missing": (
+        {"load": "empty", "save": "empty"},
+        FileNotFoundError,
+        "checkpoint.load='.*empty' holds no checkpoint .* and checkpoint.pretrained_checkpoint is not set",
+    ),
+}
+
+REFUSALS_OF_PRETRAIN = {
+    "load missing and not save": (
+        {"load": "empty", "save": "other"},
+        "checkpoint.load='.*empty' holds no checkpoint .*: the run would start from random weights; correct the path",
+    ),
+    "load missing, nothing saved": ({"load": "nowhere"}, "would start from random weights"),
+    "exit_on_missing_checkpoint": (
+        {"load": "empty", "save": "empty", "exit_on_missing_checkpoint": True},
+        "holds no checkpoint .*, and checkpoint.exit_on_missing_checkpoint=true",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_a_finetune_is_refused(on_disk, case):
+    options, error, message = REFUSALS[case]
+    with pytest.raises(error, match=message) as refusal:
+        plan_of(on_disk, options)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("case", REFUSALS_OF_PRETRAIN)
+def test_a_pretraining_is_refused(on_disk, case):
+    options, message = REFUSALS_OF_PRETRAIN[case]
+    with pytest.raises(FileNotFoundError, match=message):
+        plan_of(on_disk, options, load_required=False)
+
+
+@pytest.mark.parametrize("options", [{}, {"save": "empty"}, {"load": "empty", "save": "./empty"}])
+def test_a_pretraining_may_start_from_scratch(on_disk, options):
+    assert plan_of(on_disk, options, load_required=False) is None
+
+
+def test_a_pretraining_resumes(on_disk):
+    assert plan_of(on_disk, {"load": "full", "save": "full"}, load_required=False).train_state
+
+
+def test_a_plan_says_what_it_restores_and_why_not(on_disk):
+    assert str(plan_of(on_disk, {"load": "full"})) == (
+        f"{on_disk}/full/iter_0000002: restoring weights, optimizer, schedule, rng, step"
+    )
+    assert str(plan_of(on_disk, {"load": "no_optim", "load_rng": False})) == (
+        f"{on_disk}/no_optim/iter_0000002: restoring weights, step; not optimizer, schedule, rng "
+        "(optimizer: the checkpoint has none; rng: checkpoint.load_rng=false)"
+    )
+
+
+@pytest.mark.parametrize(("vocab_size", "fits"), [(128, True), (127, False), (256, False)])
+def test_check_vocabulary(on_disk, vocab_size, fits):
+    """127 is padded to 128 as well: the shapes would fit."""
+    from megatron.bridge.training.checkpoint_plan import check_vocabulary
+
+    cfg = tiny_config(on_disk, model={"vocab_size": vocab_size})
+    directory = on_disk / "full" / "iter_0000002"
+    if fits:
+        check_vocabulary(cfg, directory)
+        return
+    with pytest.raises(ValueError, match=f"with vocab_size=128, this model has {vocab_size}: set model.vocab_size"):
+        check_vocabulary(cfg, directory)
