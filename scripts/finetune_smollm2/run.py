@@ -53,7 +53,7 @@ def main() -> None:
     print(f"\nmade in {time.monotonic() - started:.0f} s:")
     for name, what in (
         ("exported", "Hugging Face directory of the finetuned model"),
-        ("checkpoints", "Megatron checkpoints; the same command with more train.train_iters goes on from there"),
+        ("checkpoints", "Megatron checkpoint with optimizer state; scripts/finetune_smollm2/train.py resumes from it"),
         ("picture", "loss with and without the sync"),
         ("metrics", "one line for each step and evaluation"),
         ("tensorboard", "tensorboard --logdir"),

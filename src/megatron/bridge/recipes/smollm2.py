@@ -28,6 +28,7 @@ def smollm2_135m_sft_config() -> ConfigContainer:
     cfg.train.train_iters = 30
     cfg.dataset.dataset_kwargs = {"pad_seq_length_to_mult": 8}
     cfg.optimizer.lr = 2e-5
+    cfg.logger.log_interval = 1
     cfg.optimizer.weight_decay = 0.01
     cfg.optimizer.optimizer_cpu_offload = True
     cfg.optimizer.optimizer_offload_fraction = 1.0

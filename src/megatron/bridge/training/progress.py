@@ -2,6 +2,8 @@
 """What a run shows while it goes: a progress bar, TensorBoard, and a file of metrics. Each is a callback on rank 0."""
 
 import json
+import logging
+import sys
 import time
 from pathlib import Path
 from typing import Any, TextIO
@@ -11,6 +13,8 @@ from tqdm import tqdm
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.utils.distributed import is_rank_0
 
+logger = logging.getLogger(__name__)
+
 
 def learning_rate(context: CallbackContext) -> float:
     """The learning rate of the next step, from the first group that follows the plain schedule."""
@@ -19,10 +23,14 @@ def learning_rate(context: CallbackContext) -> float:
 
 
 class ProgressBar(Callback):
-    """A bar over the run's steps: loss, learning rate, gradient norm, tokens per second and time left."""
+    """A bar over the run's steps: loss, learning rate, gradient norm, tokens per second and time left.
+
+    Where standard error is no terminal (a batch job's log), it is a line every `logger.log_interval` steps instead.
+    """
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
+        self._is_terminal = sys.stderr.isatty()
 
     def on_train_start(self, context: CallbackContext) -> None:
         state = context.state
@@ -31,7 +39,7 @@ class ProgressBar(Callback):
             initial=state.train_state.step,
             desc="train",
             unit="step",
-            disable=not is_rank_0(),
+            disable=not (is_rank_0() and self._is_terminal),
             dynamic_ncols=True,
         )
 
@@ -43,6 +51,9 @@ class ProgressBar(Callback):
         shown["tokens/s"] = f"{context.tokens_per_second:.0f}"
         self._bar.set_postfix(shown)
         self._bar.update()
+        step, last = context.state.train_state.step, context.state.derived.train_iters
+        if not self._is_terminal and (step % context.state.cfg.logger.log_interval == 0 or step in (1, last)):
+            logger.info("step %d/%d: %s", step, last, ", ".join(f"{name} {value}" for name, value in shown.items()))
 
     def on_train_end(self, context: CallbackContext) -> None:
         self._bar.close()

@@ -31,8 +31,8 @@ class TrainState:
     consumed_valid_samples: int = 0
     """Validation samples evaluated."""
 
-    floating_point_operations_so_far: int = 0
-    """Floating point operations of all steps, by the model's formula."""
+    floating_point_operations_so_far: float = 0.0
+    """Floating point operations of all steps, by formula, taking each data-parallel rank's share for equal."""
 
     do_train: bool = False
     """Whether the run has training data."""
@@ -44,8 +44,8 @@ class TrainState:
     """Whether the run has test data."""
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The fields as tensors, in Megatron Bridge's dtypes: int64 counts, float32 operations, bool flags."""
-        dtypes = {"floating_point_operations_so_far": torch.float32, "do_train": torch.bool}
+        """The fields as tensors: int64 counts, bool flags, and operations as float64, so that a resume adds up alike."""
+        dtypes = {"floating_point_operations_so_far": torch.float64, "do_train": torch.bool}
         dtypes |= {"do_valid": torch.bool, "do_test": torch.bool}
         return {
             item.name: torch.tensor(getattr(self, item.name), dtype=dtypes.get(item.name, torch.int64), device="cpu")

@@ -15,6 +15,7 @@ from megatron.core.num_microbatches_calculator import get_current_global_batch_s
 from megatron.bridge.training.callbacks import CallbackContext, CallbackManager
 from megatron.bridge.training.checkpointing import save_checkpoint
 from megatron.bridge.training.eval import evaluate
+from megatron.bridge.training.flops import train_step_flops
 from megatron.bridge.training.micro_batches import bind_forward_step, means, run_micro_batches
 from megatron.bridge.training.setup import SetupOutput
 from megatron.bridge.utils.device import current_device
@@ -116,8 +117,11 @@ def _take_step(run: SetupOutput, forward_step: Callable, context: CallbackContex
     context.loss_dict, context.grad_norm = result.losses, result.grad_norm
     context.skipped_iter, context.num_tokens = not result.updated, result.num_tokens
     context.step_seconds = time.perf_counter() - started
-    tokens = sum(batch["tokens"].numel() for batch in micro_batches)
-    context.tokens_per_second = tokens * run.state.derived.data_parallel_size / context.step_seconds
+    shapes = [tuple(batch["tokens"].shape) for batch in micro_batches]
+    data_parallel_size = run.state.derived.data_parallel_size
+    train_state.floating_point_operations_so_far += data_parallel_size * train_step_flops(run.state.cfg.model, shapes)
+    tokens = data_parallel_size * sum(batch_size * seq_length for batch_size, seq_length in shapes)
+    context.tokens_per_second = tokens / context.step_seconds
     callbacks.fire("on_train_step_end", context)
     if train_config.manual_gc and _is_due(train_state.step, train_config.manual_gc_interval or None):
         gc.collect()
