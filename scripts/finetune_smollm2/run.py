@@ -9,7 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
 HERE = Path(__file__).parent
+# One thread a process: several ranks that each take all cores are slower than one. Core warns at length on import.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def main() -> None:
@@ -27,29 +33,30 @@ def main() -> None:
     )
     parser.add_argument("overrides", nargs="*", help="key=value for the run, e.g. train.train_iters=50")
     arguments = parser.parse_args()
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     started = time.monotonic()
     paths = fresh_paths(arguments.output)
 
-    step("1/7 model", script("prepare_model.py", "--output", arguments.model))
-    step("2/7 data", script("prepare_data.py", "--output", arguments.data))
-    convert = [sys.executable, "-m", "megatron.bridge.convert"]
+    step("1/7 model", HERE / "prepare_model.py", ["--output", arguments.model])
+    step("2/7 data", HERE / "prepare_data.py", ["--output", arguments.data])
+    convert = "megatron.bridge.convert"
     hf_model = ["--hf-model", arguments.model]
-    step("3/7 import to Megatron", [*convert, "import", *hf_model, "--megatron-path", paths["pretrained"]])
-    train = [*launcher(arguments.num_processes), HERE / "train.py", "--data", arguments.data]
-    train += ["--model", arguments.model, "--pretrained-checkpoint", paths["pretrained"]]
-    step("4/7 finetune", [*train, "--output", arguments.output, *arguments.overrides])
+    step("3/7 import to Megatron", "-m", [convert, "import", *hf_model, "--megatron-path", paths["pretrained"]])
+    train = ["--model", arguments.model, "--data", arguments.data, "--pretrained-checkpoint", paths["pretrained"]]
+    num_processes = arguments.num_processes or default_num_processes()
+    ours = [*train, "--output", arguments.output, *arguments.overrides]
+    step("4/7 finetune", HERE / "train.py", ours, num_processes)
     if arguments.stock_iters:
         stock = ["checkpoint.save=null", "checkpoint.load=null", "validation.eval_iters=0"]
         stock += ["scheduler.lr_decay_iters=30", *arguments.overrides, f"train.train_iters={arguments.stock_iters}"]
-        step(
-            "5/7 the same without the sync, for the picture",
-            [*train, "--output", paths["stock"], "--stock-megatron-core", *stock],
-        )
+        stock = [*train, "--output", paths["stock"], "--stock-megatron-core", *stock]
+        step("5/7 the same without the sync, for the picture", HERE / "train.py", stock, num_processes)
     exported = ["--megatron-path", paths["checkpoints"], "--hf-path", paths["exported"]]
-    step("6/7 export to Hugging Face", [*convert, "export", *hf_model, *exported])
+    step("6/7 export to Hugging Face", "-m", [convert, "export", *hf_model, *exported])
     report = ["--base", arguments.model, "--finetuned", paths["exported"], "--data", arguments.data]
     report += ["--metrics", paths["metrics"], "--stock-metrics", paths["stock"] / "metrics.jsonl"]
-    step("7/7 picture and answers", script("report.py", *report, "--picture", paths["picture"]))
+    step("7/7 picture and answers", HERE / "report.py", [*report, "--picture", paths["picture"]])
     print(f"\nmade in {time.monotonic() - started:.0f} s:")
     for name, what in (
         ("exported", "Hugging Face directory of the finetuned model"),
@@ -81,29 +88,48 @@ def fresh_paths(output: Path) -> dict[str, Path]:
     return paths
 
 
-def script(name: str, *arguments: object) -> list[object]:
-    """A command that runs a script beside this one."""
-    return [sys.executable, HERE / name, *arguments]
+def default_num_processes() -> int:
+    """One process for each GPU, or two on a machine without one."""
+    return torch.cuda.device_count() or 2
 
 
-def launcher(num_processes: int | None) -> list[object]:
-    """Start processes on this machine, with one process for each GPU, or two where there is none."""
-    if num_processes is None:
-        import torch
+def step(title: str, script: Path | str, arguments: list[object], num_processes: int = 0) -> None:
+    """Run one stage and say how long it took.
 
-        num_processes = torch.cuda.device_count() or 2
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", num_processes]
-
-
-def step(title: str, command: list[object]) -> None:
-    """Run one stage and say how long it took."""
+    Args:
+        title: Shown before it runs.
+        script: A file, or `-m` for a module.
+        arguments: Its command line.
+        num_processes: Ranks to start it on, as torchrun does; 0 starts it as a plain process.
+    """
     print(f"\n== {title}", flush=True)
     started = time.monotonic()
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false", **os.environ}
-    code = subprocess.run([str(part) for part in command], env=environment, check=False).returncode
-    if code:
-        raise SystemExit(f"{title} failed with exit code {code}; the lines above say why")
+    command = [str(part) for part in (script, *arguments)]
+    if num_processes:
+        failed = not launch_ranks(command, num_processes)
+    else:
+        failed = subprocess.run([sys.executable, *command], check=False).returncode != 0
+    if failed:
+        raise SystemExit(f"{title} failed; the lines above say why")
     print(f"   {time.monotonic() - started:.0f} s", flush=True)
+
+
+def launch_ranks(command: list[str], num_processes: int) -> bool:
+    """Run a script as `torchrun --standalone` does, without its traceback; returns whether all ranks succeeded."""
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_processes,
+        run_id="finetune_smollm2",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, sys.executable)(*command)
+    except ChildFailedError:
+        return False
+    return True
 
 
 if __name__ == "__main__":
