@@ -27,6 +27,7 @@ from megatron.bridge.training.cpu_offload.param_copies import (
     check_hybrid_optimizer_param_copies,
     sync_hybrid_optimizer_param_copies,
 )
+from megatron.bridge.training.resumed_schedule import load_optimizer
 from megatron.bridge.training.rng_state import get_rng_state, restore_rng_state
 from megatron.bridge.training.state import GlobalState, TrainState
 from megatron.bridge.utils.distributed import barrier, is_rank_0, on_all_ranks
@@ -189,9 +190,7 @@ def _load_megatron(
     )
     load_model_state_dict(model, loaded, strict=strict)
     if with_optimizer:
-        optimizer.load_state_dict(loaded["optimizer"])
-    if plan.scheduler and opt_param_scheduler is not None:
-        opt_param_scheduler.load_state_dict(loaded["opt_param_scheduler"])
+        load_optimizer(optimizer, opt_param_scheduler if plan.scheduler else None, loaded, plan.path)
     if plan.rng:
         restore_rng_state(loaded["rng_state"], data_parallel_random_init=cfg.rng.data_parallel_random_init)
     return loaded
