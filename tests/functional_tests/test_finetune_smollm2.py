@@ -56,19 +56,27 @@ def test_without_the_sync_the_second_step_trains_random_weights(output):
     assert losses[1] > 8
 
 
-def test_exported_directory_generates_in_transformers(output):
-    script = (
-        "import sys, torch; from transformers import AutoModelForCausalLM, AutoTokenizer; d = sys.argv[1]\n"
-        "tokenizer = AutoTokenizer.from_pretrained(d)\n"
-        "model = AutoModelForCausalLM.from_pretrained(d, dtype=torch.bfloat16)\n"
-        "prompt = tokenizer.apply_chat_template([{'role': 'user', 'content': 'What is the capital of France?'}],\n"
-        "                                       add_generation_prompt=True, return_tensors='pt', return_dict=True)\n"
-        "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=12, do_sample=False)[0]))\n"
-    )
-    command = [sys.executable, "-W", "ignore", "-c", script, str(output[0] / "finetuned-hf")]
+GENERATE = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+directory = sys.argv[1]
+tokenizer = AutoTokenizer.from_pretrained(directory)
+model, info = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, output_loading_info=True)
+question = [{"role": "user", "content": "What is the capital of France?"}]
+prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+wrong = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+print(json.dumps({"answer": tokenizer.decode(answer, skip_special_tokens=True), **wrong}))
+"""
+
+
+def test_exported_directory_loads_and_generates_in_transformers(output):
+    command = [sys.executable, "-W", "ignore", "-c", GENERATE, str(output[0] / "finetuned-hf")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "Paris" in result.stdout
+    told = json.loads(result.stdout.splitlines()[-1])
+    assert len(told.pop("answer").split()) > 1
+    assert told == {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
 
 
 def test_it_ends_with_the_paths_of_what_it_made(output):
