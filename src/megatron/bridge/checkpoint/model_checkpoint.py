@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import yaml
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, ShardedTensorFactory
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 
@@ -42,6 +42,22 @@ def model_sharded_state_dict(
         key: chunk.sharded_state_dict(metadata=metadata)
         for key, chunk in zip(chunk_keys(len(chunks)), chunks, strict=True)
     }
+
+
+def read_in_fp32(sharded_state_dict: Any) -> None:
+    """Let a template receive FP32 values, in tensors of their own: a 16-bit template would round what is stored.
+
+    Args:
+        sharded_state_dict: From `model_sharded_state_dict`; changed in place. The model's own tensors are not.
+    """
+    if isinstance(sharded_state_dict, dict):
+        for value in sharded_state_dict.values():
+            read_in_fp32(value)
+    elif isinstance(sharded_state_dict, (ShardedTensor, ShardedTensorFactory)):
+        if sharded_state_dict.data is not None and sharded_state_dict.data.dtype in (torch.bfloat16, torch.float16):
+            sharded_state_dict.data = sharded_state_dict.data.detach().float()
+            if isinstance(sharded_state_dict, ShardedTensor):
+                sharded_state_dict.dtype = torch.float32
 
 
 def load_model_state_dict(model: Sequence[MegatronModule], state_dict: dict[str, Any], *, strict: bool = True) -> None:

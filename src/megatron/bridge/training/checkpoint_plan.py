@@ -73,7 +73,7 @@ def plan_load(cfg: ConfigContainer) -> LoadPlan | None:
         if layout.checkpoint_exists(checkpoint.load) or checkpoint.ckpt_step is not None:
             return _plan_resume(cfg)
     if checkpoint.pretrained_checkpoint is not None:
-        return _plan_pretrained(checkpoint.pretrained_checkpoint)
+        return _plan_pretrained(cfg, checkpoint.pretrained_checkpoint)
     _check_may_start_from_scratch(cfg)
     return None
 
@@ -108,8 +108,14 @@ def _plan_resume(cfg: ConfigContainer) -> LoadPlan:
     )
 
 
-def _plan_pretrained(path: str) -> LoadPlan:
+def _plan_pretrained(cfg: ConfigContainer, path: str) -> LoadPlan:
     if layout.is_hf_directory(path):
+        if cfg.checkpoint.load_main_params_from_ckpt:
+            raise ValueError(
+                f"checkpoint.load_main_params_from_ckpt=true with checkpoint.pretrained_checkpoint={path!r}, a Hugging "
+                "Face directory: its values are read in the model's precision; import it first "
+                "(python -m megatron.bridge.convert import), or set load_main_params_from_ckpt=false"
+            )
         return _weights_only(Path(path), "pretrained weights", source=Source.HUGGING_FACE)
     directory = layout.resolve_checkpoint(path, option="checkpoint.pretrained_checkpoint")
     return _weights_only(directory, "pretrained weights")

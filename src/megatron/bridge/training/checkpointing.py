@@ -18,6 +18,7 @@ from megatron.bridge.checkpoint.model_checkpoint import (
     commit_checkpoint,
     load_model_state_dict,
     model_sharded_state_dict,
+    read_in_fp32,
 )
 from megatron.bridge.checkpoint.sharded_state import load_sharded, read_plain_blob, save_sharded
 from megatron.bridge.training.checkpoint_plan import LoadPlan, Source, check_vocabulary, plan_load
@@ -174,6 +175,8 @@ def _load_megatron(
     """Read the planned parts of a Megatron checkpoint and put them in place; returns what was read."""
     metadata = _sharding_metadata(cfg)
     weights = model_sharded_state_dict(model, metadata)
+    if cfg.checkpoint.load_main_params_from_ckpt and not plan.optimizer:
+        read_in_fp32(weights)
     template = dict(weights)
     with_optimizer = plan.optimizer and optimizer is not None
     if with_optimizer:
