@@ -44,7 +44,7 @@ class TrainState:
     """Whether the run has test data."""
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The fields as tensors: int64 counts, bool flags, and operations as float64, so that a resume adds up alike."""
+        """The fields as tensors: int64 counts, bool flags, operations as float64 (a resume must add up alike)."""
         dtypes = {"floating_point_operations_so_far": torch.float64, "do_train": torch.bool}
         dtypes |= {"do_valid": torch.bool, "do_test": torch.bool}
         return {
