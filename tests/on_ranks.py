@@ -114,3 +114,14 @@ def take_step(model: list[Any], optimizer: Any, *, seed: int = 0) -> None:
             param.main_grad.copy_(torch.randn(param.shape, generator=generator))
         chunk.finish_grad_sync()
     optimizer.step()
+
+
+def precision_aware_needs_transformer_engine() -> bool:
+    """Whether this Core asks for Transformer Engine's version while it builds a precision-aware optimizer."""
+    from megatron.core.utils import get_te_version, is_te_min_version
+
+    try:
+        is_te_min_version("2.1.0")
+    except TypeError:
+        return get_te_version() is None
+    return False
