@@ -7,8 +7,10 @@ between tasks. A rank that fails shows its traceback; a task that overruns its t
 """
 
 import atexit
+import contextlib
 import multiprocessing
 import os
+import signal
 import tempfile
 import time
 import traceback
@@ -93,6 +95,8 @@ class _Pool:
 
     def kill(self) -> None:
         for process in self._processes:
+            with contextlib.suppress(ProcessLookupError):  # a rank that had no time to lead its group
+                os.killpg(process.pid, signal.SIGKILL)
             process.kill()
         for process in self._processes:
             process.join()
@@ -109,6 +113,7 @@ def _kill_pools() -> None:
 
 def _serve(connection: Connection, rank: int, world_size: int, store: str) -> None:
     """A rank's life: join the group, then run what is sent, until the pipe closes."""
+    os.setsid()  # a group of its own: Core's checkpoint writer leaves a process behind, which must end with its rank
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
     try:
         import torch
