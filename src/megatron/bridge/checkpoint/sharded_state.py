@@ -3,6 +3,7 @@
 
 import inspect
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -164,13 +165,20 @@ def _check_common_state_is_readable(directory: Path) -> None:
     """Core up to 0.16 keeps the common state in a file of its own; later versions write it among the tensors.
 
     Raises:
-        ValueError: The checkpoint was written by a later Core than this one can read.
+        ValueError: The checkpoint was written by a later Core than this one can read, or the file is cut off.
     """
-    needs_file = "common_strategy" in inspect.signature(dist_checkpointing.load).parameters
-    if needs_file and not (directory / "common.pt").is_file():
+    if "common_strategy" not in inspect.signature(dist_checkpointing.load).parameters:
+        return
+    path = directory / "common.pt"
+    if not path.is_file():
         raise ValueError(
             f"{directory} has no common.pt: a later Megatron-Core wrote it than the installed {core_version} can read; "
             "install that version"
+        )
+    if not zipfile.is_zipfile(path):
+        raise ValueError(
+            f"{path} is damaged ({path.stat().st_size} bytes): expected an archive that torch wrote; "
+            "restore it from another copy, or load another iteration (checkpoint.ckpt_step)"
         )
 
 
