@@ -53,7 +53,7 @@ GOOD = {
     ),
     "virtual pipeline": (
         ("model.pipeline_model_parallel_size=2", "model.virtual_pipeline_model_parallel_size=2")
-        + ("mixed_precision=bf16_mixed",),
+        + ("model.overlap_p2p_comm=true", "model.batch_p2p_comm=false", "mixed_precision=bf16_mixed"),
         2,
     ),
     "counted in samples": (
@@ -124,6 +124,14 @@ BAD = {
             2,
             "expected a multiple of 6",
         ),
+    ],
+    "check_two_virtual_stages_keep_messages_apart": [
+        (
+            ["model.pipeline_model_parallel_size=2", "model.virtual_pipeline_model_parallel_size=2", *overlap],
+            2,
+            "set model.overlap_p2p_comm=true and model.batch_p2p_comm=false",
+        )
+        for overlap in ([], ["model.overlap_p2p_comm=true"], ["model.batch_p2p_comm=false"])
     ],
     "check_sequence_parallel_needs_tensor_parallel": [
         (["model.sequence_parallel=true"], 1, "model.sequence_parallel=true with model.tensor_model_parallel_size=1"),

@@ -136,6 +136,23 @@ def check_virtual_pipeline_fits(cfg: "ConfigContainer", world_size: int) -> None
         )
 
 
+def check_two_virtual_stages_keep_messages_apart(cfg: "ConfigContainer", world_size: int) -> None:
+    """With two ranks in the pipeline, the next stage is the previous one too: a batch would mix up their messages.
+
+    Core notices nothing and trains on activations and gradients of the wrong layers.
+    """
+    model = cfg.model
+    if model.pipeline_model_parallel_size != 2 or (model.virtual_pipeline_model_parallel_size or 1) == 1:
+        return
+    if not model.overlap_p2p_comm or model.batch_p2p_comm:
+        raise ValueError(
+            f"model.virtual_pipeline_model_parallel_size={model.virtual_pipeline_model_parallel_size} with "
+            f"model.pipeline_model_parallel_size=2, model.overlap_p2p_comm={str(model.overlap_p2p_comm).lower()} and "
+            f"model.batch_p2p_comm={str(model.batch_p2p_comm).lower()}: two ranks would mix up what they send each "
+            "other; set model.overlap_p2p_comm=true and model.batch_p2p_comm=false"
+        )
+
+
 def check_sequence_parallel_needs_tensor_parallel(cfg: "ConfigContainer", world_size: int) -> None:
     """Sequence parallelism shares the sequence among tensor parallel ranks."""
     model, size = cfg.model, cfg.model.tensor_model_parallel_size
@@ -238,6 +255,7 @@ PARALLEL_RULES = (
     check_tensor_parallel_divides_ffn,
     check_tensor_parallel_divides_vocabulary,
     check_pipeline_parallel_divides_layers,
+    check_two_virtual_stages_keep_messages_apart,
     check_sequence_parallel_needs_tensor_parallel,
     check_experts_are_shared_evenly,
     check_recomputation_is_complete,
