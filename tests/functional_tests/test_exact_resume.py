@@ -84,6 +84,20 @@ def test_resumed_run_equals_the_uninterrupted_one(directory, request, optimizer)
             assert differing(continued.weights_before, continued.weights_after) != {}
 
 
+OFF, ALL = {"optimizer_cpu_offload": False}, {"optimizer_offload_fraction": 1.0}
+HALF = {"optimizer_offload_fraction": 0.5}
+
+
+@pytest.mark.parametrize(("before", "after"), [(OFF, ALL), (ALL, OFF), (ALL, HALF)], ids=["on", "off", "half"])
+def test_offload_may_change_on_the_way(directory, request, before, after):
+    """On the CPU the offloaded optimizer computes the same bits, so the run must go on as if nothing had changed."""
+    run = f"change-{request.node.callspec.id}"
+    whole = run_on_ranks(_train_through, 2, directory, run, before, 2)
+    for uninterrupted, continued in zip(whole, run_on_ranks(_resume, 2, directory, run, after, 2), strict=True):
+        assert continued.losses == uninterrupted.losses[2:]
+        assert differing(continued.weights_after, uninterrupted.weights_after) == {}
+
+
 @pytest.mark.parametrize("optimizer", [CELLS[0], CELLS[3]])
 def test_stock_core_does_not(directory, request, optimizer):
     run = "stock-" + request.node.callspec.id.replace(" ", "").replace(",", "-")

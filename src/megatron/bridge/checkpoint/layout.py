@@ -42,6 +42,16 @@ def checkpoint_name(root: str | os.PathLike, iteration: int, *, release: bool = 
     return Path(root) / ("release" if release else f"iter_{iteration:07d}")
 
 
+def unfinished_name(root: str | os.PathLike, iteration: int) -> Path:
+    """Where a save puts its files until it is complete: `<root>/.iter_0000010.saving`."""
+    return Path(root) / f".{checkpoint_name(root, iteration).name}.saving"
+
+
+def unfinished_saves(root: str | os.PathLike) -> list[Path]:
+    """What saves that were killed left behind."""
+    return sorted(Path(root).glob(".iter_*.saving"))
+
+
 def read_tracker(root: str | os.PathLike) -> Tracker | None:
     """Read the tracker file.
 

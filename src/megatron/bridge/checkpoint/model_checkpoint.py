@@ -7,6 +7,7 @@ no such prefix.
 """
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from megatron.core.utils import unwrap_model
 from megatron.bridge.checkpoint import layout
 from megatron.bridge.checkpoint.sharded_state import load_sharded, save_sharded
 from megatron.bridge.utils.distributed import barrier, is_rank_0, on_all_ranks
-from megatron.bridge.utils.files import atomic_write, check_writable_directory
+from megatron.bridge.utils.files import atomic_write, check_writable_directory, move_directory
 
 
 def chunk_keys(num_chunks: int) -> list[str]:
@@ -106,41 +107,65 @@ def save_model_checkpoint(
     Raises:
         ValueError: `path` can't be written.
     """
-    root = Path(path)
+    unfinished = prepare_save(path, iteration, option="the checkpoint's directory")
+    save_sharded(model_sharded_state_dict(model), unfinished)
+    return commit_checkpoint(unfinished, iteration, run_config=run_config, train_state=train_state)
+
+
+def prepare_save(root: str | Path, iteration: int, *, option: str) -> Path:
+    """Make the directory that a save fills; leftovers of saves that never finished are removed. Call on all ranks.
+
+    Args:
+        root: Where the iteration's directory will stand.
+        iteration: The iteration to save as.
+        option: What named the root, for the error.
+
+    Returns:
+        A directory beside the iteration's, under another name until `commit_checkpoint`.
+
+    Raises:
+        ValueError: `root` can't be written.
+    """
+    unfinished = layout.unfinished_name(root, iteration)
     with on_all_ranks(f"preparing {root}"):
         if is_rank_0():
-            check_writable_directory(root, "the checkpoint's directory")
-    directory = layout.checkpoint_name(root, iteration)
-    save_sharded(model_sharded_state_dict(model), directory)
-    commit_checkpoint(root, directory, run_config=run_config, train_state=train_state, iteration=iteration)
-    return directory
+            check_writable_directory(root, option)
+            for leftover in layout.unfinished_saves(root):
+                shutil.rmtree(leftover)
+            unfinished.mkdir()
+    return unfinished
 
 
 def commit_checkpoint(
-    root: Path,
-    directory: Path,
-    *,
-    run_config: dict[str, Any],
-    train_state: dict[str, torch.Tensor] | None,
-    iteration: int,
-) -> None:
-    """Write what belongs beside the tensors, then move the tracker: the one step that makes the save count.
+    unfinished: Path, iteration: int, *, run_config: dict[str, Any], train_state: dict[str, torch.Tensor] | None
+) -> Path:
+    """Complete a save: write what belongs beside the tensors, give the directory its name, move the tracker.
 
-    Call on all ranks after the tensors are complete; rank 0 writes.
+    The tracker is the commit: until it moves, the checkpoint before is the latest. Call on all ranks after the tensors
+    are complete; rank 0 writes.
+
+    Returns:
+        The iteration's directory.
     """
+    root = unfinished.parent
+    directory = layout.checkpoint_name(root, iteration)
     with on_all_ranks(f"completing {directory}"):
         if is_rank_0():
-            with atomic_write(directory / layout.CONFIG_FILE) as file:
+            with atomic_write(unfinished / layout.CONFIG_FILE) as file:
                 yaml.safe_dump(run_config, file, sort_keys=False)
             if train_state is not None:
-                for target in (
-                    directory / layout.TRAIN_STATE_FILE,
-                    root / f"{layout.TRACKER_PREFIX}_{layout.TRAIN_STATE_FILE}",
-                ):
-                    with atomic_write(target, "wb") as file:
-                        torch.save(train_state, file)
+                _write_train_state(unfinished / layout.TRAIN_STATE_FILE, train_state)
+            move_directory(unfinished, directory)
+            if train_state is not None:
+                _write_train_state(root / f"{layout.TRACKER_PREFIX}_{layout.TRAIN_STATE_FILE}", train_state)
             layout.write_tracker(root, iteration)
     barrier()
+    return directory
+
+
+def _write_train_state(path: Path, train_state: dict[str, torch.Tensor]) -> None:
+    with atomic_write(path, "wb") as file:
+        torch.save(train_state, file)
 
 
 def load_model_weights(

@@ -18,6 +18,7 @@ from megatron.bridge.checkpoint.model_checkpoint import (
     commit_checkpoint,
     load_model_state_dict,
     model_sharded_state_dict,
+    prepare_save,
     read_in_fp32,
 )
 from megatron.bridge.checkpoint.sharded_state import load_sharded, read_plain_blob, save_sharded
@@ -32,7 +33,6 @@ from megatron.bridge.training.resumed_schedule import load_optimizer
 from megatron.bridge.training.rng_state import get_rng_state, restore_rng_state
 from megatron.bridge.training.state import GlobalState, TrainState
 from megatron.bridge.utils.distributed import barrier, is_rank_0, on_all_ranks
-from megatron.bridge.utils.files import check_writable_directory
 
 __all__ = [
     "HybridParamSync",
@@ -72,35 +72,27 @@ def save_checkpoint(
     cfg = state.cfg
     if cfg.checkpoint.save is None:
         raise ValueError("save_checkpoint needs checkpoint.save: set it to a directory")
-    root = Path(cfg.checkpoint.save)
-    with on_all_ranks(f"preparing {root}"):
-        if is_rank_0():
-            check_writable_directory(root, "checkpoint.save")
     state.train_state.floating_point_operations_so_far = num_floating_point_operations_so_far
     step = state.train_state.step
-    directory = layout.checkpoint_name(root, step)
+    unfinished = prepare_save(cfg.checkpoint.save, step, option="checkpoint.save")
     content = _state_to_save(cfg, model, optimizer, opt_param_scheduler, step)
     save_sharded(
         content,
-        directory,
+        unfinished,
         content_metadata=_sharding_metadata(cfg),
         parallel_group=mpu.get_data_parallel_group(with_context_parallel=True)
         if cfg.checkpoint.fully_parallel_save
         else None,
     )
-    with on_all_ranks(f"completing {directory}"):
+    with on_all_ranks(f"saving the tokenizer in {unfinished}"):
         if is_rank_0() and cfg.checkpoint.save_tokenizer_assets and state.tokenizer is not None:
-            state.tokenizer.save_pretrained(directory / layout.TOKENIZER_DIRECTORY)
-    commit_checkpoint(
-        root,
-        directory,
-        run_config=yaml.safe_load(cfg.to_yaml()),
-        train_state=state.train_state.state_dict(),
-        iteration=step,
+            state.tokenizer.save_pretrained(unfinished / layout.TOKENIZER_DIRECTORY)
+    directory = commit_checkpoint(
+        unfinished, step, run_config=yaml.safe_load(cfg.to_yaml()), train_state=state.train_state.state_dict()
     )
     if is_rank_0():
         logger.info("saved step %d to %s", step, directory)
-        for old in layout.prune(root, cfg.checkpoint.most_recent_k or 0):
+        for old in layout.prune(directory.parent, cfg.checkpoint.most_recent_k or 0):
             logger.info("removed %s (checkpoint.most_recent_k=%d)", old, cfg.checkpoint.most_recent_k)
     barrier()
     return directory
@@ -158,9 +150,10 @@ def _bring_masters_in_line(cfg: ConfigContainer, optimizer: Any, *, restored: bo
         optimizer.reload_model_params(state_dict=main_params)
     if not cfg.optimizer.optimizer_cpu_offload:
         return
-    if not restored:
-        sync_hybrid_optimizer_param_copies(optimizer, main_params)
-    check_hybrid_optimizer_param_copies(optimizer, exact=not restored and main_params is None)
+    with on_all_ranks("bringing the offloaded optimizer's copies in line"):
+        if not restored:
+            sync_hybrid_optimizer_param_copies(optimizer, main_params)
+        check_hybrid_optimizer_param_copies(optimizer, exact=not restored and main_params is None)
 
 
 def _load_hf_weights(model: list[Any], path: Path) -> None:

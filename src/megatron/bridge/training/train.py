@@ -54,7 +54,7 @@ def train(run: SetupOutput, forward_step_func: Callable, callbacks: CallbackMana
     for chunk in run.model:
         chunk.train()
     started = time.monotonic()
-    saved_step = None
+    saved_step = state.train_state.step  # nothing to save before the first step
     callbacks.fire("on_train_start", context)
     with _garbage_collection(cfg.train):
         while state.train_state.step < state.derived.train_iters:

@@ -51,17 +51,28 @@ def replaced_directory(path: str | os.PathLike) -> Iterator[Path]:
     try:
         yield beside
         os.chmod(beside, 0o755)
-        if path.exists():
-            old = beside.with_suffix(".old")
-            os.replace(path, old)
-            os.replace(beside, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(beside, path)
-        fsync_directory(path.parent)
+        move_directory(beside, path)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
+
+
+def move_directory(source: str | os.PathLike, target: str | os.PathLike) -> None:
+    """Give a complete directory its name. What stood there goes after it is replaced.
+
+    Args:
+        source: On the same file system as `target`.
+        target: May exist.
+    """
+    source, target = Path(source), Path(target)
+    if target.exists():
+        old = source.with_suffix(".old")
+        os.replace(target, old)
+        os.replace(source, target)
+        shutil.rmtree(old)
+    else:
+        os.replace(source, target)
+    fsync_directory(target.parent)
 
 
 def fsync_directory(path: str | os.PathLike) -> None:

@@ -14,7 +14,14 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
-from megatron.bridge.training.cpu_offload import exact_resume, load_template, master_lookup, plain_param_groups
+from megatron.bridge.training.cpu_offload import (
+    exact_resume,
+    load_template,
+    master_lookup,
+    one_master,
+    plain_param_groups,
+    state_device,
+)
 from megatron.bridge.training.cpu_offload.repair import Repair
 
 logger = logging.getLogger(__name__)
@@ -22,7 +29,9 @@ logger = logging.getLogger(__name__)
 REPAIRS: tuple[Repair, ...] = (
     *load_template.REPAIRS,
     *master_lookup.REPAIRS,
+    *state_device.REPAIRS,
     *exact_resume.REPAIRS,
+    *one_master.REPAIRS,
     *plain_param_groups.REPAIRS,
 )
 

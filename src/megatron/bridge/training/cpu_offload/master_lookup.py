@@ -21,9 +21,10 @@ def _masters_where_they_are(base: type) -> type:
                 return
             for param, state in self.state.items():
                 master = self.param_to_inner_param[param]
-                if state["master_param"] is not master:
+                # The FP32 shard that stays on the device is stepped on itself and was loaded in place.
+                if master is not param and master is not state["master_param"]:
                     master.data.copy_(state["master_param"])
-                    state["master_param"] = master
+                state["master_param"] = master
 
     return MastersWhereTheyAre
 

@@ -17,7 +17,7 @@ class Repair:
     """What goes wrong without it, in one sentence."""
 
     threads: tuple[str, ...]
-    """Public threads that report it."""
+    """Public threads that report it; none where we found it first."""
 
     core_versions: str
     """Versions in which it was found."""
