@@ -49,9 +49,9 @@ def draw(ours: list[dict], stock: list[dict], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
     if stock:
         axes.plot(*curve(stock, "train"), color="#c0392b", marker="x", label="stock Megatron-Core: copies left stale")
-    axes.plot(*curve(ours, "train"), color="#1f6f8b", marker=".", label="with the sync")
-    steps, losses = curve(ours, "validation")
-    axes.plot(steps, losses, color="#1f6f8b", linestyle="none", marker="s", fillstyle="none", label="held-out answers")
+    axes.plot(*curve(ours, "train"), color="#1f6f8b", alpha=0.6, marker=".", label="with the sync: batches of 8")
+    held_out = {"linestyle": "--", "marker": "s", "linewidth": 2, "label": "with the sync: held-out answers"}
+    axes.plot(*curve(ours, "validation"), color="#0b3c49", **held_out)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss per answer token")
     axes.set_ylim(bottom=0)
