@@ -61,7 +61,7 @@ def plan_load(cfg: ConfigContainer) -> LoadPlan | None:
 
     Raises:
         FileNotFoundError: A directory holds no checkpoint, and starting from random weights was not asked for.
-        ValueError: A checkpoint is incomplete, or is given to the wrong option.
+        ValueError: A checkpoint is incomplete, of another vocabulary or layout, or is given to the wrong option.
     """
     checkpoint = cfg.checkpoint
     if checkpoint.load is not None:
@@ -81,6 +81,7 @@ def plan_load(cfg: ConfigContainer) -> LoadPlan | None:
 def _plan_resume(cfg: ConfigContainer) -> LoadPlan:
     checkpoint = cfg.checkpoint
     directory = layout.resolve_checkpoint(checkpoint.load, checkpoint.ckpt_step, option="checkpoint.load")
+    check_vocabulary(cfg, directory)
     if checkpoint.finetune:
         return _weights_only(directory, "checkpoint.finetune=true")
     if directory.name == "release":
@@ -118,6 +119,7 @@ def _plan_pretrained(cfg: ConfigContainer, path: str) -> LoadPlan:
             )
         return _weights_only(Path(path), "pretrained weights", source=Source.HUGGING_FACE)
     directory = layout.resolve_checkpoint(path, option="checkpoint.pretrained_checkpoint")
+    check_vocabulary(cfg, directory)
     return _weights_only(directory, "pretrained weights")
 
 

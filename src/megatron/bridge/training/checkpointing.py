@@ -22,7 +22,7 @@ from megatron.bridge.checkpoint.model_checkpoint import (
     read_in_fp32,
 )
 from megatron.bridge.checkpoint.sharded_state import load_sharded, read_plain_blob, save_sharded
-from megatron.bridge.training.checkpoint_plan import LoadPlan, Source, check_vocabulary, plan_load
+from megatron.bridge.training.checkpoint_plan import LoadPlan, Source, plan_load
 from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.training.cpu_offload.param_copies import (
     HybridParamSync,
@@ -53,6 +53,7 @@ def save_checkpoint(
     optimizer: Any,
     opt_param_scheduler: Any,
     num_floating_point_operations_so_far: float = 0,
+    checkpointing_context: dict[str, Any] | None = None,
 ) -> Path:
     """Write a checkpoint of the current step with all ranks. It counts only once it is complete on disk.
 
@@ -62,6 +63,7 @@ def save_checkpoint(
         optimizer: Megatron optimizer, or None.
         opt_param_scheduler: Its schedule, or None.
         num_floating_point_operations_so_far: Written into the train state.
+        checkpointing_context: Not used; kept in the signature that scripts use.
 
     Returns:
         The iteration's directory.
@@ -104,6 +106,7 @@ def load_checkpoint(
     optimizer: Any,
     opt_param_scheduler: Any,
     strict: bool = True,
+    checkpointing_context: dict[str, Any] | None = None,
 ) -> tuple[int, float]:
     """Load what the configuration asks for, with all ranks, and bring the optimizer's copies in line with it.
 
@@ -113,6 +116,7 @@ def load_checkpoint(
         optimizer: Megatron optimizer built on them, or None.
         opt_param_scheduler: Its schedule, or None.
         strict: Every tensor of the model must be in the checkpoint and fit.
+        checkpointing_context: Not used; kept in the signature that scripts use.
 
     Returns:
         The step and the floating point operations so far; (0, 0) for pretrained weights or nothing to load.
@@ -124,8 +128,6 @@ def load_checkpoint(
     """
     with on_all_ranks("planning the load"):
         plan = plan_load(state.cfg)
-        if plan is not None and plan.source is Source.MEGATRON:
-            check_vocabulary(state.cfg, plan.path)
     if plan is None:
         return 0, 0
     logger.info("loading %s", plan)

@@ -14,6 +14,7 @@ from megatron.core.utils import get_model_config
 from megatron.bridge.data.config import DatasetBuildContext
 from megatron.bridge.data.loaders import build_datasets, build_evaluation_steps, build_step_iterator, padding_for
 from megatron.bridge.data.tokenizer import build_tokenizer, check_tokenizer_fits
+from megatron.bridge.training.checkpoint_plan import plan_load
 from megatron.bridge.training.checkpointing import load_checkpoint
 from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.training.initialize import initialize_megatron
@@ -74,8 +75,10 @@ def setup(state: GlobalState, train_valid_test_datasets_provider: Callable[..., 
             cfg.model.vocab_size = state.tokenizer.vocab_size
         check_tokenizer_fits(state.tokenizer, cfg.model.vocab_size)
     data = _build_data(state, train_valid_test_datasets_provider)
-    # Made once before the model exists: too few samples must be said before minutes of building.
+    # Both are done again later: too few samples or a wrong checkpoint must be said before minutes of building.
     _train_iterator(state, data, pg_collection)
+    with on_all_ranks("planning the load"):
+        plan_load(cfg)
 
     model = cfg.model.provide_distributed_model(
         ddp_config=cfg.ddp,
