@@ -4,7 +4,7 @@
 Each rank runs this file (torchrun); it is what a script of your own looks like:
 
     torchrun --nproc-per-node 2 scripts/finetune_smollm2/train.py \
-        --pretrained-checkpoint results/smollm2/pretrained --output results/smollm2 train.train_iters=28
+        --pretrained-checkpoint results/smollm2/pretrained --output results/smollm2 train.train_iters=25
 """
 
 import argparse

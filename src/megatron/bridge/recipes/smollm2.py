@@ -25,7 +25,7 @@ def smollm2_135m_sft_config() -> ConfigContainer:
     )
     cfg.train.micro_batch_size = 2
     cfg.train.global_batch_size = 8
-    cfg.train.train_iters = 28
+    cfg.train.train_iters = 25
     cfg.dataset.dataset_kwargs = {"pad_seq_length_to_mult": 8}
     cfg.optimizer.lr = 2e-5
     cfg.logger.log_interval = 1
