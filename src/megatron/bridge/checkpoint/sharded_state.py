@@ -20,7 +20,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron.bridge.checkpoint.layout import DCP_METADATA_FILE
-from megatron.bridge.utils.distributed import barrier, is_rank_0, on_all_ranks
+from megatron.bridge.utils.distributed import barrier, on_all_ranks
 
 
 def save_sharded(
@@ -34,23 +34,10 @@ def save_sharded(
 
     Args:
         sharded_state_dict: Core's `ShardedTensor`s and `ShardedObject`s; other values are common to all ranks.
-        directory: One iteration's directory; created. Leftovers of a broken save in it are removed.
+        directory: Exists and is empty; `model_checkpoint.prepare_save` makes it.
         content_metadata: Plain data that describes the content, read back with the common state.
         parallel_group: Spread replicated tensors' writing over this group's ranks (the data-parallel group).
-
-    Raises:
-        OSError: The directory can't be made or written.
     """
-    directory = Path(directory)
-    with on_all_ranks(f"creating {directory}"):
-        if is_rank_0():
-            directory.mkdir(parents=True, exist_ok=True)
-            for leftover in (
-                *directory.glob("__*.distcp"),
-                *directory.glob("*metadata*"),
-                *directory.glob("common.pt"),
-            ):
-                leftover.unlink()
     strategy = dist_checkpointing.serialization.get_default_save_sharded_strategy()
     if parallel_group is not None:
         strategy = FullyParallelSaveStrategyWrapper(strategy, parallel_group)
@@ -88,11 +75,6 @@ def load_sharded(
     if parallel_group is not None:
         strategy = FullyParallelLoadStrategyWrapper(strategy, parallel_group)
     return dist_checkpointing.load(sharded_state_dict, directory, strategy, strict=strict)
-
-
-def load_common(directory: str | Path) -> dict[str, Any]:
-    """Read the state that is common to all ranks: plain data, no sharded tensors."""
-    return dist_checkpointing.load_common_state_dict(str(directory))
 
 
 def stored_shapes(directory: str | Path) -> dict[str, tuple[int, ...]]:

@@ -12,7 +12,7 @@ import torch
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron.bridge.training.cpu_offload.repair import Repair
+from megatron.bridge.training.cpu_offload.repair import Repair, stepping_optimizers, steps_by_torch_adam_or_hybrid
 
 
 def _restore_step_and_masters(base: type) -> type:
@@ -26,16 +26,12 @@ def _restore_step_and_masters(base: type) -> type:
             steps = {group["step"] for group in state_dict["optimizer"]["param_groups"] if "step" in group}
             if isinstance(self.optimizer, HybridDeviceOptimizer):
                 self.optimizer._update_fp32_params_by_new_state()
-            for sub_optimizer in getattr(self.optimizer, "sub_optimizers", [self.optimizer]):
+            for sub_optimizer in stepping_optimizers(self.optimizer):
                 for state in sub_optimizer.state.values():
                     if "step" in state and len(steps) == 1:
                         state["step"] = torch.tensor(float(next(iter(steps))))
 
     return RestoreStepAndMasters
-
-
-def _steps_are_in_the_state(optimizer: DistributedOptimizer) -> bool:
-    return isinstance(optimizer.optimizer, (HybridDeviceOptimizer, torch.optim.Adam, torch.optim.AdamW))
 
 
 REPAIRS = (
@@ -46,6 +42,6 @@ REPAIRS = (
         core_versions="0.16.1 to 0.19.2",
         target=DistributedOptimizer,
         subclass=_restore_step_and_masters,
-        is_needed=_steps_are_in_the_state,
+        is_needed=steps_by_torch_adam_or_hybrid,
     ),
 )

@@ -13,7 +13,7 @@ import torch
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron.bridge.training.cpu_offload.repair import Repair
+from megatron.bridge.training.cpu_offload.repair import Repair, steps_by_torch_adam_or_hybrid
 
 
 def allocate_state(optimizer: torch.optim.Optimizer) -> None:
@@ -61,10 +61,6 @@ def _allocate_instead_of_step(base: type) -> type:
     return AllocateInsteadOfStep
 
 
-def _inner_is_torch_adam_or_hybrid(optimizer: DistributedOptimizer) -> bool:
-    return isinstance(optimizer.optimizer, (HybridDeviceOptimizer, torch.optim.Adam, torch.optim.AdamW))
-
-
 def _dummy_step_steps(optimizer: HybridDeviceOptimizer) -> bool:
     return "self.step()" in inspect.getsource(HybridDeviceOptimizer.dummy_step)
 
@@ -78,7 +74,7 @@ REPAIRS = (
         core_versions="0.16.1 to 0.19.2",
         target=DistributedOptimizer,
         subclass=_allocate_before_template,
-        is_needed=_inner_is_torch_adam_or_hybrid,
+        is_needed=steps_by_torch_adam_or_hybrid,
     ),
     Repair(
         name="no dummy step",

@@ -5,6 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+
 
 @dataclass(frozen=True)
 class Repair:
@@ -30,3 +33,13 @@ class Repair:
 
     is_needed: Callable[[Any], bool]
     """Whether this optimizer, in the installed Core, has the defect: asked of its source or state, not its version."""
+
+
+def stepping_optimizers(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """The optimizers that take the steps: a hybrid's parts, or the optimizer itself."""
+    return optimizer.sub_optimizers if isinstance(optimizer, HybridDeviceOptimizer) else [optimizer]
+
+
+def steps_by_torch_adam_or_hybrid(distributed_optimizer: Any) -> bool:
+    """Whether a distributed optimizer's inner one is torch's Adam or a hybrid, whose state Core doesn't restore."""
+    return isinstance(distributed_optimizer.optimizer, (HybridDeviceOptimizer, torch.optim.Adam, torch.optim.AdamW))
