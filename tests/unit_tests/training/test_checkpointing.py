@@ -7,7 +7,7 @@ import pytest
 import torch
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer, Float16OptimizerWithFloat16Params
 
 from megatron.bridge.training.checkpointing import (
     HybridParamSync,
@@ -43,9 +43,7 @@ def mocked_optimizer(*, precision_aware=False):
     hybrid.gpu_params_map_cpu_copy = {stepped_on: clone}
     hybrid.param_to_fp32_param = {shard_of_weight: clone} if precision_aware else {}
     hybrid.param_to_inner_param = {stepped_on: clone}
-    hybrid.update_fp32_param_by_new_param.side_effect = lambda: [
-        copy.copy_(param) for param, copy in hybrid.param_to_fp32_param.items()
-    ]
+    hybrid.sub_optimizers = [MagicMock(param_groups=[{"params": [clone]}])]
     return optimizer, master, clone
 
 
@@ -55,11 +53,10 @@ def chained(*children):
     return optimizer
 
 
-def test_sync_hybrid_optimizer_param_copies_refreshes_shards_then_clones():
+def test_sync_hybrid_optimizer_param_copies_refreshes_shards_and_clones():
     optimizer, master, clone = mocked_optimizer()
     done = sync_hybrid_optimizer_param_copies(optimizer)
     assert master.tolist() == clone.tolist() == [2.0, 3.0]
-    optimizer.optimizer.update_fp32_param_by_new_param.assert_called_once_with()
     assert done and done.parameters == 2 and done.num_bytes == 2 * 2 * 4
 
 
@@ -100,7 +97,7 @@ def test_sync_hybrid_optimizer_param_copies_finds_hybrids_at_any_depth():
     assert done.parameters == 4
 
 
-@pytest.mark.parametrize("name", ["gpu_params_map_cpu_copy", "param_to_fp32_param", "update_fp32_param_by_new_param"])
+@pytest.mark.parametrize("name", ["gpu_params_map_cpu_copy", "param_to_fp32_param", "param_to_inner_param"])
 def test_sync_hybrid_optimizer_param_copies_says_which_attribute_is_gone(name):
     optimizer, _, _ = mocked_optimizer()
     delattr(optimizer.optimizer, name)
@@ -128,13 +125,68 @@ def test_guard_names_the_stale_parameter(precision_aware):
 
 def test_guard_lets_restored_masters_hold_bits_that_the_weights_lost():
     optimizer, master, clone = mocked_optimizer()
-    clone.copy_(torch.tensor([2.001, 3.001]))
+    for copy in (master, clone):
+        copy.copy_(torch.tensor([2.001, 3.001]))
     assert check_hybrid_optimizer_param_copies(optimizer, exact=False) == 1
     with pytest.raises(RuntimeError, match="is not the loaded weight"):
         check_hybrid_optimizer_param_copies(optimizer, exact=True)
-    clone.copy_(torch.tensor([2.1, 3.1]))
-    with pytest.raises(RuntimeError, match="is not the loaded weight"):
-        check_hybrid_optimizer_param_copies(optimizer, exact=False)
+
+
+@pytest.mark.parametrize("stale", [0, 1])
+@pytest.mark.parametrize("exact", [False, True])
+def test_guard_looks_at_every_copy(stale, exact):
+    optimizer, *copies = mocked_optimizer()
+    sync_hybrid_optimizer_param_copies(optimizer)
+    copies[stale][1] = 3.1
+    with pytest.raises(RuntimeError, match=r"element 1 of its slice is 3.0\d* in the copy and 3.0 in the weight"):
+        check_hybrid_optimizer_param_copies(optimizer, exact=exact)
+
+
+def test_sync_hybrid_optimizer_param_copies_refuses_what_it_does_not_know():
+    optimizer, _, _ = mocked_optimizer()
+    optimizer.optimizer.param_to_inner_param = {}
+    with pytest.raises(RuntimeError, match="has no entry in HybridDeviceOptimizer.param_to_inner_param"):
+        sync_hybrid_optimizer_param_copies(optimizer)
+    optimizer, master, _ = mocked_optimizer()
+    optimizer.optimizer.param_to_inner_param = {master: torch.zeros(2)}
+    with pytest.raises(RuntimeError, match="has a sub-optimizer's tensor that is none of its known copies"):
+        sync_hybrid_optimizer_param_copies(optimizer)
+    optimizer, _, clone = mocked_optimizer()
+    optimizer.optimizer.sub_optimizers = [MagicMock(param_groups=[{"params": [clone, torch.zeros(2)]}])]
+    with pytest.raises(RuntimeError, match="steps on 2 tensors, of which 1 belong to known parameters"):
+        sync_hybrid_optimizer_param_copies(optimizer)
+    other = MagicMock(spec=Float16OptimizerWithFloat16Params)
+    other.optimizer = MagicMock(spec=HybridDeviceOptimizer)
+    with pytest.raises(RuntimeError, match="only the distributed optimizer's copies can be refreshed"):
+        sync_hybrid_optimizer_param_copies(other)
+
+
+def test_sync_hybrid_optimizer_param_copies_takes_quantised_weights_through_cores_dequantiser(monkeypatch):
+    from megatron.core import fp8_utils
+
+    values = torch.tensor([10.0, 20.0, 30.0, 40.0])
+    monkeypatch.setattr(fp8_utils, "is_float8tensor", lambda tensor: tensor is WEIGHT)
+    monkeypatch.setattr(fp8_utils, "dequantize_fp8_tensor", lambda tensor: {WEIGHT: values}[tensor])
+    optimizer, master, clone = mocked_optimizer()
+    sync_hybrid_optimizer_param_copies(optimizer)
+    assert master.tolist() == clone.tolist() == [20.0, 30.0]
+    assert check_hybrid_optimizer_param_copies(optimizer, exact=True) == 1
+    master.zero_()
+    assert check_hybrid_optimizer_param_copies(optimizer, exact=False) == 0, "no rounding gives quantised bits"
+    with pytest.raises(RuntimeError, match="0.0 in the copy and 20.0 in the weight"):
+        check_hybrid_optimizer_param_copies(optimizer, exact=True)
+
+
+def test_sync_hybrid_optimizer_param_copies_gives_each_optimizer_its_chunks_of_a_state_dict():
+    children = []
+    for index in range(2):
+        child, _, clone = mocked_optimizer()
+        child.model_chunks = [f"chunk {index}"]
+        child._build_model_param_to_state_dict_param_map.side_effect = lambda state: {WEIGHT: state["model0"]["weight"]}
+        children.append((child, clone))
+    state = {f"model{index}": {"weight": torch.full((4,), 5.0 + index)} for index in range(2)}
+    sync_hybrid_optimizer_param_copies(chained(children[0][0], chained(children[1][0])), state)
+    assert [clone.tolist() for _, clone in children] == [[5.0, 5.0], [6.0, 6.0]]
 
 
 # The same with Core's own classes, on ranks of the simulated accelerator (or CUDA).

@@ -148,9 +148,9 @@ def _bring_masters_in_line(cfg: ConfigContainer, optimizer: Any, *, restored: bo
     """Masters follow what was loaded: rebuilt from the weights, unless the optimizer's own state was restored."""
     is_mixed_precision = cfg.model.fp16 or cfg.model.bf16
     main_params = loaded if cfg.checkpoint.load_main_params_from_ckpt and not restored else None
-    if not restored and is_mixed_precision:
-        optimizer.reload_model_params(state_dict=main_params)
     if not cfg.optimizer.optimizer_cpu_offload:
+        if not restored and is_mixed_precision:
+            optimizer.reload_model_params(state_dict=main_params)
         return
     with on_all_ranks("bringing the offloaded optimizer's copies in line"):
         if not restored:

@@ -22,11 +22,12 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core import __version__ as core_version
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 logger = logging.getLogger(__name__)
@@ -50,16 +51,23 @@ class HybridParamSync:
         return self.parameters > 0
 
 
-def find_hybrid_optimizers(optimizer: Any) -> list[Any]:
+def find_hybrid_optimizers(optimizer: Any) -> list[DistributedOptimizer]:
     """The distributed optimizers that wrap a `HybridDeviceOptimizer`, at any depth of `ChainedOptimizer`.
 
     Stub optimizers (a rank without trainable parameters) and optimizers without offload are left out.
+
+    Raises:
+        RuntimeError: A `HybridDeviceOptimizer` is wrapped by something else, whose parameters it doesn't know
+            (NVIDIA/Megatron-LM #4042).
     """
-    if optimizer is None:
-        return []
-    if isinstance(optimizer, ChainedOptimizer):
-        return [found for child in optimizer.chained_optimizers for found in find_hybrid_optimizers(child)]
-    return [optimizer] if isinstance(optimizer.optimizer, HybridDeviceOptimizer) else []
+    found = [leaf for leaf in _unchained(optimizer) if isinstance(leaf.optimizer, HybridDeviceOptimizer)]
+    for leaf in found:
+        if not isinstance(leaf, DistributedOptimizer):
+            raise RuntimeError(
+                f"HybridDeviceOptimizer inside {type(leaf).__name__}: only the distributed optimizer's copies can be "
+                "refreshed; set optimizer.use_distributed_optimizer=True and ddp.use_distributed_optimizer=True"
+            )
+    return found
 
 
 @torch.no_grad()
@@ -70,38 +78,37 @@ def sync_hybrid_optimizer_param_copies(optimizer: Any, state_dict: dict[str, Any
     FP32 masters hold bits that the weights have lost. Moments, step counters and the loss scale stay as they are, so
     it is also right in the middle of a run. It holds no collective and may be called again at any time.
 
+    Each copy is written once. A copy in pinned host memory is written asynchronously on the current stream, which is
+    synchronised once, at the end. Beyond the copies themselves, one parameter's values are held at a time.
+
     Args:
         optimizer: A Megatron optimizer, a chain of them at any depth, or None.
         state_dict: The loaded model state (`{"model": …}`, or `model0`, `model1`, … per chunk; tensors of this rank's
-            model-parallel shapes). Its tensors, of whatever precision, become the FP32 copies instead of the weights'
-            16-bit values.
+            model-parallel shapes, on any device). Its tensors, of whatever precision, become the FP32 copies instead
+            of the weights' 16-bit values.
 
     Returns:
-        What was refreshed.
+        What was refreshed; false where nothing is hybrid.
 
     Raises:
         RuntimeError: Core's internals are not the ones this function knows; names the attribute or the parameter.
     """
     started = time.perf_counter()
-    written: list[torch.Tensor] = []
+    num_written = num_bytes = 0
     for distributed_optimizer in find_hybrid_optimizers(optimizer):
-        hybrid = distributed_optimizer.optimizer
-        sources = {}
-        if state_dict is not None:
-            sources = _attribute(distributed_optimizer, "_build_model_param_to_state_dict_param_map")(state_dict)
-        written += _refresh_device_shards(distributed_optimizer, sources)
-        written += _refresh_cpu_clones(hybrid)
-        _attribute(hybrid, "update_fp32_param_by_new_param")()
-        written += _attribute(hybrid, "param_to_fp32_param").values()
-        if sources:
-            written += _refresh_masters_without_shard(distributed_optimizer, sources)
-    if not written:
+        sources = _sources(distributed_optimizer, state_dict, optimizer)
+        for entry in _entries(distributed_optimizer):
+            if not entry.copies:
+                continue  # stepped on in place
+            _write(entry.copies, _values(distributed_optimizer, entry.param, sources))
+            num_written += len(entry.copies)
+            num_bytes += sum(copy.numel() * copy.element_size() for copy in entry.copies)
+    if not num_written:
         return HybridParamSync()
     if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    num_bytes = sum(copy.numel() * copy.element_size() for copy in written)
-    done = HybridParamSync(len(written), num_bytes, time.perf_counter() - started)
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        torch.cuda.current_stream().synchronize()
+    done = HybridParamSync(num_written, num_bytes, time.perf_counter() - started)
+    if _rank() == 0:
         logger.info(
             "offloaded optimizer: %d parameter copies rebuilt from the loaded weights (%.1f MB in %.2f s)",
             done.parameters,
@@ -113,7 +120,10 @@ def sync_hybrid_optimizer_param_copies(optimizer: Any, state_dict: dict[str, Any
 
 @torch.no_grad()
 def check_hybrid_optimizer_param_copies(optimizer: Any, *, exact: bool, sample_size: int = 32) -> int:
-    """Compare a sample of every master with its weight, so that stale copies can't go unnoticed.
+    """Compare a sample of every copy with its weight, so that stale copies can't go unnoticed.
+
+    The samples cross the host link together, once. A quantised weight is compared only where `exact`: no rounding of
+    ours gives back its bits.
 
     Args:
         optimizer: A Megatron optimizer, a chain of them, or None.
@@ -125,30 +135,62 @@ def check_hybrid_optimizer_param_copies(optimizer: Any, *, exact: bool, sample_s
         The number of parameters compared; 0 where nothing is hybrid.
 
     Raises:
-        RuntimeError: A master differs; names the parameter, the rank and both values.
+        RuntimeError: A copy differs; names the parameter, the rank and both values.
     """
     compared = 0
     for distributed_optimizer in find_hybrid_optimizers(optimizer):
-        inner_of = _attribute(distributed_optimizer.optimizer, "param_to_inner_param")
-        for model_param, shard, weight in _weights_and_shards(distributed_optimizer):
-            if weight is None or weight.numel() == 0:
+        samples: list[_Sample] = []
+        for entry in _entries(distributed_optimizer):
+            if _is_quantised(entry.param) and not exact:
                 continue
-            stride = max(1, weight.numel() // sample_size)
-            expected = weight[::stride]
-            master = _lookup(inner_of, shard, distributed_optimizer, model_param)[::stride].to(expected.device)
-            found = master.float() if exact else master.to(expected.dtype).float()
-            expected = expected.float()
-            differs = (found != expected) & ~(found.isnan() & expected.isnan())
+            weight = _values(distributed_optimizer, entry.param, None)
+            if weight.numel() == 0:
+                continue  # this rank owns nothing of it
             compared += 1
-            if differs.any():
-                at = int(differs.nonzero()[0])
-                raise RuntimeError(
-                    f"the offloaded optimizer's copy of {_name_of(distributed_optimizer, model_param)} on rank "
-                    f"{_rank()} is not the loaded weight: element {at * stride} of its slice is {master[at].item()!r} "
-                    f"in the copy and {expected[at].item()!r} in the weight; the first step would overwrite the model "
-                    f"(megatron-core {core_version}); call sync_hybrid_optimizer_param_copies after the load"
-                )
+            stride = max(1, weight.numel() // sample_size)
+            for copy in entry.copies or (entry.stepped_on,):
+                found = copy[::stride] if exact else copy[::stride].to(weight.dtype)
+                samples.append(_Sample(entry.param, stride, weight[::stride].float(), found.float()))
+        _compare(distributed_optimizer, samples)
     return compared
+
+
+class _Entry(NamedTuple):
+    """One parameter, and what the optimizer keeps of this rank's slice of it."""
+
+    param: torch.Tensor
+    """The model's parameter, whole."""
+
+    copies: tuple[torch.Tensor, ...]
+    """FP32 copies of the slice, each tensor once, from the weight downward: levels 1, 2 and 3 of the module's drawing.
+    None for a parameter that is FP32 itself and stays on the device."""
+
+    stepped_on: torch.Tensor
+    """What a sub-optimizer steps on: the last copy, or a view of the weight."""
+
+
+class _Sample(NamedTuple):
+    """Evenly spaced elements of one copy and of its weight, FP32, each on its own device."""
+
+    param: torch.Tensor
+    stride: int
+    expected: torch.Tensor
+    found: torch.Tensor
+
+
+def _unchained(optimizer: Any) -> list[Any]:
+    """The optimizers of a chain, at any depth."""
+    if optimizer is None:
+        return []
+    if isinstance(optimizer, ChainedOptimizer):
+        return [leaf for child in _attribute(optimizer, "chained_optimizers") for leaf in _unchained(child)]
+    return [optimizer]
+
+
+def _model_chunks(optimizer: Any) -> list[Any]:
+    """The model's chunks in order: those of the chain's optimizers, each once, as Core numbers them."""
+    leaves = [leaf for leaf in _unchained(optimizer) if isinstance(leaf, DistributedOptimizer)]
+    return list(dict.fromkeys(chunk for leaf in leaves for chunk in _attribute(leaf, "model_chunks")))
 
 
 def _attribute(owner: Any, name: str) -> Any:
@@ -162,28 +204,85 @@ def _attribute(owner: Any, name: str) -> Any:
         ) from error
 
 
-def _weights_and_shards(distributed_optimizer: Any) -> Iterator[tuple[Any, torch.Tensor, torch.Tensor | None]]:
-    """(model parameter, the shard that HDO is given, this rank's slice of the weight) for each parameter.
+def _entries(distributed_optimizer: DistributedOptimizer) -> Iterator[_Entry]:
+    """Every parameter of a distributed optimizer with its copies.
 
-    The weight's slice is None for a quantised parameter, whose values only Core's dequantiser can give.
+    Raises:
+        RuntimeError: A parameter without a sub-optimizer's tensor, or a sub-optimizer's tensor without a parameter.
     """
-    groups = zip(
+    hybrid = distributed_optimizer.optimizer
+    clones, fp32_copies = _attribute(hybrid, "gpu_params_map_cpu_copy"), _attribute(hybrid, "param_to_fp32_param")
+    inner_of = _attribute(hybrid, "param_to_inner_param")
+    known = 0
+    for param, weight, main in _params_and_shards(distributed_optimizer):
+        given = weight if main is None else main  # what the hybrid optimizer was built with
+        if given is None or given not in inner_of:
+            raise _unknown(distributed_optimizer, param, "no entry in HybridDeviceOptimizer.param_to_inner_param")
+        levels = (main, clones.get(given), fp32_copies.get(given))
+        copies = tuple({id(level): level for level in levels if level is not None}.values())
+        stepped_on = inner_of[given]
+        if stepped_on is not (copies[-1] if copies else given):
+            raise _unknown(distributed_optimizer, param, "a sub-optimizer's tensor that is none of its known copies")
+        known += 1
+        yield _Entry(param, copies, stepped_on)
+    stepped = sum(len(group["params"]) for part in _attribute(hybrid, "sub_optimizers") for group in part.param_groups)
+    if stepped != known:
+        raise RuntimeError(
+            f"HybridDeviceOptimizer of megatron-core {core_version} steps on {stepped} tensors, of which "
+            f"{known} belong to known parameters: use megatron-core {SUPPORTED_CORE}"
+        )
+
+
+def _params_and_shards(
+    distributed_optimizer: DistributedOptimizer,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]:
+    """(parameter, view of this rank's slice, FP32 shard) for each; the FP32 shard is None when precision-aware."""
+    for models, weights, mains in zip(
         _attribute(distributed_optimizer, "model_float16_groups"),
         _attribute(distributed_optimizer, "shard_float16_groups"),
         _attribute(distributed_optimizer, "shard_fp32_from_float16_groups"),
         strict=True,
-    )
-    for models, weights, mains in groups:
-        for model_param, weight, main in zip(models, weights, mains, strict=True):
-            yield model_param, (weight if main is None else main), (None if _is_quantised(model_param) else weight)
-    groups = zip(
+    ):
+        yield from zip(models, weights, mains, strict=True)
+    for models, weights in zip(
         _attribute(distributed_optimizer, "model_fp32_groups"),
         _attribute(distributed_optimizer, "shard_fp32_groups"),
         strict=True,
-    )
-    for models, weights in groups:
-        for model_param, weight in zip(models, weights, strict=True):
-            yield model_param, weight, weight
+    ):
+        yield from ((param, weight, None) for param, weight in zip(models, weights, strict=True))
+
+
+def _sources(
+    distributed_optimizer: DistributedOptimizer, state_dict: dict[str, Any] | None, optimizer: Any
+) -> dict[torch.Tensor, torch.Tensor] | None:
+    """The state dict's tensor for each parameter, found by Core's own matching of names."""
+    if state_dict is None:
+        return None
+    chunks = _model_chunks(optimizer)
+    if len(chunks) > 1:
+        # Core numbers the chunks of one optimizer from 0; the state dict numbers those of the model.
+        prefix = "model" if "model0" in state_dict else "model_"
+        own = _attribute(distributed_optimizer, "model_chunks")
+        state_dict = {f"{prefix}{at}": state_dict[f"{prefix}{chunks.index(chunk)}"] for at, chunk in enumerate(own)}
+    return _attribute(distributed_optimizer, "_build_model_param_to_state_dict_param_map")(state_dict)
+
+
+def _values(
+    distributed_optimizer: DistributedOptimizer, param: torch.Tensor, sources: dict[torch.Tensor, torch.Tensor] | None
+) -> torch.Tensor:
+    """This rank's slice of a parameter's values, flat: the state dict's, or those of the weight itself."""
+    source = param if sources is None else sources[param]
+    if _is_quantised(source):
+        from megatron.core.fp8_utils import dequantize_fp8_tensor
+
+        source = dequantize_fp8_tensor(source)
+    if source.shape != param.shape:
+        raise RuntimeError(
+            f"{_name_of(distributed_optimizer, param)} has shape {tuple(param.shape)} in the model and "
+            f"{tuple(source.shape)} in the state dict: pass the state dict that was loaded into this model"
+        )
+    owned = _attribute(distributed_optimizer, "_get_model_param_range_map")(param)["param"]
+    return source.detach().reshape(-1)[owned.start : owned.end]
 
 
 def _is_quantised(param: torch.Tensor) -> bool:
@@ -192,75 +291,60 @@ def _is_quantised(param: torch.Tensor) -> bool:
     return is_float8tensor(param)
 
 
-def _slice_of(distributed_optimizer: Any, model_param: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a parameter's (flattened) values; `source` is the parameter or a tensor of its shape."""
-    if _is_quantised(source):
-        from megatron.core.fp8_utils import dequantize_fp8_tensor
-
-        source = dequantize_fp8_tensor(source)
-    if source.shape != model_param.shape:
-        raise RuntimeError(
-            f"{_name_of(distributed_optimizer, model_param)} has shape {tuple(model_param.shape)} in the model and "
-            f"{tuple(source.shape)} in the state dict: pass the state dict that was loaded into this model"
-        )
-    part = _attribute(distributed_optimizer, "_get_model_param_range_map")(model_param)["param"]
-    return source.detach().reshape(-1)[part.start : part.end]
+def _write(copies: tuple[torch.Tensor, ...], values: torch.Tensor) -> None:
+    """Write each copy once, from where the values already are on its side of the host link, if they are."""
+    written = [values]
+    for copy in copies:
+        nearest = next((tensor for tensor in reversed(written) if tensor.device == copy.device), written[-1])
+        copy.data.copy_(nearest, non_blocking=copy.is_pinned())
+        written.append(copy)
 
 
-def _refresh_device_shards(distributed_optimizer: Any, sources: dict[Any, torch.Tensor]) -> list[torch.Tensor]:
-    """Level 1: the FP32 shards on the device. There are none when precision-aware."""
-    written = []
-    groups = zip(
-        _attribute(distributed_optimizer, "model_float16_groups"),
-        _attribute(distributed_optimizer, "shard_fp32_from_float16_groups"),
-        strict=True,
+def _compare(distributed_optimizer: DistributedOptimizer, samples: list[_Sample]) -> None:
+    """Compare samples on the host in one go."""
+    if not samples:
+        return
+    expected, found = _on_host([one.expected for one in samples]), _on_host([one.found for one in samples])
+    differs = (found != expected) & ~(found.isnan() & expected.isnan())
+    if not differs.any():
+        return
+    at = int(differs.nonzero()[0])
+    ends = torch.tensor([one.expected.numel() for one in samples]).cumsum(0)
+    index = int(torch.searchsorted(ends, at, right=True))
+    sample = samples[index]
+    element = (at - int(ends[index]) + sample.expected.numel()) * sample.stride
+    raise RuntimeError(
+        f"the offloaded optimizer's copy of {_name_of(distributed_optimizer, sample.param)} on rank {_rank()} is not "
+        f"the loaded weight: element {element} of its slice is {found[at].item()!r} in the copy and "
+        f"{expected[at].item()!r} in the weight; the first step would overwrite the model (megatron-core "
+        f"{core_version}); call sync_hybrid_optimizer_param_copies after the load"
     )
-    for model_params, shards in groups:
-        for model_param, shard in zip(model_params, shards, strict=True):
-            if shard is not None:
-                shard.data.copy_(_slice_of(distributed_optimizer, model_param, sources.get(model_param, model_param)))
-                written.append(shard)
-    return written
 
 
-def _refresh_cpu_clones(hybrid: Any) -> list[torch.Tensor]:
-    """Level 2: the CPU clones of the offloaded part, except those that level 3 writes as the same tensor."""
-    fp32_copies = _attribute(hybrid, "param_to_fp32_param")
-    written = []
-    for param, clone in _attribute(hybrid, "gpu_params_map_cpu_copy").items():
-        if fp32_copies.get(param) is not clone:
-            clone.data.copy_(param.data, non_blocking=True)
-            written.append(clone)
-    return written
+def _on_host(samples: list[torch.Tensor]) -> torch.Tensor:
+    """Samples from either side of the host link as one host tensor, in order; each side moves at once."""
+    devices = {sample.device for sample in samples}
+    moved = {device: torch.cat([part for part in samples if part.device == device]).cpu() for device in devices}
+    parts = {
+        device: iter(whole.split([part.numel() for part in samples if part.device == device]))
+        for device, whole in moved.items()
+    }
+    return torch.cat([next(parts[sample.device]) for sample in samples])
 
 
-def _refresh_masters_without_shard(distributed_optimizer: Any, sources: dict[Any, torch.Tensor]) -> list[torch.Tensor]:
-    """Precision-aware, with a state dict: its values, rather than the 16-bit weights, into the FP32 copies."""
-    inner_of = _attribute(distributed_optimizer.optimizer, "param_to_inner_param")
-    written = []
-    for model_param, shard, _ in _weights_and_shards(distributed_optimizer):
-        if shard.dtype != torch.float32:
-            master = _lookup(inner_of, shard, distributed_optimizer, model_param)
-            master.data.copy_(_slice_of(distributed_optimizer, model_param, sources[model_param]))
-            written.append(master)
-    return written
+def _unknown(distributed_optimizer: DistributedOptimizer, param: torch.Tensor, what: str) -> RuntimeError:
+    return RuntimeError(
+        f"{_name_of(distributed_optimizer, param)} has {what} in megatron-core {core_version}: its copies can't be "
+        f"refreshed; use megatron-core {SUPPORTED_CORE} or optimizer.optimizer_cpu_offload=False"
+    )
 
 
-def _lookup(inner_of: Any, shard: torch.Tensor, distributed_optimizer: Any, model_param: torch.Tensor) -> torch.Tensor:
-    if shard not in inner_of:
-        raise RuntimeError(
-            f"HybridDeviceOptimizer.param_to_inner_param of megatron-core {core_version} has no entry for "
-            f"{_name_of(distributed_optimizer, model_param)}: use megatron-core {SUPPORTED_CORE}"
-        )
-    return inner_of[shard]
-
-
-def _name_of(distributed_optimizer: Any, model_param: torch.Tensor) -> str:
+def _name_of(distributed_optimizer: DistributedOptimizer, param: torch.Tensor) -> str:
     for chunk in _attribute(distributed_optimizer, "model_chunks"):
-        for name, param in chunk.named_parameters():
-            if param is model_param:
+        for name, candidate in chunk.named_parameters():
+            if candidate is param:
                 return name
-    return f"a parameter of shape {tuple(model_param.shape)}"
+    return f"a parameter of shape {tuple(param.shape)}"
 
 
 def _rank() -> int:
