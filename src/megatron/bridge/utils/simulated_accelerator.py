@@ -215,6 +215,8 @@ def _replacements() -> list[tuple[Any, str, Any]]:
     listed += [(cuda.random, name, stand_ins[name]) for name in ("get_rng_state", "set_rng_state")]
     listed += [(cuda.nvtx, name, returning(None)) for name in ("range_push", "range_pop")]
     listed += [(torch.autograd, "_engine_run_backward", _run_backward)]
+    # Its C signature wants a real stream before a mode is asked.
+    listed += [(torch.Tensor, "record_stream", returning(None))]
     return listed
 
 
