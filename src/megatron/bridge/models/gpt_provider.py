@@ -17,6 +17,7 @@ from megatron.bridge.models.fusions import COMPILED_FUSIONS, KERNEL_FUSIONS, why
 from megatron.bridge.models.layer_specs import default_layer_spec
 from megatron.bridge.models.model_provider import ModelProviderMixin
 from megatron.bridge.models.rope import Llama3RopeScaling
+from megatron.bridge.models.router_gemm import repair_router_gemm
 from megatron.bridge.models.vocab_padding import mask_padding_logits, padded_vocab_size
 
 logger = logging.getLogger(__name__)
@@ -136,6 +137,8 @@ class GPTModelProvider(TransformerConfig, ModelProviderMixin):
             post_process: Whether the chunk has the output layer; None: whether it is the last one.
             vp_stage: The chunk's virtual pipeline stage; None without virtual pipelining.
         """
+        if self.num_moe_experts:
+            repair_router_gemm()
         is_first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
         is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
         model = GPTModel(

@@ -15,7 +15,7 @@ from megatron.bridge.training.config import (
     OptimizerConfigOverrideProviderContext,
     SchedulerConfig,
 )
-from megatron.bridge.training.cpu_offload.install import install_repairs
+from megatron.bridge.training.cpu_offload.install import install_repairs, repaired_construction
 from megatron.bridge.training.cpu_offload.param_copies import find_hybrid_optimizers, sync_hybrid_optimizer_param_copies
 
 logger = logging.getLogger(__name__)
@@ -43,17 +43,18 @@ def setup_optimizer(
         The optimizer and its parameter scheduler.
     """
     provider = optimizer_config_override_provider or OptimizerConfigOverrideProvider()
-    optimizer = get_megatron_optimizer(
-        optimizer_config,
-        model,
-        config_overrides=provider.build_config_overrides(
-            OptimizerConfigOverrideProviderContext(
-                scheduler_config=scheduler_config, optimizer_config=optimizer_config, model=model
-            )
-        ),
-        use_gloo_process_groups=use_gloo_process_groups,
-        pg_collection=pg_collection,
-    )
+    with repaired_construction(optimizer_config, model):
+        optimizer = get_megatron_optimizer(
+            optimizer_config,
+            model,
+            config_overrides=provider.build_config_overrides(
+                OptimizerConfigOverrideProviderContext(
+                    scheduler_config=scheduler_config, optimizer_config=optimizer_config, model=model
+                )
+            ),
+            use_gloo_process_groups=use_gloo_process_groups,
+            pg_collection=pg_collection,
+        )
     install_repairs(optimizer)
     logger.info("optimizer: %s", describe_optimizer(optimizer_config, optimizer))
     return optimizer, build_scheduler(optimizer, optimizer_config, scheduler_config)

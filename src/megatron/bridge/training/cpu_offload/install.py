@@ -1,28 +1,33 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Install the repairs: the one place where Core's optimizers become ours.
 
-Nothing is patched at import. An optimizer that has a defect is given a subclass of its own class with the overrides
-that mend it; an optimizer without defects stays Core's.
+Nothing is patched at import. While Core builds the optimizer, it is handed a subclass of its distributed optimizer
+with the overrides that the constructor needs; the built optimizer is then given a subclass of its own class with the
+overrides that mend the defects it has. An optimizer without defects stays Core's.
 """
 
+import contextlib
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
+import megatron.core.optimizer as core_optimizer
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from megatron.bridge.training.cpu_offload import (
     exact_resume,
+    group_order,
     load_template,
     master_lookup,
+    native_fp32,
     one_master,
     plain_param_groups,
     state_device,
 )
-from megatron.bridge.training.cpu_offload.repair import Repair
+from megatron.bridge.training.cpu_offload.repair import Repair, ToBuild
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +38,26 @@ REPAIRS: tuple[Repair, ...] = (
     *exact_resume.REPAIRS,
     *one_master.REPAIRS,
     *plain_param_groups.REPAIRS,
+    *native_fp32.REPAIRS,
+    *group_order.REPAIRS,
 )
+
+
+@contextlib.contextmanager
+def repaired_construction(config: core_optimizer.OptimizerConfig, model: list[Any]) -> Iterator[None]:
+    """Inside, `get_megatron_optimizer` builds distributed optimizers whose constructor is mended, where it must be.
+
+    Args:
+        config: The optimizer's configuration.
+        model: This rank's chunks, wrapped in DDP.
+    """
+    to_build = ToBuild(config, model)
+    needed = tuple(repair for repair in REPAIRS if repair.while_building and repair.is_needed(to_build))
+    core_optimizer.DistributedOptimizer = _repaired_class(DistributedOptimizer, needed)
+    try:
+        yield
+    finally:
+        core_optimizer.DistributedOptimizer = DistributedOptimizer
 
 
 def install_repairs(optimizer: Any) -> list[str]:
@@ -64,12 +88,22 @@ def _distributed_optimizers(optimizer: Any) -> list[DistributedOptimizer]:
 
 
 def _repair(optimizer: Any, target: type) -> list[str]:
-    needed = tuple(repair for repair in REPAIRS if repair.target is target and repair.is_needed(optimizer))
-    if needed and type(optimizer) is target:
-        optimizer.__class__ = _repaired_class(target, tuple(repair.subclass for repair in needed))
-    return [repair.name for repair in needed]
+    needed = tuple(
+        repair
+        for repair in REPAIRS
+        if repair.target is target and not repair.while_building and repair.is_needed(optimizer)
+    )
+    in_effect = getattr(type(optimizer), "repairs", ())
+    missing = tuple(repair for repair in needed if repair.name not in in_effect)
+    optimizer.__class__ = _repaired_class(type(optimizer), missing)
+    return [*in_effect, *(repair.name for repair in missing)]
 
 
 @functools.cache
-def _repaired_class(target: type, subclasses: tuple[Callable[[type], type], ...]) -> type:
-    return functools.reduce(lambda base, subclass: subclass(base), subclasses, target)
+def _repaired_class(base: type, repairs: tuple[Repair, ...]) -> type:
+    """`base` with the repairs' overrides; `base` itself where there are none."""
+    if not repairs:
+        return base
+    repaired = functools.reduce(lambda mended, repair: repair.subclass(mended), repairs, base)
+    repaired.repairs = (*getattr(base, "repairs", ()), *(repair.name for repair in repairs))
+    return repaired

@@ -3,9 +3,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
 
@@ -33,6 +34,23 @@ class Repair:
 
     is_needed: Callable[[Any], bool]
     """Whether this optimizer, in the installed Core, has the defect: asked of its source or state, not its version."""
+
+    while_building: bool = False
+    """Whether the constructor needs the overrides. Then Core is given the subclass to build, and `is_needed` is asked
+    about a `ToBuild`."""
+
+
+class ToBuild(NamedTuple):
+    """What an optimizer is about to be built from."""
+
+    config: OptimizerConfig
+    model: list[Any]
+    """This rank's chunks, wrapped in DDP."""
+
+    def trains_fp32(self) -> bool:
+        """Whether some trainable parameter is FP32."""
+        params = (param for chunk in self.model for param in chunk.parameters())
+        return any(param.requires_grad and param.dtype == torch.float32 for param in params)
 
 
 def stepping_optimizers(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
