@@ -7,6 +7,7 @@ import importlib.util
 import logging
 
 import pytest
+from megatron.core.dist_checkpointing import tensor_aware_state_dict
 from megatron.core.optimizer import optimizer_config as core_optimizer_config
 
 from megatron.bridge.training.config import runtime_config_update
@@ -329,9 +330,45 @@ BAD = {
     "check_peft_has_pretrained_checkpoint": [
         (["peft={dim: 8}"], 1, "peft is set without checkpoint.pretrained_checkpoint")
     ],
+    "check_non_persistent_checkpoints_have_a_place": [
+        (
+            ["checkpoint.non_persistent_save_interval=2"],
+            1,
+            "checkpoint.non_persistent_save_interval=2 with checkpoint.non_persistent_ckpt_type=null: "
+            "set checkpoint.non_persistent_ckpt_type=local or global",
+        ),
+        (
+            ["checkpoint.non_persistent_ckpt_type=global", "checkpoint.non_persistent_local_ckpt_dir=/tmp/x"],
+            1,
+            "set checkpoint.non_persistent_ckpt_type=local, or leave it unset",
+        ),
+        (
+            ["checkpoint.non_persistent_global_ckpt_dir=/tmp/x"],
+            1,
+            "set checkpoint.non_persistent_ckpt_type=global, or leave it unset",
+        ),
+        (["checkpoint.non_persistent_ckpt_type=local"], 1, "without checkpoint.non_persistent_local_ckpt_dir: set it"),
+        (
+            ["checkpoint.non_persistent_ckpt_type=global", "checkpoint.save=null"],
+            1,
+            "with neither checkpoint.save nor checkpoint.non_persistent_global_ckpt_dir",
+        ),
+    ],
 }
 CASES = [(name, *case) for name, cases in BAD.items() for case in cases]
 BY_NAME = {rule.__name__: rule for rule in RULES}
+
+
+LOCAL = ("checkpoint.non_persistent_ckpt_type=local", "checkpoint.non_persistent_local_ckpt_dir=/tmp/local")
+
+
+def test_local_checkpoints_without_their_package_are_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr(tensor_aware_state_dict, "HAVE_NVRX", False)
+    with pytest.raises(ValueError, match="needs the package nvidia-resiliency-ext, which is not installed") as error:
+        make_config(*LOCAL).validate(1)
+    assert 'pip install "megatron-bridge[local]"' in str(error.value) and "\n" not in str(error.value)
+    monkeypatch.setattr(tensor_aware_state_dict, "HAVE_NVRX", True)
+    make_config(*LOCAL).validate(1)
 
 
 def test_the_table_has_a_bad_config_for_every_rule():

@@ -199,3 +199,13 @@ def prune(root: str | os.PathLike, keep: int) -> list[Path]:
         shutil.rmtree(path)
         removed.append(path)
     return removed
+
+
+def forget_after(root: str | os.PathLike, step: int) -> None:
+    """Remove the iterations of later steps, and the tracker where it names one: the run went back before them."""
+    tracker = read_tracker(root)
+    if tracker is not None and tracker.iteration > step:
+        (Path(root) / TRACKER_FILE).unlink()
+    for iteration, path in iterations(root):
+        if iteration > step:
+            shutil.rmtree(path)

@@ -9,16 +9,30 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from megatron.core import __version__ as core_version
+
 from megatron.bridge.checkpoint import layout
 from megatron.bridge.checkpoint.model_checkpoint import read_run_config
 from megatron.bridge.checkpoint.sharded_state import stored_shapes
-from megatron.bridge.training.config import ConfigContainer
+from megatron.bridge.training.config import CheckpointConfig, ConfigContainer
+from megatron.bridge.training.local_checkpoint import LocalCheckpoint
+from megatron.bridge.utils.distributed import world_size
+
+RunConfig = dict[str, Any]
+"""The configuration of the run that saved, as plain data."""
+
+LAYOUT = tuple(
+    f"{axis}_parallel_size"
+    for axis in ("tensor_model", "pipeline_model", "virtual_pipeline_model", "context", "expert_model", "expert_tensor")
+)
+"""The parallel sizes in the model's section, all of which a local checkpoint is tied to."""
 
 
 class Source(Enum):
     """What kind of directory the weights come from."""
 
     MEGATRON = "a Megatron checkpoint"
+    LOCAL = "a file of each rank"
     HUGGING_FACE = "a Hugging Face directory"
 
 
@@ -27,7 +41,7 @@ class LoadPlan:
     """Where to load from and what to restore. The weights are always restored."""
 
     path: Path
-    """The iteration's directory, or the Hugging Face directory."""
+    """The iteration's directory, this rank's file, or the Hugging Face directory."""
 
     source: Source
     optimizer: bool
@@ -47,13 +61,15 @@ class LoadPlan:
         return f"{self.path}: restoring {restored}" + (f"; not {fresh}{because}" if fresh else "")
 
 
-def plan_load(cfg: ConfigContainer) -> LoadPlan | None:
+def plan_load(cfg: ConfigContainer, local: LocalCheckpoint | None = None) -> LoadPlan | None:
     """Decide what a run loads.
 
-    `checkpoint.load` wins over `checkpoint.pretrained_checkpoint`, so that a restarted finetune resumes.
+    `checkpoint.load` wins over `checkpoint.pretrained_checkpoint`, so that a restarted finetune resumes; a
+    non-persistent checkpoint as new as its newest iteration, or newer, wins over both.
 
     Args:
         cfg: A checked configuration; only read.
+        local: From `find_local`.
 
     Returns:
         None where the run starts from its initial weights: neither option is set, or `load` is the directory that the
@@ -70,37 +86,76 @@ def plan_load(cfg: ConfigContainer) -> LoadPlan | None:
                 f"checkpoint.load={checkpoint.load!r} is a Hugging Face directory, which holds nothing to resume: "
                 "set checkpoint.pretrained_checkpoint to it"
             )
+    if local is not None and not _names_its_start(checkpoint) and local.step >= _step_of(checkpoint.load):
+        return _plan_local(cfg, local)
+    if (root := _newer_global_root(checkpoint)) is not None:
+        return _plan_resume(cfg, root, option="checkpoint.non_persistent_global_ckpt_dir")
+    if checkpoint.load is not None:
         if layout.checkpoint_exists(checkpoint.load) or checkpoint.ckpt_step is not None:
-            return _plan_resume(cfg)
+            return _plan_resume(cfg, checkpoint.load, option="checkpoint.load")
     if checkpoint.pretrained_checkpoint is not None:
         return _plan_pretrained(cfg, checkpoint.pretrained_checkpoint)
     _check_may_start_from_scratch(cfg)
     return None
 
 
-def _plan_resume(cfg: ConfigContainer) -> LoadPlan:
+def _names_its_start(checkpoint: CheckpointConfig) -> bool:
+    """Whether the configuration asks for one start and no other, so that a newer checkpoint doesn't count."""
+    is_iteration = checkpoint.load is not None and layout.is_iteration_directory(checkpoint.load)
+    return checkpoint.finetune or checkpoint.ckpt_step is not None or is_iteration
+
+
+def _step_of(root: str | None) -> int:
+    """The newest step that a directory holds; -1 where it holds none."""
+    tracker = None if root is None else layout.read_tracker(root)
+    return -1 if tracker is None else tracker.iteration
+
+
+def _newer_global_root(checkpoint: CheckpointConfig) -> str | None:
+    """The directory of non-persistent checkpoints of type global, where its newest counts; else None."""
+    if checkpoint.non_persistent_ckpt_type != "global" or _names_its_start(checkpoint):
+        return None
+    root = checkpoint.non_persistent_root(checkpoint.load)
+    return root if _step_of(root) > -1 and _step_of(root) >= _step_of(checkpoint.load) else None
+
+
+def _plan_resume(cfg: ConfigContainer, root: str, *, option: str) -> LoadPlan:
     checkpoint = cfg.checkpoint
-    directory = layout.resolve_checkpoint(checkpoint.load, checkpoint.ckpt_step, option="checkpoint.load")
+    directory = layout.resolve_checkpoint(root, checkpoint.ckpt_step, option=option)
     check_vocabulary(cfg, directory)
     if checkpoint.finetune:
         return _weights_only(directory, "checkpoint.finetune=true")
     if directory.name == "release":
         return _weights_only(directory, "a release checkpoint")
-    reasons = []
     holds_optimizer = any(key.startswith("optimizer.") for key in stored_shapes(directory))
-    if not checkpoint.load_optim:
+    saved = read_run_config(directory)
+    if checkpoint.load_optim and holds_optimizer:
+        _check_optimizer_layout(cfg, saved, directory)
+    return _whole_resume(cfg, directory, Source.MEGATRON, saved=saved, holds_optimizer=holds_optimizer)
+
+
+def _plan_local(cfg: ConfigContainer, local: LocalCheckpoint) -> LoadPlan:
+    _check_vocabulary(cfg, local.run_config, local.path)
+    _check_local_layout(cfg, local)
+    return _whole_resume(cfg, local.path, Source.LOCAL, saved=local.run_config, holds_optimizer=local.holds_optimizer)
+
+
+def _whole_resume(
+    cfg: ConfigContainer, path: Path, source: Source, *, saved: RunConfig, holds_optimizer: bool
+) -> LoadPlan:
+    """All that a checkpoint holds, but for what the configuration leaves out or the layout no longer fits."""
+    reasons = []
+    if not cfg.checkpoint.load_optim:
         reasons.append("optimizer: checkpoint.load_optim=false")
     elif not holds_optimizer:
         reasons.append("optimizer: the checkpoint has none")
-    with_optimizer = checkpoint.load_optim and holds_optimizer
-    if with_optimizer:
-        _check_optimizer_layout(cfg, directory)
-    why_not_rng = _why_not_rng(cfg, directory)
+    with_optimizer = cfg.checkpoint.load_optim and holds_optimizer
+    why_not_rng = _why_not_rng(cfg, saved)
     if why_not_rng is not None:
         reasons.append(f"rng: {why_not_rng}")
     return LoadPlan(
-        path=directory,
-        source=Source.MEGATRON,
+        path=path,
+        source=source,
         optimizer=with_optimizer,
         scheduler=with_optimizer,
         rng=why_not_rng is None,
@@ -127,18 +182,17 @@ def _weights_only(path: Path, reason: str, *, source: Source = Source.MEGATRON) 
     return LoadPlan(path, source, optimizer=False, scheduler=False, rng=False, train_state=False, reasons=(reason,))
 
 
-def _why_not_rng(cfg: ConfigContainer, directory: Path) -> str | None:
+def _why_not_rng(cfg: ConfigContainer, saved: RunConfig) -> str | None:
     """Why the random states can't be restored, or None where they can."""
     if not cfg.checkpoint.load_rng:
         return "checkpoint.load_rng=false"
-    if not _entry(read_run_config(directory), "checkpoint", "save_rng", default=True):
+    if not _entry(saved, "checkpoint", "save_rng", default=True):
         return "the checkpoint has none"
-    return _changed_layout(cfg, directory)
+    return _changed_layout(cfg, saved)
 
 
-def _changed_layout(cfg: ConfigContainer, directory: Path) -> str | None:
+def _changed_layout(cfg: ConfigContainer, saved: RunConfig) -> str | None:
     """How the tensor or pipeline layout differs from the checkpoint's, or None where it is the same."""
-    saved = read_run_config(directory)
     for size, short in (("tensor_model_parallel_size", "TP"), ("pipeline_model_parallel_size", "PP")):
         was, now = _entry(saved, "model", size, default=1), getattr(cfg.model, size)
         if was != now:
@@ -146,17 +200,40 @@ def _changed_layout(cfg: ConfigContainer, directory: Path) -> str | None:
     return None
 
 
-def _check_optimizer_layout(cfg: ConfigContainer, directory: Path) -> None:
+def _check_optimizer_layout(cfg: ConfigContainer, saved: RunConfig, directory: Path) -> None:
     """The optimizer's state is stored by bucket: it can be spread over other data ranks, not cut in another way.
 
     Raises:
         ValueError: The tensor or pipeline layout changed.
     """
-    changed = _changed_layout(cfg, directory)
+    changed = _changed_layout(cfg, saved)
     if changed is not None:
         raise ValueError(
             f"{directory} (checkpoint.load) holds optimizer state of another layout ({changed}), which can't be "
             "resharded: use the checkpoint's parallel sizes, or load its weights alone with checkpoint.load_optim=false"
+        )
+
+
+def _check_local_layout(cfg: ConfigContainer, local: LocalCheckpoint) -> None:
+    """Each rank reads back its own file, so the ranks must stand as they stood.
+
+    Raises:
+        ValueError: The number of ranks or a parallel size changed, or Core's version did.
+    """
+    differing = []
+    if local.num_ranks != world_size():
+        differing.append(f"ranks {local.num_ranks} -> {world_size()}")
+    for name in LAYOUT:
+        was, now = _entry(local.run_config, "model", name, default=1), getattr(cfg.model, name) or 1
+        if was != now:
+            differing.append(f"model.{name} {was} -> {now}")
+    if local.core_version != core_version:
+        differing.append(f"megatron-core {local.core_version} -> {core_version}")
+    if differing:
+        raise ValueError(
+            f"{local.path} (checkpoint.non_persistent_local_ckpt_dir) was saved under {', '.join(differing)}, and a "
+            "local checkpoint can't be resharded: start as before, or remove the directory's files to go on from the "
+            "newest persistent checkpoint"
         )
 
 
@@ -166,10 +243,14 @@ def check_vocabulary(cfg: ConfigContainer, directory: Path) -> None:
     Raises:
         ValueError: The vocabularies differ.
     """
-    saved = _entry(read_run_config(directory), "model", "vocab_size", default=cfg.model.vocab_size)
+    _check_vocabulary(cfg, read_run_config(directory), directory)
+
+
+def _check_vocabulary(cfg: ConfigContainer, run_config: RunConfig, path: Path) -> None:
+    saved = _entry(run_config, "model", "vocab_size", default=cfg.model.vocab_size)
     if saved != cfg.model.vocab_size:
         raise ValueError(
-            f"{directory} was saved by a model with vocab_size={saved}, this model has {cfg.model.vocab_size}: "
+            f"{path} was saved by a model with vocab_size={saved}, this model has {cfg.model.vocab_size}: "
             "set model.vocab_size to the checkpoint's, and use its tokenizer"
         )
 

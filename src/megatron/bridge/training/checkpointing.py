@@ -29,6 +29,13 @@ from megatron.bridge.training.cpu_offload.param_copies import (
     check_hybrid_optimizer_param_copies,
     sync_hybrid_optimizer_param_copies,
 )
+from megatron.bridge.training.local_checkpoint import (
+    find_local,
+    forget_local_after,
+    open_local_checkpoints,
+    read_local,
+    save_local,
+)
 from megatron.bridge.training.resumed_schedule import load_optimizer
 from megatron.bridge.training.rng_state import get_rng_state, restore_rng_state
 from megatron.bridge.training.state import GlobalState, TrainState
@@ -37,6 +44,7 @@ from megatron.bridge.utils.distributed import barrier, is_rank_0, on_all_ranks
 __all__ = [
     "HybridParamSync",
     "check_hybrid_optimizer_param_copies",
+    "init_checkpointing_context",
     "load_checkpoint",
     "save_checkpoint",
     "sync_hybrid_optimizer_param_copies",
@@ -47,6 +55,15 @@ logger = logging.getLogger(__name__)
 CHECKPOINT_VERSION = 3.0
 
 
+def init_checkpointing_context(cfg: ConfigContainer) -> dict[str, Any]:
+    """What saves and loads of a run share: its local checkpoints, or nothing. Call on all ranks.
+
+    Raises:
+        ValueError: `checkpoint.non_persistent_local_ckpt_dir` can't be written.
+    """
+    return open_local_checkpoints(cfg)
+
+
 def save_checkpoint(
     state: GlobalState,
     model: list[Any],
@@ -54,6 +71,8 @@ def save_checkpoint(
     opt_param_scheduler: Any,
     num_floating_point_operations_so_far: float = 0,
     checkpointing_context: dict[str, Any] | None = None,
+    *,
+    non_persistent_ckpt: bool = False,
 ) -> Path:
     """Write a checkpoint of the current step with all ranks. It counts only once it is complete on disk.
 
@@ -63,21 +82,51 @@ def save_checkpoint(
         optimizer: Megatron optimizer, or None.
         opt_param_scheduler: Its schedule, or None.
         num_floating_point_operations_so_far: Written into the train state.
-        checkpointing_context: Not used; kept in the signature that scripts use.
+        checkpointing_context: From `init_checkpointing_context`; None makes one.
+        non_persistent_ckpt: Write the kind that the next one replaces (`checkpoint.non_persistent_ckpt_type`).
 
     Returns:
-        The iteration's directory.
+        The iteration's directory; of a local checkpoint this rank's file.
 
     Raises:
         ValueError: `checkpoint.save` is not set or can't be written.
     """
     cfg = state.cfg
-    if cfg.checkpoint.save is None:
-        raise ValueError("save_checkpoint needs checkpoint.save: set it to a directory")
+    context = init_checkpointing_context(cfg) if checkpointing_context is None else checkpointing_context
     state.train_state.floating_point_operations_so_far = num_floating_point_operations_so_far
     step = state.train_state.step
-    unfinished = prepare_save(cfg.checkpoint.save, step, option="checkpoint.save")
     content = _state_to_save(cfg, model, optimizer, opt_param_scheduler, step)
+    if non_persistent_ckpt and cfg.checkpoint.non_persistent_ckpt_type == "local":
+        return save_local(
+            context,
+            content,
+            step,
+            algorithm=cfg.checkpoint.non_persistent_local_ckpt_algo,
+            run_config=yaml.safe_load(cfg.to_yaml()),
+            train_state=state.train_state.state_dict(),
+        )
+    between = cfg.checkpoint.non_persistent_root(cfg.checkpoint.save)
+    if non_persistent_ckpt:
+        return _save_iteration(state, content, between, option="checkpoint.non_persistent_global_ckpt_dir", keep=1)
+    keep = cfg.checkpoint.most_recent_k or 0
+    directory = _save_iteration(state, content, cfg.checkpoint.save, option="checkpoint.save", keep=keep)
+    forget_local_after(context, step)
+    if cfg.checkpoint.non_persistent_ckpt_type == "global" and is_rank_0():
+        layout.forget_after(between, step)
+    barrier()
+    return directory
+
+
+def _save_iteration(state: GlobalState, content: dict[str, Any], root: str | None, *, option: str, keep: int) -> Path:
+    """Write an iteration's directory, commit it, and remove what is older than the newest `keep` (0 or less: nothing).
+
+    Raises:
+        ValueError: `root`, which `option` names, is not set or can't be written.
+    """
+    cfg, step = state.cfg, state.train_state.step
+    if root is None:
+        raise ValueError(f"save_checkpoint needs {option}: set it to a directory")
+    unfinished = prepare_save(root, step, option=option)
     save_sharded(
         content,
         unfinished,
@@ -94,10 +143,22 @@ def save_checkpoint(
     )
     if is_rank_0():
         logger.info("saved step %d to %s", step, directory)
-        for old in layout.prune(directory.parent, cfg.checkpoint.most_recent_k or 0):
-            logger.info("removed %s (checkpoint.most_recent_k=%d)", old, cfg.checkpoint.most_recent_k)
+        for old in layout.prune(directory.parent, keep):
+            logger.info("removed %s (the newest %d are kept)", old, keep)
     barrier()
     return directory
+
+
+def plan_on_all_ranks(cfg: ConfigContainer, context: dict[str, Any]) -> LoadPlan | None:
+    """`plan_load` with what the ranks have on their own machines; an error of one is an error of all.
+
+    Args:
+        cfg: A checked configuration.
+        context: From `init_checkpointing_context`.
+    """
+    local = find_local(context)
+    with on_all_ranks("planning the load"):
+        return plan_load(cfg, local)
 
 
 def load_checkpoint(
@@ -116,7 +177,7 @@ def load_checkpoint(
         optimizer: Megatron optimizer built on them, or None.
         opt_param_scheduler: Its schedule, or None.
         strict: Every tensor of the model must be in the checkpoint and fit.
-        checkpointing_context: Not used; kept in the signature that scripts use.
+        checkpointing_context: From `init_checkpointing_context`; None makes one.
 
     Returns:
         The step and the floating point operations so far; (0, 0) for pretrained weights or nothing to load.
@@ -126,8 +187,8 @@ def load_checkpoint(
         ValueError: The checkpoint is incomplete or for another model.
         RuntimeError: The offloaded optimizer's copies don't follow the load.
     """
-    with on_all_ranks("planning the load"):
-        plan = plan_load(state.cfg)
+    context = init_checkpointing_context(state.cfg) if checkpointing_context is None else checkpointing_context
+    plan = plan_on_all_ranks(state.cfg, context)
     if plan is None:
         return 0, 0
     logger.info("loading %s", plan)
@@ -135,11 +196,13 @@ def load_checkpoint(
         _load_hf_weights(model, plan.path)
         loaded = {}
     else:
-        loaded = _load_megatron(state.cfg, plan, model, optimizer, opt_param_scheduler, strict=strict)
+        loaded = _load_megatron(state.cfg, plan, model, optimizer, opt_param_scheduler, strict=strict, context=context)
     if optimizer is not None:
         _bring_masters_in_line(state.cfg, optimizer, restored=plan.optimizer, loaded=loaded)
     if plan.train_state:
-        _restore_train_state(state, plan.path)
+        _restore_train_state(
+            state, loaded["train_state"] if plan.source is Source.LOCAL else _read_train_state(plan.path)
+        )
     barrier()
     return state.train_state.step, state.train_state.floating_point_operations_so_far
 
@@ -165,12 +228,19 @@ def _load_hf_weights(model: list[Any], path: Path) -> None:
 
 
 def _load_megatron(
-    cfg: ConfigContainer, plan: LoadPlan, model: list[Any], optimizer: Any, opt_param_scheduler: Any, *, strict: bool
+    cfg: ConfigContainer,
+    plan: LoadPlan,
+    model: list[Any],
+    optimizer: Any,
+    opt_param_scheduler: Any,
+    *,
+    strict: bool,
+    context: dict[str, Any],
 ) -> dict[str, Any]:
     """Read the planned parts of a Megatron checkpoint and put them in place; returns what was read."""
     metadata = _sharding_metadata(cfg)
     weights = model_sharded_state_dict(model, metadata)
-    if cfg.checkpoint.load_main_params_from_ckpt and not plan.optimizer:
+    if cfg.checkpoint.load_main_params_from_ckpt and not plan.optimizer and plan.source is not Source.LOCAL:
         read_in_fp32(weights)
     template = dict(weights)
     with_optimizer = plan.optimizer and optimizer is not None
@@ -178,14 +248,17 @@ def _load_megatron(
         template["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=True, metadata=metadata)
     if plan.rng:
         template["rng_state"] = get_rng_state(cfg.rng.data_parallel_random_init)
-    loaded = load_sharded(
-        template,
-        plan.path,
-        strict=cfg.checkpoint.dist_ckpt_strictness,
-        parallel_group=mpu.get_data_parallel_group(with_context_parallel=True)
-        if cfg.checkpoint.fully_parallel_load
-        else None,
-    )
+    if plan.source is Source.LOCAL:
+        loaded = read_local(context, template, path=plan.path)
+    else:
+        loaded = load_sharded(
+            template,
+            plan.path,
+            strict=cfg.checkpoint.dist_ckpt_strictness,
+            parallel_group=mpu.get_data_parallel_group(with_context_parallel=True)
+            if cfg.checkpoint.fully_parallel_load
+            else None,
+        )
     load_model_state_dict(model, loaded, strict=strict)
     if with_optimizer:
         load_optimizer(optimizer, opt_param_scheduler if plan.scheduler else None, loaded, plan.path)
@@ -194,17 +267,22 @@ def _load_megatron(
     return loaded
 
 
-def _restore_train_state(state: GlobalState, directory: Path) -> None:
-    """Replace the run's train state by the checkpoint's; a new object each time, so that no two runs share one."""
-    with on_all_ranks(f"reading {directory / layout.TRAIN_STATE_FILE}"):
-        path = directory / layout.TRAIN_STATE_FILE
+def _read_train_state(directory: Path) -> dict[str, Any]:
+    path = directory / layout.TRAIN_STATE_FILE
+    with on_all_ranks(f"reading {path}"):
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path} is missing: there is no step to resume from; for the weights alone set "
                 "checkpoint.finetune=true, or name the checkpoint in checkpoint.pretrained_checkpoint"
             )
+        return read_plain_blob(path)
+
+
+def _restore_train_state(state: GlobalState, saved: dict[str, Any]) -> None:
+    """Replace the run's train state by the checkpoint's; a new object each time, so that no two runs share one."""
+    with on_all_ranks("restoring the train state"):
         train_state = TrainState()
-        train_state.load_state_dict(read_plain_blob(path))
+        train_state.load_state_dict(saved)
     state.train_state = train_state
     update_num_microbatches(consumed_samples=train_state.consumed_train_samples, verbose=True)
 

@@ -62,10 +62,10 @@ class CheckpointConfig:
     """Steps between checkpoints that replace each other. None: there are none."""
 
     non_persistent_ckpt_type: Literal["global", "local", "in_memory", "None"] | None = None
-    """Where those are kept. None: there are none."""
+    """Where those are kept: `global`, as the others; `local`, each rank's on its own machine. None: there are none."""
 
     non_persistent_global_ckpt_dir: str | None = None
-    """Directory for those of type global. None: a folder in `save`."""
+    """Directory for those of type global. None: the folder non_persistent in `save`, and in `load` on a resume."""
 
     non_persistent_local_ckpt_dir: str | None = None
     """Directory on each machine for those of type local. None: there are none."""
@@ -217,6 +217,12 @@ class CheckpointConfig:
 
     hf_save_every_n_ranks: int = 1
     """One in so many ranks writes (with hf_distributed_save)."""
+
+    def non_persistent_root(self, root: str | None) -> str | None:
+        """The directory of non-persistent checkpoints of type global, for `save` or for `load`; None: there is none."""
+        if self.non_persistent_global_ckpt_dir is not None or root is None:
+            return self.non_persistent_global_ckpt_dir
+        return f"{root}/non_persistent"
 
     def finalize(self) -> None:
         """Check the section's own fields.

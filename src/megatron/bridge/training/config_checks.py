@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron.core.dist_checkpointing import tensor_aware_state_dict
+
 from megatron.bridge.training.config_checks_optimizer import OPTIMIZER_RULES
 from megatron.bridge.training.config_checks_parallel import PARALLEL_RULES, check_virtual_pipeline_fits
 from megatron.bridge.training.config_derived import data_parallel_size, derive, global_batch_size
@@ -137,6 +139,38 @@ def check_peft_has_pretrained_checkpoint(cfg: "ConfigContainer", world_size: int
         )
 
 
+def check_non_persistent_checkpoints_have_a_place(cfg: "ConfigContainer", world_size: int) -> None:
+    """What is saved in between has a kind, a place and what it needs, and no option speaks of another kind."""
+    checkpoint = cfg.checkpoint
+    kind = checkpoint.non_persistent_ckpt_type
+    for name, kinds in (
+        ("save_interval", ("local", "global")),
+        ("local_ckpt_dir", ("local",)),
+        ("global_ckpt_dir", ("global",)),
+    ):
+        value = getattr(checkpoint, f"non_persistent_{name}")
+        if value is not None and kind not in kinds:
+            raise ValueError(
+                f"checkpoint.non_persistent_{name}={value} with checkpoint.non_persistent_ckpt_type={kind or 'null'}: "
+                f"set checkpoint.non_persistent_ckpt_type={' or '.join(kinds)}, or leave it unset"
+            )
+    if kind == "local" and checkpoint.non_persistent_local_ckpt_dir is None:
+        raise ValueError(
+            "checkpoint.non_persistent_ckpt_type=local without checkpoint.non_persistent_local_ckpt_dir: "
+            "set it to a directory on each machine's own disk, one for this run alone"
+        )
+    if kind == "local" and not tensor_aware_state_dict.HAVE_NVRX:
+        raise ValueError(
+            "checkpoint.non_persistent_ckpt_type=local needs the package nvidia-resiliency-ext, which is not "
+            'installed: pip install "megatron-bridge[local]", or set checkpoint.non_persistent_ckpt_type=global'
+        )
+    if kind == "global" and checkpoint.non_persistent_root(checkpoint.save) is None:
+        raise ValueError(
+            "checkpoint.non_persistent_ckpt_type=global with neither checkpoint.save nor "
+            "checkpoint.non_persistent_global_ckpt_dir: set the directory to save into"
+        )
+
+
 RULES: tuple[Callable[["ConfigContainer", int], None], ...] = (
     *PARALLEL_RULES,
     check_global_batch_is_divisible,
@@ -152,5 +186,6 @@ RULES: tuple[Callable[["ConfigContainer", int], None], ...] = (
     check_comm_overlap_is_off,
     check_pretrained_checkpoint_exists,
     check_peft_has_pretrained_checkpoint,
+    check_non_persistent_checkpoints_have_a_place,
 )
 """Every rule, in the order in which they speak: what is wrong first is said first."""

@@ -31,7 +31,6 @@ class Unsupported:
 
 _NO_DUMPS = "write whole checkpoints (checkpoint.save_interval) instead"
 _NO_FSDP = "use the distributed optimizer (ddp.use_distributed_optimizer=true) instead"
-_NO_SECOND_KIND = "use checkpoint.save_interval with checkpoint.most_recent_k instead"
 _FROM_LM = "convert the checkpoint first and set the options in the configuration"
 _ONE_PROCESS_GROUP_STYLE = "leave it off: process groups are made at the start, in Core's global state"
 
@@ -101,10 +100,7 @@ UNSUPPORTED = (
     Unsupported("checkpoint.save_wgrads_interval", (None,), _NO_DUMPS),
     Unsupported("checkpoint.save_dgrads_interval", (None,), _NO_DUMPS),
     Unsupported("checkpoint.save_retain_interval", (None,), "set checkpoint.most_recent_k=-1 to keep all"),
-    Unsupported("checkpoint.non_persistent_save_interval", (None,), _NO_SECOND_KIND),
-    Unsupported("checkpoint.non_persistent_ckpt_type", (None, "None"), _NO_SECOND_KIND),
-    Unsupported("checkpoint.non_persistent_global_ckpt_dir", (None,), _NO_SECOND_KIND),
-    Unsupported("checkpoint.non_persistent_local_ckpt_dir", (None,), _NO_SECOND_KIND),
+    Unsupported("checkpoint.non_persistent_ckpt_type", (None, "None", "local", "global"), "set it to local or global"),
     Unsupported("checkpoint.replication"),
     Unsupported("checkpoint.replication_jump"),
     Unsupported("checkpoint.use_checkpoint_args", (False,), _FROM_LM),

@@ -14,8 +14,7 @@ from megatron.core.utils import get_model_config
 from megatron.bridge.data.config import DatasetBuildContext
 from megatron.bridge.data.loaders import build_datasets, build_evaluation_steps, build_step_iterator, padding_for
 from megatron.bridge.data.tokenizer import build_tokenizer, check_tokenizer_fits
-from megatron.bridge.training.checkpoint_plan import plan_load
-from megatron.bridge.training.checkpointing import load_checkpoint
+from megatron.bridge.training.checkpointing import init_checkpointing_context, load_checkpoint, plan_on_all_ranks
 from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.training.initialize import initialize_megatron
 from megatron.bridge.training.optim import setup_optimizer
@@ -77,8 +76,8 @@ def setup(state: GlobalState, train_valid_test_datasets_provider: Callable[..., 
     data = _build_data(state, train_valid_test_datasets_provider)
     # Both are done again later: too few samples or a wrong checkpoint must be said before minutes of building.
     _train_iterator(state, data, pg_collection)
-    with on_all_ranks("planning the load"):
-        plan_load(cfg)
+    context = init_checkpointing_context(cfg)
+    plan_on_all_ranks(cfg, context)
 
     model = cfg.model.provide_distributed_model(
         ddp_config=cfg.ddp,
@@ -92,8 +91,8 @@ def setup(state: GlobalState, train_valid_test_datasets_provider: Callable[..., 
         cfg.dist.use_gloo_process_groups,
         optimizer_config_override_provider=cfg.optimizer_config_override_provider,
     )
-    _connect(model, optimizer, cfg)
-    load_checkpoint(state, model, optimizer, scheduler)
+    connect_schedules(model, optimizer, cfg)
+    load_checkpoint(state, model, optimizer, scheduler, checkpointing_context=context)
 
     train_state = state.train_state
     train_state.do_train = data.train is not None and state.derived.train_iters > 0 and not state.derived.skip_train
@@ -107,7 +106,7 @@ def setup(state: GlobalState, train_valid_test_datasets_provider: Callable[..., 
         _train_iterator(state, data, pg_collection),
         _evaluation_steps(state, data.valid, data, pg_collection),
         _evaluation_steps(state, data.test, data, pg_collection),
-        {},
+        context,
         pg_collection,
     )
 
@@ -126,6 +125,7 @@ def _check_directories(cfg: ConfigContainer) -> None:
         if is_rank_0():
             for option, path in (
                 ("checkpoint.save", cfg.checkpoint.save),
+                ("checkpoint.non_persistent_global_ckpt_dir", cfg.checkpoint.non_persistent_global_ckpt_dir),
                 ("logger.tensorboard_dir", cfg.logger.tensorboard_dir),
             ):
                 if path is not None:
@@ -186,7 +186,7 @@ def _evaluation_steps(state: GlobalState, dataset: Any, data: _Data, pg_collecti
     )
 
 
-def _connect(model: list[Any], optimizer: Any, cfg: ConfigContainer) -> None:
+def connect_schedules(model: list[Any], optimizer: Any, cfg: ConfigContainer) -> None:
     """Give Core's schedules the functions they call around the micro-batches of a step."""
     config = get_model_config(model[0])
     config.grad_scale_func = optimizer.scale_loss

@@ -66,6 +66,8 @@ def train(run: SetupOutput, forward_step_func: Callable, callbacks: CallbackMana
             if cfg.checkpoint.save and (_is_due(step, cfg.checkpoint.save_interval) or asked_to_stop):
                 _save(run, context, callbacks)
                 saved_step = step
+            elif _is_due(step, cfg.checkpoint.non_persistent_save_interval):
+                _save_checkpoint(run, non_persistent=True)
             if asked_to_stop:
                 logger.info("stopping at step %d of %d", step, state.derived.train_iters)
                 break
@@ -128,9 +130,20 @@ def _take_step(run: SetupOutput, forward_step: Callable, context: CallbackContex
 
 
 def _save(run: SetupOutput, context: CallbackContext, callbacks: CallbackManager) -> None:
-    state = run.state
-    save_checkpoint(state, run.model, run.optimizer, run.scheduler, state.train_state.floating_point_operations_so_far)
+    _save_checkpoint(run)
     callbacks.fire("on_checkpoint_save", context)
+
+
+def _save_checkpoint(run: SetupOutput, *, non_persistent: bool = False) -> None:
+    save_checkpoint(
+        run.state,
+        run.model,
+        run.optimizer,
+        run.scheduler,
+        run.state.train_state.floating_point_operations_so_far,
+        run.checkpointing_context,
+        non_persistent_ckpt=non_persistent,
+    )
 
 
 def _is_due(step: int, interval: int | None) -> bool:

@@ -1,0 +1,100 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""The files of local checkpoints, one a rank: `<dir>/<rank>/iter_0000010_<rank>_local.pt`.
+
+Written by nvidia-resiliency-ext's `LocalCheckpointManager`, which knows which steps all ranks have and keeps the newest
+alone. What it lacks is added here: files are read without executing anything, a rank that fails doesn't leave the
+others waiting, and what a killed save or an abandoned course of the run left behind doesn't stand in the way.
+
+Import it only where `local_checkpoint` says that the package is there.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.tensor_aware_state_dict import MCoreTensorAwareStateDict
+from nvidia_resiliency_ext.checkpointing.local.ckpt_managers.local_manager import LocalCheckpointManager
+
+from megatron.bridge.utils.device import synchronize
+from megatron.bridge.utils.distributed import on_all_ranks
+
+
+class LocalCheckpointFiles(LocalCheckpointManager):
+    """This rank's local checkpoints. Its methods are called on all ranks together, but for `path_of` and `read`."""
+
+    distribution: Any = None
+    """Which rank writes what, from the first save: Core works it out once a run."""
+
+    def path_of(self, step: int) -> Path:
+        """This rank's file of a step."""
+        return self._local_ckpt_path_from_id(self._ckpt_id(step))
+
+    def steps_by_rank(self) -> list[set[int]]:
+        """The steps that each rank has a file of, as `find_latest` saw them."""
+        return [{step for step, _, _ in ids} for ids in self.globally_available_ids]
+
+    def remove_from(self, step: int) -> None:
+        """Remove this rank's files of a step and of later ones, and those that a killed save left.
+
+        A run that went back to an earlier step abandons what came after it.
+        """
+        with on_all_ranks("removing abandoned local checkpoints"):
+            self._ensure_dir()
+            for path in self.local_ckpt_dir.glob(self._filename_from_template("*", "*", "*")):
+                if self._filename_to_id(path.name)[0] >= step or ".dirty" in path.suffixes:
+                    path.unlink()
+        self.latest_iteration = -1
+
+    def read(self, path: Path, *, mmap: bool = False) -> MCoreTensorAwareStateDict:
+        """Read a file, executing nothing.
+
+        Args:
+            path: The file.
+            mmap: Leave the tensors on disk, to look at the rest.
+
+        Raises:
+            ValueError: The file is damaged, or holds anything but a local checkpoint.
+        """
+        try:
+            with _plain_content_only():
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # torch raises a different class for each kind of damage
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(_damaged(path, reason)) from error
+        if not isinstance(content, MCoreTensorAwareStateDict):
+            raise ValueError(_damaged(path, f"it holds a {type(content).__name__}"))
+        return content
+
+    def _load(self, ckpt_id: Any) -> MCoreTensorAwareStateDict:
+        return self.read(self._local_ckpt_path_from_id(ckpt_id))
+
+    def _load_fn(self, ckpt_id: Any) -> MCoreTensorAwareStateDict:
+        return self._load(ckpt_id)  # tensors stay on the host: the device has no room for a second optimizer
+
+    def _save_fn(self, id_to_state_dict: dict[Any, Any]) -> None:
+        with on_all_ranks("writing a local checkpoint"):
+            synchronize()  # the copies to pinned memory were only queued
+            super()._save_fn(id_to_state_dict)
+
+
+def _damaged(path: Path, reason: str) -> str:
+    return (
+        f"{path} can't be read as a local checkpoint: {reason}; remove it, and the run goes on from the newest "
+        "checkpoint that all ranks can read"
+    )
+
+
+@contextlib.contextmanager
+def _plain_content_only() -> Iterator[None]:
+    """Let `weights_only` reading pass what a local checkpoint is made of: classes that hold data and run nothing."""
+    multiarray = getattr(np, "_core", None) or np.core  # numpy 2 renamed it
+    classes: list[Callable[..., Any]] = [MCoreTensorAwareStateDict, ShardedTensor, ShardedObject, slice]
+    classes += [np.ndarray, np.dtype, type(np.dtype(np.uint32)), multiarray.multiarray._reconstruct]
+    with torch.serialization.safe_globals(classes):
+        yield
