@@ -84,3 +84,32 @@ def _sample(index: int) -> dict[str, torch.Tensor]:
     loss_mask = torch.ones(length)
     loss_mask[: length // 2] = 0
     return {"tokens": tokens[:-1], "labels": tokens[1:], "loss_mask": loss_mask}
+
+
+class _Fp32RMSNorm(torch.nn.RMSNorm):
+    """A norm whose weight stays FP32 when the model around it becomes 16-bit."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> torch.nn.Module:
+        return super()._apply(lambda tensor: fn(tensor).float(), recurse)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.float()).to(x.dtype)
+
+
+class Fp32Norm:
+    """Builds the norm where a layer spec names a class."""
+
+    def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5) -> torch.nn.Module:
+        norm = _Fp32RMSNorm(hidden_size, eps=eps, dtype=torch.float32)
+        norm.weight.sequence_parallel = config.sequence_parallel
+        return norm
+
+
+def fp32_norm_layer_spec(config: Any, vp_stage: int | None = None) -> Any:
+    """Core's local layers with norms kept in FP32, as models do with weights that don't bear rounding."""
+    from megatron.bridge.models.layer_specs import local_layer_spec, replace_norms
+    from megatron.bridge.models.torch_norm import TorchNorm
+
+    block = local_layer_spec(config, vp_stage)
+    replace_norms(block, (TorchNorm,), Fp32Norm)
+    return block

@@ -61,23 +61,23 @@ def local_layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> 
     )
     # Apex's fused norm, where it is installed, knows LayerNorm with sequence parallelism, and no RMSNorm.
     replaced = (WrappedTorchNorm, FusedLayerNorm) if config.normalization == "RMSNorm" else (WrappedTorchNorm,)
-    _replace_norms(block, replaced)
+    replace_norms(block, replaced)
     return block
 
 
-def _replace_norms(spec: Any, replaced: tuple[type, ...]) -> None:
-    """Put `TorchNorm` wherever a spec, or a spec inside it, names one of the `replaced` classes."""
+def replace_norms(spec: Any, replaced: tuple[type, ...], norm: type = TorchNorm) -> None:
+    """Put `norm` wherever a spec, or a spec inside it, names one of the `replaced` classes. Changes the spec."""
     if isinstance(spec, list):
         for item in spec:
-            _replace_norms(item, replaced)
+            replace_norms(item, replaced, norm)
     elif isinstance(spec, ModuleSpec):
-        _replace_norms(spec.submodules, replaced)
+        replace_norms(spec.submodules, replaced, norm)
     elif isinstance(spec, partial):
-        _replace_norms(list(spec.keywords.values()), replaced)
+        replace_norms(list(spec.keywords.values()), replaced, norm)
     elif dataclasses.is_dataclass(spec) and not isinstance(spec, type):
         for field in dataclasses.fields(spec):
             value = getattr(spec, field.name)
-            if any(value is norm for norm in replaced):
-                setattr(spec, field.name, TorchNorm)
+            if any(value is old for old in replaced):
+                setattr(spec, field.name, norm)
             else:
-                _replace_norms(value, replaced)
+                replace_norms(value, replaced, norm)

@@ -1,0 +1,78 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""The sync in every configuration and for every way that weights come in, on Core's own classes, two ranks.
+
+`tests/sync_matrix.py` says what must hold. A cell that Core can't build is refused by name before anything is built;
+both kinds are counted at the end of the test run.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+from tests.ranks import run_on_ranks
+from tests.sync_matrix import SIZES, WAYS, Cell, Model, config, offload_options, run_cell, write_checkpoints
+from tests.unit_tests.models.tiny_llama import save_tiny_llama
+
+CELLS = [
+    Cell(Model(precision, kind, layout), precision_aware, fraction, overlap)
+    for layout, kind, precision, precision_aware, fraction, overlap in itertools.product(
+        ("TP 1", "TP 2"),
+        ("dense", "experts"),
+        ("bf16", "fp16", "bf16 + FP32"),
+        (False, True),
+        (0.0, 0.5, 1.0),
+        (False, True),
+    )
+]
+
+
+@pytest.fixture(scope="module")
+def model_directory(tmp_path_factory):
+    """The directory of a model's weights, in every form; written when first asked for."""
+    written = {}
+
+    def directory_of(model):
+        if model not in written:
+            written[model] = tmp_path_factory.mktemp("model")
+            if model.kind == "dense":
+                save_tiny_llama(
+                    written[model] / "hf",
+                    dtype=torch.bfloat16,
+                    hidden_size=SIZES["hidden_size"],
+                    intermediate_size=SIZES["ffn_hidden_size"],
+                    num_hidden_layers=SIZES["num_layers"],
+                    vocab_size=SIZES["vocab_size"],
+                    tie_word_embeddings=False,
+                    initializer_range=0.02,
+                )
+            run_on_ranks(write_checkpoints, 2, written[model], model)
+        return written[model]
+
+    return directory_of
+
+
+def _refusal(directory, cell):
+    """Why the configuration is refused; empty where it isn't."""
+    try:
+        config(directory, cell.model, offload=offload_options(cell), checkpoint={})
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+def test_every_way_in(cell, model_directory, cell_counts, tmp_path):
+    ways = list(WAYS)
+    refusal = run_on_ranks(_refusal, 2, tmp_path, cell)[0]
+    if refusal:
+        assert cell.precision_aware and refusal.startswith("optimizer.use_precision_aware_optimizer=true"), refusal
+        cell_counts.add(refused=len(ways), because="precision-aware without Transformer Engine (Core 0.16.1)")
+        return
+    if cell.model.kind == "experts":
+        ways.remove("Hugging Face directory")
+        cell_counts.add(refused=1, because="a Hugging Face directory of a model with experts (no such family)")
+    per_rank = run_on_ranks(run_cell, 2, model_directory(cell.model), cell, ways)
+    wrong = {way: verdict for verdicts in per_rank for way, verdict in verdicts.items() if verdict != "passed"}
+    cell_counts.add(passed=len(ways) - len(wrong), failed=len(wrong))
+    assert wrong == {}
