@@ -152,6 +152,22 @@ def test_prune_keeps_the_newest_and_the_trackers(tmp_path, keep, tracker, left):
     assert [layout.iteration_of(path) for path in removed] == [step for step in (2, 4, 6, 8) if step not in left]
 
 
+@pytest.mark.parametrize(
+    ("step", "left", "tracker"), [(9, [2, 4, 6], 4), (6, [2, 4], 4), (4, [2], None), (3, [2], None)]
+)
+def test_forget_from_removes_a_step_and_later_ones(tmp_path, step, left, tracker):
+    for iteration in (2, 4, 6):
+        write_iteration(tmp_path, iteration)
+    layout.write_tracker(tmp_path, 4)
+    layout.forget_from(tmp_path, step)
+    assert iterations_left(tmp_path) == left
+    assert layout.read_tracker(tmp_path) == (tracker and layout.Tracker(tracker))
+
+
+def test_forget_from_has_nothing_to_do_where_nothing_is(tmp_path):
+    layout.forget_from(tmp_path / "nowhere", 1)
+
+
 def test_prune_touches_only_complete_iterations(tmp_path):
     write_iteration(tmp_path, 2)
     write_iteration(tmp_path, 4)

@@ -316,7 +316,14 @@ BAD = {
             "expected 0 <= start <= end",
         ),
     ],
-    "check_options_are_built": [(["checkpoint.async_save=true"], 1, "checkpoint.async_save=true is not built yet")],
+    "check_options_are_built": [
+        (["checkpoint.async_save=true"], 1, "checkpoint.async_save=true is not built yet"),
+        (
+            ["checkpoint.non_persistent_ckpt_type=in_memory"],
+            1,
+            "checkpoint.non_persistent_ckpt_type=in_memory is not built yet: set it to local or global",
+        ),
+    ],
     "check_comm_overlap_is_off": [
         (["comm_overlap.tp_comm_overlap=true"], 1, "comm_overlap.tp_comm_overlap=True is not built yet")
     ],
@@ -352,6 +359,12 @@ BAD = {
             ["checkpoint.non_persistent_ckpt_type=global", "checkpoint.save=null"],
             1,
             "with neither checkpoint.save nor checkpoint.non_persistent_global_ckpt_dir",
+        ),
+        (
+            ["checkpoint.non_persistent_ckpt_type=global", "checkpoint.save=/tmp/x"]
+            + ["checkpoint.non_persistent_global_ckpt_dir=/tmp/y/../x"],
+            1,
+            "is checkpoint.save too, whose iterations would be removed",
         ),
     ],
 }

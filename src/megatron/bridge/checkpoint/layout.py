@@ -201,11 +201,11 @@ def prune(root: str | os.PathLike, keep: int) -> list[Path]:
     return removed
 
 
-def forget_after(root: str | os.PathLike, step: int) -> None:
-    """Remove the iterations of later steps, and the tracker where it names one: the run went back before them."""
+def forget_from(root: str | os.PathLike, step: int) -> None:
+    """Remove the iterations of a step and of later ones, and the tracker where it names one of them."""
     tracker = read_tracker(root)
-    if tracker is not None and tracker.iteration > step:
+    if tracker is not None and tracker.iteration >= step:
         (Path(root) / TRACKER_FILE).unlink()
     for iteration, path in iterations(root):
-        if iteration > step:
+        if iteration >= step:
             shutil.rmtree(path)

@@ -31,7 +31,7 @@ from megatron.bridge.training.cpu_offload.param_copies import (
 )
 from megatron.bridge.training.local_checkpoint import (
     find_local,
-    forget_local_after,
+    forget_local_from,
     open_local_checkpoints,
     read_local,
     save_local,
@@ -110,9 +110,10 @@ def save_checkpoint(
         return _save_iteration(state, content, between, option="checkpoint.non_persistent_global_ckpt_dir", keep=1)
     keep = cfg.checkpoint.most_recent_k or 0
     directory = _save_iteration(state, content, cfg.checkpoint.save, option="checkpoint.save", keep=keep)
-    forget_local_after(context, step)
+    # A run that went back to an earlier step abandons what it saved in between after it.
+    forget_local_from(context, step)
     if cfg.checkpoint.non_persistent_ckpt_type == "global" and is_rank_0():
-        layout.forget_after(between, step)
+        layout.forget_from(between, step)
     barrier()
     return directory
 

@@ -169,6 +169,13 @@ def check_non_persistent_checkpoints_have_a_place(cfg: "ConfigContainer", world_
             "checkpoint.non_persistent_ckpt_type=global with neither checkpoint.save nor "
             "checkpoint.non_persistent_global_ckpt_dir: set the directory to save into"
         )
+    for option in ("save", "load"):
+        value, between = getattr(checkpoint, option), checkpoint.non_persistent_global_ckpt_dir
+        if value is not None and between is not None and Path(value).resolve() == Path(between).resolve():
+            raise ValueError(
+                f"checkpoint.non_persistent_global_ckpt_dir={between} is checkpoint.{option} too, whose iterations "
+                "would be removed with it: set another directory, or leave it unset"
+            )
 
 
 RULES: tuple[Callable[["ConfigContainer", int], None], ...] = (

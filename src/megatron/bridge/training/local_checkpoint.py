@@ -158,10 +158,10 @@ def save_local(
     return path
 
 
-def forget_local_after(context: dict[str, Any], step: int) -> None:
-    """Remove local checkpoints of later steps: a run that went back has abandoned them. Call on all ranks."""
+def forget_local_from(context: dict[str, Any], step: int) -> None:
+    """Remove local checkpoints of a step that is now saved elsewhere, and of later ones. Call on all ranks."""
     if CONTEXT_KEY in context:
-        context[CONTEXT_KEY].remove_from(step + 1)
+        context[CONTEXT_KEY].remove_from(step)
 
 
 def read_local(context: dict[str, Any], template: ShardedStateDict, *, path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ Import it only where `local_checkpoint` says that the package is there.
 """
 
 import contextlib
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -54,12 +55,14 @@ class LocalCheckpointFiles(LocalCheckpointManager):
 
         Args:
             path: The file.
-            mmap: Leave the tensors on disk, to look at the rest.
+            mmap: Leave the tensors on disk, to look at the rest; only then are their checksums not compared.
 
         Raises:
             ValueError: The file is damaged, or holds anything but a local checkpoint.
         """
         try:
+            if not mmap:
+                _check_sums(path)
             with _plain_content_only():
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         except FileNotFoundError:
@@ -81,6 +84,18 @@ class LocalCheckpointFiles(LocalCheckpointManager):
         with on_all_ranks("writing a local checkpoint"):
             synchronize()  # the copies to pinned memory were only queued
             super()._save_fn(id_to_state_dict)
+
+
+def _check_sums(path: Path) -> None:
+    """Compare the content with the checksums that torch wrote and doesn't look at.
+
+    Raises:
+        zipfile.BadZipFile: A byte changed, or the file is cut off.
+    """
+    with zipfile.ZipFile(path) as archive:
+        changed = archive.testzip()
+    if changed is not None:
+        raise zipfile.BadZipFile(f"the checksum of {changed} in it is wrong")
 
 
 def _damaged(path: Path, reason: str) -> str:

@@ -3,7 +3,8 @@
 
 The dp_reshardable format keeps `step` out of the sharded state and hands the load template's value back, which then
 overwrites the counter that the param groups brought (NovaSky-AI/SkyRL PR 1403, Megatron-LM PR 7449). And a loaded
-master that is not the very tensor a sub-optimizer steps on is never pushed to it.
+tensor that is not the very one a sub-optimizer has, as a local checkpoint brings them, is not brought to it: a
+precision-aware master stays what it was before the load, and moments stay on the host.
 """
 
 from typing import Any
@@ -26,6 +27,7 @@ def _restore_step_and_masters(base: type) -> type:
             steps = {group["step"] for group in state_dict["optimizer"]["param_groups"] if "step" in group}
             if isinstance(self.optimizer, HybridDeviceOptimizer):
                 self.optimizer._update_fp32_params_by_new_state()
+                self.optimizer._move_new_state_to_right_device()
             for sub_optimizer in stepping_optimizers(self.optimizer):
                 for state in sub_optimizer.state.values():
                     if "step" in state and len(steps) == 1:
