@@ -2,8 +2,10 @@
 """Every load case as a row: what is on disk and in the configuration, and what is restored or why it is refused."""
 
 import shutil
+from pathlib import Path
 
 import pytest
+from megatron.core import __version__ as core_version
 
 from megatron.bridge.checkpoint import layout
 from tests.on_ranks import make_pretrained, run_finetune
@@ -44,20 +46,20 @@ def on_disk(tmp_path_factory):
     return directory
 
 
-def plan_of(directory, options, *, load_required=True):
+def plan_of(directory, options, *, load_required=True, local=None):
     """The plan of a finetune (or a pretraining) whose checkpoint options name directories of the fixture."""
     from megatron.bridge.training.checkpoint_plan import plan_load
 
     checkpoint = dict(options)
     model = checkpoint.pop("model", {})
-    for option in ("load", "save", "pretrained_checkpoint"):
+    for option in ("load", "save", "pretrained_checkpoint", "non_persistent_global_ckpt_dir"):
         if checkpoint.get(option) is not None:
             checkpoint[option] = f"{directory}/{checkpoint[option]}"
     cfg = tiny_config(directory, checkpoint={"save": None, **checkpoint}, model=model)
     cfg._checkpoint_load_required = load_required
     before = repr(cfg)
     try:
-        return plan_load(cfg)
+        return plan_load(cfg, local)
     finally:
         assert repr(cfg) == before, "a plan only reads the configuration"
 
@@ -265,3 +267,74 @@ def test_check_vocabulary(on_disk, vocab_size, fits):
         return
     with pytest.raises(ValueError, match=f"with vocab_size=128, this model has {vocab_size}: set model.vocab_size"):
         check_vocabulary(cfg, directory)
+
+
+def local_of(directory, step, *, num_ranks=1, core=core_version, holds_optimizer=True, **sections):
+    """What `find_local` would say of a local checkpoint that a run like those of the fixture wrote."""
+    from megatron.bridge.training.local_checkpoint import LocalCheckpoint
+
+    run_config = tiny_config(directory, **sections).to_dict()
+    return LocalCheckpoint(step, Path("/local/0/file.pt"), run_config, num_ranks, core, holds_optimizer)
+
+
+LOCAL, FULL_2 = "/local/0/file.pt", "full/iter_0000002"
+LOCAL_PLANS = {
+    "alone": ({}, {"step": 1}, LOCAL, RESUMED),
+    "newer": ({"load": "full"}, {"step": 3}, LOCAL, RESUMED),
+    "as new": ({"load": "full"}, {"step": 2}, LOCAL, RESUMED),
+    "older": ({"load": "full"}, {"step": 1}, FULL_2, RESUMED),
+    "pretrained named too": ({"pretrained_checkpoint": "pretrained"}, {"step": 1}, LOCAL, RESUMED),
+    "newer than a release": ({"load": "released"}, {"step": 1}, LOCAL, RESUMED),
+    "ckpt_step": ({"load": "full", "ckpt_step": 1}, {"step": 3}, "full/iter_0000001", RESUMED),
+    "an iteration's folder": ({"load": "full/iter_0000001"}, {"step": 3}, "full/iter_0000001", RESUMED),
+    "finetune=true": ({"load": "full", "finetune": True}, {"step": 3}, FULL_2, WEIGHTS_ONLY),
+    "load_optim=false": ({"load_optim": False}, {"step": 1}, LOCAL, FRESH_OPTIMIZER),
+    "saved without optimizer": ({}, {"step": 1, "holds_optimizer": False}, LOCAL, FRESH_OPTIMIZER),
+    "load_rng=false": ({"load_rng": False}, {"step": 1}, LOCAL, {**RESUMED, "rng": False}),
+    "saved without rng": (
+        {},
+        {"step": 1, "checkpoint": {"save_rng": False}},
+        LOCAL,
+        {**RESUMED, "rng": False},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LOCAL_PLANS)
+def test_plan_with_a_local_checkpoint(on_disk, case):
+    options, local, path, restored = LOCAL_PLANS[case]
+    plan = plan_of(on_disk, options, local=local_of(on_disk, **local))
+    assert plan.path == on_disk / path
+    assert plan.source.name == ("LOCAL" if path == LOCAL else "MEGATRON")
+    assert {name: getattr(plan, name) for name in restored} == restored
+
+
+@pytest.mark.parametrize(
+    ("local", "message"),
+    [
+        ({"num_ranks": 4}, "was saved under ranks 4 -> 1, and a local checkpoint can't be resharded: start as before"),
+        ({"model": {"expert_model_parallel_size": 2}}, "saved under model.expert_model_parallel_size 2 -> 1, and"),
+        ({"core": "0.1"}, f"saved under megatron-core 0.1 -> {core_version}, and"),
+        (
+            {"model": {"vocab_size": 127}},
+            "/local/0/file.pt was saved by a model with vocab_size=127, this model has 128",
+        ),
+    ],
+)
+def test_a_local_checkpoint_of_another_layout_is_refused(on_disk, local, message):
+    with pytest.raises(ValueError, match=message) as refusal:
+        plan_of(on_disk, {"load": "full"}, local=local_of(on_disk, 3, **local))
+    assert "\n" not in str(refusal.value)
+    assert plan_of(on_disk, {"load": "full"}, local=local_of(on_disk, 1, **local)).path == on_disk / FULL_2
+
+
+def test_the_newer_of_persistent_and_global_is_planned(on_disk):
+    between = {"non_persistent_ckpt_type": "global", "non_persistent_global_ckpt_dir": "full"}
+    pretrained = "pretrained/iter_0000000"
+    assert plan_of(on_disk, {**between, "load": "pretrained"}).path == on_disk / FULL_2
+    assert plan_of(on_disk, between).path == on_disk / FULL_2, "its own directory counts without checkpoint.load"
+    assert plan_of(on_disk, {**between, "load": "no_optim"}).path == on_disk / FULL_2, "as new counts as newer"
+    assert plan_of(on_disk, {**between, "load": "pretrained", "finetune": True}).path == on_disk / pretrained
+    older = {**between, "non_persistent_global_ckpt_dir": "pretrained"}
+    assert plan_of(on_disk, {**older, "load": "full"}).path == on_disk / FULL_2
+    assert plan_of(on_disk, {"non_persistent_ckpt_type": "global", "load": "full"}).path == on_disk / FULL_2
