@@ -17,7 +17,7 @@ install: $(VENV)/.installed-$(CORE) ## make the virtual environment
 $(VENV)/.installed-$(CORE): pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet torch==2.13.0
-	test "$(CORE)" = 0.16.1 || $(BIN)/pip install --quiet triton einops
+	test "$(CORE)" = 0.16.1 || $(BIN)/pip install --quiet triton
 	$(BIN)/pip install --quiet --ignore-requires-python --no-deps megatron-core==$(CORE)
 	$(BIN)/pip install --quiet --editable ".[demo,test]"
 	touch $@

@@ -29,6 +29,7 @@ SIZES = {
     "num_query_groups": 2,
     "vocab_size": 64,
     "seq_length": 16,
+    "share_embeddings_and_output_weights": False,
 }
 EXPERTS = {
     "num_moe_experts": 4,
@@ -39,18 +40,18 @@ EXPERTS = {
     "expert_tensor_parallel_size": 1,
 }
 LAYOUTS = {
-    "TP 1": {},
-    "TP 2": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
-    "TP 2 without sequence parallel": {"tensor_model_parallel_size": 2},
-    "PP 2": {"num_layers": 2, "pipeline_model_parallel_size": 2},
-    "PP 2 x virtual 2": {
+    "TP1": {},
+    "TP2": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    "TP2 without SP": {"tensor_model_parallel_size": 2},
+    "PP2": {"num_layers": 2, "pipeline_model_parallel_size": 2, "share_embeddings_and_output_weights": True},
+    "PP2 VP2": {
         "num_layers": 4,
         "pipeline_model_parallel_size": 2,
         "virtual_pipeline_model_parallel_size": 2,
         "overlap_p2p_comm": True,
         "batch_p2p_comm": False,
     },
-    "2 optimizer instances": {},
+    "two instances": {},
 }
 STEPS = 3
 
@@ -60,10 +61,10 @@ class Model:
     """What decides the weights and how ranks share them."""
 
     precision: str = "bf16"
-    """bf16, fp16, or "bf16 + FP32": norms kept in FP32."""
+    """bf16, fp16, or bf16+fp32: norms kept in FP32."""
     kind: str = "dense"
     """dense, or experts (expert parallel 2)."""
-    layout: str = "TP 1"
+    layout: str = "TP1"
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,10 @@ class Cell:
     overlap: bool = False
 
     def __str__(self) -> str:
-        mode = "precision-aware" if self.precision_aware else "FP32 shards"
-        overlap = "overlap" if self.overlap else "no overlap"
-        model = f"{self.model.precision}, {self.model.kind}, {self.model.layout}"
-        return f"{model}, {mode}, fraction {self.fraction}, {overlap}"
+        mode = "precision_aware" if self.precision_aware else "fp32_shards"
+        overlap = "overlap" if self.overlap else "serial"
+        model = f"{self.model.precision}-{self.model.kind}-{self.model.layout}".replace(" ", "_")
+        return f"{model}-{mode}-{self.fraction}-{overlap}"
 
 
 WAYS = {
@@ -118,9 +119,10 @@ class Trace(NamedTuple):
 def config(directory: Path, model: Model, *, offload: dict[str, Any], checkpoint: dict[str, Any]) -> Any:
     """The configuration of a run, resolved and checked."""
     from megatron.bridge.training.config import runtime_config_update
+    from megatron.bridge.training.mixed_precision import get_mixed_precision_config
 
     fields = {**SIZES, **(EXPERTS if model.kind == "experts" else {}), **LAYOUTS[model.layout]}
-    if model.precision == "bf16 + FP32":
+    if model.precision == "bf16+fp32":
         fields["transformer_layer_spec"] = fp32_norm_layer_spec
     checkpoint = {"save": None, **checkpoint}
     for option in ("load", "save", "pretrained_checkpoint"):
@@ -129,13 +131,15 @@ def config(directory: Path, model: Model, *, offload: dict[str, Any], checkpoint
     cfg = tiny_config(
         directory,
         model=fields,
-        optimizer={"initial_loss_scale": 2.0**10, **offload},
+        optimizer=offload,
         train={"micro_batch_size": 2, "global_batch_size": 4},
         tokenizer={"vocab_size": SIZES["vocab_size"]},
         checkpoint=checkpoint,
     )
-    cfg.mixed_precision = "fp16_mixed" if model.precision == "fp16" else "bf16_mixed"
-    if model.layout == "2 optimizer instances":
+    cfg.mixed_precision = get_mixed_precision_config("fp16_mixed" if model.precision == "fp16" else "bf16_mixed")
+    cfg.mixed_precision.initial_loss_scale = 2.0**8  # a real scale, and no step overflows
+    cfg.mixed_precision.grad_reduce_in_fp32 = True  # precision-aware mode wants it for FP16
+    if model.layout == "two instances":
         cfg.ddp.num_distributed_optimizer_instances = 2
     runtime_config_update(cfg)
     return cfg

@@ -11,19 +11,25 @@ import pytest
 import torch
 
 from tests.ranks import run_on_ranks
-from tests.sync_matrix import SIZES, WAYS, Cell, Model, config, offload_options, run_cell, write_checkpoints
+from tests.sync_matrix import LAYOUTS, SIZES, WAYS, Cell, Model, config, offload_options, run_cell, write_checkpoints
 from tests.unit_tests.models.tiny_llama import save_tiny_llama
 
 CELLS = [
     Cell(Model(precision, kind, layout), precision_aware, fraction, overlap)
     for layout, kind, precision, precision_aware, fraction, overlap in itertools.product(
-        ("TP 1", "TP 2"),
+        ("TP1", "TP2"),
         ("dense", "experts"),
-        ("bf16", "fp16", "bf16 + FP32"),
+        ("bf16", "fp16", "bf16+fp32"),
         (False, True),
         (0.0, 0.5, 1.0),
         (False, True),
     )
+]
+CELLS += [
+    Cell(Model("bf16", "dense", layout), precision_aware, 0.5, True)
+    for layout in LAYOUTS
+    if layout not in ("TP1", "TP2")
+    for precision_aware in (False, True)
 ]
 
 
@@ -35,15 +41,16 @@ def model_directory(tmp_path_factory):
     def directory_of(model):
         if model not in written:
             written[model] = tmp_path_factory.mktemp("model")
+            sizes = {**SIZES, **LAYOUTS[model.layout]}
             if model.kind == "dense":
                 save_tiny_llama(
                     written[model] / "hf",
                     dtype=torch.bfloat16,
                     hidden_size=SIZES["hidden_size"],
                     intermediate_size=SIZES["ffn_hidden_size"],
-                    num_hidden_layers=SIZES["num_layers"],
+                    num_hidden_layers=sizes["num_layers"],
                     vocab_size=SIZES["vocab_size"],
-                    tie_word_embeddings=False,
+                    tie_word_embeddings=sizes["share_embeddings_and_output_weights"],
                     initializer_range=0.02,
                 )
             run_on_ranks(write_checkpoints, 2, written[model], model)

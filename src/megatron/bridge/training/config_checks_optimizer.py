@@ -144,6 +144,17 @@ def check_precision_aware_mode_can_run(cfg: "ConfigContainer", world_size: int) 
         )
 
 
+def check_precision_aware_mode_clips_fp32_gradients(cfg: "ConfigContainer", world_size: int) -> None:
+    """Core clips the gradients of precision-aware mode in FP32 or BF16, not in FP16."""
+    is_fp16 = cfg.model.fp16 and not cfg.ddp.grad_reduce_in_fp32
+    if cfg.optimizer.use_precision_aware_optimizer and is_fp16 and cfg.optimizer.clip_grad > 0:
+        raise ValueError(
+            "optimizer.use_precision_aware_optimizer=true with FP16 gradients (model.fp16=true, "
+            f"ddp.grad_reduce_in_fp32=false) and optimizer.clip_grad={cfg.optimizer.clip_grad}: Core can't clip them; "
+            "set ddp.grad_reduce_in_fp32=true or optimizer.clip_grad=0"
+        )
+
+
 def check_state_dtypes_need_precision_aware_mode(cfg: "ConfigContainer", world_size: int) -> None:
     """Only precision-aware mode keeps gradients, weights or moments in less than FP32."""
     if cfg.optimizer.use_precision_aware_optimizer:
@@ -253,6 +264,7 @@ OPTIMIZER_RULES = (
     check_offload_keeps_state_in_fp32,
     check_optimizer_is_known,
     check_precision_aware_mode_can_run,
+    check_precision_aware_mode_clips_fp32_gradients,
     check_state_dtypes_need_precision_aware_mode,
     check_fp8_has_transformer_engine,
     check_model_and_optimizer_agree_on_precision,
