@@ -4,6 +4,8 @@ VENV ?= .venv
 # The tested pair of versions. `make test CORE=0.19.2 VENV=.venv-core-0.19.2` tests the other end of the range.
 CORE ?= 0.16.1
 BIN := $(VENV)/bin
+# The version of the extra `local` that goes with it. It is built for Linux alone; elsewhere its tests are skipped.
+NVRX := $(if $(filter 0.16.1,$(CORE)),0.4.1,0.6.0)
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: help install finetune model test lint format clean
@@ -14,12 +16,17 @@ help:
 install: $(VENV)/.installed-$(CORE) ## make the virtual environment
 
 # torch first: left open, pip would take its newest CUDA build. Core 0.17 and later declare Python 3.12 and run on 3.11.
+# nvidia-resiliency-ext without its dependencies and whatever the glibc: what is used of it is plain Python.
 $(VENV)/.installed-$(CORE): pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet torch==2.13.0
 	test "$(CORE)" = 0.16.1 || $(BIN)/pip install --quiet triton
 	$(BIN)/pip install --quiet --ignore-requires-python --no-deps megatron-core==$(CORE)
 	$(BIN)/pip install --quiet --editable ".[demo,test]"
+	$(BIN)/pip install --quiet --no-deps --upgrade --only-binary :all: --target $$($(BIN)/python -c \
+		"import sysconfig; print(sysconfig.get_path('purelib'))") --platform manylinux_2_31_$$(uname -m) \
+		--platform manylinux_2_39_$$(uname -m) nvidia-resiliency-ext==$(NVRX) \
+		|| echo "no nvidia-resiliency-ext $(NVRX) for this machine: the tests of local checkpoints will be skipped"
 	touch $@
 
 finetune: install ## fetch SmolLM2 and data, finetune with CPU offload on 2 processes, export, compare
