@@ -37,7 +37,7 @@ def mocked_optimizer(*, precision_aware=False):
     optimizer.model_float16_groups, optimizer.shard_float16_groups = [[WEIGHT]], [[shard_of_weight]]
     optimizer.shard_fp32_from_float16_groups = [[None if precision_aware else master]]
     optimizer.model_fp32_groups = optimizer.shard_fp32_groups = [[]]
-    optimizer._get_model_param_range_map.return_value = {"param": MagicMock(start=1, end=3)}
+    optimizer._get_model_param_range_map.return_value = {"param": MagicMock(start=1, end=3, size=2)}
     optimizer._build_model_param_to_state_dict_param_map.side_effect = lambda state: {WEIGHT: state["model"]["weight"]}
     optimizer.model_chunks = []
     hybrid.gpu_params_map_cpu_copy = {stepped_on: clone}

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 from megatron.core import __version__ as core_version
+from megatron.core import fp8_utils
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
@@ -139,19 +140,24 @@ def check_hybrid_optimizer_param_copies(optimizer: Any, *, exact: bool, sample_s
     """
     compared = 0
     for distributed_optimizer in find_hybrid_optimizers(optimizer):
-        samples: list[_Sample] = []
+        samples: dict[Any, list[_Sample]] = {}
         for entry in _entries(distributed_optimizer):
-            if _is_quantised(entry.param) and not exact:
+            is_quantised = fp8_utils.is_float8tensor(entry.param)
+            if is_quantised and not exact:
                 continue
-            weight = _values(distributed_optimizer, entry.param, None)
-            if weight.numel() == 0:
-                continue  # this rank owns nothing of it
+            whole = _dequantised(entry.param) if is_quantised else entry.param
+            owned = _owned(distributed_optimizer, entry.param)
+            if owned.size == 0:
+                continue
             compared += 1
-            stride = max(1, weight.numel() // sample_size)
+            stride = max(1, owned.size // sample_size)
+            weight = whole.view(-1)[owned.start : owned.end : stride]
             for copy in entry.copies or (entry.stepped_on,):
-                found = copy[::stride] if exact else copy[::stride].to(weight.dtype)
-                samples.append(_Sample(entry.param, stride, weight[::stride].float(), found.float()))
-        _compare(distributed_optimizer, samples)
+                # One comparison for all that are alike: a launch and a wait for each parameter would cost far more.
+                alike = samples.setdefault((weight.dtype, copy.device), [])
+                alike.append(_Sample(entry.param, stride, weight, copy[::stride]))
+        for alike in samples.values():
+            _compare(distributed_optimizer, alike, exact=exact)
     return compared
 
 
@@ -170,12 +176,12 @@ class _Entry(NamedTuple):
 
 
 class _Sample(NamedTuple):
-    """Evenly spaced elements of one copy and of its weight, FP32, each on its own device."""
+    """Evenly spaced elements of a weight and of one of its copies, each on its own device."""
 
     param: torch.Tensor
     stride: int
-    expected: torch.Tensor
-    found: torch.Tensor
+    weight: torch.Tensor
+    copy: torch.Tensor
 
 
 def _unchained(optimizer: Any) -> list[Any]:
@@ -272,23 +278,24 @@ def _values(
 ) -> torch.Tensor:
     """This rank's slice of a parameter's values, flat: the state dict's, or those of the weight itself."""
     source = param if sources is None else sources[param]
-    if _is_quantised(source):
-        from megatron.core.fp8_utils import dequantize_fp8_tensor
-
-        source = dequantize_fp8_tensor(source)
+    if fp8_utils.is_float8tensor(source):
+        source = _dequantised(source)
     if source.shape != param.shape:
         raise RuntimeError(
             f"{_name_of(distributed_optimizer, param)} has shape {tuple(param.shape)} in the model and "
             f"{tuple(source.shape)} in the state dict: pass the state dict that was loaded into this model"
         )
-    owned = _attribute(distributed_optimizer, "_get_model_param_range_map")(param)["param"]
+    owned = _owned(distributed_optimizer, param)
     return source.detach().reshape(-1)[owned.start : owned.end]
 
 
-def _is_quantised(param: torch.Tensor) -> bool:
-    from megatron.core.fp8_utils import is_float8tensor
+def _owned(distributed_optimizer: DistributedOptimizer, param: torch.Tensor) -> Any:
+    """Core's range (`start`, `end`, `size`) of a parameter's flat elements that this data-parallel rank owns."""
+    return _attribute(distributed_optimizer, "_get_model_param_range_map")(param)["param"]
 
-    return is_float8tensor(param)
+
+def _dequantised(param: torch.Tensor) -> torch.Tensor:
+    return fp8_utils.dequantize_fp8_tensor(param)
 
 
 def _write(copies: tuple[torch.Tensor, ...], values: torch.Tensor) -> None:
@@ -300,36 +307,25 @@ def _write(copies: tuple[torch.Tensor, ...], values: torch.Tensor) -> None:
         written.append(copy)
 
 
-def _compare(distributed_optimizer: DistributedOptimizer, samples: list[_Sample]) -> None:
-    """Compare samples on the host in one go."""
-    if not samples:
-        return
-    expected, found = _on_host([one.expected for one in samples]), _on_host([one.found for one in samples])
+def _compare(distributed_optimizer: DistributedOptimizer, alike: list[_Sample], *, exact: bool) -> None:
+    """Compare samples of one number format whose copies lie on one device."""
+    weights, copies = torch.cat([one.weight for one in alike]), torch.cat([one.copy for one in alike])
+    found = (copies if exact else copies.to(weights.dtype)).float().cpu()
+    expected = weights.float().cpu()
     differs = (found != expected) & ~(found.isnan() & expected.isnan())
     if not differs.any():
         return
     at = int(differs.nonzero()[0])
-    ends = torch.tensor([one.expected.numel() for one in samples]).cumsum(0)
+    ends = torch.tensor([one.copy.numel() for one in alike]).cumsum(0)
     index = int(torch.searchsorted(ends, at, right=True))
-    sample = samples[index]
-    element = (at - int(ends[index]) + sample.expected.numel()) * sample.stride
+    sample = alike[index]
+    element = (at - int(ends[index]) + sample.copy.numel()) * sample.stride
     raise RuntimeError(
         f"the offloaded optimizer's copy of {_name_of(distributed_optimizer, sample.param)} on rank {_rank()} is not "
         f"the loaded weight: element {element} of its slice is {found[at].item()!r} in the copy and "
         f"{expected[at].item()!r} in the weight; the first step would overwrite the model (megatron-core "
         f"{core_version}); call sync_hybrid_optimizer_param_copies after the load"
     )
-
-
-def _on_host(samples: list[torch.Tensor]) -> torch.Tensor:
-    """Samples from either side of the host link as one host tensor, in order; each side moves at once."""
-    devices = {sample.device for sample in samples}
-    moved = {device: torch.cat([part for part in samples if part.device == device]).cpu() for device in devices}
-    parts = {
-        device: iter(whole.split([part.numel() for part in samples if part.device == device]))
-        for device, whole in moved.items()
-    }
-    return torch.cat([next(parts[sample.device]) for sample in samples])
 
 
 def _unknown(distributed_optimizer: DistributedOptimizer, param: torch.Tensor, what: str) -> RuntimeError:
