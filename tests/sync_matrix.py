@@ -89,6 +89,7 @@ WAYS = {
     "load_optim=False": {"load": "full", "load_optim": False},
     "checkpoint without optimizer state": {"load": "no_optim"},
     "release checkpoint": {"load": "released"},
+    "local checkpoint": {"non_persistent_ckpt_type": "local", "non_persistent_local_ckpt_dir": "local"},
     "Hugging Face directory": {"pretrained_checkpoint": "hf"},
     "FP32 checkpoint": {"pretrained_checkpoint": "fp32", "load_main_params_from_ckpt": True, "load_optim": False},
     "running process": {},
@@ -125,7 +126,7 @@ def config(directory: Path, model: Model, *, offload: dict[str, Any], checkpoint
     if model.precision == "bf16+fp32":
         fields["transformer_layer_spec"] = fp32_norm_layer_spec
     checkpoint = {"save": None, **checkpoint}
-    for option in ("load", "save", "pretrained_checkpoint"):
+    for option in ("load", "save", "pretrained_checkpoint", "non_persistent_local_ckpt_dir"):
         if checkpoint.get(option):
             checkpoint[option] = str(directory / checkpoint[option])
     cfg = tiny_config(
@@ -290,10 +291,16 @@ def write_checkpoints(directory: Path, model: Model) -> None:
     for group in run.optimizer.param_groups:
         group["lr"] = 0.0
     run.train_step()  # so that the optimizer has something to save
-    for name in ("full", "no_optim"):
-        saving = config(directory, model, offload={}, checkpoint={"save": name, "save_optim": name == "full"})
+    without_optimizer = {"save_optim": False}
+    for options in (
+        {"save": "full"},
+        {"save": "no_optim", **without_optimizer},
+        {**WAYS["local checkpoint"], **without_optimizer},
+    ):
+        saving = config(directory, model, offload={}, checkpoint=options)
         state = GlobalState(saving, train_state=TrainState(step=4, consumed_train_samples=16))
-        save_checkpoint(state, chunks, run.optimizer, run.scheduler)
+        is_local = "save" not in options
+        save_checkpoint(state, chunks, run.optimizer, run.scheduler, non_persistent_ckpt=is_local)
 
 
 def _own_tensors(sharded: Any) -> list[Any]:
