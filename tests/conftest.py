@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Counts of matrix cells, printed at the end of a test run."""
+"""Counts of matrix cells, printed at the end of a test run, and the checkpoints that a matrix loads."""
 
 from collections import Counter
 
@@ -20,6 +20,38 @@ class CellCounts:
         self.failed += failed
         if refused:
             self.refused[because] += refused
+
+
+@pytest.fixture(scope="session")
+def written_model(tmp_path_factory):
+    """The directory of a model's weights in every form, written on that many ranks when first asked for."""
+    import torch
+
+    from tests.ranks import run_on_ranks
+    from tests.sync_matrix import LAYOUTS, SIZES, write_checkpoints
+    from tests.unit_tests.models.tiny_llama import save_tiny_llama
+
+    written = {}
+
+    def directory_of(model, world_size):
+        if (model, world_size) not in written:
+            directory = written[model, world_size] = tmp_path_factory.mktemp("model")
+            sizes = {**SIZES, **LAYOUTS[model.layout]}
+            if model.kind == "dense":
+                save_tiny_llama(
+                    directory / "hf",
+                    dtype=torch.bfloat16,
+                    hidden_size=sizes["hidden_size"],
+                    intermediate_size=sizes["ffn_hidden_size"],
+                    num_hidden_layers=sizes["num_layers"],
+                    vocab_size=sizes["vocab_size"],
+                    tie_word_embeddings=sizes["share_embeddings_and_output_weights"],
+                    initializer_range=0.02,
+                )
+            run_on_ranks(write_checkpoints, world_size, directory, model)
+        return written[model, world_size]
+
+    return directory_of
 
 
 @pytest.fixture(scope="module")

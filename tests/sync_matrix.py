@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from megatron.core.dist_checkpointing.tensor_aware_state_dict import HAVE_NVRX
 
 from megatron.bridge.checkpoint import layout, model_checkpoint
 from tests.on_ranks import differing, fill_weights, weights_of
@@ -54,6 +55,9 @@ LAYOUTS = {
     "two instances": {},
 }
 STEPS = 3
+ADAMS_APART = 2 * STEPS * 1e-3
+"""On CUDA, how far a weight may be from the run without offload: the CPU's Adam and the GPU's round differently, and a
+gradient near zero may then move its weight by a learning rate (1e-3) a step in the other direction."""
 
 
 @dataclass(frozen=True)
@@ -291,12 +295,10 @@ def write_checkpoints(directory: Path, model: Model) -> None:
     for group in run.optimizer.param_groups:
         group["lr"] = 0.0
     run.train_step()  # so that the optimizer has something to save
-    without_optimizer = {"save_optim": False}
-    for options in (
-        {"save": "full"},
-        {"save": "no_optim", **without_optimizer},
-        {**WAYS["local checkpoint"], **without_optimizer},
-    ):
+    kinds = [{"save": "full"}, {"save": "no_optim", "save_optim": False}]
+    if HAVE_NVRX:
+        kinds.append({**WAYS["local checkpoint"], "save_optim": False})
+    for options in kinds:
         saving = config(directory, model, offload={}, checkpoint=options)
         state = GlobalState(saving, train_state=TrainState(step=4, consumed_train_samples=16))
         is_local = "save" not in options
@@ -391,30 +393,36 @@ def run_cell(directory: Path, cell: Cell, ways: list[str]) -> dict[str, str]:
     from megatron.bridge.utils.device import is_simulated
 
     offload = offload_options(cell)
-    expected = {way: plain(way, directory, cell.model) for way in ways} if is_simulated() else {}
+    expected = {way: plain(way, directory, cell.model) for way in ways}
     chunks = build_model(config(directory, cell.model, offload=offload, checkpoint={}))
     in_place = run_way("in place", directory, cell.model, offload, chunks)[1]
     verdicts = {}
     for way in sorted(ways, key=lambda way: way == "frozen base"):  # which rebuilds the model
         found, traced = run_way(way, directory, cell.model, offload, chunks)
-        references = [expected[way]] if way in expected else []
+        verdict = _copies(way, found)
         if WAYS[way] and way != "FP32 checkpoint":
-            references.append(in_place)
-        verdicts[way] = _verdict(way, found, traced, references)
+            verdict = verdict or _apart(traced, in_place, tolerance=0.0)
+        verdict = verdict or _apart(traced, expected[way], tolerance=0.0 if is_simulated() else ADAMS_APART)
+        still = not differing(traced.weights[0], traced.weights[-1])
+        verdicts[way] = verdict or ("no step moved a weight" if still else "passed")
     return verdicts
 
 
-def _verdict(way: str, found: list[tuple[torch.Tensor, torch.Tensor]], traced: Trace, references: list[Trace]) -> str:
+def _copies(way: str, found: list[tuple[torch.Tensor, torch.Tensor]]) -> str:
+    """Which copy is not its weight; empty where all are."""
     for copy, weight in found:
         exact = weight.float() * (SCALED if way == "FP32 checkpoint" and weight.dtype != torch.float32 else 1)
         if not torch.equal(copy.float(), exact):
             return f"a copy of shape {tuple(copy.shape)} is off by {float((copy.float() - exact).abs().max())}"
-    for reference in references:
-        if traced.losses != reference.losses:
-            return f"losses {traced.losses}, expected {reference.losses}"
-        for step, (weights, wanted) in enumerate(zip(traced.weights, reference.weights, strict=True)):
-            apart = differing(weights, wanted)
-            if apart:
-                return f"after step {step}: {apart}"
-    moved = differing(traced.weights[0], traced.weights[-1])
-    return "passed" if moved else "no step moved a weight"
+    return ""
+
+
+def _apart(traced: Trace, reference: Trace, *, tolerance: float) -> str:
+    """Where two runs differ by more than the tolerance; empty where they don't."""
+    for step, (weights, wanted) in enumerate(zip(traced.weights, reference.weights, strict=True)):
+        apart = {name: by for name, by in differing(weights, wanted).items() if by > tolerance}
+        if apart:
+            return f"after step {step}: {apart}"
+    if not tolerance and traced.losses != reference.losses:
+        return f"losses {traced.losses}, expected {reference.losses}"
+    return ""

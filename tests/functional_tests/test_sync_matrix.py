@@ -8,11 +8,10 @@ both kinds are counted at the end of the test run.
 import itertools
 
 import pytest
-import torch
+from megatron.core.dist_checkpointing.tensor_aware_state_dict import HAVE_NVRX
 
 from tests.ranks import run_on_ranks
-from tests.sync_matrix import LAYOUTS, SIZES, WAYS, Cell, Model, config, offload_options, run_cell, write_checkpoints
-from tests.unit_tests.models.tiny_llama import save_tiny_llama
+from tests.sync_matrix import LAYOUTS, WAYS, Cell, Model, config, offload_options, run_cell
 
 CELLS = [
     Cell(Model(precision, kind, layout), precision_aware, fraction, overlap)
@@ -33,32 +32,6 @@ CELLS += [
 ]
 
 
-@pytest.fixture(scope="module")
-def model_directory(tmp_path_factory):
-    """The directory of a model's weights, in every form; written when first asked for."""
-    written = {}
-
-    def directory_of(model):
-        if model not in written:
-            written[model] = tmp_path_factory.mktemp("model")
-            sizes = {**SIZES, **LAYOUTS[model.layout]}
-            if model.kind == "dense":
-                save_tiny_llama(
-                    written[model] / "hf",
-                    dtype=torch.bfloat16,
-                    hidden_size=SIZES["hidden_size"],
-                    intermediate_size=SIZES["ffn_hidden_size"],
-                    num_hidden_layers=sizes["num_layers"],
-                    vocab_size=SIZES["vocab_size"],
-                    tie_word_embeddings=sizes["share_embeddings_and_output_weights"],
-                    initializer_range=0.02,
-                )
-            run_on_ranks(write_checkpoints, 2, written[model], model)
-        return written[model]
-
-    return directory_of
-
-
 def _refusal(directory, cell):
     """Why the configuration is refused; empty where it isn't."""
     try:
@@ -69,17 +42,20 @@ def _refusal(directory, cell):
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=str)
-def test_every_way_in(cell, model_directory, cell_counts, tmp_path):
+def test_every_way_in(cell, written_model, cell_counts, tmp_path):
     ways = list(WAYS)
     refusal = run_on_ranks(_refusal, 2, tmp_path, cell)[0]
     if refusal:
         assert cell.precision_aware and refusal.startswith("optimizer.use_precision_aware_optimizer=true"), refusal
         cell_counts.add(refused=len(ways), because="precision-aware without Transformer Engine (Core 0.16.1)")
         return
+    if not HAVE_NVRX:
+        ways.remove("local checkpoint")
+        cell_counts.add(refused=1, because="local checkpoints without nvidia-resiliency-ext")
     if cell.model.kind == "experts":
         ways.remove("Hugging Face directory")
         cell_counts.add(refused=1, because="a Hugging Face directory of a model with experts (no such family)")
-    per_rank = run_on_ranks(run_cell, 2, model_directory(cell.model), cell, ways)
+    per_rank = run_on_ranks(run_cell, 2, written_model(cell.model, 2), cell, ways)
     wrong = {way: verdict for verdicts in per_rank for way, verdict in verdicts.items() if verdict != "passed"}
     cell_counts.add(passed=len(ways) - len(wrong), failed=len(wrong))
     assert wrong == {}

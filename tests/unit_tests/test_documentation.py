@@ -66,7 +66,7 @@ def missing_files(text: str) -> list[str]:
     """Python files and folders of ours that code names and that are nowhere in the repository."""
     everything = [
         path.relative_to(ROOT).as_posix()
-        for place in ("src", "tests", "scripts")
+        for place in ("src", "tests", "scripts", "benchmarks")
         for path in (ROOT / place).rglob("*.py")
     ]
     missing = []

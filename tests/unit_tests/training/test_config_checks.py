@@ -256,6 +256,13 @@ BAD = {
             "without the distributed optimizer",
         ),
     ],
+    "check_precision_aware_mode_clips_fp32_gradients": [
+        (
+            [*OFFLOAD, "optimizer.use_precision_aware_optimizer=true", "model.fp16=true", "optimizer.fp16=true"],
+            1,
+            "set ddp.grad_reduce_in_fp32=true or optimizer.clip_grad=0",
+        )
+    ],
     "check_state_dtypes_need_precision_aware_mode": [
         (["optimizer.exp_avg_dtype=bf16"], 1, "or optimizer.use_precision_aware_optimizer=true")
     ],

@@ -1,0 +1,75 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""The sync's matrix on CUDA: pinned memory, real streams, NCCL. One GPU, and two where there are two.
+
+The reference is the run whose weights were in place when its optimizer was built, to the bit. Against the run without
+offload there is a tolerance (`sync_matrix.ADAMS_APART`).
+"""
+
+import itertools
+
+import pytest
+import torch
+from megatron.core.dist_checkpointing.tensor_aware_state_dict import HAVE_NVRX
+
+from tests.on_ranks import precision_aware_needs_transformer_engine
+from tests.ranks import run_on_ranks
+from tests.sync_matrix import WAYS, Cell, Model, build_model, config, offload_options, run_cell, start
+
+pytestmark = pytest.mark.gpu
+OFFLOADS = list(itertools.product((False, True), (0.5, 1.0), (False, True)))
+
+
+def needs_gpus(count):
+    reason = f"needs {count} CUDA device(s): the same cells ran simulated, in test_sync_matrix"
+    return pytest.mark.skipif(torch.cuda.device_count() < count, reason=reason)
+
+
+def _check(cell, written_model, world_size):
+    if cell.precision_aware and run_on_ranks(precision_aware_needs_transformer_engine, world_size)[0]:
+        pytest.skip("this Core builds a precision-aware optimizer only with Transformer Engine")
+    ways = [way for way in WAYS if HAVE_NVRX or way != "local checkpoint"]
+    if cell.model.kind == "experts":
+        ways.remove("Hugging Face directory")
+    for verdicts in run_on_ranks(run_cell, world_size, written_model(cell.model, world_size), cell, ways):
+        assert set(verdicts.values()) == {"passed"}, verdicts
+
+
+@needs_gpus(1)
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "bf16+fp32"])
+@pytest.mark.parametrize(("precision_aware", "fraction", "overlap"), OFFLOADS)
+def test_every_way_in_on_one_gpu(written_model, precision, precision_aware, fraction, overlap):
+    _check(Cell(Model(precision), precision_aware, fraction, overlap), written_model, 1)
+
+
+@needs_gpus(2)
+@pytest.mark.parametrize(("kind", "layout"), [("dense", "TP1"), ("dense", "TP2"), ("experts", "TP1"), ("dense", "PP2")])
+@pytest.mark.parametrize(("precision_aware", "fraction", "overlap"), OFFLOADS)
+def test_every_way_in_on_two_gpus(written_model, kind, layout, precision_aware, fraction, overlap):
+    _check(Cell(Model("bf16", kind, layout), precision_aware, fraction, overlap), written_model, 2)
+
+
+def _memory_of_a_sync(directory, cell):
+    """(bytes a sync takes beyond what lay on the device, the largest parameter's bytes, are all copies pinned)."""
+    from megatron.bridge.training.checkpointing import sync_hybrid_optimizer_param_copies
+
+    cfg = config(directory, cell.model, offload=offload_options(cell), checkpoint={})
+    run = start(cfg, build_model(cfg))
+    clones = [
+        clone
+        for child in run.optimizer.chained_optimizers
+        for clone in child.optimizer.gpu_params_map_cpu_copy.values()
+    ]
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    assert sync_hybrid_optimizer_param_copies(run.optimizer)
+    extra = torch.cuda.max_memory_allocated() - before
+    largest = max(param.numel() * 4 for chunk in run.model for param in chunk.parameters())
+    return extra, largest, all(clone.is_pinned() for clone in clones)
+
+
+@needs_gpus(1)
+def test_a_sync_takes_no_more_than_one_parameters_memory(tmp_path):
+    for extra, largest, pinned in run_on_ranks(_memory_of_a_sync, 1, tmp_path, Cell(Model())):
+        assert extra <= largest
+        assert pinned, "the FP32 clones of this mode lie in pinned memory"
