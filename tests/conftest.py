@@ -28,7 +28,8 @@ def written_model(tmp_path_factory):
     import torch
 
     from tests.ranks import run_on_ranks
-    from tests.sync_matrix import LAYOUTS, SIZES, write_checkpoints
+    from tests.sync_checkpoints import write_checkpoints
+    from tests.sync_matrix import LAYOUTS, SIZES
     from tests.unit_tests.models.tiny_llama import save_tiny_llama
 
     written = {}

@@ -10,15 +10,14 @@ hold, to the bit:
    that run equals, in turn, the run without offload.
 """
 
-import shutil
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from megatron.core.dist_checkpointing.tensor_aware_state_dict import HAVE_NVRX
 
-from megatron.bridge.checkpoint import layout, model_checkpoint
+from megatron.bridge.checkpoint import model_checkpoint
 from tests.on_ranks import differing, fill_weights, weights_of
 from tests.tiny import fp32_norm_layer_spec, tiny_config
 
@@ -137,7 +136,7 @@ def config(directory: Path, model: Model, *, offload: dict[str, Any], checkpoint
         directory,
         model=fields,
         optimizer=offload,
-        train={"micro_batch_size": 2, "global_batch_size": 4},
+        train={"micro_batch_size": 4 if model.layout.startswith("TP2") else 2, "global_batch_size": 4},
         tokenizer={"vocab_size": SIZES["vocab_size"]},
         checkpoint=checkpoint,
     )
@@ -164,11 +163,31 @@ def build_model(cfg: Any, *hooks: Any) -> list[Any]:
     from megatron.bridge.training.initialize import initialize_megatron
     from megatron.bridge.utils.distributed import destroy_model_parallel
 
+    _let_go_of_the_last_model()
     destroy_model_parallel()
     pg_collection = initialize_megatron(cfg)
     for hook in hooks:
         cfg.model.register_pre_wrap_hook(hook)
-    return cfg.model.provide_distributed_model(ddp_config=cfg.ddp, pg_collection=pg_collection)
+    _last_model.extend(cfg.model.provide_distributed_model(ddp_config=cfg.ddp, pg_collection=pg_collection))
+    return list(_last_model)
+
+
+_last_model: list[Any] = []
+
+
+def _let_go_of_the_last_model() -> None:
+    """What is left of a model holds its process groups, and each of those a thread or more.
+
+    Core's expert dispatchers keep tensors of the last forward pass, whose graph leads back to the model on ways that
+    Python's collector doesn't see.
+    """
+    for chunk in _last_model:
+        for module in chunk.modules():
+            if hasattr(module, "token_dispatcher"):
+                kept = vars(module.token_dispatcher)
+                kept.update({name: None for name, value in kept.items() if isinstance(value, torch.Tensor)})
+    _last_model.clear()
+    gc.collect()
 
 
 def start(cfg: Any, model: list[Any]) -> Run:
@@ -184,21 +203,26 @@ def start(cfg: Any, model: list[Any]) -> Run:
     connect_schedules(model, optimizer, cfg)
     state = GlobalState(cfg)
     bound = bind_forward_step(forward_step, state)
+    batches = _micro_batches(cfg.train.micro_batch_size)
     output = SetupOutput(state, model, optimizer, scheduler, None, None, None, {}, None)
-    return Run(cfg, model, optimizer, scheduler, lambda: train_step(output, bound, _micro_batches()))
+    return Run(cfg, model, optimizer, scheduler, lambda: train_step(output, bound, batches))
 
 
-def _micro_batches() -> list[dict[str, torch.Tensor]]:
-    """This rank's part of one global batch of 4 sequences, in micro-batches of 2."""
+def _micro_batches(rows_each: int) -> list[dict[str, torch.Tensor]]:
+    """This rank's part of one global batch of 4 sequences."""
     from megatron.core import mpu
 
     size, rank = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
     length, vocab = SIZES["seq_length"], SIZES["vocab_size"]
     rows = torch.arange(4)[:, None] * 7 + torch.arange(length + 1)[None] * torch.tensor([[1], [2], [3], [5]])
-    positions = torch.arange(length).repeat(2, 1)
     batches = [
-        {"tokens": part[:, :-1], "labels": part[:, 1:], "loss_mask": torch.ones(2, length), "position_ids": positions}
-        for part in (rows % vocab).split(2)
+        {
+            "tokens": part[:, :-1],
+            "labels": part[:, 1:],
+            "loss_mask": torch.ones(rows_each, length),
+            "position_ids": torch.arange(length).repeat(rows_each, 1),
+        }
+        for part in (rows % vocab).split(rows_each)
     ]
     return batches[rank::size]
 
@@ -261,58 +285,6 @@ def moments(optimizer: Any) -> list[torch.Tensor]:
         for key in ("exp_avg", "exp_avg_sq", "step")
         if key in state
     ]
-
-
-def write_checkpoints(directory: Path, model: Model) -> None:
-    """One model's weights in every form that a run can load. All hold the same weights once in 16 bits."""
-    from megatron.bridge.checkpoint.sharded_state import save_sharded
-    from megatron.bridge.models.conversion.auto_bridge import AutoBridge
-    from megatron.bridge.training.checkpointing import save_checkpoint
-    from megatron.bridge.training.state import GlobalState, TrainState
-    from megatron.bridge.utils.distributed import barrier, is_rank_0
-
-    cfg = config(directory, model, offload={}, checkpoint={})
-    chunks = build_model(cfg)
-    if model.kind == "dense":
-        AutoBridge.from_hf_pretrained(str(directory / "hf")).load_hf_weights(chunks)
-    else:
-        fill_weights(chunks, seed=3)
-    run_config = {"model": cfg.to_dict()["model"]}
-    model_checkpoint.save_model_checkpoint(chunks, directory / "pretrained", run_config=run_config)
-    if is_rank_0():
-        shutil.copytree(directory / "pretrained" / "iter_0000000", directory / "released" / "release")
-        layout.write_tracker(directory / "released", 0, release=True)
-    barrier()
-    exact = model_checkpoint.model_sharded_state_dict(chunks)
-    model_checkpoint.read_in_fp32(exact)
-    for tensor in _own_tensors(exact):
-        tensor.data *= SCALED
-    unfinished = model_checkpoint.prepare_save(directory / "fp32", 0, option="fp32")
-    save_sharded(exact, unfinished)
-    model_checkpoint.commit_checkpoint(unfinished, 0, run_config=run_config, train_state=None)
-
-    run = start(cfg, chunks)
-    for group in run.optimizer.param_groups:
-        group["lr"] = 0.0
-    run.train_step()  # so that the optimizer has something to save
-    kinds = [{"save": "full"}, {"save": "no_optim", "save_optim": False}]
-    if HAVE_NVRX:
-        kinds.append({**WAYS["local checkpoint"], "save_optim": False})
-    for options in kinds:
-        saving = config(directory, model, offload={}, checkpoint=options)
-        state = GlobalState(saving, train_state=TrainState(step=4, consumed_train_samples=16))
-        is_local = "save" not in options
-        save_checkpoint(state, chunks, run.optimizer, run.scheduler, non_persistent_ckpt=is_local)
-
-
-def _own_tensors(sharded: Any) -> list[Any]:
-    """The sharded tensors that `read_in_fp32` gave values of their own."""
-    if isinstance(sharded, dict):
-        return [tensor for value in sharded.values() for tensor in _own_tensors(value)]
-    is_copy = isinstance(getattr(sharded, "data", None), torch.Tensor) and not isinstance(
-        sharded.data, torch.nn.Parameter
-    )
-    return [sharded] if is_copy and sharded.data.dtype == torch.float32 else []
 
 
 def freeze_half(directory: Path) -> Any:
