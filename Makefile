@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 VENV ?= .venv
 # The tested pair of versions. `make test CORE=0.19.2 VENV=.venv-core-0.19.2` tests the other end of the range.
 CORE ?= 0.16.1
+# Test files at a time. Each starts processes of its own; with one at a time a core is idle half of the time.
+JOBS ?= 2
 BIN := $(VENV)/bin
 # The version of the extra `local` that goes with it. It is built for Linux alone; elsewhere its tests are skipped.
 NVRX := $(if $(filter 0.16.1,$(CORE)),0.4.1,0.6.0)
@@ -37,7 +39,7 @@ model: install ## fetch the model and the data only
 	$(BIN)/python scripts/finetune_smollm2/prepare_data.py
 
 test: install model ## run all tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 mutants: install ## break the sync, the guard, the load and the repairs, and see that tests notice
 	$(BIN)/python -m tests.mutants $(ARGS)

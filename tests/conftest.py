@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Counts of matrix cells, printed at the end of a test run, and the checkpoints that a matrix loads."""
+"""Counts of matrix cells, printed at the end of a test run; the checkpoints that a matrix loads."""
 
 from collections import Counter
 
@@ -59,6 +59,23 @@ def written_model(tmp_path_factory):
 def cell_counts(request):
     """The counts of this module's matrix."""
     return _COUNTS.setdefault(request.module.__name__.rpartition(".")[2], CellCounts())
+
+
+def pytest_sessionfinish(session):
+    """A worker of pytest-xdist hands its counts to the process that prints them."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["cell_counts"] = {
+            name: {**vars(counts), "refused": dict(counts.refused)} for name, counts in _COUNTS.items()
+        }
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    for name, fields in getattr(node, "workeroutput", {}).get("cell_counts", {}).items():
+        counts = _COUNTS.setdefault(name, CellCounts())
+        counts.add(passed=fields["passed"], failed=fields["failed"])
+        counts.refused.update(fields["refused"])
 
 
 def pytest_terminal_summary(terminalreporter):
