@@ -52,11 +52,18 @@ if ! "$own" -c 'from omegaconf import OmegaConf; OmegaConf.create({"a": "${b}", 
     install omegaconf
     install antlr4_python3_runtime
 fi
-needed=(pytest pytest_timeout iniconfig packaging pluggy pygments pyyaml psutil tqdm)
-[ "$core" = 0.16.1 ] || needed+=(einops)
-for wheel in "${needed[@]}"; do
+for wheel in pytest pytest_timeout iniconfig packaging pluggy pygments pyyaml psutil tqdm einops; do
     "$own" -c "import ${wheel/pyyaml/yaml}" 2>/dev/null || install "$wheel"
 done
+
+# For local checkpoints, where the wheel is there: plain Python in a wheel for one glibc.
+resiliency=("$wheels/nvidia_resiliency_ext-$([ "$core" = 0.16.1 ] && echo 0.4.1 || echo 0.6.0)"-*.whl)
+if [ -f "${resiliency[0]}" ]; then
+    "$own" -m pip --disable-pip-version-check install --quiet --no-index --no-deps --upgrade --only-binary :all: \
+        --platform "manylinux_2_31_$(uname -m)" --platform "manylinux_2_39_$(uname -m)" \
+        --target "$("$own" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" "${resiliency[0]}" ||
+        fail "${resiliency[0]} can't be installed: see above"
+fi
 
 export PYTHONPATH="src:.${PYTHONPATH:+:$PYTHONPATH}" PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 "$own" scripts/versions.py pytest pytest_timeout omegaconf transformers safetensors tensorboard yaml psutil tqdm

@@ -14,16 +14,16 @@ WHEELHOUSE, GPU_TESTS = ROOT / "scripts" / "make_wheelhouse.sh", ROOT / "scripts
 CORE = "0.16.1"
 
 TINY_TESTS = """
-import pytest
+from pytest import mark
 
-@pytest.mark.gpu
-@pytest.mark.skipif(True, reason="no device in this test")
+@mark.gpu
+@mark.skipif(True, reason="no device in this test")
 def test_skips(): pass
 
-@pytest.mark.gpu
+@mark.gpu
 def test_passes(): pass
 
-@pytest.mark.gpu
+@mark.gpu
 def test_fails(): assert False
 
 def test_of_another_kind(): assert False
