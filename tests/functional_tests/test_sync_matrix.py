@@ -6,12 +6,14 @@ both kinds are counted at the end of the test run.
 """
 
 import itertools
+import re
 
 import pytest
 from megatron.core.dist_checkpointing.tensor_aware_state_dict import HAVE_NVRX
 
 from tests.ranks import run_on_ranks
 from tests.sync_matrix import LAYOUTS, WAYS, Cell, Model, config, offload_options, run_cell
+from tests.tiny import tiny_config
 
 CELLS = [
     Cell(Model(precision, kind, layout), precision_aware, fraction, overlap)
@@ -59,3 +61,33 @@ def test_every_way_in(cell, written_model, cell_counts, tmp_path):
     wrong = {way: verdict for verdicts in per_rank for way, verdict in verdicts.items() if verdict != "passed"}
     cell_counts.add(passed=len(ways) - len(wrong), failed=len(wrong))
     assert wrong == {}
+
+
+REFUSED = {
+    "without the distributed optimizer (its masters are tensors that the hybrid optimizer doesn't know)": (
+        {"optimizer": {"use_distributed_optimizer": False}, "ddp": {"use_distributed_optimizer": False}},
+        "optimizer.optimizer_cpu_offload=true without the distributed optimizer",
+    ),
+    "weights kept in FP8 without delayed scaling (no 16-bit weight to copy)": (
+        {"model": {"fp8": "e4m3", "fp8_recipe": "blockwise", "fp8_param": True}},
+        "optimizer.optimizer_cpu_offload=true with weights kept in FP8",
+    ),
+    "Megatron-FSDP (its shards are its own)": (
+        {"ddp": {"use_megatron_fsdp": True}},
+        "optimizer.optimizer_cpu_offload=true with ddp.use_megatron_fsdp=true",
+    ),
+    "an optimizer that Core's hybrid one lacks": (
+        {"optimizer": {"optimizer": "muon"}},
+        "optimizer.optimizer=muon with optimizer.optimizer_cpu_offload=true",
+    ),
+}
+
+
+@pytest.mark.parametrize("because", REFUSED)
+def test_what_core_cannot_do_is_refused(because, cell_counts, tmp_path):
+    sections, message = REFUSED[because]
+    optimizer = {"optimizer_cpu_offload": True, **sections.get("optimizer", {})}
+    cfg = tiny_config(tmp_path, **{**sections, "optimizer": optimizer})
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        cfg.validate(1)
+    cell_counts.add(refused=1, because=because)
