@@ -82,6 +82,16 @@ def stored_shapes(directory: str | Path) -> dict[str, tuple[int, ...]]:
     return {key: tuple(tensor.global_shape) for key, tensor in _stored_tensors(str(directory)).items()}
 
 
+def stored_content_metadata(directory: str | Path) -> dict[str, Any]:
+    """What a checkpoint says of its content (`save_sharded`'s `content_metadata`); empty where it says nothing.
+
+    Raises:
+        ValueError: A later Core wrote it than this one can read, or the file that holds it is cut off.
+    """
+    _check_common_state_is_readable(Path(directory))
+    return dist_checkpointing.serialization.load_content_metadata(str(directory)) or {}
+
+
 def check_files(directory: str | Path) -> None:
     """Refuse a checkpoint of which a file is missing or cut off, before anything is read from the others.
 

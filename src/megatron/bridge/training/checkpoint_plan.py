@@ -4,7 +4,8 @@
 `load_checkpoint` follows the plan; no flag of the configuration is changed on the way.
 """
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from megatron.core import __version__ as core_version
 
 from megatron.bridge.checkpoint import layout
 from megatron.bridge.checkpoint.model_checkpoint import read_run_config
-from megatron.bridge.checkpoint.sharded_state import stored_shapes
+from megatron.bridge.checkpoint.sharded_state import stored_content_metadata, stored_shapes
 from megatron.bridge.training.config import CheckpointConfig, ConfigContainer
 from megatron.bridge.training.local_checkpoint import LocalCheckpoint
 from megatron.bridge.utils.distributed import world_size
@@ -26,6 +27,9 @@ LAYOUT = tuple(
     for axis in ("tensor_model", "pipeline_model", "virtual_pipeline_model", "context", "expert_model", "expert_tensor")
 )
 """The parallel sizes in the model's section, all of which a local checkpoint is tied to."""
+
+OPTIMIZER_KEY = re.compile(r"(chained_\d+\.)?optimizer\.")
+"""How the names of optimizer state begin; in a model with experts, it has several optimizers."""
 
 
 class Source(Enum):
@@ -52,6 +56,9 @@ class LoadPlan:
 
     reasons: tuple[str, ...] = ()
     """Why something is not restored."""
+
+    content_metadata: dict[str, Any] = field(default_factory=dict)
+    """How the checkpoint says that its state is sharded; what it doesn't say is as this run would save it."""
 
     def __str__(self) -> str:
         parts = {"optimizer": self.optimizer, "schedule": self.scheduler, "rng": self.rng, "step": self.train_state}
@@ -127,11 +134,13 @@ def _plan_resume(cfg: ConfigContainer, root: str, *, option: str) -> LoadPlan:
         return _weights_only(directory, "checkpoint.finetune=true")
     if directory.name == "release":
         return _weights_only(directory, "a release checkpoint")
-    holds_optimizer = any(key.startswith("optimizer.") for key in stored_shapes(directory))
+    holds_optimizer = any(OPTIMIZER_KEY.match(key) for key in stored_shapes(directory))
     saved = read_run_config(directory)
+    content_metadata = stored_content_metadata(directory)
     if checkpoint.load_optim and holds_optimizer:
-        _check_optimizer_layout(cfg, saved, directory)
-    return _whole_resume(cfg, directory, Source.MEGATRON, saved=saved, holds_optimizer=holds_optimizer)
+        _check_optimizer_layout(cfg, saved, directory, content_metadata.get("distrib_optim_sharding_type"))
+    plan = _whole_resume(cfg, directory, Source.MEGATRON, saved=saved, holds_optimizer=holds_optimizer)
+    return replace(plan, content_metadata=content_metadata)
 
 
 def _plan_local(cfg: ConfigContainer, local: LocalCheckpoint) -> LoadPlan:
@@ -200,17 +209,25 @@ def _changed_layout(cfg: ConfigContainer, saved: RunConfig) -> str | None:
     return None
 
 
-def _check_optimizer_layout(cfg: ConfigContainer, saved: RunConfig, directory: Path) -> None:
-    """The optimizer's state is stored by bucket: it can be spread over other data ranks, not cut in another way.
+def _check_optimizer_layout(cfg: ConfigContainer, saved: RunConfig, directory: Path, sharding_type: str | None) -> None:
+    """State that is stored by bucket can be spread over other data ranks, not cut in another way.
 
     Raises:
-        ValueError: The tensor or pipeline layout changed.
+        ValueError: The checkpoint's format can't be read, or the tensor or pipeline layout changed and it doesn't bear
+            that.
     """
+    weights_alone = "load its weights alone with checkpoint.load_optim=false"
+    if sharding_type not in (None, "dp_reshardable", "fully_reshardable"):
+        raise ValueError(
+            f"{directory} (checkpoint.load) holds optimizer state in the format {sharding_type}, which can't be read: "
+            f"expected dp_reshardable or fully_reshardable; {weights_alone}"
+        )
     changed = _changed_layout(cfg, saved)
-    if changed is not None:
+    if changed is not None and sharding_type != "fully_reshardable":
         raise ValueError(
             f"{directory} (checkpoint.load) holds optimizer state of another layout ({changed}), which can't be "
-            "resharded: use the checkpoint's parallel sizes, or load its weights alone with checkpoint.load_optim=false"
+            "resharded: use the checkpoint's parallel sizes (saved from there with "
+            "checkpoint.dist_ckpt_optim_fully_reshardable=true it fits any), or " + weights_alone
         )
 
 

@@ -95,8 +95,10 @@ def save_checkpoint(
     context = init_checkpointing_context(cfg) if checkpointing_context is None else checkpointing_context
     state.train_state.floating_point_operations_so_far = num_floating_point_operations_so_far
     step = state.train_state.step
-    content = _state_to_save(cfg, model, optimizer, opt_param_scheduler, step)
-    if non_persistent_ckpt and cfg.checkpoint.non_persistent_ckpt_type == "local":
+    is_local = non_persistent_ckpt and cfg.checkpoint.non_persistent_ckpt_type == "local"
+    metadata = _sharding_metadata(cfg, is_local=is_local)
+    content = _state_to_save(cfg, model, optimizer, opt_param_scheduler, step, metadata=metadata)
+    if is_local:
         return save_local(
             context,
             content,
@@ -239,7 +241,8 @@ def _load_megatron(
     context: dict[str, Any],
 ) -> dict[str, Any]:
     """Read the planned parts of a Megatron checkpoint and put them in place; returns what was read."""
-    metadata = _sharding_metadata(cfg)
+    metadata = _sharding_metadata(cfg, is_local=plan.source is Source.LOCAL)
+    metadata.update((key, plan.content_metadata[key]) for key in metadata.keys() & plan.content_metadata.keys())
     weights = model_sharded_state_dict(model, metadata)
     if cfg.checkpoint.load_main_params_from_ckpt and not plan.optimizer and plan.source is not Source.LOCAL:
         read_in_fp32(weights)
@@ -289,9 +292,14 @@ def _restore_train_state(state: GlobalState, saved: dict[str, Any]) -> None:
 
 
 def _state_to_save(
-    cfg: ConfigContainer, model: list[Any], optimizer: Any, opt_param_scheduler: Any, step: int
+    cfg: ConfigContainer,
+    model: list[Any],
+    optimizer: Any,
+    opt_param_scheduler: Any,
+    step: int,
+    *,
+    metadata: dict[str, Any],
 ) -> dict[str, Any]:
-    metadata = _sharding_metadata(cfg)
     weights = model_sharded_state_dict(model, metadata)
     content: dict[str, Any] = {"checkpoint_version": CHECKPOINT_VERSION, "iteration": step, **weights}
     if cfg.checkpoint.save_optim and optimizer is not None:
@@ -303,10 +311,10 @@ def _state_to_save(
     return content
 
 
-def _sharding_metadata(cfg: ConfigContainer) -> dict[str, Any]:
-    """How Core shards the state, stored with the checkpoint as `content_metadata`."""
+def _sharding_metadata(cfg: ConfigContainer, *, is_local: bool = False) -> dict[str, Any]:
+    """How Core shards the state, stored with the checkpoint as `content_metadata`. Local checkpoints never reshard."""
     metadata: dict[str, Any] = {"chained_optim_avoid_prefix": True, "singleton_local_shards": False}
     if cfg.ddp.use_distributed_optimizer:
-        fully = cfg.checkpoint.dist_ckpt_optim_fully_reshardable
+        fully = cfg.checkpoint.dist_ckpt_optim_fully_reshardable and not is_local
         metadata["distrib_optim_sharding_type"] = "fully_reshardable" if fully else "dp_reshardable"
     return metadata

@@ -107,12 +107,6 @@ UNSUPPORTED = (
     Unsupported("checkpoint.use_mp_args_from_checkpoint_args", (False,), _FROM_LM),
     Unsupported("checkpoint.auto_detect_ckpt_format", (False,), "the format is torch_dist"),
     Unsupported("checkpoint.dist_ckpt_save_pre_mcore_014"),
-    # Core 0.16.1 to 0.19.2 write wrong state past the first bucket and can't read torch's Adam back
-    Unsupported(
-        "checkpoint.dist_ckpt_optim_fully_reshardable",
-        (False,),
-        "at another tensor or pipeline parallel size load the weights (checkpoint.load_optim=false)",
-    ),
     Unsupported("checkpoint.distrib_optim_fully_reshardable_mem_efficient"),
     Unsupported("checkpoint.ckpt_fully_parallel_save_process_group", ("dp",)),
     Unsupported("checkpoint.ckpt_fully_parallel_load_process_group", ("dp",)),

@@ -25,6 +25,7 @@ from megatron.bridge.training.cpu_offload import (
     native_fp32,
     one_master,
     plain_param_groups,
+    reshardable_state,
     state_device,
 )
 from megatron.bridge.training.cpu_offload.repair import Repair, ToBuild
@@ -40,6 +41,7 @@ REPAIRS: tuple[Repair, ...] = (
     *plain_param_groups.REPAIRS,
     *native_fp32.REPAIRS,
     *group_order.REPAIRS,
+    *reshardable_state.REPAIRS,
 )
 
 

@@ -1,0 +1,125 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""An optimizer's whole state, put together from the slices of all ranks: the same whatever the layout.
+
+It looks at what is stepped on, never at what a checkpoint would hold, so that the two can be compared.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+
+KINDS = ("master", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What one rank steps on of one parameter."""
+
+    name: str
+    """The parameter's, its layer counted over all pipeline stages."""
+    tensor_rank: int
+    shape: tuple[int, ...]
+    """The parameter's, on its tensor-parallel rank."""
+    axis: int | None
+    """Along which tensor-parallel ranks cut it; None where each has all of it."""
+    is_gated: bool
+    """Two matrices on top of each other, each of which is cut."""
+    start: int
+    tensors: dict[str, torch.Tensor]
+    """FP32, flat, from `start` on, by `KINDS`."""
+    step: float
+    """Adam's counter."""
+
+
+def slices_of(model: list[Any], optimizer: Any) -> list[Slice]:
+    """A copy of all that this rank steps on."""
+    names = _names(model)
+    return [
+        _slice(child, param, *names[param])
+        for child in optimizer.chained_optimizers
+        for param in child.model_param_group_index_map
+    ]
+
+
+def whole_state(slices_by_rank: list[list[Slice]], *, vocab_size: int) -> dict[str, torch.Tensor]:
+    """Masters and moments by `kind name`, and the step, from every rank's slices. All elements must be there once.
+
+    Where several ranks keep the same (tied embeddings, weights that tensor-parallel ranks share) they must agree.
+    """
+    slices = [one for of_a_rank in slices_by_rank for one in of_a_rank]
+    assert len({one.step for one in slices}) == 1, {one.step for one in slices}
+    whole = {"step": torch.tensor(slices[0].step)}
+    for name in dict.fromkeys(one.name for one in slices):
+        of_name = [one for one in slices if one.name == name]
+        ranks = sorted({one.tensor_rank for one in of_name})
+        for kind in KINDS:
+            parts = [_joined([one for one in of_name if one.tensor_rank == rank], kind) for rank in ranks]
+            tensor = _uncut(parts, of_name[0].axis, is_gated=of_name[0].is_gated)
+            whole[f"{kind} {name}"] = tensor[:vocab_size] if "embedding" in name or "output_layer" in name else tensor
+    return whole
+
+
+def _names(model: list[Any]) -> dict[torch.Tensor, tuple[str, bool]]:
+    """Each parameter's name over all stages, and whether it is gated."""
+    from megatron.core.utils import unwrap_model
+
+    names = {}
+    for chunk in map(unwrap_model, model):
+        for name, param in chunk.named_parameters():
+            layer = re.match(r"decoder\.layers\.(\d+)\.", name)
+            if layer:
+                number = chunk.decoder.layers[int(layer[1])].layer_number - 1
+                name = f"decoder.layers.{number}.{name[layer.end() :]}"
+            if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
+                name = "embedding.word_embeddings.weight"
+            names[param] = name, "linear_fc1" in name and chunk.config.gated_linear_unit
+    return names
+
+
+def _slice(optimizer: Any, param: torch.Tensor, name: str, is_gated: bool) -> Slice:
+    from megatron.core import mpu
+
+    group, place = optimizer.model_param_group_index_map[param]
+    inner = optimizer.optimizer
+    stepped_on = inner.param_groups[group]["params"][place]
+    stepping = [inner]
+    if isinstance(inner, HybridDeviceOptimizer):
+        stepped_on, stepping = inner.param_to_inner_param[stepped_on], inner.sub_optimizers
+    (state,) = [one.state[stepped_on] for one in stepping if stepped_on in one.state]
+    tensors = {"master": stepped_on, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+    return Slice(
+        name=name,
+        tensor_rank=mpu.get_tensor_model_parallel_rank(),
+        shape=tuple(param.shape),
+        axis=param.partition_dim if getattr(param, "tensor_model_parallel", False) else None,
+        is_gated=is_gated,
+        start=optimizer._get_model_param_range_map(param)["param"].start,
+        tensors={kind: tensor.detach().clone().cpu() for kind, tensor in tensors.items()},
+        step=float(state["step"]),
+    )
+
+
+def _joined(slices: list[Slice], kind: str) -> torch.Tensor:
+    """One tensor-parallel rank's parameter, from its data-parallel ranks."""
+    flat = torch.zeros(math.prod(slices[0].shape))
+    filled = torch.zeros_like(flat, dtype=torch.bool)
+    for one in slices:
+        place = slice(one.start, one.start + one.tensors[kind].numel())
+        again = filled[place]
+        assert torch.equal(flat[place][again], one.tensors[kind][again]), f"ranks disagree about {kind} {one.name}"
+        flat[place], filled[place] = one.tensors[kind], True
+    assert filled.all(), f"no rank steps on a part of {slices[0].name}"
+    return flat.view(slices[0].shape)
+
+
+def _uncut(parts: list[torch.Tensor], axis: int | None, *, is_gated: bool) -> torch.Tensor:
+    if axis is None:
+        assert all(torch.equal(part, parts[0]) for part in parts), "tensor-parallel ranks disagree"
+        return parts[0]
+    if is_gated:
+        return torch.cat([half for at in (0, 1) for half in (part.chunk(2)[at] for part in parts)])
+    return torch.cat(parts, dim=axis)
