@@ -10,19 +10,21 @@ from megatron.core.dist_checkpointing.tensor_aware_state_dict import HAVE_NVRX
 
 from megatron.bridge.checkpoint import layout, model_checkpoint
 from tests.on_ranks import fill_weights
-from tests.sync_matrix import SCALED, WAYS, Model, build_model, config, start
+from tests.sync_matrix import SCALED, WAYS
+from tests.sync_rig import Model, Rig, config, start
 
 
 def write_checkpoints(directory: Path, model: Model) -> None:
     """One model's weights in every form that a run can load. All hold the same weights once in 16 bits."""
-    from megatron.bridge.checkpoint.sharded_state import save_sharded
+    from megatron.bridge.checkpoint.sharded_save import save_sharded
     from megatron.bridge.models.conversion.auto_bridge import AutoBridge
     from megatron.bridge.training.checkpointing import save_checkpoint
     from megatron.bridge.training.state import GlobalState, TrainState
     from megatron.bridge.utils.distributed import barrier, is_rank_0
 
     cfg = config(directory, model, offload={}, checkpoint={})
-    chunks = build_model(cfg)
+    rig = Rig(directory, model)
+    chunks = rig.whole
     if model.kind == "dense":
         AutoBridge.from_hf_pretrained(str(directory / "hf")).load_hf_weights(chunks)
     else:
@@ -53,6 +55,7 @@ def write_checkpoints(directory: Path, model: Model) -> None:
         state = GlobalState(saving, train_state=TrainState(step=4, consumed_train_samples=16))
         is_local = "save" not in options
         save_checkpoint(state, chunks, run.optimizer, run.scheduler, non_persistent_ckpt=is_local)
+    rig.close()
 
 
 def _own_tensors(sharded: Any) -> list[Any]:

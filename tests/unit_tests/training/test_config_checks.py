@@ -324,7 +324,7 @@ BAD = {
         ),
     ],
     "check_options_are_built": [
-        (["checkpoint.async_save=true"], 1, "checkpoint.async_save=true is not built yet"),
+        (["checkpoint.replication=true"], 1, "checkpoint.replication=true is not built yet"),
         (
             ["checkpoint.non_persistent_ckpt_type=in_memory"],
             1,
@@ -372,6 +372,13 @@ BAD = {
             + ["checkpoint.non_persistent_global_ckpt_dir=/tmp/y/../x"],
             1,
             "is checkpoint.save too, whose iterations would be removed",
+        ),
+    ],
+    "check_background_writer_is_a_thread": [
+        (
+            ["checkpoint.async_save=true", "checkpoint.save=/tmp/x", "checkpoint.async_ckpt_use_cpu_shm=true"],
+            1,
+            "checkpoint.async_ckpt_use_cpu_shm=True with checkpoint.async_save=true: a thread of each rank writes",
         ),
     ],
 }

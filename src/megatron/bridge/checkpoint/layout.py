@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.bridge.utils.files import atomic_write
+from megatron.bridge.utils.files import atomic_write, remove_directory
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 TRACKER_PREFIX = "latest"
@@ -47,9 +47,24 @@ def unfinished_name(root: str | os.PathLike, iteration: int) -> Path:
     return Path(root) / f".{checkpoint_name(root, iteration).name}.saving"
 
 
-def unfinished_saves(root: str | os.PathLike) -> list[Path]:
-    """What saves that were killed left behind."""
-    return sorted(Path(root).glob(".iter_*.saving"))
+def replaced_name(root: str | os.PathLike, iteration: int) -> Path:
+    """Where an iteration stands while another takes its name: `<root>/.iter_0000010.old`."""
+    return unfinished_name(root, iteration).with_suffix(".old")
+
+
+def leftovers(root: str | os.PathLike) -> list[Path]:
+    """What processes that were killed left behind: partial saves, replaced iterations, half-removed ones."""
+    return sorted(path for end in ("saving", "old", "removed") for path in Path(root).glob(f".iter_*.{end}"))
+
+
+def clear_leftovers(root: str | os.PathLike) -> None:
+    """Remove what killed processes left behind; an iteration that was only taken aside gets its name back."""
+    for path in leftovers(root):
+        directory = path.with_name(path.name[1:].rpartition(".")[0])
+        if path.suffix == ".old" and not directory.exists():
+            os.replace(path, directory)
+        else:
+            shutil.rmtree(path)
 
 
 def read_tracker(root: str | os.PathLike) -> Tracker | None:
@@ -154,7 +169,7 @@ def resolve_checkpoint(path: str | os.PathLike, ckpt_step: int | None = None, *,
     root = Path(path)
     named = f"{option}={str(path)!r}"
     if ckpt_step is not None:
-        directory = checkpoint_name(root, ckpt_step)
+        directory = _standing(root, ckpt_step)
         if not directory.is_dir():
             there = ", ".join(str(iteration) for iteration, _ in iterations(root)) or "none"
             raise FileNotFoundError(
@@ -169,13 +184,20 @@ def resolve_checkpoint(path: str | os.PathLike, ckpt_step: int | None = None, *,
                 f"{named} holds no checkpoint: {root / TRACKER_FILE} is missing; name a directory that a save wrote, "
                 "or one of its iter_N directories"
             )
-        directory = checkpoint_name(root, tracker.iteration, release=tracker.release)
+        directory = _standing(root, tracker.iteration, release=tracker.release)
     missing = what_is_missing(directory)
     if missing is not None:
         whole = [str(iteration) for iteration, candidate in iterations(directory.parent) if is_complete(candidate)]
         way_out = f"; complete iterations there: {', '.join(whole)} (checkpoint.ckpt_step)" if whole else ""
         raise ValueError(f"{directory} ({option}) is not a complete checkpoint: {missing}{way_out}")
     return directory
+
+
+def _standing(root: str | os.PathLike, iteration: int, *, release: bool = False) -> Path:
+    """An iteration's directory; the one taken aside for it, where a save was killed before the new one got the name."""
+    directory = checkpoint_name(root, iteration, release=release)
+    taken_aside = replaced_name(root, iteration)
+    return taken_aside if not release and not directory.exists() and taken_aside.is_dir() else directory
 
 
 def prune(root: str | os.PathLike, keep: int) -> list[Path]:
@@ -196,7 +218,7 @@ def prune(root: str | os.PathLike, keep: int) -> list[Path]:
     for iteration, path in whole[:-keep]:
         if tracker is not None and not tracker.release and iteration == tracker.iteration:
             continue
-        shutil.rmtree(path)
+        remove_directory(path)
         removed.append(path)
     return removed
 
@@ -208,4 +230,4 @@ def forget_from(root: str | os.PathLike, step: int) -> None:
         (Path(root) / TRACKER_FILE).unlink()
     for iteration, path in iterations(root):
         if iteration >= step:
-            shutil.rmtree(path)
+            remove_directory(path)

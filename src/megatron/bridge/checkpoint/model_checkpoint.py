@@ -7,7 +7,6 @@ no such prefix.
 """
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,10 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 
 from megatron.bridge.checkpoint import layout
-from megatron.bridge.checkpoint.sharded_state import load_sharded, save_sharded
+from megatron.bridge.checkpoint.sharded_save import save_sharded
+from megatron.bridge.checkpoint.sharded_state import load_sharded
 from megatron.bridge.utils.distributed import barrier, is_rank_0, on_all_ranks
-from megatron.bridge.utils.files import atomic_write, check_writable_directory, move_directory
+from megatron.bridge.utils.files import atomic_write, check_writable_directory, fsync_directory, move_directory
 
 _SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """libyaml's, where PyYAML was built with it: ten times as fast."""
@@ -116,7 +116,7 @@ def save_model_checkpoint(
 
 
 def prepare_save(root: str | Path, iteration: int, *, option: str) -> Path:
-    """Make the directory that a save fills; leftovers of saves that never finished are removed. Call on all ranks.
+    """Make the directory that a save fills, and put right what killed saves left behind. Call on all ranks.
 
     Args:
         root: Where the iteration's directory will stand.
@@ -133,8 +133,7 @@ def prepare_save(root: str | Path, iteration: int, *, option: str) -> Path:
     with on_all_ranks(f"preparing {root}"):
         if is_rank_0():
             check_writable_directory(root, option)
-            for leftover in layout.unfinished_saves(root):
-                shutil.rmtree(leftover)
+            layout.clear_leftovers(root)
             unfinished.mkdir()
     return unfinished
 
@@ -158,6 +157,7 @@ def commit_checkpoint(
                 yaml.safe_dump(run_config, file, sort_keys=False)
             if train_state is not None:
                 _write_train_state(unfinished / layout.TRAIN_STATE_FILE, train_state)
+            fsync_directory(unfinished)
             move_directory(unfinished, directory)
             if train_state is not None:
                 _write_train_state(root / f"{layout.TRACKER_PREFIX}_{layout.TRAIN_STATE_FILE}", train_state)

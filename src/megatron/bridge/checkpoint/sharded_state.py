@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Sharded state on disk: Megatron-Core's `dist_checkpointing` in the `torch_dist` format, errors that say where."""
+"""Read sharded state: Megatron-Core's `dist_checkpointing` in the `torch_dist` format, errors that say where."""
 
 import inspect
 import pickle
@@ -12,37 +12,12 @@ import torch.distributed as dist
 from megatron.core import __version__ as core_version
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, ShardedTensorFactory
-from megatron.core.dist_checkpointing.strategies.fully_parallel import (
-    FullyParallelLoadStrategyWrapper,
-    FullyParallelSaveStrategyWrapper,
-)
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron.bridge.checkpoint.layout import DCP_METADATA_FILE
-from megatron.bridge.utils.distributed import barrier, on_all_ranks
-
-
-def save_sharded(
-    sharded_state_dict: ShardedStateDict,
-    directory: str | Path,
-    *,
-    content_metadata: dict[str, Any] | None = None,
-    parallel_group: dist.ProcessGroup | None = None,
-) -> None:
-    """Write a sharded state dict with all ranks. Returns when every rank's files are complete.
-
-    Args:
-        sharded_state_dict: Core's `ShardedTensor`s and `ShardedObject`s; other values are common to all ranks.
-        directory: Exists and is empty; `model_checkpoint.prepare_save` makes it.
-        content_metadata: Plain data that describes the content, read back with the common state.
-        parallel_group: Spread replicated tensors' writing over this group's ranks (the data-parallel group).
-    """
-    strategy = dist_checkpointing.serialization.get_default_save_sharded_strategy()
-    if parallel_group is not None:
-        strategy = FullyParallelSaveStrategyWrapper(strategy, parallel_group)
-    dist_checkpointing.save(sharded_state_dict, str(directory), strategy, content_metadata=content_metadata)
-    barrier()
+from megatron.bridge.utils.distributed import on_all_ranks
 
 
 def load_sharded(

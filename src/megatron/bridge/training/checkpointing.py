@@ -6,9 +6,12 @@ weights. It is decided by what the load did (`LoadPlan.optimizer`), never by a f
 """
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import update_num_microbatches
@@ -21,7 +24,9 @@ from megatron.bridge.checkpoint.model_checkpoint import (
     prepare_save,
     read_in_fp32,
 )
-from megatron.bridge.checkpoint.sharded_state import load_sharded, read_plain_blob, save_sharded
+from megatron.bridge.checkpoint.sharded_save import plan_save
+from megatron.bridge.checkpoint.sharded_state import load_sharded, read_plain_blob
+from megatron.bridge.training.background_save import BackgroundSave, finish_background_save
 from megatron.bridge.training.checkpoint_plan import LoadPlan, Source, plan_load
 from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.training.cpu_offload.param_copies import (
@@ -44,6 +49,7 @@ from megatron.bridge.utils.distributed import barrier, is_rank_0, on_all_ranks
 __all__ = [
     "HybridParamSync",
     "check_hybrid_optimizer_param_copies",
+    "finish_background_save",
     "init_checkpointing_context",
     "load_checkpoint",
     "save_checkpoint",
@@ -76,6 +82,9 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint of the current step with all ranks. It counts only once it is complete on disk.
 
+    With `checkpoint.async_save` this returns when the state is copied, and `finish_background_save` completes it; a
+    save that is still being written is completed first, so that there is never more than one.
+
     Args:
         state: The run; its train state says the step.
         model: This rank's chunks.
@@ -90,7 +99,9 @@ def save_checkpoint(
 
     Raises:
         ValueError: `checkpoint.save` is not set or can't be written.
+        OSError: This rank can't write; on the other ranks a RuntimeError that carries its text.
     """
+    finish_background_save(state, wait=True)
     cfg = state.cfg
     context = init_checkpointing_context(cfg) if checkpointing_context is None else checkpointing_context
     state.train_state.floating_point_operations_so_far = num_floating_point_operations_so_far
@@ -110,17 +121,25 @@ def save_checkpoint(
     between = cfg.checkpoint.non_persistent_root(cfg.checkpoint.save)
     if non_persistent_ckpt:
         return _save_iteration(state, content, between, option="checkpoint.non_persistent_global_ckpt_dir", keep=1)
-    keep = cfg.checkpoint.most_recent_k or 0
-    directory = _save_iteration(state, content, cfg.checkpoint.save, option="checkpoint.save", keep=keep)
-    # A run that went back to an earlier step abandons what it saved in between after it.
-    forget_local_from(context, step)
-    if cfg.checkpoint.non_persistent_ckpt_type == "global" and is_rank_0():
-        layout.forget_from(between, step)
-    barrier()
-    return directory
+    return _save_iteration(
+        state,
+        content,
+        cfg.checkpoint.save,
+        option="checkpoint.save",
+        keep=cfg.checkpoint.most_recent_k or 0,
+        afterwards=partial(_forget_abandoned, cfg, context, step),
+    )
 
 
-def _save_iteration(state: GlobalState, content: dict[str, Any], root: str | None, *, option: str, keep: int) -> Path:
+def _save_iteration(
+    state: GlobalState,
+    content: dict[str, Any],
+    root: str | None,
+    *,
+    option: str,
+    keep: int,
+    afterwards: Callable[[], None] = lambda: None,
+) -> Path:
     """Write an iteration's directory, commit it, and remove what is older than the newest `keep` (0 or less: nothing).
 
     Raises:
@@ -130,7 +149,7 @@ def _save_iteration(state: GlobalState, content: dict[str, Any], root: str | Non
     if root is None:
         raise ValueError(f"save_checkpoint needs {option}: set it to a directory")
     unfinished = prepare_save(root, step, option=option)
-    save_sharded(
+    save = plan_save(
         content,
         unfinished,
         content_metadata=_sharding_metadata(cfg),
@@ -141,15 +160,49 @@ def _save_iteration(state: GlobalState, content: dict[str, Any], root: str | Non
     with on_all_ranks(f"saving the tokenizer in {unfinished}"):
         if is_rank_0() and cfg.checkpoint.save_tokenizer_assets and state.tokenizer is not None:
             state.tokenizer.save_pretrained(unfinished / layout.TOKENIZER_DIRECTORY)
-    directory = commit_checkpoint(
-        unfinished, step, run_config=yaml.safe_load(cfg.to_yaml()), train_state=state.train_state.state_dict()
+    close = partial(
+        _close_save,
+        unfinished,
+        step,
+        keep=keep,
+        run_config=yaml.safe_load(cfg.to_yaml()),
+        train_state=state.train_state.state_dict(),
+        afterwards=afterwards,
     )
-    if is_rank_0():
-        logger.info("saved step %d to %s", step, directory)
-        for old in layout.prune(directory.parent, keep):
-            logger.info("removed %s (the newest %d are kept)", old, keep)
-    barrier()
+    if cfg.checkpoint.async_save:
+        state.background_save = BackgroundSave(save, close)
+        return layout.checkpoint_name(root, step)
+    save.write()
+    save.complete()
+    return close()
+
+
+def _close_save(
+    unfinished: Path,
+    step: int,
+    *,
+    keep: int,
+    run_config: dict[str, Any],
+    train_state: dict[str, torch.Tensor],
+    afterwards: Callable[[], None],
+) -> Path:
+    """What every save ends with, when all tensors are on disk: commit, prune, `afterwards`."""
+    directory = commit_checkpoint(unfinished, step, run_config=run_config, train_state=train_state)
+    with on_all_ranks(f"removing what is older than {directory}"):
+        if is_rank_0():
+            logger.info("saved step %d to %s", step, directory)
+            for old in layout.prune(directory.parent, keep):
+                logger.info("removed %s (the newest %d are kept)", old, keep)
+    afterwards()
     return directory
+
+
+def _forget_abandoned(cfg: ConfigContainer, context: dict[str, Any], step: int) -> None:
+    """A run that went back to an earlier step abandons what it saved in between after it."""
+    forget_local_from(context, step)
+    if cfg.checkpoint.non_persistent_ckpt_type == "global" and is_rank_0():
+        layout.forget_from(cfg.checkpoint.non_persistent_root(cfg.checkpoint.save), step)
+    barrier()
 
 
 def plan_on_all_ranks(cfg: ConfigContainer, context: dict[str, Any]) -> LoadPlan | None:
@@ -161,6 +214,10 @@ def plan_on_all_ranks(cfg: ConfigContainer, context: dict[str, Any]) -> LoadPlan
     """
     local = find_local(context)
     with on_all_ranks("planning the load"):
+        if is_rank_0() and cfg.checkpoint.load is not None:
+            for root in (cfg.checkpoint.load, cfg.checkpoint.non_persistent_root(cfg.checkpoint.load)):
+                for path in layout.leftovers(root):
+                    logger.warning("%s is passed over: the process that wrote or removed it was killed", path)
         return plan_load(cfg, local)
 
 
@@ -190,6 +247,7 @@ def load_checkpoint(
         ValueError: The checkpoint is incomplete or for another model.
         RuntimeError: The offloaded optimizer's copies don't follow the load.
     """
+    finish_background_save(state, wait=True)
     context = init_checkpointing_context(state.cfg) if checkpointing_context is None else checkpointing_context
     plan = plan_on_all_ranks(state.cfg, context)
     if plan is None:

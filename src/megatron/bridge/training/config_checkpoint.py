@@ -114,25 +114,25 @@ class CheckpointConfig:
     """All data-parallel ranks share the writing of a checkpoint."""
 
     async_save: bool = False
-    """Write while the training goes on."""
+    """Copy what is saved and write it while the training goes on; one checkpoint at a time."""
 
     async_strategy: Literal["nvrx", "mcore"] = "nvrx"
-    """What writes in the background (with async_save)."""
+    """Megatron Bridge's choice of a background writer. Here a thread of each rank writes, whatever it says."""
 
     use_persistent_ckpt_worker: bool = True
-    """Keep the background writer between checkpoints (with async_save)."""
+    """Megatron Bridge needs it for async_save, so it must stay set; a thread needs nothing between checkpoints."""
 
     async_ckpt_cpu_priority: int = 10
-    """Nice value of the background writer (with async_save)."""
+    """Nice value of a writer process. A thread writes: with async_save only the default is accepted."""
 
     async_ckpt_io_priority: int | None = 3
-    """I/O class of the background writer (with async_save). None: unchanged."""
+    """I/O class of a writer process. A thread writes: with async_save only the default is accepted."""
 
     async_ckpt_use_cpu_shm: bool = False
-    """Hand tensors to the background writer in shared memory (with async_save)."""
+    """Hand tensors to a writer process in shared memory. With async_save only the default is accepted."""
 
     async_write_results_mp_mode: Literal["fork", "spawn"] = "fork"
-    """How the background writer starts processes (with async_save)."""
+    """How a writer process starts others. A thread starts none, whatever it says."""
 
     fully_parallel_load: bool = False
     """Each data-parallel rank reads a part of the checkpoint and gives it to the others."""

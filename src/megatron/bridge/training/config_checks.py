@@ -178,6 +178,19 @@ def check_non_persistent_checkpoints_have_a_place(cfg: "ConfigContainer", world_
             )
 
 
+def check_background_writer_is_a_thread(cfg: "ConfigContainer", world_size: int) -> None:
+    """A thread of each rank writes in the background: what would set up a process of its own must be left as it is."""
+    defaults = type(cfg.checkpoint).__dataclass_fields__
+    for name in ("cpu_priority", "io_priority", "use_cpu_shm"):
+        option = f"async_ckpt_{name}"
+        value = getattr(cfg.checkpoint, option)
+        if cfg.checkpoint.async_save and value != defaults[option].default:
+            raise ValueError(
+                f"checkpoint.{option}={value} with checkpoint.async_save=true: a thread of each rank writes, which has "
+                f"no such option; leave it at {defaults[option].default}"
+            )
+
+
 RULES: tuple[Callable[["ConfigContainer", int], None], ...] = (
     *PARALLEL_RULES,
     check_global_batch_is_divisible,
@@ -194,5 +207,6 @@ RULES: tuple[Callable[["ConfigContainer", int], None], ...] = (
     check_pretrained_checkpoint_exists,
     check_peft_has_pretrained_checkpoint,
     check_non_persistent_checkpoints_have_a_place,
+    check_background_writer_is_a_thread,
 )
 """Every rule, in the order in which they speak: what is wrong first is said first."""

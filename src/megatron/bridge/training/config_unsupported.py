@@ -87,7 +87,6 @@ UNSUPPORTED = (
     Unsupported("model.fp8_quantizer_factory", (None,), "choose a model.fp8_recipe of Transformer Engine's instead"),
     Unsupported("model.fp4_quantizer_factory", (None,), "choose a model.fp4_recipe of Transformer Engine's instead"),
     # what is saved and loaded
-    Unsupported("checkpoint.async_save", (False,), "checkpoints are written before the next step"),
     Unsupported("checkpoint.ckpt_format", ("torch_dist",)),
     Unsupported(
         "checkpoint.ckpt_convert_format", (None,), "python -m megatron.bridge.convert converts to Hugging Face"

@@ -11,6 +11,7 @@ import torch
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+    from megatron.bridge.training.background_save import BackgroundSave
     from megatron.bridge.training.config import ConfigContainer
     from megatron.bridge.training.config_derived import DerivedConfig
 
@@ -72,6 +73,9 @@ class GlobalState:
     train_state: TrainState = field(default_factory=TrainState)
     tokenizer: Any = None
     derived: DerivedConfig | None = None
+    background_save: BackgroundSave | None = field(default=None, repr=False)
+    """The save that is being written while the training goes on; None: there is none."""
+
     _tensorboard: SummaryWriter | None = field(default=None, repr=False)
 
     @property
@@ -88,7 +92,10 @@ class GlobalState:
         return self._tensorboard
 
     def close(self) -> None:
-        """Flush and close what was opened."""
+        """Flush and close what was opened; a save that is still being written is given up."""
+        if self.background_save is not None:
+            self.background_save.abandon()
+            self.background_save = None
         if self._tensorboard is not None:
             self._tensorboard.close()
             self._tensorboard = None

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size, update_num_microbatches
 
 from megatron.bridge.training.callbacks import CallbackContext, CallbackManager
-from megatron.bridge.training.checkpointing import save_checkpoint
+from megatron.bridge.training.checkpointing import finish_background_save, save_checkpoint
 from megatron.bridge.training.eval import evaluate
 from megatron.bridge.training.flops import train_step_flops
 from megatron.bridge.training.micro_batches import bind_forward_step, means, run_micro_batches
@@ -59,6 +60,7 @@ def train(run: SetupOutput, forward_step_func: Callable, callbacks: CallbackMana
     with _garbage_collection(cfg.train):
         while state.train_state.step < state.derived.train_iters:
             _take_step(run, forward_step, context, callbacks)
+            _complete_background_save(run, context, callbacks, wait=False)
             step = state.train_state.step
             if _is_due(step, state.derived.eval_interval) and state.train_state.do_valid:
                 evaluate(run, forward_step, callbacks)
@@ -67,6 +69,7 @@ def train(run: SetupOutput, forward_step_func: Callable, callbacks: CallbackMana
                 _save(run, context, callbacks)
                 saved_step = step
             elif _is_due(step, cfg.checkpoint.non_persistent_save_interval):
+                _complete_background_save(run, context, callbacks, wait=True)
                 _save_checkpoint(run, non_persistent=True)
             if asked_to_stop:
                 logger.info("stopping at step %d of %d", step, state.derived.train_iters)
@@ -74,6 +77,7 @@ def train(run: SetupOutput, forward_step_func: Callable, callbacks: CallbackMana
     callbacks.fire("on_train_end", context)
     if cfg.checkpoint.save and saved_step != state.train_state.step:
         _save(run, context, callbacks)
+    _complete_background_save(run, context, callbacks, wait=True)
 
 
 def train_step(run: SetupOutput, forward_step: Callable, micro_batches: list[dict[str, Any]]) -> TrainStepResult:
@@ -130,8 +134,18 @@ def _take_step(run: SetupOutput, forward_step: Callable, context: CallbackContex
 
 
 def _save(run: SetupOutput, context: CallbackContext, callbacks: CallbackManager) -> None:
+    _complete_background_save(run, context, callbacks, wait=True)
     _save_checkpoint(run)
-    callbacks.fire("on_checkpoint_save", context)
+    if not run.state.cfg.checkpoint.async_save:
+        callbacks.fire("on_checkpoint_save", context)
+
+
+def _complete_background_save(
+    run: SetupOutput, context: CallbackContext, callbacks: CallbackManager, *, wait: bool
+) -> None:
+    directory = finish_background_save(run.state, wait=wait)
+    if directory is not None and directory.parent == Path(run.state.cfg.checkpoint.save):
+        callbacks.fire("on_checkpoint_save", context)
 
 
 def _save_checkpoint(run: SetupOutput, *, non_persistent: bool = False) -> None:

@@ -60,6 +60,8 @@ def replaced_directory(path: str | os.PathLike) -> Iterator[Path]:
 def move_directory(source: str | os.PathLike, target: str | os.PathLike) -> None:
     """Give a complete directory its name. What stood there goes after it is replaced.
 
+    No directory can be replaced in one step: killed between two, the old one stands beside `source` as `.old`.
+
     Args:
         source: On the same file system as `target`.
         target: May exist.
@@ -73,6 +75,20 @@ def move_directory(source: str | os.PathLike, target: str | os.PathLike) -> None
     else:
         os.replace(source, target)
     fsync_directory(target.parent)
+
+
+def remove_directory(path: str | os.PathLike) -> None:
+    """Remove a directory so that no one ever sees a part of it under its name.
+
+    Args:
+        path: Killed on the way, its rest stands beside it as `.<name>.removed`.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.removed")
+    if beside.exists():
+        shutil.rmtree(beside)
+    os.replace(path, beside)
+    shutil.rmtree(beside)
 
 
 def fsync_directory(path: str | os.PathLike) -> None:

@@ -1,0 +1,219 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Write sharded state: planned by Megatron-Core, written by this process, complete on all ranks or failed on all.
+
+Core 0.16 forks a process for each file and waits for it for ever, also when it was killed; on every version a rank that
+can't write leaves the others waiting. So Core plans here (who writes which tensor where), and the rest is done here: a
+save starts no process, and each step that can fail on one rank is agreed on by all.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+import json
+import os
+import queue
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import __version__ as core_version
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.distributed.checkpoint import filesystem as torch_filesystem
+from torch.distributed.checkpoint.metadata import Metadata
+
+from megatron.bridge.checkpoint.layout import METADATA_FILE
+from megatron.bridge.utils.distributed import is_rank_0, on_all_ranks, rank, world_size
+from megatron.bridge.utils.files import atomic_write
+
+
+def save_sharded(
+    sharded_state_dict: ShardedStateDict,
+    directory: str | Path,
+    *,
+    content_metadata: dict[str, Any] | None = None,
+    parallel_group: dist.ProcessGroup | None = None,
+) -> None:
+    """Write a sharded state dict with all ranks. Returns when every rank's files are complete.
+
+    Args:
+        sharded_state_dict: Core's `ShardedTensor`s and `ShardedObject`s; other values are common to all ranks.
+        directory: Exists and is empty; `model_checkpoint.prepare_save` makes it.
+        content_metadata: Plain data that describes the content, read back with the common state.
+        parallel_group: Spread replicated tensors' writing over this group's ranks (the data-parallel group).
+
+    Raises:
+        OSError: This rank can't write; on the other ranks a RuntimeError that carries its text.
+    """
+    save = plan_save(sharded_state_dict, directory, content_metadata=content_metadata, parallel_group=parallel_group)
+    save.write()
+    save.complete()
+
+
+def plan_save(
+    sharded_state_dict: ShardedStateDict,
+    directory: str | Path,
+    *,
+    content_metadata: dict[str, Any] | None = None,
+    parallel_group: dist.ProcessGroup | None = None,
+) -> "ShardedSave":
+    """Agree with all ranks on who writes what; what is common to all ranks is taken as it is now.
+
+    Args:
+        sharded_state_dict: See `save_sharded`; so are the others.
+        directory: Exists and is empty.
+        content_metadata: Plain data.
+        parallel_group: The data-parallel group.
+
+    Returns:
+        This rank's part, with nothing but the common state written.
+
+    Raises:
+        OSError: See `save_sharded`.
+    """
+    described = dict(sharded_state_dict)
+    if content_metadata is not None:
+        described["content_metadata"] = content_metadata
+    sharded, common = save_preprocess(described)
+    if "common_strategy" in inspect.signature(dist_checkpointing.save).parameters:
+        with on_all_ranks(f"writing the common state in {directory}"), _errors_of_the_disk(directory):
+            dist_checkpointing.serialization.get_default_save_common_strategy().save_common(common, str(directory))
+    else:  # later versions keep it among the tensors
+        sharded["common_state"] = ShardedObject("common_state", common, (1,), (0,), replica_id=rank())
+    strategy = _PlanningStrategy("torch_dist", 1, thread_count=1)
+    parallel = FullyParallelSaveStrategyWrapper(strategy, parallel_group) if parallel_group is not None else strategy
+    with _no_process_for_results():
+        planned = parallel.async_save(sharded, str(directory), *strategy.of_this_core)
+    if not isinstance(planned, ShardedSave):
+        raise RuntimeError(
+            f"megatron-core {core_version} plans a save in another way than 0.16.1 to 0.19.2: install one of these"
+        )
+    return planned
+
+
+class ShardedSave:
+    """One rank's part of a planned save. `write` may run in a thread of its own; the rest is called on all ranks."""
+
+    def __init__(self, writer: filesystem_async.FileSystemWriterAsync, metadata: Metadata | None) -> None:
+        self._writer = writer
+        self._metadata = metadata
+        self._results: list[Any] = []
+        self._cancelled = threading.Event()
+        self.directory = Path(writer.checkpoint_dir)
+        self.error: Exception | None = None
+        """What kept this rank from writing."""
+
+    def copy_tensors(self) -> None:
+        """Copy all that this rank writes into host memory of its own, so that the training may go on.
+
+        A tensor that lies on the host, as an offloaded optimizer's do, would be changed by the next step while it is
+        being written; Core copies only what lies on a device or is a view.
+        """
+        for _, _, (_, tensors) in self._writer.write_buckets:
+            for index, (item, tensor) in enumerate(tensors):
+                tensors[index] = (item, tensor.to("cpu", copy=True))
+
+    def write(self) -> None:
+        """Write this rank's files and flush them to disk. Doesn't raise: see `error`."""
+        try:
+            with _errors_of_the_disk(self.directory):
+                self._write_files()
+        except Exception as error:
+            self.error = error
+        finally:
+            self._writer.write_buckets = []  # let go of the copies
+
+    def _write_files(self) -> None:
+        for path, name, (blobs, tensors) in self._writer.write_buckets:
+            with open(path, "wb") as file:
+                for item, data in (*blobs, *tensors):
+                    if self._cancelled.is_set():
+                        return
+                    on_host = data.cpu() if isinstance(data, torch.Tensor) else data
+                    self._results.append(self._write_item(file, on_host, item, name))
+                file.flush()
+                os.fsync(file.fileno())
+
+    def _write_item(self, file: IO[bytes], data: Any, item: Any, name: str) -> Any:
+        """Torch's own way to put one tensor or blob into a file; 2.6 knows no transforms and no second format."""
+        arguments = inspect.signature(torch_filesystem._write_item).parameters
+        transforms = [self._writer.transforms] if "transforms" in arguments else []
+        options = {}
+        if "serialization_format" in arguments:
+            options["serialization_format"] = torch_filesystem.SerializationFormat.TORCH_SAVE
+        return torch_filesystem._write_item(*transforms, file, data, item, name, **options)
+
+    def cancel(self) -> None:
+        """Let `write` end before its next tensor. No other rank needs to take part."""
+        self._cancelled.set()
+
+    def complete(self) -> None:
+        """Say, when all ranks have written, what lies where. Without it the files are no checkpoint.
+
+        Raises:
+            OSError: This rank couldn't write; on the other ranks a RuntimeError that carries its text.
+        """
+        with on_all_ranks(f"writing {self.directory}"):
+            if self.error is not None:
+                raise self.error
+        results: list[Any] | None = [None] * world_size() if is_rank_0() else None
+        dist.gather_object(self._results, results)
+        with on_all_ranks(f"completing {self.directory}"), _errors_of_the_disk(self.directory):
+            if is_rank_0():
+                self._writer.finish(self._metadata, results)
+                with atomic_write(self.directory / METADATA_FILE) as file:
+                    json.dump(dataclasses.asdict(CheckpointingConfig("torch_dist", 1)), file)
+
+
+class _PlanningStrategy(TorchDistSaveShardedStrategy):
+    """Core's strategy up to where it would write."""
+
+    @property
+    def of_this_core(self) -> tuple[str, ...]:
+        """What this Core's `async_save` wants to know besides: later ones have a second implementation."""
+        return ("mcore",) if "async_strategy" in inspect.signature(self.async_save).parameters else ()
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any, *_: Any) -> ShardedSave:
+        _, metadata, _ = save_state_dict_ret
+        return ShardedSave(writer, metadata)
+
+
+@contextlib.contextmanager
+def _no_process_for_results() -> Iterator[None]:
+    """Core starts a process to hold a queue for its writers' results, which imports the script anew. None is needed."""
+    before = filesystem_async._results_queue
+    filesystem_async._results_queue = queue.SimpleQueue()
+    try:
+        yield
+    finally:
+        filesystem_async._results_queue = before
+
+
+@contextlib.contextmanager
+def _errors_of_the_disk(directory: str | Path) -> Iterator[None]:
+    """Say in one line what the disk said: torch's archive writer fails once more while it closes, and says that.
+
+    Raises:
+        OSError: The body wrote and couldn't.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        if cause is None:
+            raise
+        raise OSError(
+            cause.errno,
+            f"{directory} can't be written on rank {rank()} ({cause.strerror}): make it writable or free space there, "
+            "and start again: the run goes on from the last complete checkpoint",
+        ) from error
