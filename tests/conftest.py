@@ -29,7 +29,7 @@ def written_model(tmp_path_factory):
 
     from tests.ranks import run_on_ranks
     from tests.sync_checkpoints import write_checkpoints
-    from tests.sync_matrix import LAYOUTS, SIZES
+    from tests.sync_rig import LAYOUTS, SIZES
     from tests.unit_tests.models.tiny_llama import save_tiny_llama
 
     written = {}

@@ -6,85 +6,21 @@ hold, to the bit:
 
 1. every tensor that a sub-optimizer steps on, and every FP32 shard, equals its weight;
 2. a step with learning rate 0 leaves every weight;
-3. three training steps equal those of the run whose weights were in place when its optimizer was built. Without CUDA
-   that run equals, in turn, the run without offload.
+3. three steps equal those of the run whose weights were in place when its optimizer was built. Without CUDA that run
+   equals, in turn, the run without offload.
 """
 
-import gc
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from megatron.bridge.checkpoint import model_checkpoint
-from tests.on_ranks import differing, fill_weights, weights_of
-from tests.tiny import fp32_norm_layer_spec, tiny_config
+from tests.on_ranks import differing, fill_weights
+from tests.sync_rig import STEPS, Cell, Rig, Run, Stepper, Trace, config, offload_options, start
 
-SIZES = {
-    "num_layers": 1,
-    "hidden_size": 32,
-    "ffn_hidden_size": 64,
-    "num_attention_heads": 4,
-    "num_query_groups": 2,
-    "vocab_size": 64,
-    "seq_length": 16,
-    "share_embeddings_and_output_weights": False,
-}
-EXPERTS = {
-    "num_moe_experts": 4,
-    "moe_router_topk": 2,
-    "moe_ffn_hidden_size": 32,
-    "moe_token_dispatcher_type": "alltoall",
-    "expert_model_parallel_size": 2,
-    "expert_tensor_parallel_size": 1,
-}
-LAYOUTS = {
-    "TP1": {},
-    "TP2": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
-    "TP2 without SP": {"tensor_model_parallel_size": 2},
-    "PP2": {"num_layers": 2, "pipeline_model_parallel_size": 2, "share_embeddings_and_output_weights": True},
-    "PP2 VP2": {
-        "num_layers": 4,
-        "pipeline_model_parallel_size": 2,
-        "virtual_pipeline_model_parallel_size": 2,
-        "overlap_p2p_comm": True,
-        "batch_p2p_comm": False,
-    },
-    "two instances": {},
-}
-STEPS = 3
 ADAMS_APART = 2 * STEPS * 1e-3
 """On CUDA, how far a weight may be from the run without offload: the CPU's Adam and the GPU's round differently, and a
 gradient near zero may then move its weight by a learning rate (1e-3) a step in the other direction."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """What decides the weights and how ranks share them."""
-
-    precision: str = "bf16"
-    """bf16, fp16, or bf16+fp32: norms kept in FP32."""
-    kind: str = "dense"
-    """dense, or experts (expert parallel 2)."""
-    layout: str = "TP1"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A model and how its optimizer is offloaded."""
-
-    model: Model
-    precision_aware: bool = False
-    fraction: float = 1.0
-    overlap: bool = False
-
-    def __str__(self) -> str:
-        mode = "precision_aware" if self.precision_aware else "fp32_shards"
-        overlap = "overlap" if self.overlap else "serial"
-        model = f"{self.model.precision}-{self.model.kind}-{self.model.layout}".replace(" ", "_")
-        return f"{model}-{mode}-{self.fraction}-{overlap}"
-
 
 WAYS = {
     "pretrained checkpoint": {"pretrained_checkpoint": "pretrained"},
@@ -103,149 +39,12 @@ SCALED = 1 + 1e-4
 """An FP32 checkpoint's weights over their 16-bit rounding: too small a step to round to another one."""
 
 
-class Run(NamedTuple):
-    """A run with its weights in place, ready to step."""
-
-    cfg: Any
-    model: list[Any]
-    optimizer: Any
-    scheduler: Any
-    train_step: Any
-
-
-class Trace(NamedTuple):
-    """What a run's steps did: the one at learning rate 0, then the real ones."""
-
-    losses: list[float]
-    weights: list[dict[str, torch.Tensor]]
-
-
-def config(directory: Path, model: Model, *, offload: dict[str, Any], checkpoint: dict[str, Any]) -> Any:
-    """The configuration of a run, resolved and checked."""
-    from megatron.bridge.training.config import runtime_config_update
-    from megatron.bridge.training.mixed_precision import get_mixed_precision_config
-
-    fields = {**SIZES, **(EXPERTS if model.kind == "experts" else {}), **LAYOUTS[model.layout]}
-    if model.precision == "bf16+fp32":
-        fields["transformer_layer_spec"] = fp32_norm_layer_spec
-    checkpoint = {"save": None, **checkpoint}
-    for option in ("load", "save", "pretrained_checkpoint", "non_persistent_local_ckpt_dir"):
-        if checkpoint.get(option):
-            checkpoint[option] = str(directory / checkpoint[option])
-    cfg = tiny_config(
-        directory,
-        model=fields,
-        optimizer=offload,
-        train={"micro_batch_size": 4 if model.layout.startswith("TP2") else 2, "global_batch_size": 4},
-        tokenizer={"vocab_size": SIZES["vocab_size"]},
-        checkpoint=checkpoint,
-    )
-    cfg.mixed_precision = get_mixed_precision_config("fp16_mixed" if model.precision == "fp16" else "bf16_mixed")
-    cfg.mixed_precision.initial_loss_scale = 2.0**8  # a real scale, and no step overflows
-    cfg.mixed_precision.grad_reduce_in_fp32 = True  # precision-aware mode wants it for FP16
-    if model.layout == "two instances":
-        cfg.ddp.num_distributed_optimizer_instances = 2
-    runtime_config_update(cfg)
-    return cfg
-
-
-def offload_options(cell: Cell) -> dict[str, Any]:
-    return {
-        "optimizer_cpu_offload": True,
-        "optimizer_offload_fraction": cell.fraction,
-        "overlap_cpu_optimizer_d2h_h2d": cell.overlap,
-        "use_precision_aware_optimizer": cell.precision_aware,
-    }
-
-
-def build_model(cfg: Any, *hooks: Any) -> list[Any]:
-    """Process groups and model."""
-    from megatron.bridge.training.initialize import initialize_megatron
-    from megatron.bridge.utils.distributed import destroy_model_parallel
-
-    _let_go_of_the_last_model()
-    destroy_model_parallel()
-    pg_collection = initialize_megatron(cfg)
-    for hook in hooks:
-        cfg.model.register_pre_wrap_hook(hook)
-    _last_model.extend(cfg.model.provide_distributed_model(ddp_config=cfg.ddp, pg_collection=pg_collection))
-    return list(_last_model)
-
-
-_last_model: list[Any] = []
-
-
-def _let_go_of_the_last_model() -> None:
-    """What is left of a model holds its process groups, and each of those a thread or more.
-
-    Core's expert dispatchers keep tensors of the last forward pass, whose graph leads back to the model on ways that
-    Python's collector doesn't see.
-    """
-    for chunk in _last_model:
-        for module in chunk.modules():
-            if hasattr(module, "token_dispatcher"):
-                kept = vars(module.token_dispatcher)
-                kept.update({name: None for name, value in kept.items() if isinstance(value, torch.Tensor)})
-    _last_model.clear()
-    gc.collect()
-
-
-def start(cfg: Any, model: list[Any]) -> Run:
-    """A new optimizer on the model's weights of now."""
-    from megatron.bridge.training.gpt_step import forward_step
-    from megatron.bridge.training.micro_batches import bind_forward_step
-    from megatron.bridge.training.optim import setup_optimizer
-    from megatron.bridge.training.setup import SetupOutput, connect_schedules
-    from megatron.bridge.training.state import GlobalState
-    from megatron.bridge.training.train import train_step
-
-    optimizer, scheduler = setup_optimizer(cfg.optimizer, cfg.scheduler, model, cfg.dist.use_gloo_process_groups)
-    connect_schedules(model, optimizer, cfg)
-    state = GlobalState(cfg)
-    bound = bind_forward_step(forward_step, state)
-    batches = _micro_batches(cfg.train.micro_batch_size)
-    output = SetupOutput(state, model, optimizer, scheduler, None, None, None, {}, None)
-    return Run(cfg, model, optimizer, scheduler, lambda: train_step(output, bound, batches))
-
-
-def _micro_batches(rows_each: int) -> list[dict[str, torch.Tensor]]:
-    """This rank's part of one global batch of 4 sequences."""
-    from megatron.core import mpu
-
-    size, rank = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
-    length, vocab = SIZES["seq_length"], SIZES["vocab_size"]
-    rows = torch.arange(4)[:, None] * 7 + torch.arange(length + 1)[None] * torch.tensor([[1], [2], [3], [5]])
-    batches = [
-        {
-            "tokens": part[:, :-1],
-            "labels": part[:, 1:],
-            "loss_mask": torch.ones(rows_each, length),
-            "position_ids": torch.arange(length).repeat(rows_each, 1),
-        }
-        for part in (rows % vocab).split(rows_each)
-    ]
-    return batches[rank::size]
-
-
 def load(run: Run) -> None:
     """`load_checkpoint`, as a starting run calls it."""
     from megatron.bridge.training.checkpointing import load_checkpoint
     from megatron.bridge.training.state import GlobalState
 
     load_checkpoint(GlobalState(run.cfg), run.model, run.optimizer, run.scheduler)
-
-
-def trace(run: Run) -> Trace:
-    """One step with learning rate 0, then the real ones."""
-    for group in run.optimizer.param_groups:
-        group["lr"] = 0.0
-    losses, weights = [], []
-    for _ in range(1 + STEPS):
-        result = run.train_step()
-        assert result.updated, "a step was skipped: the loss scale is too high for this model"
-        losses.append(result.losses["lm loss"])
-        weights.append(weights_of(run.model))
-    return Trace(losses, weights)
 
 
 def copies_and_weights(optimizer: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -287,18 +86,6 @@ def moments(optimizer: Any) -> list[torch.Tensor]:
     ]
 
 
-def freeze_half(directory: Path) -> Any:
-    """A hook that runs before the optimizer exists, as for adapters: load the base weights, then freeze some."""
-
-    def hook(chunks: list[Any]) -> None:
-        model_checkpoint.load_model_weights(chunks, directory / "pretrained")
-        for chunk in chunks:
-            for name, param in chunk.named_parameters():
-                param.requires_grad_("linear_proj" in name or "norm" in name or "linear_fc2" in name)
-
-    return hook
-
-
 def scale_masters(optimizer: Any) -> None:
     """Give the copies of 16-bit weights the values that the FP32 checkpoint holds."""
     done = set()
@@ -308,76 +95,75 @@ def scale_masters(optimizer: Any) -> None:
             done.add(id(copy))
 
 
-def bring_in(way: str, directory: Path, run: Run) -> Run:
-    """Let the weights come in, as `way` says; returns the run that has them."""
+def bring_in(way: str, rig: Rig, run: Run, stepper: Stepper) -> None:
+    """Let the weights come in, as `way` says."""
     from megatron.bridge.training.checkpointing import sync_hybrid_optimizer_param_copies
 
+    is_offloaded = run.cfg.optimizer.optimizer_cpu_offload
     if way == "running process":
         for _ in range(2):
-            run.train_step()
-        before = moments(run.optimizer) if run.cfg.optimizer.optimizer_cpu_offload else []
-        model_checkpoint.load_model_weights(run.model, directory / "pretrained")
-        if run.cfg.optimizer.optimizer_cpu_offload:
+            stepper.step()
+        before = moments(run.optimizer) if is_offloaded else []
+        rig.load_weights(run.model)
+        if is_offloaded:
             sync_hybrid_optimizer_param_copies(run.optimizer)
             after = moments(run.optimizer)
             assert before and all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "moments changed"
         else:
             run.optimizer.reload_model_params()
-    elif way == "in place, FP32":
+    elif way == "FP32 checkpoint" and not is_offloaded:
+        rig.load_weights(run.model)
+        run.optimizer.reload_model_params()
         scale_masters(run.optimizer)
     elif WAYS.get(way):
         load(run)
-    return run
 
 
-def run_way(way: str, directory: Path, model: Model, offload: dict[str, Any], chunks: list[Any]) -> tuple[list, Trace]:
+def run_way(
+    way: str, rig: Rig, offload: dict[str, Any], replayed: list[list[torch.Tensor]] | None = None
+) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], Trace]:
     """One run from random weights; the copies and weights it found before its first step, and what its steps did."""
-    cfg = config(directory, model, offload=offload, checkpoint=WAYS.get(way, {}))
-    if way == "frozen base":
-        chunks = build_model(cfg, freeze_half(directory))
-    elif way.startswith("in place"):
-        model_checkpoint.load_model_weights(chunks, directory / "pretrained")
+    cfg = config(rig.directory, rig.model, offload=offload, checkpoint=WAYS.get(way, {}))
+    chunks = rig.frozen if way == "frozen base" else rig.whole
+    if way in ("in place", "frozen base"):
+        rig.load_weights(chunks)
     else:
         fill_weights(chunks, seed=99)
-    run = bring_in(way, directory, start(cfg, chunks))
+    run = start(cfg, chunks)
+    stepper = Stepper(run, replayed)
+    bring_in(way, rig, run, stepper)
     found = [(copy.detach().cpu().clone(), weight.cpu().clone()) for copy, weight in copies_and_weights(run.optimizer)]
-    return found, trace(run)
+    return found, stepper.trace()
 
 
-_PLAIN: dict[tuple, Trace] = {}
-"""Runs without offload, which serve every cell of a model: kept by the process of each rank."""
+def run_cells(directory: Path, cells: list[Cell], ways: list[str]) -> dict[str, dict[str, str]]:
+    """Every way of every cell of one model: "passed", or what differs."""
+    rig = Rig(directory, cells[0].model)
+    of_their_own = [way for way in ways if way in ("FP32 checkpoint", "running process", "frozen base")]
+    plain = {way: run_way(way, rig, {})[1] for way in ("in place", *of_their_own)}
+    verdicts = {str(cell): _verdicts(rig, cell, ways, plain) for cell in cells}
+    rig.close()
+    return verdicts
 
 
-def plain(way: str, directory: Path, model: Model) -> Trace:
-    """The run without offload whose weights came in the same way, or were in place."""
-    way = {"FP32 checkpoint": "in place, FP32"}.get(
-        way, way if way in ("running process", "frozen base") else "in place"
-    )
-    key = (way, directory, model)
-    if key not in _PLAIN:
-        chunks = build_model(config(directory, model, offload={}, checkpoint={}))
-        _PLAIN[key] = run_way(way, directory, model, {}, chunks)[1]
-    return _PLAIN[key]
-
-
-def run_cell(directory: Path, cell: Cell, ways: list[str]) -> dict[str, str]:
-    """Every way of a cell: "passed", or what differs."""
+def _verdicts(rig: Rig, cell: Cell, ways: list[str], plain: dict[str, Trace]) -> dict[str, str]:
+    """One cell against the run whose weights were in place when its optimizer was built, and those without offload."""
     from megatron.bridge.utils.device import is_simulated
 
-    offload = offload_options(cell)
-    expected = {way: plain(way, directory, cell.model) for way in ways}
-    chunks = build_model(config(directory, cell.model, offload=offload, checkpoint={}))
-    in_place = run_way("in place", directory, cell.model, offload, chunks)[1]
-    verdicts = {}
-    for way in sorted(ways, key=lambda way: way == "frozen base"):  # which rebuilds the model
-        found, traced = run_way(way, directory, cell.model, offload, chunks)
-        verdict = _copies(way, found)
-        if WAYS[way] and way != "FP32 checkpoint":
-            verdict = verdict or _apart(traced, in_place, tolerance=0.0)
-        verdict = verdict or _apart(traced, expected[way], tolerance=0.0 if is_simulated() else ADAMS_APART)
-        still = not differing(traced.weights[0], traced.weights[-1])
-        verdicts[way] = verdict or ("no step moved a weight" if still else "passed")
-    return verdicts
+    offload, tolerance = offload_options(cell), 0.0 if is_simulated() else ADAMS_APART
+    in_place = run_way("in place", rig, offload)[1]
+    verdicts = {"in place": _apart(in_place, plain["in place"], tolerance=tolerance)}
+    for way in ways:
+        if way in plain:  # on CUDA these have no reference to the bit, and train on gradients of their own
+            found, traced = run_way(way, rig, offload, plain[way].gradients if is_simulated() else None)
+            apart = _apart(traced, plain[way], tolerance=tolerance)
+        else:
+            found, traced = run_way(way, rig, offload, in_place.gradients)
+            apart = _apart(traced, in_place, tolerance=0.0)
+        verdicts[way] = _copies(way, found) or apart
+    if not differing(in_place.weights[0], in_place.weights[-1]):
+        verdicts["in place"] = "no step moved a weight"
+    return {way: verdict or "passed" for way, verdict in verdicts.items()}
 
 
 def _copies(way: str, found: list[tuple[torch.Tensor, torch.Tensor]]) -> str:
@@ -395,6 +181,6 @@ def _apart(traced: Trace, reference: Trace, *, tolerance: float) -> str:
         apart = {name: by for name, by in differing(weights, wanted).items() if by > tolerance}
         if apart:
             return f"after step {step}: {apart}"
-    if not tolerance and traced.losses != reference.losses:
+    if not tolerance and traced.losses and traced.losses != reference.losses:
         return f"losses {traced.losses}, expected {reference.losses}"
     return ""

@@ -11,8 +11,10 @@ import re
 import pytest
 from megatron.core.dist_checkpointing.tensor_aware_state_dict import HAVE_NVRX
 
+from tests.on_ranks import precision_aware_needs_transformer_engine
 from tests.ranks import run_on_ranks
-from tests.sync_matrix import LAYOUTS, WAYS, Cell, Model, config, offload_options, run_cell
+from tests.sync_matrix import WAYS, run_cells
+from tests.sync_rig import LAYOUTS, Cell, Model, config, offload_options
 from tests.tiny import tiny_config
 
 CELLS = [
@@ -43,8 +45,30 @@ def _refusal(directory, cell):
     return ""
 
 
+@pytest.fixture(scope="module")
+def verdicts_of(request, written_model):
+    """What came of each way of a cell. The chosen cells of one model run together: it is built once."""
+    chosen = [
+        item.callspec.params["cell"] for item in request.session.items if item.originalname == "test_every_way_in"
+    ]
+    can_be_aware = not run_on_ranks(precision_aware_needs_transformer_engine, 2)[0]
+    found = {}
+
+    def of(cell, ways):
+        if str(cell) not in found:
+            alike = [one for one in chosen if one.model == cell.model and one.precision_aware <= can_be_aware]
+            per_rank = run_on_ranks(run_cells, 2, written_model(cell.model, 2), alike, ways, timeout_seconds=900)
+            for one in alike:
+                verdicts = [verdict for each in per_rank for verdict in each[str(one)].items()]
+                found[str(one)] = {way: verdict for way, verdict in verdicts if verdict != "passed"}
+        return found[str(cell)]
+
+    return of
+
+
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("cell", CELLS, ids=str)
-def test_every_way_in(cell, written_model, cell_counts, tmp_path):
+def test_every_way_in(cell, verdicts_of, cell_counts, tmp_path):
     ways = list(WAYS)
     refusal = run_on_ranks(_refusal, 2, tmp_path, cell)[0]
     if refusal:
@@ -57,8 +81,7 @@ def test_every_way_in(cell, written_model, cell_counts, tmp_path):
     if cell.model.kind == "experts":
         ways.remove("Hugging Face directory")
         cell_counts.add(refused=1, because="a Hugging Face directory of a model with experts (no such family)")
-    per_rank = run_on_ranks(run_cell, 2, written_model(cell.model, 2), cell, ways)
-    wrong = {way: verdict for verdicts in per_rank for way, verdict in verdicts.items() if verdict != "passed"}
+    wrong = verdicts_of(cell, ways)
     cell_counts.add(passed=len(ways) - len(wrong), failed=len(wrong))
     assert wrong == {}
 

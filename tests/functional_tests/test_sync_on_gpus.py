@@ -13,7 +13,8 @@ from megatron.core.dist_checkpointing.tensor_aware_state_dict import HAVE_NVRX
 
 from tests.on_ranks import precision_aware_needs_transformer_engine
 from tests.ranks import run_on_ranks
-from tests.sync_matrix import WAYS, Cell, Model, build_model, config, offload_options, run_cell, start
+from tests.sync_matrix import WAYS, run_cells
+from tests.sync_rig import Cell, Model, Rig, config, offload_options, start
 
 pytestmark = pytest.mark.gpu
 OFFLOADS = list(itertools.product((False, True), (0.5, 1.0), (False, True)))
@@ -30,8 +31,8 @@ def _check(cell, written_model, world_size):
     ways = [way for way in WAYS if HAVE_NVRX or way != "local checkpoint"]
     if cell.model.kind == "experts":
         ways.remove("Hugging Face directory")
-    for verdicts in run_on_ranks(run_cell, world_size, written_model(cell.model, world_size), cell, ways):
-        assert set(verdicts.values()) == {"passed"}, verdicts
+    for verdicts in run_on_ranks(run_cells, world_size, written_model(cell.model, world_size), [cell], ways):
+        assert set(verdicts[str(cell)].values()) == {"passed"}, verdicts
 
 
 @needs_gpus(1)
@@ -53,7 +54,7 @@ def _memory_of_a_sync(directory, cell):
     from megatron.bridge.training.checkpointing import sync_hybrid_optimizer_param_copies
 
     cfg = config(directory, cell.model, offload=offload_options(cell), checkpoint={})
-    run = start(cfg, build_model(cfg))
+    run = start(cfg, Rig(directory, cell.model).whole)
     clones = [
         clone
         for child in run.optimizer.chained_optimizers
