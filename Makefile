@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 NVRX := $(if $(filter 0.16.1,$(CORE)),0.4.1,0.6.0)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install finetune model test mutants lint format clean
+.PHONY: help install finetune model test soak mutants lint format clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,6 +40,9 @@ model: install ## fetch the model and the data only
 
 test: install model ## run all tests
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
+
+soak: install ## kill a training run at 50 random moments, resume each time, compare with the uninterrupted run
+	$(BIN)/python -W ignore -m tests.soak $(ARGS)
 
 mutants: install ## break the sync, the guard, the load and the repairs, and see that tests notice
 	$(BIN)/python -m tests.mutants $(ARGS)

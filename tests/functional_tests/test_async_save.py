@@ -5,18 +5,16 @@ An offloaded optimizer's masters and moments lie on the host, where the next ste
 back until three more steps are taken, so that whatever isn't copied at the save is seen to have moved.
 """
 
-import io
 import os
 import threading
 import time
 
 import pytest
-import torch
-from torch.distributed.checkpoint import FileSystemReader
 
 from megatron.bridge.checkpoint import layout
 from tests.on_ranks import Recorder, differing, make_pretrained
 from tests.ranks import run_on_ranks
+from tests.stored import stored_content, unequal
 from tests.tiny import tiny_config
 
 OFFLOAD = {
@@ -96,28 +94,6 @@ def _run_held_back(directory, *, copies=True, **options):
     return {"losses": watcher.losses, "trackers": watcher.trackers, "told": watcher.told}
 
 
-def _content(root, iteration):
-    """Every tensor and blob that an iteration holds, by key and place."""
-    directory = layout.checkpoint_name(root, iteration)
-    content = {}
-    for index, part in FileSystemReader(directory).read_metadata().storage_data.items():
-        stored = (directory / part.relative_path).read_bytes()[part.offset : part.offset + part.length]
-        key = (index.fqn, tuple(index.offset or ()))
-        is_blob = index.offset is None
-        content[key] = stored if is_blob else torch.load(io.BytesIO(stored), weights_only=True)
-    return content
-
-
-def _unequal(first, second):
-    """The keys whose content differs."""
-    assert first.keys() == second.keys() and first
-    return {
-        key[0]
-        for key in first
-        if not (first[key] == second[key] if isinstance(first[key], bytes) else torch.equal(first[key], second[key]))
-    }
-
-
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
     path = tmp_path_factory.mktemp("async_save") / "pretrained"
@@ -141,7 +117,10 @@ def test_the_state_saved_is_the_state_at_the_save(directory, offload):
         assert run["trackers"] == dict.fromkeys(range(1, HELD_BACK_UNTIL + 1)) | {STEPS: 3}, "moved when complete"
         assert run["told"] == [(3, 6), (6, 7), (7, 7)], "each when it is complete, with the step taken by then"
     for iteration in (3, 6, 7):
-        assert _unequal(_content(directory / "sync", iteration), _content(directory / "async", iteration)) == set()
+        assert (
+            unequal(stored_content(directory / "sync", iteration), stored_content(directory / "async", iteration))
+            == set()
+        )
     _resume_equals(directory, whole, offload)
 
 
@@ -158,7 +137,7 @@ def _resume_equals(directory, whole, offload):
 def test_without_the_copy_later_steps_are_in_it(directory, offload):
     run_on_ranks(_run, 2, directory, save="sync", offload=offload)
     run_on_ranks(_run_held_back, 2, directory, save="async", offload=offload, copies=False)
-    moved = _unequal(_content(directory / "sync", SAVED), _content(directory / "async", SAVED))
+    moved = unequal(stored_content(directory / "sync", SAVED), stored_content(directory / "async", SAVED))
     assert any(key.startswith("optimizer.") for key in moved), moved
 
 

@@ -1,9 +1,9 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Write sharded state: planned by Megatron-Core, written by this process, complete on all ranks or failed on all.
 
-Core 0.16 forks a process for each file and waits for it for ever, also when it was killed; on every version a rank that
-can't write leaves the others waiting. So Core plans here (who writes which tensor where), and the rest is done here: a
-save starts no process, and each step that can fail on one rank is agreed on by all.
+Core 0.16 forks a process for each file and waits for it for ever, also when it was killed; in 0.16 and 0.19 rank 0
+leaves the others waiting when the disk is full as it says what lies where. So Core only plans (who writes which tensor
+where), and the rest is done here: a save starts no process, and each step that can fail on one rank ends them all.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint import filesystem as torch_filesystem
@@ -85,7 +86,9 @@ def plan_save(
     sharded, common = save_preprocess(described)
     if "common_strategy" in inspect.signature(dist_checkpointing.save).parameters:
         with on_all_ranks(f"writing the common state in {directory}"), _errors_of_the_disk(directory):
-            dist_checkpointing.serialization.get_default_save_common_strategy().save_common(common, str(directory))
+            if is_rank_0():
+                with atomic_write(Path(directory) / COMMON_STATE_FNAME, "wb") as file:
+                    torch.save(common, file)
     else:  # later versions keep it among the tensors
         sharded["common_state"] = ShardedObject("common_state", common, (1,), (0,), replica_id=rank())
     strategy = _PlanningStrategy("torch_dist", 1, thread_count=1)
