@@ -5,15 +5,17 @@
 
 Two ranks train a tiny model with half of the optimizer offloaded, saving every second step, with and without
 `async_save`. SIGKILL goes to one rank or to both, at any moment from the start of the processes on or while a save's
-files are being written. Each start must find the newest complete checkpoint; a rank that is left alone must end by
-itself. When the last step is reached, every loss of every start and every tensor of the last checkpoint are compared
-with the uninterrupted run's, to the bit, and the next run is killed, until all kills are spent.
+files are being written. Each start must find the newest complete checkpoint; a rank that is left alone in training must
+end by itself. When the last step is reached, every loss of every start and every tensor of the last checkpoint are
+compared with the uninterrupted run's, to the bit, and the next run is killed, until all kills are spent.
 """
 
 import argparse
 import multiprocessing
+import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -26,7 +28,7 @@ from typing import Any
 from tests.soak_rank import RANKS, STEPS, train_one_rank
 
 ALONE_SECONDS = 60
-"""A rank whose partner was killed must have ended after this long."""
+"""A rank whose partner was killed in training must have ended after this long."""
 
 RUN_SECONDS = 120
 """A start that isn't killed must have ended after this long."""
@@ -53,10 +55,12 @@ class Run:
     def __init__(self, directory: Path, checkpoint: dict[str, Any]) -> None:
         self.directory, self.checkpoint, self.attempt = directory, checkpoint, 0
         self.processes: list[Any] = []
+        self._lines_before = [0] * RANKS
         directory.mkdir()
 
     def start(self) -> None:
         """Start both ranks."""
+        self._lines_before = self._log_lines()
         arguments = [(str(self.directory), self.attempt, rank, self.checkpoint) for rank in range(RANKS)]
         self.processes = [_context().Process(target=train_one_rank, args=each) for each in arguments]
         for process in self.processes:
@@ -70,9 +74,20 @@ class Run:
             process.join(max(0.0, deadline - time.monotonic()))
         in_time = all(process.exitcode is not None for process in self.processes)
         for process in self.processes:
+            if process.exitcode is None:
+                os.kill(process.pid, signal.SIGUSR1)
+                process.join(1)
             process.kill()
             process.join()
         return in_time
+
+    def trains(self) -> bool:
+        """Whether this start has taken a step on each rank."""
+        return all(now > before for now, before in zip(self._log_lines(), self._lines_before, strict=True))
+
+    def _log_lines(self) -> list[int]:
+        logs = [self.directory / f"losses_{rank}.txt" for rank in range(RANKS)]
+        return [len(log.read_bytes().splitlines()) if log.exists() else 0 for log in logs]
 
     def is_running(self) -> bool:
         return any(process.exitcode is None for process in self.processes)
@@ -92,7 +107,7 @@ class Run:
         return found
 
     def errors(self) -> str:
-        """What the ranks said last."""
+        """What the ranks said last, and where they were when they didn't end."""
         texts = [path.read_text(encoding="utf-8") for path in sorted(self.directory.glob("errors_*.txt"))]
         return "\n".join(text[-3000:] for text in texts)
 
@@ -170,12 +185,15 @@ def _kill_once(run: Run, choose: random.Random, soaked: Soaked, *, duration: flo
         _sleep_while(run, choose.uniform(0, 0.15))
     if not run.is_running():
         return
-    killed = time.monotonic()
+    trains, killed = run.trains(), time.monotonic()
     for rank in victims:
         run.processes[rank].kill()
     soaked.kills[f"{'all ranks' if len(victims) == RANKS else 'one rank'} {when}"] += 1
-    assert run.join(ALONE_SECONDS), f"a rank hung after rank(s) {victims} were killed\n{run.errors()}"
-    soaked.slowest_survivor_seconds = max(soaked.slowest_survivor_seconds, time.monotonic() - killed)
+    if trains:
+        assert run.join(ALONE_SECONDS), f"a rank hung after rank(s) {victims} were killed\n{run.errors()}"
+        soaked.slowest_survivor_seconds = max(soaked.slowest_survivor_seconds, time.monotonic() - killed)
+    else:
+        run.join(1)  # ranks that still wait to meet can't notice: whoever started them ends them
 
 
 def _sleep_while(run: Run, seconds: float) -> None:
@@ -211,7 +229,8 @@ def _check_equal(run: Run, whole: Run) -> None:
     differing = unequal(first, second)
     assert differing == set(), f"the last checkpoint differs from the uninterrupted run's: {sorted(differing)}"
     there = [iteration for iteration, _ in layout.iterations(run.directory / "checkpoints")]
-    assert there == [STEPS - 2, STEPS], f"the newest two are kept, found {there}"
+    # One more may lie there: a run that is killed after its last save has nothing more to save, nor to prune then.
+    assert there[-2:] == [STEPS - 2, STEPS] and len(there) <= 3, f"the newest two are kept, found {there}"
 
 
 def main() -> None:

@@ -1,7 +1,9 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """One rank of the run that `tests.soak` kills: a real process, forked from a server that has imported all of this."""
 
+import faulthandler
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ def train_one_rank(directory: str, attempt: int, rank: int, checkpoint: dict[str
     errors = os.open(f"{directory}/errors_{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(errors, 1)
     os.dup2(errors, 2)
+    faulthandler.register(signal.SIGUSR1)  # where it hangs, if it does
     torch.set_num_threads(1)
     choice = enter_device(choose_device("cpu"))
     meeting_point = f"file://{directory}/store_{attempt}"
