@@ -117,11 +117,5 @@ def take_step(model: list[Any], optimizer: Any, *, seed: int = 0) -> None:
 
 
 def precision_aware_needs_transformer_engine() -> bool:
-    """Whether this Core asks for Transformer Engine's version while it builds a precision-aware optimizer."""
-    from megatron.core.utils import get_te_version, is_te_min_version
-
-    try:
-        is_te_min_version("2.1.0")
-    except TypeError:
-        return get_te_version() is None
+    """No longer."""
     return False

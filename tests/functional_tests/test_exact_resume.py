@@ -7,7 +7,7 @@ Engine or Apex it can't for a plain one either. One test shows that the repairs 
 
 import pytest
 
-from tests.on_ranks import differing, make_pretrained, precision_aware_needs_transformer_engine, run_finetune
+from tests.on_ranks import differing, make_pretrained, run_finetune
 from tests.ranks import RankError, run_on_ranks
 from tests.tiny import tiny_config
 
@@ -70,8 +70,6 @@ def directory(tmp_path_factory):
 
 @pytest.mark.parametrize("optimizer", CELLS)
 def test_resumed_run_equals_the_uninterrupted_one(directory, request, optimizer):
-    if "use_precision_aware_optimizer" in optimizer and run_on_ranks(precision_aware_needs_transformer_engine, 2)[0]:
-        pytest.skip("this Core builds a precision-aware optimizer only with Transformer Engine")
     run = request.node.callspec.id.replace(" ", "").replace(",", "-")
     whole = run_on_ranks(_train_through, 2, directory, run, optimizer, 2)
     for step in (2, 4):

@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing import tensor_aware_state_dict
 
 from megatron.bridge.checkpoint import layout
 from tests.functional_tests.test_load_cases import STATE, STILL, Witness, parts_equal
-from tests.on_ranks import differing, make_pretrained, precision_aware_needs_transformer_engine, run_finetune
+from tests.on_ranks import differing, make_pretrained, run_finetune
 from tests.ranks import RankError, run_on_ranks
 from tests.tiny import tiny_config
 
@@ -119,11 +119,6 @@ def _record(directory, **options):
     return run_finetune(_config(directory, **options))
 
 
-def _skip_where_core_builds_none(optimizer):
-    if "use_precision_aware_optimizer" in optimizer and run_on_ranks(precision_aware_needs_transformer_engine, 2)[0]:
-        pytest.skip("this Core builds a precision-aware optimizer only with Transformer Engine")
-
-
 def _local_files(directory):
     return sorted(path.relative_to(directory / "local").as_posix() for path in (directory / "local").rglob("*.pt"))
 
@@ -135,7 +130,6 @@ def _files_of(step):
 @needs_the_package
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_run_that_resumes_from_a_local_checkpoint_equals_the_uninterrupted_one(directory, cell):
-    _skip_where_core_builds_none(cell.get("optimizer", ALL))
     stopped = run_on_ranks(_run, 2, directory, train_iters=2, **cell)
     assert _local_files(directory) == _files_of(2)
     resumed = run_on_ranks(_run, 2, directory, **cell)
@@ -165,7 +159,6 @@ def test_without_offload_too(directory):
 @pytest.mark.parametrize("optimizer", [{**ALL, **AWARE}, {**HALF, **AWARE}], ids=["all", "half"])
 def test_a_precision_aware_master_stays_behind_without_the_repair(directory, optimizer):
     """The guard sees it, so the run ends instead of writing the old masters over the loaded weights."""
-    _skip_where_core_builds_none(optimizer)
     run_on_ranks(_run, 2, directory, train_iters=2, optimizer=optimizer)
     with pytest.raises(RankError, match="the offloaded optimizer's copy of .* is not the loaded weight"):
         run_on_ranks(_run_without_exact_resume, 2, directory, optimizer=optimizer)
@@ -186,7 +179,6 @@ WITHOUT_OPTIMIZER = {"saved without": {"save_optim": False}, "not asked for": {"
 @pytest.mark.parametrize("optimizer", [ALL, HALF, {**HALF, **AWARE}], ids=["all", "half", "half, precision-aware"])
 @pytest.mark.parametrize("case", WITHOUT_OPTIMIZER)
 def test_a_local_checkpoint_without_optimizer_rebuilds_the_masters(directory, case, optimizer):
-    _skip_where_core_builds_none(optimizer)
     checkpoint = WITHOUT_OPTIMIZER[case]
     stopped = run_on_ranks(_run, 2, directory, train_iters=2, optimizer=optimizer, checkpoint=checkpoint)
     still = {**optimizer, **STILL}

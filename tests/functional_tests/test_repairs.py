@@ -3,13 +3,11 @@
 
 import io
 
-import pytest
 import torch
 
 from tests.on_ranks import (
     build_training,
     differing,
-    precision_aware_needs_transformer_engine,
     take_step,
     weights_of,
 )
@@ -122,7 +120,5 @@ def _weights_that_stay(directory):
 
 
 def test_fp32_weights_on_the_device_move(tmp_path):
-    if run_on_ranks(precision_aware_needs_transformer_engine, 2)[0]:
-        pytest.skip("this Core builds a precision-aware optimizer only with Transformer Engine")
     for unmoved in run_on_ranks(_weights_that_stay, 2, tmp_path):
         assert unmoved == []

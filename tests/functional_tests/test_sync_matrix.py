@@ -11,10 +11,9 @@ import re
 import pytest
 from megatron.core.dist_checkpointing.tensor_aware_state_dict import HAVE_NVRX
 
-from tests.on_ranks import precision_aware_needs_transformer_engine
 from tests.ranks import run_on_ranks
 from tests.sync_matrix import WAYS, run_cells
-from tests.sync_rig import LAYOUTS, Cell, Model, config, offload_options
+from tests.sync_rig import LAYOUTS, Cell, Model
 from tests.tiny import tiny_config
 
 CELLS = [
@@ -36,27 +35,17 @@ CELLS += [
 ]
 
 
-def _refusal(directory, cell):
-    """Why the configuration is refused; empty where it isn't."""
-    try:
-        config(directory, cell.model, offload=offload_options(cell), checkpoint={})
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
 @pytest.fixture(scope="module")
 def verdicts_of(request, written_model):
     """What came of each way of a cell. The chosen cells of one model run together: it is built once."""
     chosen = [
         item.callspec.params["cell"] for item in request.session.items if item.originalname == "test_every_way_in"
     ]
-    can_be_aware = not run_on_ranks(precision_aware_needs_transformer_engine, 2)[0]
     found = {}
 
     def of(cell, ways):
         if str(cell) not in found:
-            alike = [one for one in chosen if one.model == cell.model and one.precision_aware <= can_be_aware]
+            alike = [one for one in chosen if one.model == cell.model]
             per_rank = run_on_ranks(run_cells, 2, written_model(cell.model, 2), alike, ways, timeout_seconds=900)
             for one in alike:
                 verdicts = [verdict for each in per_rank for verdict in each[str(one)].items()]
@@ -68,13 +57,8 @@ def verdicts_of(request, written_model):
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("cell", CELLS, ids=str)
-def test_every_way_in(cell, verdicts_of, cell_counts, tmp_path):
+def test_every_way_in(cell, verdicts_of, cell_counts):
     ways = list(WAYS)
-    refusal = run_on_ranks(_refusal, 2, tmp_path, cell)[0]
-    if refusal:
-        assert cell.precision_aware and refusal.startswith("optimizer.use_precision_aware_optimizer=true"), refusal
-        cell_counts.add(refused=len(ways), because="precision-aware without Transformer Engine (Core 0.16.1)")
-        return
     if not HAVE_NVRX:
         ways.remove("local checkpoint")
         cell_counts.add(refused=1, because="local checkpoints without nvidia-resiliency-ext")

@@ -11,7 +11,6 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.tensor_aware_state_dict import HAVE_NVRX
 
-from tests.on_ranks import precision_aware_needs_transformer_engine
 from tests.ranks import run_on_ranks
 from tests.sync_matrix import WAYS, run_cells
 from tests.sync_rig import Cell, Model, Rig, config, offload_options, start
@@ -26,8 +25,6 @@ def needs_gpus(count):
 
 
 def _check(cell, written_model, world_size):
-    if cell.precision_aware and run_on_ranks(precision_aware_needs_transformer_engine, world_size)[0]:
-        pytest.skip("this Core builds a precision-aware optimizer only with Transformer Engine")
     ways = [way for way in WAYS if HAVE_NVRX or way != "local checkpoint"]
     if cell.model.kind == "experts":
         ways.remove("Hugging Face directory")

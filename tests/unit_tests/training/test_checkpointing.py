@@ -17,7 +17,6 @@ from megatron.bridge.training.checkpointing import (
 from tests.on_ranks import (
     build_training,
     fill_weights,
-    precision_aware_needs_transformer_engine,
     take_step,
     weights_of,
 )
@@ -273,8 +272,6 @@ def _fp32_state_dict_becomes_the_masters(directory):
 @pytest.mark.parametrize("precision_aware", [False, True])
 @pytest.mark.parametrize(("fraction", "overlap"), [(0.0, False), (0.5, False), (0.5, True), (1.0, False), (1.0, True)])
 def test_sync_hybrid_optimizer_param_copies_on_real_optimizers(tmp_path, fraction, overlap, precision_aware):
-    if precision_aware and run_on_ranks(precision_aware_needs_transformer_engine, 2)[0]:
-        pytest.skip("this Core builds a precision-aware optimizer only with Transformer Engine")
     for stale in run_on_ranks(_copies_follow_the_weights, 2, tmp_path, fraction, overlap, precision_aware):
         assert stale > 0
 

@@ -6,7 +6,6 @@ import logging
 from typing import TYPE_CHECKING
 
 import torch
-from megatron.core.optimizer import optimizer_config as core_optimizer_config
 
 if TYPE_CHECKING:
     from megatron.bridge.training.config import ConfigContainer
@@ -130,13 +129,6 @@ def check_precision_aware_mode_can_run(cfg: "ConfigContainer", world_size: int) 
             f"{option} without the distributed optimizer: set optimizer.use_distributed_optimizer=true and "
             "ddp.use_distributed_optimizer=true"
         )
-    try:
-        core_optimizer_config.is_te_min_version("2.1.0")
-    except TypeError:  # 0.16 compares the version of what isn't installed
-        raise ValueError(
-            f"{option} on a Megatron-Core that asks for Transformer Engine's version, which is not installed: install "
-            "transformer-engine or megatron-core>=0.17, or set optimizer.use_precision_aware_optimizer=false"
-        ) from None
     if not _offloads(cfg) and not has_transformer_engine():
         raise ValueError(
             f"{option} without optimizer.optimizer_cpu_offload needs Transformer Engine, which is not installed: "

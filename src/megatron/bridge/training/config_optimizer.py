@@ -5,15 +5,37 @@ Core checks its classes the moment they are made, before overrides and mixed pre
 wait until `finalize()`, which can be called again at any time.
 """
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallelConfig as CoreDistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
-from megatron.core.optimizer import get_standard_config_overrides
+from megatron.core.optimizer import get_standard_config_overrides, optimizer_config
+from megatron.core.utils import get_te_version
 
 from megatron.bridge.training.config_sections import SchedulerConfig
+
+
+@contextlib.contextmanager
+def _absent_transformer_engine_is_old() -> Iterator[None]:
+    """While Core checks its options: a Transformer Engine that is not installed is older than any version.
+
+    A repair: Core 0.16.1 asks for its version in precision-aware mode, also where the optimizer is offloaded and uses
+    none of it, and compares the version that isn't there (TypeError). Core 0.19.2 answers.
+    """
+    stock = optimizer_config.is_te_min_version
+
+    def is_te_min_version(*args: Any, **kwargs: Any) -> bool:
+        return get_te_version() is not None and stock(*args, **kwargs)
+
+    optimizer_config.is_te_min_version = is_te_min_version
+    try:
+        yield
+    finally:
+        optimizer_config.is_te_min_version = stock
 
 
 @dataclass
@@ -30,12 +52,9 @@ class OptimizerConfig(CoreOptimizerConfig):
             ValueError: naming the option that can't work.
         """
         try:
-            super().__post_init__()
-        except (
-            AssertionError,
-            RuntimeError,
-            TypeError,
-        ) as error:  # TypeError: 0.16 compares a version that isn't there
+            with _absent_transformer_engine_is_old():
+                super().__post_init__()
+        except (AssertionError, RuntimeError) as error:
             raise ValueError(f"optimizer: {error}") from error
 
 

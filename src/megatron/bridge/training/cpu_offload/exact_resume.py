@@ -20,6 +20,11 @@ def _restore_step_and_masters(base: type) -> type:
     """Overrides of `DistributedOptimizer`."""
 
     class RestoreStepAndMasters(base):
+        def _set_main_param_and_optimizer_states(self, model_param: Any, tensors: dict[str, Any]) -> None:
+            # dp_reshardable's mark of padding comes along, and would stay among the state of a precision-aware hybrid.
+            state = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+            super()._set_main_param_and_optimizer_states(model_param, state)
+
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
             super().load_state_dict(state_dict)
             if "param_state" not in state_dict:
