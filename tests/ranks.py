@@ -113,7 +113,7 @@ def _kill_pools() -> None:
 
 def _serve(connection: Connection, rank: int, world_size: int, store: str) -> None:
     """A rank's life: join the group, then run what is sent, until the pipe closes."""
-    os.setsid()  # a group of its own: Core's checkpoint writer leaves a process behind, which must end with its rank
+    os.setsid()  # a group of its own: what a rank starts, as stock Core's checkpoint writer does, must end with it
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
     try:
         import torch
