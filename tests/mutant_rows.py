@@ -43,6 +43,7 @@ _MAIN = "tests/functional_tests/test_main_params.py::test_masters_hold_what_the_
 _RESUME = "tests/functional_tests/test_exact_resume.py::test_resumed_run_equals_the_uninterrupted_one"
 _CHANGED = "tests/functional_tests/test_exact_resume.py::test_offload_may_change_on_the_way"
 _REPAIRED = "tests/functional_tests/test_repairs.py::test_"
+_RESHARD = "tests/functional_tests/test_reshard.py::test_"
 _PLAN = "tests/unit_tests/training/test_checkpoint_plan.py::test_plan"
 
 _ENTRY = "        yield _Entry(param, copies, stepped_on)\n"
@@ -311,6 +312,22 @@ THE_LOAD = (
         tests=(f"{_MAIN}[False]",),
     ),
     Mutant(
+        name="format of the run that loads",
+        breaks="a checkpoint is read in the format that the run would save",
+        file=LOAD,
+        text="    metadata.update((key, plan.content_metadata[key])",
+        replacement="    metadata.update((key, metadata[key])",
+        tests=(f"{_RESHARD}resumed_run_equals_the_uninterrupted_one[no offload]",),
+    ),
+    Mutant(
+        name="experts' optimizer overlooked",
+        breaks="a model with experts starts with a fresh optimizer",
+        file=PLAN,
+        text='r"(chained_\\d+\\.)?optimizer\\."',
+        replacement='r"optimizer\\."',
+        tests=(f"{_RESHARD}resumed_run_equals_the_uninterrupted_one[experts, dp_reshardable]",),
+    ),
+    Mutant(
         name="finetune=True resumes",
         breaks="a new run takes the checkpoint's optimizer",
         file=PLAN,
@@ -361,6 +378,15 @@ THE_REPAIRS = (
         core="0.19",
     ),
     _without("group order", "group_order", f"{_REPAIRED}state_is_found_under_its_own_parameter"),
+    _without("reshardable state", "reshardable_state", f"{_RESHARD}another_layout_resumes_the_same_state[DP 2 to 1]"),
+    Mutant(
+        name="native FP32 parameters, views",
+        breaks="a run with FP32 parameters can't be resumed: a view whose base was changed",
+        file="src/megatron/bridge/training/cpu_offload/native_fp32.py",
+        text="    leaf = shard.detach()\n",
+        replacement="    with torch.no_grad():\n        leaf = shard.view(-1)\n",
+        tests=(f"{_RESHARD}resumed_run_equals_the_uninterrupted_one[FP32 norms]",),
+    ),
 )
 
 MUTANTS = (*THE_SYNC, *THE_GUARD, *THE_LOAD, *THE_REPAIRS)

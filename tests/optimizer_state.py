@@ -7,6 +7,7 @@ It looks at what is stepped on, never at what a checkpoint would hold, so that t
 import math
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ class Slice:
     """What one rank steps on of one parameter."""
 
     name: str
-    """The parameter's, its layer counted over all pipeline stages."""
+    """The parameter's, its layer counted over all pipeline stages, its expert over all expert-parallel ranks."""
     tensor_rank: int
     shape: tuple[int, ...]
     """The parameter's, on its tensor-parallel rank."""
@@ -33,6 +34,8 @@ class Slice:
     """FP32, flat, from `start` on, by `KINDS`."""
     step: float
     """Adam's counter."""
+    held_bytes: int
+    """Of memory that the tensors keep alive: more than their own where they are views."""
 
 
 def slices_of(model: list[Any], optimizer: Any) -> list[Slice]:
@@ -74,10 +77,18 @@ def _names(model: list[Any]) -> dict[torch.Tensor, tuple[str, bool]]:
             if layer:
                 number = chunk.decoder.layers[int(layer[1])].layer_number - 1
                 name = f"decoder.layers.{number}.{name[layer.end() :]}"
+            name = re.sub(r"local_experts\.(\d+)", partial(_expert, chunk.config), name)
             if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
                 name = "embedding.word_embeddings.weight"
             names[param] = name, "linear_fc1" in name and chunk.config.gated_linear_unit
     return names
+
+
+def _expert(config: Any, local: re.Match) -> str:
+    from megatron.core import mpu
+
+    on_each_rank = config.num_moe_experts // mpu.get_expert_model_parallel_world_size()
+    return f"experts.{int(local[1]) + on_each_rank * mpu.get_expert_model_parallel_rank()}"
 
 
 def _slice(optimizer: Any, param: torch.Tensor, name: str, is_gated: bool) -> Slice:
@@ -93,13 +104,14 @@ def _slice(optimizer: Any, param: torch.Tensor, name: str, is_gated: bool) -> Sl
     tensors = {"master": stepped_on, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
     return Slice(
         name=name,
-        tensor_rank=mpu.get_tensor_model_parallel_rank(),
+        tensor_rank=0 if ".experts." in name else mpu.get_tensor_model_parallel_rank(),
         shape=tuple(param.shape),
         axis=param.partition_dim if getattr(param, "tensor_model_parallel", False) else None,
         is_gated=is_gated,
         start=optimizer._get_model_param_range_map(param)["param"].start,
         tensors={kind: tensor.detach().clone().cpu() for kind, tensor in tensors.items()},
         step=float(state["step"]),
+        held_bytes=sum(state[kind].untyped_storage().nbytes() for kind in ("exp_avg", "exp_avg_sq")),
     )
 
 

@@ -25,6 +25,7 @@ def _make_checkpoints(directory):
         "full": {"save_interval": 1},
         "no_optim": {"save_optim": False},
         "no_rng": {"save_rng": False},
+        "any_layout": {"dist_ckpt_optim_fully_reshardable": True},
     }.items():
         checkpoint = {**pretrained, **fields, "save": f"{directory}/{name}"}
         run_finetune(tiny_config(directory, train_iters=2, checkpoint=checkpoint))
@@ -110,6 +111,12 @@ PLANS = {
         {**FRESH_OPTIMIZER, "rng": False},
         ("optimizer: checkpoint.load_optim=false", "rng: TP 1 -> 2"),
     ),
+    "another layout, reshardable": (
+        {"load": "any_layout", "model": {"pipeline_model_parallel_size": 2}},
+        "any_layout/iter_0000002",
+        {**RESUMED, "rng": False},
+        ("rng: PP 1 -> 2",),
+    ),
     "finetune=true": (
         {"load": "full", "finetune": True},
         "full/iter_0000002",
@@ -188,7 +195,22 @@ REFUSALS = {
     "another layout": (
         {"load": "full", "model": {"pipeline_model_parallel_size": 2}},
         ValueError,
-        r"iter_0000002 \(checkpoint.load\) holds optimizer state of another layout \(PP 1 -> 2\).*load_optim=false",
+        r"iter_0000002 \(checkpoint.load\) holds optimizer state of another layout \(PP 1 -> 2\).*"
+        "dist_ckpt_optim_fully_reshardable=true it fits any TP and PP.*load_optim=false",
+    ),
+    "another layout, whatever this run saves": (
+        {
+            "load": "full",
+            "dist_ckpt_optim_fully_reshardable": True,
+            "model": {"tensor_model_parallel_size": 2},
+        },
+        ValueError,
+        r"holds optimizer state of another layout \(TP 1 -> 2\)",
+    ),
+    "another layout of experts": (
+        {"load": "any_layout", "model": {"num_moe_experts": 4, "expert_model_parallel_size": 2}},
+        ValueError,
+        r"another layout \(EP 1 -> 2\), which can't be resharded: use the checkpoint's parallel sizes, or load its we",
     ),
     "resume from Hugging Face": (
         {"load": "hf"},
@@ -243,6 +265,17 @@ def test_a_pretraining_may_start_from_scratch(on_disk, options):
 
 def test_a_pretraining_resumes(on_disk):
     assert plan_of(on_disk, {"load": "full", "save": "full"}, load_required=False).train_state
+
+
+@pytest.mark.parametrize("sharding_type", ["fully_sharded_model_space", "dp_zero_gather_scatter"])
+def test_optimizer_state_in_a_format_that_cannot_be_read_is_refused(on_disk, monkeypatch, sharding_type):
+    from megatron.bridge.training import checkpoint_plan
+
+    stored = {"distrib_optim_sharding_type": sharding_type}
+    monkeypatch.setattr(checkpoint_plan, "stored_content_metadata", lambda directory: stored)
+    with pytest.raises(ValueError, match=f"in the format {sharding_type}, which can't be read.*load_optim=false"):
+        plan_of(on_disk, {"load": "full"})
+    assert not plan_of(on_disk, {"load": "full", "load_optim": False}).optimizer
 
 
 def test_a_plan_says_what_it_restores_and_why_not(on_disk):

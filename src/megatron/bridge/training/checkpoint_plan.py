@@ -31,6 +31,13 @@ LAYOUT = tuple(
 OPTIMIZER_KEY = re.compile(r"(chained_\d+\.)?optimizer\.")
 """How the names of optimizer state begin; in a model with experts, it has several optimizers."""
 
+PARALLEL_SIZES = {
+    "TP": "tensor_model_parallel_size",
+    "PP": "pipeline_model_parallel_size",
+    "EP": "expert_model_parallel_size",
+    "ETP": "expert_tensor_parallel_size",
+}
+
 
 class Source(Enum):
     """What kind of directory the weights come from."""
@@ -200,11 +207,12 @@ def _why_not_rng(cfg: ConfigContainer, saved: RunConfig) -> str | None:
     return _changed_layout(cfg, saved)
 
 
-def _changed_layout(cfg: ConfigContainer, saved: RunConfig) -> str | None:
-    """How the tensor or pipeline layout differs from the checkpoint's, or None where it is the same."""
-    for size, short in (("tensor_model_parallel_size", "TP"), ("pipeline_model_parallel_size", "PP")):
+def _changed_layout(cfg: ConfigContainer, saved: RunConfig, sizes: tuple[str, ...] = ("TP", "PP")) -> str | None:
+    """How the parallel layout differs from the checkpoint's in one of `sizes`, or None where it is the same."""
+    for short in sizes:
+        size = PARALLEL_SIZES[short]
         was, now = _entry(saved, "model", size, default=1), getattr(cfg.model, size)
-        if was != now:
+        if now is not None and was != now:
             return f"{short} {was} -> {now}"
     return None
 
@@ -213,8 +221,7 @@ def _check_optimizer_layout(cfg: ConfigContainer, saved: RunConfig, directory: P
     """State that is stored by bucket can be spread over other data ranks, not cut in another way.
 
     Raises:
-        ValueError: The checkpoint's format can't be read, or the tensor or pipeline layout changed and it doesn't bear
-            that.
+        ValueError: The checkpoint's format can't be read, or doesn't bear the change of the layout.
     """
     weights_alone = "load its weights alone with checkpoint.load_optim=false"
     if sharding_type not in (None, "dp_reshardable", "fully_reshardable"):
@@ -222,12 +229,19 @@ def _check_optimizer_layout(cfg: ConfigContainer, saved: RunConfig, directory: P
             f"{directory} (checkpoint.load) holds optimizer state in the format {sharding_type}, which can't be read: "
             f"expected dp_reshardable or fully_reshardable; {weights_alone}"
         )
-    changed = _changed_layout(cfg, saved)
-    if changed is not None and sharding_type != "fully_reshardable":
+    fits_any = sharding_type == "fully_reshardable"
+    # Core gives experts an optimizer of their own at some of these sizes, and numbers the optimizers in a checkpoint.
+    with_experts = ("TP", "EP", "ETP") if cfg.model.num_moe_experts else ()
+    changed = _changed_layout(cfg, saved, with_experts if fits_any else ("TP", "PP", *with_experts))
+    if changed is not None:
+        way_out = (
+            ""
+            if fits_any
+            else " (saved from there with checkpoint.dist_ckpt_optim_fully_reshardable=true it fits any TP and PP)"
+        )
         raise ValueError(
             f"{directory} (checkpoint.load) holds optimizer state of another layout ({changed}), which can't be "
-            "resharded: use the checkpoint's parallel sizes (saved from there with "
-            "checkpoint.dist_ckpt_optim_fully_reshardable=true it fits any), or " + weights_alone
+            f"resharded: use the checkpoint's parallel sizes{way_out}, or {weights_alone}"
         )
 
 

@@ -22,11 +22,24 @@ def _shards_outside_autograd(base: type) -> type:
 
     class ShardsOutsideAutograd(base):
         @classmethod
-        def _build_model_and_main_param_groups(cls, *args: Any, **kwargs: Any) -> Any:
-            with torch.no_grad():  # a view made here is a leaf
-                return super()._build_model_and_main_param_groups(*args, **kwargs)
+        def _build_model_and_main_param_groups(
+            cls, gbuf_ranges: Any, param_gbuf_map: Any, opt_group_ranges: Any, config: Any
+        ) -> Any:
+            groups = super()._build_model_and_main_param_groups(gbuf_ranges, param_gbuf_map, opt_group_ranges, config)
+            shard_groups = groups[3]  # views of FP32 parameters
+            detached = {shard: _detached(shard) for shards in shard_groups for shard in shards}
+            for group in [*shard_groups, *(group_range["orig_group"]["params"] for group_range in opt_group_ranges)]:
+                group[:] = [detached.get(shard, shard) for shard in group]
+            return groups
 
     return ShardsOutsideAutograd
+
+
+def _detached(shard: torch.Tensor) -> torch.Tensor:
+    """The same memory outside of the graph, with the attributes that Core gave the view."""
+    leaf = shard.detach()
+    vars(leaf).update(vars(shard))
+    return leaf
 
 
 def _views_are_in_the_graph(to_build: ToBuild) -> bool:
