@@ -182,3 +182,33 @@ def test_an_error_of_the_writer_ends_all_ranks_at_a_following_step(directory, ra
         assert steps == answers[0][1] < STEPS and seconds < 30
     assert _tracked(directory / "full") is None
     assert [path.name for path in layout.leftovers(directory / "full")] == [".iter_0000002.saving"]
+
+
+class _Failing(Recorder):
+    def on_train_step_end(self, context):
+        super().on_train_step_end(context)
+        if context.state.train_state.step == SAVED + 1:
+            raise KeyError("a callback's own error")
+
+
+def _run_that_fails_while_it_writes(directory):
+    """(error, seconds from it to the end, threads that still write) of a run with a slow disk."""
+    from megatron.bridge.checkpoint.sharded_save import ShardedSave
+
+    recorder, write_item = _Failing(), ShardedSave._write_item
+    ShardedSave._write_item = lambda self, *arguments: time.sleep(0.3) or write_item(self, *arguments)
+    started = time.monotonic()
+    try:
+        _finetune(_config(directory, save="given_up", async_save=True), recorder)
+    except KeyError as error:
+        writing = [thread.name for thread in threading.enumerate() if thread.name == "checkpoint writer"]
+        return str(error), time.monotonic() - started, writing
+    finally:
+        ShardedSave._write_item = write_item
+
+
+def test_a_run_that_fails_gives_up_what_it_writes(directory):
+    for error, seconds, writing in run_on_ranks(_run_that_fails_while_it_writes, 2, directory):
+        assert "a callback's own error" in error and seconds < 30 and writing == []
+    assert _tracked(directory / "given_up") is None
+    assert [path.name for path in layout.leftovers(directory / "given_up")] == [".iter_0000003.saving"]

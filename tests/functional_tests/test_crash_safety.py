@@ -228,8 +228,8 @@ SEED = 6
 
 @pytest.mark.timeout(200)
 def test_a_run_killed_at_random_moments_ends_as_the_uninterrupted_one():
-    soaked = soak(4, seed=SEED)
-    assert sum(soaked.kills.values()) == 4 and soaked.starts >= 5
+    soaked = soak(3, seed=SEED)
+    assert sum(soaked.kills.values()) == 3 and soaked.starts >= 4
     assert any(step > 0 for step in soaked.resumed_at), "no start found a checkpoint: nothing was resumed"
     assert soaked.slowest_survivor_seconds < 60
 
