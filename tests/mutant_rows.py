@@ -23,9 +23,6 @@ class Mutant:
     tests: tuple[str, ...]
     """Pytest's node ids, of which one must fail."""
 
-    core: str = ""
-    """How the only version of megatron-core starts on which the tests can fail; empty for any."""
-
 
 COPIES = "src/megatron/bridge/training/cpu_offload/param_copies.py"
 LOAD = "src/megatron/bridge/training/checkpointing.py"
@@ -85,7 +82,6 @@ THE_SYNC = (
         text=_ENTRY,
         replacement=_ENTRY.replace("copies", "() if main is None else copies"),
         tests=(f"{_REAL}[1.0-False-True]",),
-        core="0.19",
     ),
     Mutant(
         name="first slice on every rank",
@@ -346,7 +342,7 @@ THE_LOAD = (
 )
 
 
-def _without(repair: str, row: str, *tests: str, kept: str = "", core: str = "") -> Mutant:
+def _without(repair: str, row: str, *tests: str, kept: str = "") -> Mutant:
     """A repair left out; `kept` is what of its file stays in."""
     return Mutant(
         name=f"without {repair}",
@@ -355,7 +351,6 @@ def _without(repair: str, row: str, *tests: str, kept: str = "", core: str = "")
         text=f"    *{row}.REPAIRS,\n",
         replacement=kept and f"    *{row}.REPAIRS{kept},\n",
         tests=tests,
-        core=core,
     )
 
 
@@ -375,7 +370,6 @@ THE_REPAIRS = (
         "native_fp32",
         f"{_REPAIRED}fp32_weights_on_the_device_move",
         kept="[:1]",
-        core="0.19",
     ),
     _without("group order", "group_order", f"{_REPAIRED}state_is_found_under_its_own_parameter"),
     _without("reshardable state", "reshardable_state", f"{_RESHARD}another_layout_resumes_the_same_state[DP 2 to 1]"),

@@ -114,8 +114,3 @@ def take_step(model: list[Any], optimizer: Any, *, seed: int = 0) -> None:
             param.main_grad.copy_(torch.randn(param.shape, generator=generator))
         chunk.finish_grad_sync()
     optimizer.step()
-
-
-def precision_aware_needs_transformer_engine() -> bool:
-    """No longer."""
-    return False

@@ -110,13 +110,6 @@ def test_tests_that_fail_without_a_mutant_are_an_error(repository, capsys):
     assert "error: the tests don't pass on the code as it is" in capsys.readouterr().err
 
 
-def test_a_mutant_for_another_core_is_left_out(repository, capsys):
-    another = dataclasses.replace(SQUARES, core="0.1.")
-    assert main([], mutants=(ADD, another), root=repository) == 0
-    output = capsys.readouterr().out
-    assert "not run: squares (only on megatron-core 0.1." in output and "1 of 1 mutants killed" in output
-
-
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_each_row_fits_the_code(mutant):
     try:
