@@ -167,8 +167,6 @@ EXACT = {
 @pytest.mark.parametrize("cell", EXACT)
 def test_resumed_run_equals_the_uninterrupted_one(directory, saved, cell):
     ranks, options = EXACT[cell]
-    if "precision-aware" in cell and _precision_aware_is_refused():
-        pytest.skip("this Core builds a precision-aware optimizer only with Transformer Engine")
     run, whole = saved(ranks, **options)
     assert all(witness.padded_buckets for witness in whole), "no bucket but the last is padded"
     resumed = run_on_ranks(_load, ranks, directory, run, **{k: v for k, v in options.items() if k != "fully"})
@@ -215,7 +213,7 @@ def test_another_layout_resumes_the_same_state(directory, saved, change):
 
 
 def test_a_resume_keeps_no_more_memory_than_the_run_did(directory, saved):
-    options = EXACT["half, precision-aware" if not _precision_aware_is_refused() else "half"][1]
+    options = EXACT["half, precision-aware"][1]
     run, whole = saved(2, **options)
     for uninterrupted, continued in zip(whole, run_on_ranks(_load, 2, directory, run, **options), strict=True):
         held = [sum(one.held_bytes for one in slices) for slices in (uninterrupted.saved, continued.loaded)]
@@ -226,19 +224,3 @@ def test_cores_own_routine_saves_wrong_state_where_buckets_are_padded(directory,
     run, whole = saved(2, by_core=True)
     loaded = run_on_ranks(_load, 2, directory, run)
     assert differing(_whole(loaded, "loaded"), _whole(whole, "saved")) != {}
-
-
-def _precision_aware_is_refused():
-    """Whether the configuration's checks refuse it on this Core."""
-    return run_on_ranks(_is_refused, 2, {**ALL, **AWARE})[0]
-
-
-def _is_refused(offload):
-    from megatron.bridge.training.config import runtime_config_update
-
-    try:
-        runtime_config_update(_config("nowhere", offload=offload, pretrained_checkpoint=None))
-    except ValueError as error:
-        assert "use_precision_aware_optimizer" in str(error)
-        return True
-    return False
