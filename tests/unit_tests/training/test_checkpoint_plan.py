@@ -5,9 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from megatron.core import __version__ as core_version
 
 from megatron.bridge.checkpoint import layout
+from megatron.bridge.training.local_checkpoint import CORE_RELEASE
 from tests.on_ranks import make_pretrained, run_finetune
 from tests.ranks import run_on_ranks
 from tests.tiny import tiny_config
@@ -302,7 +302,7 @@ def test_check_vocabulary(on_disk, vocab_size, fits):
         check_vocabulary(cfg, directory)
 
 
-def local_of(directory, step, *, num_ranks=1, core=core_version, holds_optimizer=True, **sections):
+def local_of(directory, step, *, num_ranks=1, core=CORE_RELEASE, holds_optimizer=True, **sections):
     """What `find_local` would say of a local checkpoint that a run like those of the fixture wrote."""
     from megatron.bridge.training.local_checkpoint import LocalCheckpoint
 
@@ -347,7 +347,7 @@ def test_plan_with_a_local_checkpoint(on_disk, case):
     [
         ({"num_ranks": 4}, "was saved under ranks 4 -> 1, and a local checkpoint can't be resharded: start as before"),
         ({"model": {"expert_model_parallel_size": 2}}, "saved under model.expert_model_parallel_size 2 -> 1, and"),
-        ({"core": "0.1"}, f"saved under megatron-core 0.1 -> {core_version}, and"),
+        ({"core": "0.1"}, f"saved under megatron-core 0.1 -> {CORE_RELEASE}, and"),
         (
             {"model": {"vocab_size": 127}},
             "/local/0/file.pt was saved by a model with vocab_size=127, this model has 128",

@@ -61,9 +61,10 @@ def stored_content_metadata(directory: str | Path) -> dict[str, Any]:
     """What a checkpoint says of its content (`save_sharded`'s `content_metadata`); empty where it says nothing.
 
     Raises:
-        ValueError: A later Core wrote it than this one can read, or the file that holds it is cut off.
+        ValueError: A later Core wrote it than this one can read, or a file is missing or cut off.
     """
     _check_common_state_is_readable(Path(directory))
+    check_files(directory)  # later versions keep it among the tensors
     return dist_checkpointing.serialization.load_content_metadata(str(directory)) or {}
 
 

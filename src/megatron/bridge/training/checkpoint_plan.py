@@ -10,13 +10,11 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from megatron.core import __version__ as core_version
-
 from megatron.bridge.checkpoint import layout
 from megatron.bridge.checkpoint.model_checkpoint import read_run_config
 from megatron.bridge.checkpoint.sharded_state import stored_content_metadata, stored_shapes
 from megatron.bridge.training.config import CheckpointConfig, ConfigContainer
-from megatron.bridge.training.local_checkpoint import LocalCheckpoint
+from megatron.bridge.training.local_checkpoint import CORE_RELEASE, LocalCheckpoint
 from megatron.bridge.utils.distributed import world_size
 
 RunConfig = dict[str, Any]
@@ -258,8 +256,8 @@ def _check_local_layout(cfg: ConfigContainer, local: LocalCheckpoint) -> None:
         was, now = _entry(local.run_config, "model", name, default=1), getattr(cfg.model, name) or 1
         if was != now:
             differing.append(f"model.{name} {was} -> {now}")
-    if local.core_version != core_version:
-        differing.append(f"megatron-core {local.core_version} -> {core_version}")
+    if local.core_version != CORE_RELEASE:
+        differing.append(f"megatron-core {local.core_version} -> {CORE_RELEASE}")
     if differing:
         raise ValueError(
             f"{local.path} (checkpoint.non_persistent_local_ckpt_dir) was saved under {', '.join(differing)}, and a "

@@ -24,6 +24,9 @@ from megatron.bridge.utils.files import check_writable_directory
 
 logger = logging.getLogger(__name__)
 
+CORE_RELEASE = core_version.partition("+")[0]
+"""Without the commit of whatever repository the process was started in, which Core 0.19 appends to its version."""
+
 CONTEXT_KEY = "local_checkpoint_manager"
 """Where a checkpointing context keeps the files; Megatron Bridge's name."""
 
@@ -143,7 +146,7 @@ def save_local(
         "run_config": run_config,
         "train_state": train_state,
         "num_ranks": world_size(),
-        "core_version": core_version,
+        "core_version": CORE_RELEASE,
     }
     state, files.distribution = MCoreTensorAwareStateDict.from_state_dict(
         described,
