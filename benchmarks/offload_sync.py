@@ -1,8 +1,9 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""What the sync and its guard cost, against the load they belong to, a plain copy and the published three-level recipe.
+r"""What the sync and its guard cost, against their load, a plain copy and the published three-level recipe.
 
     python benchmarks/offload_sync.py                                  # SmolLM2-135M's shape
-    python benchmarks/offload_sync.py --num-layers 16 --hidden-size 2048 --ffn-hidden-size 8192 --num-attention-heads 32
+    python benchmarks/offload_sync.py --num-layers 8 --hidden-size 2048 --ffn-hidden-size 8192 \
+        --num-attention-heads 16 --num-query-groups 4                  # 0.6 billion parameters, 15 GB of memory
 
 One process, random weights of the shape asked for, medians. Everything in a row is timed in the same process, one
 after the other. On a machine without CUDA "device" and "host" are both host memory, so only the ratios to the load and
@@ -35,6 +36,7 @@ from megatron.bridge.training.optim import setup_optimizer
 from megatron.bridge.training.state import GlobalState
 from megatron.bridge.utils import device, distributed
 
+SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size")
 COLUMNS = ("mode", "fraction", "copies, MB", "load, s", "sync, ms", "guard, ms", "guard/load", "plain copy, ms")
 COLUMNS += ("sync/plain", "3 levels, ms", "sync/3 levels", "extra peak, MB")
 
@@ -43,7 +45,7 @@ def main() -> None:
     """Time each mode and print one row for it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     shape = smollm2_135m_sft_config().model
-    for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size"):
+    for name in SHAPE:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(shape, name))
     parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
@@ -62,7 +64,7 @@ def _where() -> str:
 
 def _config(arguments: argparse.Namespace, directory: str, precision_aware: bool, fraction: float) -> Any:
     cfg = smollm2_135m_sft_config()
-    for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size"):
+    for name in SHAPE:
         setattr(cfg.model, name, getattr(arguments, name))
     cfg.model.kv_channels = arguments.hidden_size // arguments.num_attention_heads
     cfg.optimizer.use_precision_aware_optimizer = precision_aware
