@@ -342,12 +342,12 @@ BAD = {
             "set checkpoint.non_persistent_ckpt_type=local or global",
         ),
         (
-            ["checkpoint.non_persistent_ckpt_type=global", "checkpoint.non_persistent_local_ckpt_dir=/tmp/x"],
+            ["checkpoint.non_persistent_ckpt_type=global", "checkpoint.non_persistent_local_ckpt_dir=run"],
             1,
             "set checkpoint.non_persistent_ckpt_type=local, or leave it unset",
         ),
         (
-            ["checkpoint.non_persistent_global_ckpt_dir=/tmp/x"],
+            ["checkpoint.non_persistent_global_ckpt_dir=run"],
             1,
             "set checkpoint.non_persistent_ckpt_type=global, or leave it unset",
         ),
@@ -358,15 +358,15 @@ BAD = {
             "with neither checkpoint.save nor checkpoint.non_persistent_global_ckpt_dir",
         ),
         (
-            ["checkpoint.non_persistent_ckpt_type=global", "checkpoint.save=/tmp/x"]
-            + ["checkpoint.non_persistent_global_ckpt_dir=/tmp/y/../x"],
+            ["checkpoint.non_persistent_ckpt_type=global", "checkpoint.save=run"]
+            + ["checkpoint.non_persistent_global_ckpt_dir=a/../run"],
             1,
             "is checkpoint.save too, whose iterations would be removed",
         ),
     ],
     "check_background_writer_is_a_thread": [
         (
-            ["checkpoint.async_save=true", "checkpoint.save=/tmp/x", "checkpoint.async_ckpt_use_cpu_shm=true"],
+            ["checkpoint.async_save=true", "checkpoint.save=run", "checkpoint.async_ckpt_use_cpu_shm=true"],
             1,
             "checkpoint.async_ckpt_use_cpu_shm=True with checkpoint.async_save=true: a thread of each rank writes",
         ),
@@ -376,7 +376,7 @@ CASES = [(name, *case) for name, cases in BAD.items() for case in cases]
 BY_NAME = {rule.__name__: rule for rule in RULES}
 
 
-LOCAL = ("checkpoint.non_persistent_ckpt_type=local", "checkpoint.non_persistent_local_ckpt_dir=/tmp/local")
+LOCAL = ("checkpoint.non_persistent_ckpt_type=local", "checkpoint.non_persistent_local_ckpt_dir=local")
 
 
 def test_local_checkpoints_without_their_package_are_refused_in_one_line(monkeypatch):
