@@ -1,23 +1,42 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Read sharded state: Megatron-Core's `dist_checkpointing` in the `torch_dist` format, errors that say where."""
+"""Read sharded state: Megatron-Core's `dist_checkpointing` in the `torch_dist` format, errors that say where.
 
+Core reads descriptions and objects by pickle's own reader, which runs what a file asks for. So while Core loads, it is
+handed readers of ours, which let plain data pass and nothing else (`safe_pickle`).
+"""
+
+import contextlib
 import inspect
-import pickle
+import io
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import __version__ as core_version
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedStateDict,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+from megatron.core.dist_checkpointing.strategies import common as common_strategies
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategies
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 
 from megatron.bridge.checkpoint.layout import DCP_METADATA_FILE
+from megatron.bridge.checkpoint.safe_pickle import read_blob, read_dcp_metadata
 from megatron.bridge.utils.distributed import on_all_ranks
+
+COMMON_STATE = ShardedObject("common_state", None, (1,), (0,)).unique_key
+"""Under this key later versions of Core keep, among the tensors, what is common to all ranks."""
 
 
 def load_sharded(
@@ -39,17 +58,124 @@ def load_sharded(
         The template's structure with tensors in place of their descriptions, and the common state.
 
     Raises:
-        ValueError: A file is missing or cut off, or a tensor is missing or has another shape; the message names it.
+        ValueError: A file is missing or cut off or holds more than plain data, or a tensor is missing or has another
+            shape; the message names it.
     """
-    directory = str(directory)
     with on_all_ranks(f"matching the model with {directory}"):
+        reader = PlainReader(directory)
         check_files(directory)
-        _check_common_state_is_readable(Path(directory))
+        common_state = read_common_state(directory)
         check_shapes(sharded_state_dict, directory)
+        for wanted in _sharded_objects(sharded_state_dict):
+            reader.read_object(wanted.unique_key)
+    directory = str(directory)
     strategy = dist_checkpointing.serialization.get_default_load_sharded_strategy(directory)
     if parallel_group is not None:
         strategy = FullyParallelLoadStrategyWrapper(strategy, parallel_group)
-    return dist_checkpointing.load(sharded_state_dict, directory, strategy, strict=strict)
+    with _core_reads_plain_data(reader, common_state):
+        return dist_checkpointing.load(sharded_state_dict, directory, strategy, strict=strict)
+
+
+class PlainReader(FileSystemReader):
+    """Torch's reader of a distributed checkpoint, for plain data alone. Its description is read once."""
+
+    def __init__(self, directory: str | Path) -> None:
+        super().__init__(directory)
+        self.directory = Path(directory)
+        self._metadata: Metadata | None = None
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        """What is stored in which file.
+
+        Raises:
+            ValueError: The file is damaged, or holds anything else.
+        """
+        if self._metadata is None:
+            self._metadata = read_dcp_metadata(self.directory / DCP_METADATA_FILE)
+            self._metadata.storage_meta = self._metadata.storage_meta or StorageMeta()
+            self._metadata.storage_meta.load_id = self.load_id
+        return self._metadata
+
+    def read_object(self, key: str) -> Any:
+        """Read an object that is stored among the tensors.
+
+        Returns:
+            None where there is no such object.
+
+        Raises:
+            ValueError: It is damaged, or holds more than plain data.
+        """
+        part = self.read_metadata().storage_data.get(MetadataIndex(key))
+        if part is None:
+            return None
+        with open(self.directory / part.relative_path, "rb") as file:
+            file.seek(part.offset)
+            stored = io.BytesIO(file.read(part.length))
+        return read_blob(stored, named=f"{self.directory / part.relative_path} ({key})")
+
+
+@contextlib.contextmanager
+def _core_reads_plain_data(reader: PlainReader, common_state: dict[str, Any]) -> Iterator[None]:
+    """Inside, Core reads descriptions and objects through `reader`, and finds the common state already read."""
+
+    class PlainPlanner(torch_strategies.MCoreLoadPlanner):
+        def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+            key = read_item.dest_index.fqn
+            content = read_blob(value, named=f"{reader.directory} ({key})")
+            if self.flatten_state_dict:
+                set_element(self.original_state_dict, self.mappings[key], content)
+            else:
+                self.state_dict[key] = content
+
+    handed = [
+        (torch_strategies, "_get_filesystem_reader", lambda *_, **__: reader),
+        (torch_strategies, "MCoreLoadPlanner", PlainPlanner),
+        (common_strategies.TorchCommonLoadStrategy, "load_common", lambda *_: common_state)
+        if _keeps_common_state_apart()
+        else (serialization, "load_common_state_dict", lambda *_: common_state),
+    ]
+    before = [(place, name, getattr(place, name)) for place, name, _ in handed]
+    try:
+        for place, name, ours in handed:
+            setattr(place, name, ours)
+        yield
+    finally:
+        for place, name, cores in before:
+            setattr(place, name, cores)
+
+
+def _keeps_common_state_apart() -> bool:
+    """Whether this Core keeps the common state in a file of its own; from 0.17 on it is among the tensors."""
+    return "common_strategy" in inspect.signature(dist_checkpointing.load).parameters
+
+
+def read_common_state(directory: str | Path) -> dict[str, Any]:
+    """Read what a checkpoint holds for all ranks: everything but tensors and single ranks' objects.
+
+    Raises:
+        ValueError: A later Core wrote it than this one can read, it is damaged, or it holds more than plain data.
+    """
+    directory = Path(directory)
+    path = directory / common_strategies.COMMON_STATE_FNAME
+    if path.is_file():
+        if not zipfile.is_zipfile(path):
+            raise ValueError(
+                f"{path} is damaged ({path.stat().st_size} bytes): expected an archive that torch wrote; "
+                "restore it from another copy, or load another iteration (checkpoint.ckpt_step)"
+            )
+        return read_blob(path)
+    if _keeps_common_state_apart():
+        raise ValueError(
+            f"{directory} has no common.pt: a later Megatron-Core wrote it than the installed {core_version} can read; "
+            "install that version"
+        )
+    stored = PlainReader(directory).read_object(COMMON_STATE)
+    if stored is None:
+        raise ValueError(
+            f"{directory} holds no common state, neither in common.pt nor as {COMMON_STATE}: the checkpoint is not "
+            "complete; load another iteration (checkpoint.ckpt_step)"
+        )
+    return stored[0]
 
 
 def stored_shapes(directory: str | Path) -> dict[str, tuple[int, ...]]:
@@ -61,11 +187,11 @@ def stored_content_metadata(directory: str | Path) -> dict[str, Any]:
     """What a checkpoint says of its content (`save_sharded`'s `content_metadata`); empty where it says nothing.
 
     Raises:
-        ValueError: A later Core wrote it than this one can read, or a file is missing or cut off.
+        ValueError: A later Core wrote it than this one can read, a file is missing or cut off, or holds more than
+            plain data.
     """
-    _check_common_state_is_readable(Path(directory))
     check_files(directory)  # later versions keep it among the tensors
-    return dist_checkpointing.serialization.load_content_metadata(str(directory)) or {}
+    return read_common_state(directory).get("content_metadata") or {}
 
 
 def check_files(directory: str | Path) -> None:
@@ -76,7 +202,7 @@ def check_files(directory: str | Path) -> None:
     """
     directory = Path(directory)
     needed_bytes: dict[str, int] = {}
-    for part in _dcp_metadata(directory).storage_data.values():
+    for part in PlainReader(directory).read_metadata().storage_data.values():
         needed_bytes[part.relative_path] = max(needed_bytes.get(part.relative_path, 0), part.offset + part.length)
     for name, needed in sorted(needed_bytes.items()):
         path = directory / name
@@ -86,22 +212,6 @@ def check_files(directory: str | Path) -> None:
                 f"{path} {found}: expected {needed} bytes, as {directory / DCP_METADATA_FILE} says; "
                 "restore it from another copy, or load another iteration (checkpoint.ckpt_step)"
             )
-
-
-def _dcp_metadata(directory: Path) -> Metadata:
-    """What is stored in which file.
-
-    Raises:
-        ValueError: The file is damaged.
-    """
-    try:
-        return FileSystemReader(directory).read_metadata()
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(
-            f"{directory / DCP_METADATA_FILE} is damaged ({reason}): expected torch's description of a distributed "
-            "checkpoint; restore it from another copy, or load another iteration (checkpoint.ckpt_step)"
-        ) from error
 
 
 def check_shapes(sharded_state_dict: ShardedStateDict, directory: str | Path) -> None:
@@ -129,31 +239,13 @@ def check_shapes(sharded_state_dict: ShardedStateDict, directory: str | Path) ->
         )
 
 
-def _check_common_state_is_readable(directory: Path) -> None:
-    """Core up to 0.16 keeps the common state in a file of its own; later versions write it among the tensors.
-
-    Raises:
-        ValueError: The checkpoint was written by a later Core than this one can read, or the file is cut off.
-    """
-    if "common_strategy" not in inspect.signature(dist_checkpointing.load).parameters:
-        return
-    path = directory / "common.pt"
-    if not path.is_file():
-        raise ValueError(
-            f"{directory} has no common.pt: a later Megatron-Core wrote it than the installed {core_version} can read; "
-            "install that version"
-        )
-    if not zipfile.is_zipfile(path):
-        raise ValueError(
-            f"{path} is damaged ({path.stat().st_size} bytes): expected an archive that torch wrote; "
-            "restore it from another copy, or load another iteration (checkpoint.ckpt_step)"
-        )
-
-
 def _stored_tensors(directory: str) -> dict[str, ShardedTensor]:
-    _dcp_metadata(Path(directory))  # readable, or an error that names the file
-    metadata = dist_checkpointing.load_tensors_metadata(directory)
-    return {key: tensor for key, tensor in metadata.items() if isinstance(tensor, ShardedTensor)}
+    metadata = PlainReader(directory).read_metadata()
+    return torch_strategies.TorchDistLoadShardedStrategy().load_tensors_metadata(Path(directory), metadata)
+
+
+def _sharded_objects(state: ShardedStateDict) -> Iterator[ShardedObject]:
+    return (value for value in nested_values(state) if isinstance(value, ShardedObject))
 
 
 def _sharded_tensors(state: Any) -> list[ShardedTensor]:
@@ -167,18 +259,3 @@ def _sharded_tensors(state: Any) -> list[ShardedTensor]:
     if isinstance(state, (list, tuple)):
         return [tensor for value in state for tensor in _sharded_tensors(value)]
     return []
-
-
-def read_plain_blob(path: str | Path) -> Any:
-    """Read a `.pt` file that holds plain data and tensors, executing nothing.
-
-    Raises:
-        ValueError: The file is damaged, or holds anything else.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # torch raises a different class for each kind of damage
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} can't be read as plain data: {reason}; restore the file from another copy") from error

@@ -24,8 +24,9 @@ from megatron.bridge.checkpoint.model_checkpoint import (
     prepare_save,
     read_in_fp32,
 )
+from megatron.bridge.checkpoint.safe_pickle import read_blob
 from megatron.bridge.checkpoint.sharded_save import plan_save
-from megatron.bridge.checkpoint.sharded_state import load_sharded, read_plain_blob
+from megatron.bridge.checkpoint.sharded_state import load_sharded
 from megatron.bridge.training.background_save import BackgroundSave, finish_background_save
 from megatron.bridge.training.checkpoint_plan import LoadPlan, Source, plan_load
 from megatron.bridge.training.config import ConfigContainer
@@ -337,7 +338,7 @@ def _read_train_state(directory: Path) -> dict[str, Any]:
                 f"{path} is missing: there is no step to resume from; for the weights alone set "
                 "checkpoint.finetune=true, or name the checkpoint in checkpoint.pretrained_checkpoint"
             )
-        return read_plain_blob(path)
+        return read_blob(path)
 
 
 def _restore_train_state(state: GlobalState, saved: dict[str, Any]) -> None:

@@ -8,18 +8,15 @@ others waiting, and what a killed save or an abandoned course of the run left be
 Import it only where `local_checkpoint` says that the package is there.
 """
 
-import contextlib
 import zipfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.tensor_aware_state_dict import MCoreTensorAwareStateDict
 from nvidia_resiliency_ext.checkpointing.local.ckpt_managers.local_manager import LocalCheckpointManager
 
+from megatron.bridge.checkpoint.safe_pickle import read_blob
 from megatron.bridge.utils.device import synchronize
 from megatron.bridge.utils.distributed import on_all_ranks
 
@@ -63,13 +60,9 @@ class LocalCheckpointFiles(LocalCheckpointManager):
         try:
             if not mmap:
                 _check_sums(path)
-            with _plain_content_only():
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        except FileNotFoundError:
-            raise
-        except Exception as error:  # torch raises a different class for each kind of damage
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(_damaged(path, reason)) from error
+            content = read_blob(path, classes=(MCoreTensorAwareStateDict, ShardedTensor, ShardedObject), mmap=mmap)
+        except (ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(_damaged(path, str(error))) from error
         if not isinstance(content, MCoreTensorAwareStateDict):
             raise ValueError(_damaged(path, f"it holds a {type(content).__name__}"))
         return content
@@ -103,13 +96,3 @@ def _damaged(path: Path, reason: str) -> str:
         f"{path} can't be read as a local checkpoint: {reason}; remove it, and the run goes on from the newest "
         "checkpoint that all ranks can read"
     )
-
-
-@contextlib.contextmanager
-def _plain_content_only() -> Iterator[None]:
-    """Let `weights_only` reading pass what a local checkpoint is made of: classes that hold data and run nothing."""
-    multiarray = getattr(np, "_core", None) or np.core  # numpy 2 renamed it
-    classes: list[Callable[..., Any]] = [MCoreTensorAwareStateDict, ShardedTensor, ShardedObject, slice]
-    classes += [np.ndarray, np.dtype, type(np.dtype(np.uint32)), multiarray.multiarray._reconstruct]
-    with torch.serialization.safe_globals(classes):
-        yield

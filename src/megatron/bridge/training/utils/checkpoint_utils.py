@@ -115,8 +115,8 @@ def read_train_state(train_state_filename: StrPath) -> TrainState:
         FileNotFoundError: There is no such file.
         ValueError: It is damaged, or a field is missing.
     """
-    from megatron.bridge.checkpoint.sharded_state import read_plain_blob
+    from megatron.bridge.checkpoint.safe_pickle import read_blob
 
     train_state = TrainState()
-    train_state.load_state_dict(read_plain_blob(train_state_filename))
+    train_state.load_state_dict(read_blob(train_state_filename))
     return train_state

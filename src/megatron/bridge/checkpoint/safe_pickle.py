@@ -1,0 +1,239 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""What a checkpoint holds besides tensors is pickled. It is read here, and nothing that it names is run.
+
+A pickle names the classes and functions that make its objects anew, and pickle's own reader imports and calls them.
+Here a name counts only if it is in one of the tables below: tensors and plain data are made as they were; what
+Megatron-LM and Megatron Bridge write besides becomes an `InertValue`, and nothing is imported for it. Their offloaded
+optimizers leave classes in the param groups (NVIDIA-NeMo/RL #1553): entries that are one of those classes are dropped.
+Any other name is refused.
+"""
+
+import argparse
+import contextlib
+import io
+import pathlib
+import pickle
+import re
+import signal
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch.distributed.checkpoint import filesystem as dcp_filesystem
+from torch.distributed.checkpoint import metadata as dcp_metadata
+from torch.distributed.checkpoint import planner as dcp_planner
+
+_multiarray = getattr(np, "_core", None) or np.core  # numpy 2 renamed it
+
+PLAIN_DATA: dict[str, Callable[..., Any]] = {
+    "argparse.Namespace": argparse.Namespace,
+    "types.SimpleNamespace": types.SimpleNamespace,
+    "pathlib.PosixPath": pathlib.PosixPath,
+    "pathlib._local.PosixPath": pathlib.PosixPath,
+    "_io.BytesIO": io.BytesIO,
+    "signal.Signals": signal.Signals,
+    "builtins.slice": slice,
+    "torch._C.Generator": torch.Generator,
+    "numpy.ndarray": np.ndarray,
+    "numpy.dtype": np.dtype,
+    **{f"numpy.dtypes.{type(np.dtype(kind)).__name__}": type(np.dtype(kind)) for kind in "?bBhHiIlLefdUS"},
+    **{
+        f"numpy.{package}.multiarray.{name}": getattr(_multiarray.multiarray, name)
+        for package in ("core", "_core")
+        for name in ("_reconstruct", "scalar")
+    },
+}
+"""What holds data and does nothing as it is made, beyond what torch's `weights_only` lets pass by itself."""
+
+OPTIMIZER_CLASSES = (
+    *(f"torch.optim.{name}" for name in ("adam.Adam", "adamw.AdamW", "sgd.SGD")),
+    *(
+        f"{package}.{name}"
+        for package in ("transformer_engine.pytorch.optimizers", "apex.optimizers")
+        for name in ("fused_adam.FusedAdam", "fused_sgd.FusedSGD")
+    ),
+    "megatron.core.optimizer.cpu_offloading.hybrid_optimizer.HybridDeviceOptimizer",
+)
+"""What `HybridDeviceOptimizer` leaves in its param groups as `cpu_optimizer_cls` and `gpu_optimizer_cls`."""
+
+MEGATRON_CLASSES = (
+    *(f"megatron.core.enums.{name}" for name in ("ModelType", "Fp4Recipe", "Fp8Recipe")),
+    *(
+        f"megatron.core.transformer.enums.{name}"
+        for name in (
+            *("AttnBackend", "AttnMaskType", "AttnType", "CudaGraphModule", "CudaGraphScope"),
+            *("InferenceCudaGraphScope", "LayerType", "ModelType"),
+        )
+    ),
+    *(f"megatron.core.rerun_state_machine.{name}" for name in ("RerunDiagnostic", "RerunMode", "RerunState")),
+    "megatron.core.optimizer.optimizer_config.OptimizerConfig",
+    "megatron.core.transformer.pipeline_parallel_layer_layout.PipelineParallelLayerLayout",
+)
+"""Enumerations and records among the arguments that Megatron-LM stores, and in the state of its rerun machine."""
+
+
+class InertValue:
+    """Stands for an object whose class is known by name only: its arguments and state, and no behaviour."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}{getattr(self, 'arguments', ())}"
+
+
+def _inert(full_name: str, base: type) -> type:
+    module, _, name = full_name.rpartition(".")
+    return type(name, (base,), {"__module__": module})
+
+
+class _OptimizerClass(InertValue):
+    """Base of what stands for an optimizer's class."""
+
+
+_KNOWN: dict[str, Callable[..., Any]] = {
+    **PLAIN_DATA,
+    **{name: _inert(name, _OptimizerClass) for name in OPTIMIZER_CLASSES},
+    **{name: _inert(name, InertValue) for name in MEGATRON_CLASSES},
+}
+
+_OF_DCP = {
+    **{
+        (dcp_metadata.__name__, name): getattr(dcp_metadata, name)
+        for name in (
+            *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
+            *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+        )
+    },
+    **{
+        (dcp_planner.__name__, name): getattr(dcp_planner, name)
+        for name in ("BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")
+    },
+    **{(dcp_filesystem.__name__, name): getattr(dcp_filesystem, name) for name in ("_StorageInfo", "_StoragePrefix")},
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+    ("collections", "OrderedDict"): dict,
+    ("pathlib", "PosixPath"): pathlib.PosixPath,
+    ("pathlib._local", "PosixPath"): pathlib.PosixPath,
+    # Core 0.15's; without content.
+    **{
+        (module, name): _inert(f"{module}.{name}", InertValue)
+        for module in ("megatron.core.dist_checkpointing.strategies.torch",)
+        for name in ("MCoreMetadata", "MCoreSavePlan")
+    },
+}
+"""What torch's description of a distributed checkpoint is made of, by module and name."""
+
+
+def read_blob(
+    source: str | Path | BinaryIO,
+    *,
+    named: str | Path | None = None,
+    classes: tuple[Callable[..., Any], ...] = (),
+    mmap: bool | None = None,
+) -> Any:
+    """Read what `torch.save` wrote, executing nothing; tensors come to host memory.
+
+    Args:
+        source: A file's path, or the open file.
+        named: The file, for errors; None: `source` is its path.
+        classes: Classes of this process that may stand in this file too; they hold data and run nothing.
+        mmap: Leave the tensors on disk; None reads them.
+
+    Returns:
+        The content. Entries of dicts that are an optimizer's class are left out.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, or names anything that is not plain data.
+    """
+    named = source if named is None else named
+    try:
+        with _known_only(classes):
+            content = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch raises a different class for each kind of damage
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        if foreign is not None:
+            raise ValueError(_refusal(named, foreign.group(1))) from None
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{named} can't be read as plain data: {reason}; restore the file from another copy"
+        ) from error
+    return _without_optimizer_classes(content)
+
+
+def read_dcp_metadata(path: Path) -> dcp_metadata.Metadata:
+    """Read torch's description of a distributed checkpoint, which is no archive but a bare pickle.
+
+    Raises:
+        ValueError: The file is damaged, or names anything but what such a description is made of.
+    """
+    way_out = "restore it from another copy, or load another iteration (checkpoint.ckpt_step)"
+    expected = "expected torch's description of a distributed checkpoint"
+    try:
+        with open(path, "rb") as file:
+            content = _MetadataUnpickler(file).load()
+    except _ForeignNameError as error:
+        raise ValueError(_refusal(path, str(error))) from None
+    except OSError:
+        raise
+    except Exception as error:  # bytes that are no pickle raise whatever they make the reader do
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} is damaged ({reason}): {expected}; {way_out}") from error
+    if not isinstance(content, dcp_metadata.Metadata):
+        raise ValueError(f"{path} holds a {type(content).__name__}: {expected}; {way_out}")
+    return content
+
+
+class _ForeignNameError(pickle.UnpicklingError):
+    """A pickle names something that is not in the table."""
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
+            return found
+        if (module, name) not in _OF_DCP:
+            raise _ForeignNameError(f"{module}.{name}")
+        return _OF_DCP[module, name]
+
+
+def _refusal(named: str | Path, foreign: str) -> str:
+    return (
+        f"{named} names {foreign}, which is not plain data, and nothing of the file was executed: expected tensors, "
+        "numbers, text and the classes that Megatron Bridge and Megatron-LM write; load a checkpoint whose origin you "
+        "know, or write this one again without it"
+    )
+
+
+@contextlib.contextmanager
+def _known_only(classes: tuple[Callable[..., Any], ...]) -> Iterator[None]:
+    """Inside, `weights_only` reading knows the tables' names, whatever else this process has registered with torch."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals([*classes, *((made, name) for name, made in _KNOWN.items())])
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
+def _without_optimizer_classes(content: Any) -> Any:
+    if type(content) is dict:
+        return {key: _without_optimizer_classes(value) for key, value in content.items() if not _is_optimizer(value)}
+    if type(content) is list:
+        return [_without_optimizer_classes(value) for value in content]
+    return content
+
+
+def _is_optimizer(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, _OptimizerClass)
