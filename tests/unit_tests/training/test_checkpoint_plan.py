@@ -291,15 +291,17 @@ def test_a_plan_says_what_it_restores_and_why_not(on_disk):
 @pytest.mark.parametrize(("vocab_size", "fits"), [(128, True), (127, False), (256, False)])
 def test_check_vocabulary(on_disk, vocab_size, fits):
     """127 is padded to 128 as well: the shapes would fit."""
+    from megatron.bridge.checkpoint.model_checkpoint import read_run_config
     from megatron.bridge.training.checkpoint_plan import check_vocabulary
 
     cfg = tiny_config(on_disk, model={"vocab_size": vocab_size})
     directory = on_disk / "full" / "iter_0000002"
+    run_config = read_run_config(directory)
     if fits:
-        check_vocabulary(cfg, directory)
+        check_vocabulary(cfg, run_config, directory)
         return
     with pytest.raises(ValueError, match=f"with vocab_size=128, this model has {vocab_size}: set model.vocab_size"):
-        check_vocabulary(cfg, directory)
+        check_vocabulary(cfg, run_config, directory)
 
 
 def local_of(directory, step, *, num_ranks=1, core=CORE_RELEASE, holds_optimizer=True, **sections):

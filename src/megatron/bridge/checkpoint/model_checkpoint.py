@@ -7,7 +7,7 @@ no such prefix.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,20 +64,27 @@ def read_in_fp32(sharded_state_dict: Any) -> None:
                 sharded_state_dict.dtype = torch.float32
 
 
-def load_model_state_dict(model: Sequence[MegatronModule], state_dict: dict[str, Any], *, strict: bool = True) -> None:
+def load_model_state_dict(
+    model: Sequence[MegatronModule],
+    state_dict: dict[str, Any],
+    *,
+    strict: bool = True,
+    is_wanted: Callable[[str], bool] = lambda name: True,
+) -> None:
     """Put loaded tensors into a model's chunks.
 
     Args:
         model: This rank's chunks.
         state_dict: From `load_sharded`, by chunk key.
         strict: Every key of the model must be there and no other; Transformer Engine's `_extra_state` may be absent.
+        is_wanted: Which of the model's keys must be there.
 
     Raises:
         ValueError: Names the first key that differs.
     """
     for key, chunk in zip(chunk_keys(len(model)), model, strict=True):
         missing, unexpected = unwrap_model(chunk).load_state_dict(state_dict[key], strict=False)
-        missing = [name for name in missing if not name.endswith("_extra_state")]
+        missing = [name for name in missing if is_wanted(name) and not name.endswith("_extra_state")]
         unexpected = [name for name in unexpected if not name.endswith("_extra_state")]
         if strict and (missing or unexpected):
             differing = f"{missing[0]} is missing" if missing else f"{unexpected[0]} is not in the model"

@@ -62,12 +62,16 @@ class LoadPlan:
     reasons: tuple[str, ...] = ()
     """Why something is not restored."""
 
+    adapters_only: bool = False
+    """Whether the weights are those of adapters, and the others come from elsewhere."""
+
     content_metadata: dict[str, Any] = field(default_factory=dict)
     """How the checkpoint says that its state is sharded; what it doesn't say is as this run would save it."""
 
     def __str__(self) -> str:
         parts = {"optimizer": self.optimizer, "schedule": self.scheduler, "rng": self.rng, "step": self.train_state}
-        restored = ", ".join(["weights", *(name for name, is_restored in parts.items() if is_restored)])
+        weights = "adapters" if self.adapters_only else "weights"
+        restored = ", ".join([weights, *(name for name, is_restored in parts.items() if is_restored)])
         fresh = ", ".join(name for name, is_restored in parts.items() if not is_restored)
         because = f" ({'; '.join(self.reasons)})" if self.reasons else ""
         return f"{self.path}: restoring {restored}" + (f"; not {fresh}{because}" if fresh else "")
@@ -85,7 +89,8 @@ def plan_load(cfg: ConfigContainer, local: LocalCheckpoint | None = None) -> Loa
 
     Returns:
         None where the run starts from its initial weights: neither option is set, or `load` is the directory that the
-        run itself will save to and holds nothing yet.
+        run itself will save to and holds nothing yet. With adapters `pretrained_checkpoint` is `plan_base`'s, and None
+        means that they start as they are made.
 
     Raises:
         FileNotFoundError: A directory holds no checkpoint, and starting from random weights was not asked for.
@@ -105,10 +110,21 @@ def plan_load(cfg: ConfigContainer, local: LocalCheckpoint | None = None) -> Loa
     if checkpoint.load is not None:
         if layout.checkpoint_exists(checkpoint.load) or checkpoint.ckpt_step is not None:
             return _plan_resume(cfg, checkpoint.load, option="checkpoint.load")
+    if cfg.peft is not None:
+        return None
     if checkpoint.pretrained_checkpoint is not None:
         return _plan_pretrained(cfg, checkpoint.pretrained_checkpoint)
     _check_may_start_from_scratch(cfg)
     return None
+
+
+def plan_base(cfg: ConfigContainer) -> LoadPlan:
+    """Decide what the frozen weights under adapters are loaded from.
+
+    Raises:
+        FileNotFoundError, ValueError: As for `plan_load`.
+    """
+    return _plan_pretrained(cfg, cfg.checkpoint.pretrained_checkpoint)
 
 
 def _names_its_start(checkpoint: CheckpointConfig) -> bool:
@@ -134,13 +150,15 @@ def _newer_global_root(checkpoint: CheckpointConfig) -> str | None:
 def _plan_resume(cfg: ConfigContainer, root: str, *, option: str) -> LoadPlan:
     checkpoint = cfg.checkpoint
     directory = layout.resolve_checkpoint(root, checkpoint.ckpt_step, option=option)
-    check_vocabulary(cfg, directory)
-    if checkpoint.finetune:
-        return _weights_only(directory, "checkpoint.finetune=true")
-    if directory.name == "release":
-        return _weights_only(directory, "a release checkpoint")
-    holds_optimizer = any(OPTIMIZER_KEY.match(key) for key in stored_shapes(directory))
     saved = read_run_config(directory)
+    check_vocabulary(cfg, saved, directory)
+    _check_adapters(cfg, saved, directory)
+    adapters_only = cfg.peft is not None
+    if checkpoint.finetune:
+        return _weights_only(directory, "checkpoint.finetune=true", adapters_only=adapters_only)
+    if directory.name == "release":
+        return _weights_only(directory, "a release checkpoint", adapters_only=adapters_only)
+    holds_optimizer = any(OPTIMIZER_KEY.match(key) for key in stored_shapes(directory))
     content_metadata = stored_content_metadata(directory)
     if checkpoint.load_optim and holds_optimizer:
         _check_optimizer_layout(cfg, saved, directory, content_metadata.get("distrib_optim_sharding_type"))
@@ -149,7 +167,8 @@ def _plan_resume(cfg: ConfigContainer, root: str, *, option: str) -> LoadPlan:
 
 
 def _plan_local(cfg: ConfigContainer, local: LocalCheckpoint) -> LoadPlan:
-    _check_vocabulary(cfg, local.run_config, local.path)
+    check_vocabulary(cfg, local.run_config, local.path)
+    _check_adapters(cfg, local.run_config, local.path)
     _check_local_layout(cfg, local)
     return _whole_resume(cfg, local.path, Source.LOCAL, saved=local.run_config, holds_optimizer=local.holds_optimizer)
 
@@ -175,6 +194,7 @@ def _whole_resume(
         rng=why_not_rng is None,
         train_state=True,
         reasons=tuple(reasons),
+        adapters_only=cfg.peft is not None,
     )
 
 
@@ -188,12 +208,21 @@ def _plan_pretrained(cfg: ConfigContainer, path: str) -> LoadPlan:
             )
         return _weights_only(Path(path), "pretrained weights", source=Source.HUGGING_FACE)
     directory = layout.resolve_checkpoint(path, option="checkpoint.pretrained_checkpoint")
-    check_vocabulary(cfg, directory)
+    saved = read_run_config(directory)
+    check_vocabulary(cfg, saved, directory)
+    if saved.get("peft") is not None:
+        raise ValueError(
+            f"{directory} (checkpoint.pretrained_checkpoint) holds adapters only: expected the weights that they "
+            "adapt, or adapters merged into them (python -m megatron.bridge.convert export)"
+        )
     return _weights_only(directory, "pretrained weights")
 
 
-def _weights_only(path: Path, reason: str, *, source: Source = Source.MEGATRON) -> LoadPlan:
-    return LoadPlan(path, source, optimizer=False, scheduler=False, rng=False, train_state=False, reasons=(reason,))
+def _weights_only(
+    path: Path, reason: str, *, source: Source = Source.MEGATRON, adapters_only: bool = False
+) -> LoadPlan:
+    nothing_else = {"optimizer": False, "scheduler": False, "rng": False, "train_state": False}
+    return LoadPlan(path, source, **nothing_else, reasons=(reason,), adapters_only=adapters_only)
 
 
 def _why_not_rng(cfg: ConfigContainer, saved: RunConfig) -> str | None:
@@ -266,16 +295,37 @@ def _check_local_layout(cfg: ConfigContainer, local: LocalCheckpoint) -> None:
         )
 
 
-def check_vocabulary(cfg: ConfigContainer, directory: Path) -> None:
+def _check_adapters(cfg: ConfigContainer, run_config: RunConfig, path: Path) -> None:
+    """Adapters resume adapters, the same ones, and whole weights resume whole weights.
+
+    Raises:
+        ValueError: One of them is wanted and the other there, or the update is of another rank or scale.
+    """
+    saved = run_config.get("peft")
+    if saved is None and cfg.peft is not None:
+        raise ValueError(
+            f"{path} (checkpoint.load) holds a whole model, and peft is set: expected adapters; to adapt this model, "
+            "name it in checkpoint.pretrained_checkpoint and give the adapters a checkpoint.load of their own"
+        )
+    if saved is not None and cfg.peft is None:
+        raise ValueError(
+            f"{path} (checkpoint.load) holds adapters only, and peft is not set: set peft as in its "
+            f"{layout.CONFIG_FILE}, and checkpoint.pretrained_checkpoint to the weights that they adapt"
+        )
+    for name in ("dim", "alpha"):
+        was, now = (saved or {}).get(name), getattr(cfg.peft, name, None)
+        if was is not None and now is not None and was != now:
+            raise ValueError(
+                f"{path} (checkpoint.load) holds adapters of peft.{name}={was}, not {now}: set it to {was}"
+            )
+
+
+def check_vocabulary(cfg: ConfigContainer, run_config: RunConfig, path: Path) -> None:
     """A checkpoint of another vocabulary would load: Core lets the embedding's padded rows differ.
 
     Raises:
         ValueError: The vocabularies differ.
     """
-    _check_vocabulary(cfg, read_run_config(directory), directory)
-
-
-def _check_vocabulary(cfg: ConfigContainer, run_config: RunConfig, path: Path) -> None:
     saved = _entry(run_config, "model", "vocab_size", default=cfg.model.vocab_size)
     if saved != cfg.model.vocab_size:
         raise ValueError(

@@ -20,6 +20,7 @@ from megatron.bridge.checkpoint import layout
 from megatron.bridge.checkpoint.model_checkpoint import (
     commit_checkpoint,
     load_model_state_dict,
+    load_model_weights,
     model_sharded_state_dict,
     prepare_save,
     read_in_fp32,
@@ -27,8 +28,9 @@ from megatron.bridge.checkpoint.model_checkpoint import (
 from megatron.bridge.checkpoint.safe_pickle import read_blob
 from megatron.bridge.checkpoint.sharded_save import plan_save
 from megatron.bridge.checkpoint.sharded_state import load_sharded
+from megatron.bridge.peft.base import PEFT
 from megatron.bridge.training.background_save import BackgroundSave, finish_background_save
-from megatron.bridge.training.checkpoint_plan import LoadPlan, Source, plan_load
+from megatron.bridge.training.checkpoint_plan import LoadPlan, Source, plan_base, plan_load
 from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.training.cpu_offload.param_copies import (
     HybridParamSync,
@@ -49,6 +51,7 @@ from megatron.bridge.utils.distributed import barrier, is_rank_0, on_all_ranks
 
 __all__ = [
     "HybridParamSync",
+    "apply_peft_adapter_filter_to_state_dict",
     "check_hybrid_optimizer_param_copies",
     "finish_background_save",
     "init_checkpointing_context",
@@ -215,6 +218,8 @@ def plan_on_all_ranks(cfg: ConfigContainer, context: dict[str, Any]) -> LoadPlan
     """
     local = find_local(context)
     with on_all_ranks("planning the load"):
+        if cfg.peft is not None:
+            plan_base(cfg)
         if is_rank_0() and cfg.checkpoint.load is not None:
             for root in (cfg.checkpoint.load, cfg.checkpoint.non_persistent_root(cfg.checkpoint.load)):
                 for path in layout.leftovers(root):
@@ -283,6 +288,46 @@ def _bring_masters_in_line(cfg: ConfigContainer, optimizer: Any, *, restored: bo
         check_hybrid_optimizer_param_copies(optimizer, exact=not restored and main_params is None)
 
 
+def load_base_weights(cfg: ConfigContainer, model: list[Any]) -> None:
+    """Load the weights that adapters will stand beside, with all ranks, before they do.
+
+    Args:
+        cfg: A checked configuration with `peft`.
+        model: This rank's bare chunks.
+
+    Raises:
+        FileNotFoundError, ValueError: As for `load_checkpoint`.
+    """
+    with on_all_ranks("planning the load"):
+        plan = plan_base(cfg)
+    logger.info("loading the weights under the adapters: %s", plan)
+    if plan.source is Source.HUGGING_FACE:
+        _load_hf_weights(model, plan.path)
+    else:
+        load_model_weights(model, plan.path, strict=cfg.checkpoint.dist_ckpt_strictness)
+
+
+def apply_peft_adapter_filter_to_state_dict(state_dict: dict[str, Any], peft: PEFT) -> dict[str, Any]:
+    """A model's sharded state, by chunk key, without what is frozen.
+
+    Args:
+        state_dict: From `model_sharded_state_dict`, with entries of other kinds beside the chunks or without.
+        peft: Has been called with the model.
+    """
+    return {
+        chunk: {key: value for key, value in state.items() if peft.adapter_key_filter(key)}
+        if chunk.startswith("model")
+        else state
+        for chunk, state in state_dict.items()
+    }
+
+
+def _weights_to_store(cfg: ConfigContainer, model: list[Any], metadata: dict[str, Any]) -> dict[str, Any]:
+    """The part of a model's sharded state that this run's checkpoints hold: all of it, or its adapters."""
+    weights = model_sharded_state_dict(model, metadata)
+    return weights if cfg.peft is None else apply_peft_adapter_filter_to_state_dict(weights, cfg.peft)
+
+
 def _load_hf_weights(model: list[Any], path: Path) -> None:
     from megatron.bridge.models.conversion.auto_bridge import AutoBridge
 
@@ -302,7 +347,7 @@ def _load_megatron(
     """Read the planned parts of a Megatron checkpoint and put them in place; returns what was read."""
     metadata = _sharding_metadata(cfg, is_local=plan.source is Source.LOCAL)
     metadata.update((key, plan.content_metadata[key]) for key in metadata.keys() & plan.content_metadata.keys())
-    weights = model_sharded_state_dict(model, metadata)
+    weights = _weights_to_store(cfg, model, metadata)
     if cfg.checkpoint.load_main_params_from_ckpt and not plan.optimizer and plan.source is not Source.LOCAL:
         read_in_fp32(weights)
     template = dict(weights)
@@ -322,7 +367,8 @@ def _load_megatron(
             if cfg.checkpoint.fully_parallel_load
             else None,
         )
-    load_model_state_dict(model, loaded, strict=strict)
+    is_wanted = {} if cfg.peft is None else {"is_wanted": cfg.peft.adapter_key_filter}
+    load_model_state_dict(model, loaded, strict=strict, **is_wanted)
     if with_optimizer:
         load_optimizer(optimizer, opt_param_scheduler if plan.scheduler else None, loaded, plan.path)
     if plan.rng:
@@ -359,7 +405,7 @@ def _state_to_save(
     *,
     metadata: dict[str, Any],
 ) -> dict[str, Any]:
-    weights = model_sharded_state_dict(model, metadata)
+    weights = _weights_to_store(cfg, model, metadata)
     content: dict[str, Any] = {"checkpoint_version": CHECKPOINT_VERSION, "iteration": step, **weights}
     if cfg.checkpoint.save_optim and optimizer is not None:
         content["optimizer"] = optimizer.sharded_state_dict(weights, metadata=metadata)

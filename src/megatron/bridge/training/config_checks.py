@@ -130,12 +130,20 @@ def check_pretrained_checkpoint_exists(cfg: "ConfigContainer", world_size: int) 
         )
 
 
-def check_peft_has_pretrained_checkpoint(cfg: "ConfigContainer", world_size: int) -> None:
-    """Adapters adapt something."""
-    if cfg.peft is not None and cfg.checkpoint.pretrained_checkpoint is None:
+def check_peft(cfg: "ConfigContainer", world_size: int) -> None:
+    """Adapters adapt something, and their options are right."""
+    if cfg.peft is None:
+        return
+    cfg.peft.check()
+    if cfg.checkpoint.pretrained_checkpoint is None:
         raise ValueError(
             "peft is set without checkpoint.pretrained_checkpoint: adapters need the weights they adapt; "
             "set checkpoint.pretrained_checkpoint, or peft=null"
+        )
+    if cfg.checkpoint.load_main_params_from_ckpt:
+        raise ValueError(
+            "peft is set with checkpoint.load_main_params_from_ckpt=true: frozen weights have no FP32 masters; "
+            "set load_main_params_from_ckpt=false"
         )
 
 
@@ -205,7 +213,7 @@ RULES: tuple[Callable[["ConfigContainer", int], None], ...] = (
     check_options_are_built,
     check_comm_overlap_is_off,
     check_pretrained_checkpoint_exists,
-    check_peft_has_pretrained_checkpoint,
+    check_peft,
     check_non_persistent_checkpoints_have_a_place,
     check_background_writer_is_a_thread,
 )

@@ -41,7 +41,6 @@ UNSUPPORTED = (
     Unsupported("nvrx_straggler", (None,)),
     Unsupported("tensor_inspect", (None,)),
     Unsupported("inprocess_restart", (None,), "restart the job from its newest checkpoint instead"),
-    Unsupported("peft", (None,), "train all weights, with the optimizer offloaded where memory is short"),
     # length of the run and its checks
     # Core from 0.17 ignores it, and the data is read in batches of one size
     Unsupported("train.rampup_batch_size", (None,), "set train.global_batch_size alone"),

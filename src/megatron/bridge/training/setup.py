@@ -14,7 +14,12 @@ from megatron.core.utils import get_model_config
 from megatron.bridge.data.config import DatasetBuildContext
 from megatron.bridge.data.loaders import build_datasets, build_evaluation_steps, build_step_iterator, padding_for
 from megatron.bridge.data.tokenizer import build_tokenizer, check_tokenizer_fits
-from megatron.bridge.training.checkpointing import init_checkpointing_context, load_checkpoint, plan_on_all_ranks
+from megatron.bridge.training.checkpointing import (
+    init_checkpointing_context,
+    load_base_weights,
+    load_checkpoint,
+    plan_on_all_ranks,
+)
 from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.training.initialize import initialize_megatron
 from megatron.bridge.training.optim import setup_optimizer
@@ -83,6 +88,7 @@ def setup(state: GlobalState, train_valid_test_datasets_provider: Callable[..., 
         ddp_config=cfg.ddp,
         data_parallel_random_init=cfg.rng.data_parallel_random_init,
         pg_collection=pg_collection,
+        pre_wrap_hook=None if cfg.peft is None else partial(_adapt, cfg),
     )
     optimizer, scheduler = setup_optimizer(
         cfg.optimizer,
@@ -109,6 +115,16 @@ def setup(state: GlobalState, train_valid_test_datasets_provider: Callable[..., 
         context,
         pg_collection,
     )
+
+
+def _adapt(cfg: ConfigContainer, chunks: list[Any]) -> list[Any]:
+    """The model with its pretrained weights, frozen, and adapters that are trained."""
+    load_base_weights(cfg, chunks)
+    adapted = cfg.peft(chunks, training=True)
+    params = [param for chunk in adapted for param in chunk.parameters()]
+    trained = sum(param.numel() for param in params if param.requires_grad)
+    logger.info("peft: %d of this rank's %d parameters are trained", trained, sum(param.numel() for param in params))
+    return adapted
 
 
 def maybe_log_and_save_config(cfg: ConfigContainer) -> None:

@@ -159,6 +159,15 @@ def seed_everything(seed: int, *, data_parallel_random_init: bool = False, **tra
     tensor_parallel.model_parallel_cuda_manual_seed(seed, **tracker_options)
 
 
+def all_gathered(value: Any) -> list[Any]:
+    """What each rank gives, in order of the ranks. Collective; the value alone where there is one process."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 @contextlib.contextmanager
 def on_all_ranks(doing: str) -> Iterator[None]:
     """Run a body that holds no collective; if it raises on any rank, raise on every rank.
@@ -175,12 +184,7 @@ def on_all_ranks(doing: str) -> Iterator[None]:
         yield
     except Exception as raised:
         error = raised
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        if error is not None:
-            raise error
-        return
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, None if error is None else f"{type(error).__name__}: {error}")
+    messages = all_gathered(None if error is None else f"{type(error).__name__}: {error}")
     if error is not None:
         raise error
     for failed_rank, message in enumerate(messages):

@@ -1,0 +1,64 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""A linear layer of Core's that has an adapter: the layer itself, given a subclass of its own class.
+
+Its weight keeps its name, so that checkpoints of the model without adapters fit; the adapter's parameters are named
+`<layer>.adapter.<parameter>`.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+
+
+class AdaptedLinear:
+    """Mark of layers that have an adapter, and what they do with it. Stands before Core's class among the bases."""
+
+    adapter: torch.nn.Module
+    """Called with the layer's input and output; returns the output of both."""
+    adapter_enabled: bool = True
+    """Whether the adapter takes part in the forward pass."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As Core's layer: (output, bias that is still to be added)."""
+        output, bias = super().forward(x, *args, **kwargs)
+        return (self.adapter(x, output) if self.adapter_enabled else output), bias
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
+    ) -> ShardedStateDict:
+        """Core's, which takes every tensor for a whole one that it doesn't know, and the adapter's own in its place."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        state.update(self.adapter.sharded_state_dict(f"{prefix}adapter.", sharded_offsets, metadata))
+        return state
+
+    def merged_weight(self) -> torch.Tensor:
+        """The weight that alone gives what layer and adapter give: this rank's part, in the weight's dtype."""
+        return self.adapter.merged(self.weight)
+
+
+def add_adapter(linear: torch.nn.Module, adapter: torch.nn.Module) -> None:
+    """Give a linear layer an adapter, in place."""
+    linear.__class__ = _adapted_class(type(linear))
+    linear.adapter = adapter
+
+
+def merge_adapters(chunks: list[torch.nn.Module]) -> int:
+    """Add every adapter to the weight of its layer, in place, and remove it. No communication.
+
+    Returns:
+        How many there were.
+    """
+    adapted = [module for chunk in chunks for module in chunk.modules() if isinstance(module, AdaptedLinear)]
+    for linear in adapted:
+        with torch.no_grad():
+            linear.weight.copy_(linear.merged_weight())
+        del linear.adapter
+        linear.__class__ = type(linear).__bases__[1]
+    return len(adapted)
+
+
+@functools.cache
+def _adapted_class(base: type) -> type:
+    return type(f"Adapted{base.__name__}", (AdaptedLinear, base), {})

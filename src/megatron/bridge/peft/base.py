@@ -1,0 +1,146 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""What every kind of adapter does to a model: freeze it, add the adapters, say what is to be saved."""
+
+import abc
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import unwrap_model
+
+from megatron.bridge.peft.adapted_linear import AdaptedLinear
+
+Model = MegatronModule | list[MegatronModule]
+
+
+@dataclass
+class PEFT(abc.ABC):
+    """Parameter-efficient finetuning: called with a model, it freezes the weights and adds what is trained instead.
+
+    A method of your own overrides `transform`.
+    """
+
+    params_to_save = frozenset()
+    """Names of the trainable parameters, as the unwrapped chunks name them; the call fills it."""
+
+    @abc.abstractmethod
+    def transform(self, module: torch.nn.Module, name: str = "", prefix: str = "") -> torch.nn.Module:
+        """Adapt one module, or return it as it is.
+
+        Args:
+            module: Any module of the model, each one once.
+            name: Its last name, such as "linear_qkv".
+            prefix: What comes before it, such as "decoder.layers.0.self_attention"; layers count from 0 over all
+                pipeline stages.
+
+        Returns:
+            The module that takes its place.
+        """
+
+    def __call__(self, model: Model, training: bool = True) -> Model:
+        """Freeze a bare model and adapt it, in place. Before the precision and data-parallel wrappers.
+
+        Args:
+            model: This rank's chunks, or one.
+            training: Whether the model will be trained; else it is put in evaluation mode.
+
+        Returns:
+            The same model.
+        """
+        self.check()
+        self.freeze_model(model, training=training)
+        for chunk in _chunks(model):
+            # All names first: what an adapter adds is not adapted.
+            for whole_name, module in list(chunk.named_modules()):
+                prefix, _, name = whole_name.rpartition(".")
+                adapted = self.transform(module, name=name, prefix=_over_all_stages(chunk, prefix))
+                if adapted is not module:
+                    setattr(chunk.get_submodule(prefix), name, adapted)
+            if training:
+                _let_gradients_through_the_embedding(chunk)
+        self.set_params_to_save(model)
+        return model
+
+    def freeze_model(self, model: Model, *, training: bool = True) -> None:
+        """Switch the gradients of all parameters off.
+
+        Args:
+            model: This rank's chunks, or one.
+            training: As in the call.
+        """
+        for chunk in _chunks(model):
+            chunk.requires_grad_(False)
+            chunk.train(training)
+
+    def set_params_to_save(self, model: Model) -> None:
+        """Note the names of the trainable parameters."""
+        self.params_to_save = {
+            name for chunk in _chunks(model) for name, param in chunk.named_parameters() if param.requires_grad
+        }
+
+    def adapter_key_filter(self, key: str) -> bool:
+        """Whether a checkpoint of the adapters holds this entry of the model's state."""
+        return key in self.params_to_save
+
+    def enable_adapter_layers(self, model: Model) -> None:
+        """Let the adapters take part in the forward pass, as they do from the start."""
+        _switch(model, enabled=True)
+
+    def disable_adapter_layers(self, model: Model) -> None:
+        """Leave the adapters out of the forward pass: the model gives what it gave before it was adapted."""
+        _switch(model, enabled=False)
+
+    @contextlib.contextmanager
+    def disable_adapter(self, model: Model) -> Iterator[None]:
+        """Inside, the model gives what it gave before it was adapted."""
+        self.disable_adapter_layers(model)
+        try:
+            yield
+        finally:
+            self.enable_adapter_layers(model)
+
+    def check(self) -> None:  # noqa: B027  # a method without options has nothing to check
+        """Check the options, before anything is built.
+
+        Raises:
+            ValueError: Names the option.
+        """
+
+
+def _chunks(model: Any) -> list[MegatronModule]:
+    return [unwrap_model(chunk) for chunk in (model if isinstance(model, list) else [model])]
+
+
+def _over_all_stages(chunk: MegatronModule, name: str) -> str:
+    """A module's name with its layer counted over all pipeline stages."""
+    layer = re.match(r"decoder\.layers\.(\d+)", name)
+    return (
+        name
+        if layer is None
+        else f"decoder.layers.{chunk.decoder.layers[int(layer[1])].layer_number - 1}{name[layer.end() :]}"
+    )
+
+
+def _switch(model: Model, *, enabled: bool) -> None:
+    for chunk in _chunks(model):
+        for module in chunk.modules():
+            if isinstance(module, AdaptedLinear):
+                module.adapter_enabled = enabled
+
+
+def _let_gradients_through_the_embedding(chunk: MegatronModule) -> None:
+    """Recomputed layers, and stages that hand their output on, need an input that requires gradients."""
+    config = chunk.config
+    if chunk.pre_process and (config.recompute_granularity is not None or config.pipeline_model_parallel_size > 1):
+        chunk.embedding.register_forward_hook(_require_gradient)
+
+
+def _require_gradient(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    if not torch.is_grad_enabled() or output.requires_grad:
+        return output
+    # A copy: what is a leaf must not be changed in place, and Core does so.
+    return output.requires_grad_().clone()

@@ -1,0 +1,88 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""How one of Core's linear layers is cut over the tensor-parallel ranks: what an adapter beside it must know."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+
+Split = Literal["output", "input"]
+
+_SPLITS: dict[str, Split] = {
+    "ColumnParallelLinear": "output",
+    "RowParallelLinear": "input",
+    "TEColumnParallelLinear": "output",
+    "TELayerNormColumnParallelLinear": "output",
+    "TERowParallelLinear": "input",
+}
+"""By class, known by its name: Transformer Engine may not be installed."""
+
+
+@dataclass(frozen=True)
+class LinearLayout:
+    """A linear layer as an adapter sees it."""
+
+    split: Split
+    """Which features the ranks share among them."""
+    group: Any
+    """The tensor-parallel process group."""
+    sequence_parallel: bool
+    """Whether the other side's activations are cut along the sequence."""
+    is_gated: bool
+    """Whether the weight is two matrices on top of each other, each of which is cut."""
+    normalized: Callable[[torch.Tensor], torch.Tensor] | None
+    """The norm that the layer applies to its input itself; None where it doesn't."""
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether there is more than one rank to share it."""
+        return self.group.size() > 1
+
+
+def linear_layout(linear: torch.nn.Module, name: str) -> LinearLayout:
+    """Look at a linear layer.
+
+    Args:
+        linear: Core's or Transformer Engine's.
+        name: Its whole name, for errors.
+
+    Raises:
+        ValueError: It is no linear layer that an adapter can stand beside.
+    """
+    kind = next((cls.__name__ for cls in type(linear).__mro__ if cls.__name__ in _SPLITS), None)
+    if kind is None:
+        raise ValueError(_refusal(name, f"a {type(linear).__name__}", f"one of {', '.join(_SPLITS)}"))
+    if linear.weight is None:
+        raise ValueError(_refusal(name, "without a weight of its own", "an output layer that is not tied"))
+    group = linear._tp_group if kind.startswith("TE") else linear.tp_group
+    gathers = not kind.startswith("TE") and (linear.gather_output if kind[0] == "C" else not linear.input_is_parallel)
+    if gathers and group.size() > 1:
+        raise ValueError(_refusal(name, "gathering its output or cutting its input itself", "parallel activations"))
+    has_own_communication = "experts" in name.split(".") or linear.config.moe_shared_expert_overlap
+    if has_own_communication and group.size() > 1:
+        raise ValueError(_refusal(name, f"an expert's on {group.size()} ranks", "model.expert_tensor_parallel_size=1"))
+    return LinearLayout(
+        split=_SPLITS[kind],
+        group=group,
+        sequence_parallel=linear.sequence_parallel and group.size() > 1,
+        is_gated=name.endswith("linear_fc1") and linear.config.gated_linear_unit,
+        normalized=_fused_norm(linear) if kind == "TELayerNormColumnParallelLinear" else None,
+    )
+
+
+def _refusal(name: str, found: str, expected: str) -> str:
+    return f"peft.target_modules matches {name}, which is {found}: expected {expected}; name it in peft.exclude_modules"
+
+
+def _fused_norm(linear: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The norm inside Transformer Engine's LayerNormLinear, again: its result doesn't leave the layer."""
+
+    def normalized(x: torch.Tensor) -> torch.Tensor:
+        weight = linear.layer_norm_weight + 1 if linear.zero_centered_gamma else linear.layer_norm_weight
+        if linear.normalization == "RMSNorm":
+            return F.rms_norm(x, weight.shape, weight, linear.eps)
+        return F.layer_norm(x, weight.shape, weight, linear.layer_norm_bias, linear.eps)
+
+    return normalized

@@ -1,0 +1,271 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""LoRA in a run: only adapters train, the same ones at every layout; they are all that is saved, and resume exactly."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from tests.on_ranks import Recorder, differing, make_pretrained
+from tests.ranks import RankError, run_on_ranks
+from tests.tiny import tiny_config
+
+# A trained B: with B zero, A has no gradient at first and half of the path would go untested.
+LORA = {"dim": 4, "alpha": 8, "lora_B_init_method": "normal"}
+SIZES = {"num_layers": 4}
+EXPERTS = {
+    "num_moe_experts": 4,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 32,
+    "moe_token_dispatcher_type": "alltoall",
+    "expert_tensor_parallel_size": 1,
+}
+HALF = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.5}
+AWARE = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 1.0, "use_precision_aware_optimizer": True}
+TP2, PP2, EP2 = ({f"{axis}_parallel_size": 2} for axis in ("tensor_model", "pipeline_model", "expert_model"))
+LAYOUTS = {
+    "TP 2": TP2,
+    "TP 2, sequence parallel": {**TP2, "sequence_parallel": True},
+    "PP 2": PP2,
+    "PP 2 x VP 2": {
+        **PP2,
+        "virtual_pipeline_model_parallel_size": 2,
+        "overlap_p2p_comm": True,
+        "batch_p2p_comm": False,
+    },
+    "recomputed": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
+class Witness(Recorder):
+    """Keeps what the optimizer owns too."""
+
+    def on_train_start(self, context):
+        super().on_train_start(context)
+        children = getattr(context.optimizer, "chained_optimizers", [context.optimizer])
+        self.owned = sum(param.numel() for child in children for param in child.model_param_group_index_map)
+        params = [param for chunk in context.model for param in chunk.parameters()]
+        self.trained = sum(param.numel() for param in params if param.requires_grad)
+        self.all = sum(param.numel() for param in params)
+
+
+def _config(directory, *, lora=None, model=None, optimizer=None, precision="fp32", **checkpoint):
+    from megatron.bridge.peft.lora import LoRA
+
+    kind = "experts" if (model or {}).get("num_moe_experts") else "dense"
+    cfg = tiny_config(
+        directory,
+        model={**SIZES, **(model or {})},
+        optimizer={"lr": 1e-2, **(optimizer or {})},
+        checkpoint={
+            "save": None,
+            "pretrained_checkpoint": f"{directory}/{kind}",
+            "dist_ckpt_optim_fully_reshardable": True,
+            **checkpoint,
+        },
+    )
+    cfg.peft = LoRA(**{**LORA, **(lora or {})})
+    cfg.mixed_precision = precision
+    return cfg
+
+
+def _train(directory, *, callback=Witness, **options):
+    from megatron.bridge.training.finetune import finetune
+    from megatron.bridge.training.gpt_step import forward_step
+
+    witness = callback()
+    finetune(_config(directory, **options), forward_step, callbacks=[witness])
+    return witness
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("lora")
+    run_on_ranks(make_pretrained, 2, path / "dense", model=SIZES)
+    run_on_ranks(make_pretrained, 2, path / "experts", model={**SIZES, **EXPERTS})
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(directory):
+    """A run of three steps that saved its adapters after each."""
+    return run_on_ranks(_train, 2, directory, save=f"{directory}/adapters", save_interval=1)
+
+
+def test_only_adapters_are_trained_and_have_optimizer_state(trained):
+    for run in trained:
+        moved = differing(run.weights_before, run.weights_after)
+        assert moved and all(".adapter." in name for name in moved)
+        assert len(moved) == 4 * 4 * 2  # layers, linear layers, A and B
+        assert run.owned <= run.trained < run.all / 5
+
+
+def test_a_checkpoint_holds_only_adapters(directory, trained):
+    from megatron.bridge.checkpoint.sharded_state import stored_shapes
+
+    shapes = stored_shapes(directory / "adapters" / "iter_0000003")
+    assert all(".adapter." in key for key in shapes if key.startswith(("decoder.", "embedding.", "optimizer.")))
+    assert shapes["decoder.layers.self_attention.linear_qkv.adapter.linear_in.weight"] == (4, 4, 64)
+    assert shapes["optimizer.state.exp_avg.decoder.layers.mlp.linear_fc1.adapter.linear_out.weight"] == (4, 256, 4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_computes_and_trains_the_same(directory, trained, layout):
+    """From the adapters of the first step, two more with all state; gradients that some rank lacks would show."""
+    resumed = run_on_ranks(
+        _train, 2, directory, model=LAYOUTS[layout], load=f"{directory}/adapters", ckpt_step=1, save=f"{directory}/new"
+    )
+    assert resumed[-1].losses == pytest.approx(trained[-1].losses[1:], rel=1e-4)
+    again = run_on_ranks(_train, 2, directory, load=f"{directory}/new", finetune=True)
+    for uninterrupted, other in zip(trained, again, strict=True):
+        for name, weight in uninterrupted.weights_after.items():
+            torch.testing.assert_close(
+                other.weights_before[name], weight, rtol=1e-3, atol=2e-4, msg=f"{layout}: {name}"
+            )
+
+
+EXACT = {
+    "no offload": {"precision": "bf16_mixed"},
+    "half": {"precision": "bf16_mixed", "optimizer": HALF},
+    "all, precision-aware": {"precision": "bf16_mixed", "optimizer": AWARE},
+    "half, TP 2, dropout": {"optimizer": HALF, "precision": "bf16_mixed", "model": TP2, "lora": {"dropout": 0.1}},
+    "half, experts": {"precision": "bf16_mixed", "optimizer": HALF, "model": {**EXPERTS, **EP2}},
+}
+
+
+@pytest.mark.parametrize("cell", EXACT)
+def test_a_resumed_run_equals_the_uninterrupted_one(directory, cell):
+    options, run = EXACT[cell], f"{directory}/{cell}"
+    whole = run_on_ranks(_train, 2, directory, save=run, save_interval=1, **options)
+    resumed = run_on_ranks(_train, 2, directory, load=run, ckpt_step=1, **options)
+    for uninterrupted, continued in zip(whole, resumed, strict=True):
+        assert continued.losses == uninterrupted.losses[1:]
+        assert differing(continued.weights_after, uninterrupted.weights_after) == {}
+        assert differing(continued.weights_before, continued.weights_after) != {}
+    weights_only = run_on_ranks(_train, 2, directory, load=run, load_optim=False, **options)
+    for uninterrupted, continued in zip(whole, weights_only, strict=True):
+        assert differing(continued.weights_before, uninterrupted.weights_after) == {}
+
+
+class Disabled(Recorder):
+    """The loss of one batch with adapters, without them, and with adapters merged into the weights."""
+
+    def on_train_start(self, context):
+        from megatron.bridge.peft.adapted_linear import merge_adapters
+
+        peft = context.state.cfg.peft
+        self.adapted = _logits(context)
+        with peft.disable_adapter(context.model):
+            self.disabled = _logits(context)
+        assert torch.equal(self.adapted, _logits(context))
+        assert merge_adapters(context.model) == 16
+        self.merged = _logits(context)
+        assert all(".adapter." not in name for chunk in context.model for name, _ in chunk.named_parameters())
+        context.state.train_state.do_train = False
+
+
+@torch.no_grad()
+def _logits(context):
+    tokens = torch.arange(16).repeat(2, 1)
+    model = context.model[0].eval()
+    logits = model(tokens, torch.arange(16).repeat(2, 1), None)
+    model.train()
+    return logits.clone()
+
+
+@pytest.mark.parametrize("layout", [{}, TP2], ids=["DP 2", "TP 2"])
+def test_adapters_can_be_left_out_and_merged(directory, layout):
+    for run in run_on_ranks(_train, 2, directory, callback=Disabled, model=layout):
+        assert (run.adapted - run.disabled).abs().max() > 1e-3
+        torch.testing.assert_close(run.merged, run.adapted, rtol=1e-4, atol=1e-5)
+
+
+REFUSED = {
+    "a whole model to resume": ({"load": "{directory}/dense"}, r"holds a whole model, and peft is set"),
+    "adapters as weights": (
+        {"pretrained_checkpoint": "{directory}/adapters"},
+        r"holds adapters only: expected the weights",
+    ),
+    "another rank": ({"load": "{directory}/adapters", "lora": {"dim": 8}}, r"holds adapters of peft.dim=4, not 8"),
+    "another scale": ({"load": "{directory}/adapters", "lora": {"alpha": 4}}, r"of peft.alpha=8, not 4: set it to 8"),
+    "no such module": (
+        {"lora": {"target_modules": ["q_proj"]}},
+        r"peft.target_modules names 'q_proj', which matches no",
+    ),
+    "no linear layer": (
+        {"lora": {"target_modules": ["*.pre_mlp_layernorm"]}},
+        r"which is a RMSNorm: expected one of",
+    ),
+    "dropout of 1": ({"lora": {"dropout": 1.0}}, r"peft.dropout=1.0: expected 0 or more, below 1"),
+    "FP32 masters of frozen weights": (
+        {"load_main_params_from_ckpt": True, "load_optim": False},
+        r"frozen weights have no FP32 masters",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_work_is_refused_in_one_line(directory, trained, case):
+    options, message = REFUSED[case]
+    options = {k: v.format(directory=directory) if isinstance(v, str) else v for k, v in options.items()}
+    with pytest.raises(RankError, match=message):
+        run_on_ranks(_train, 2, directory, **options)
+
+
+def test_a_run_without_peft_refuses_adapters(directory, trained):
+    with pytest.raises(RankError, match=r"holds adapters only, and peft is not set"):
+        run_on_ranks(_train_whole, 2, directory)
+
+
+def _train_whole(directory):
+    from megatron.bridge.training.finetune import finetune
+    from megatron.bridge.training.gpt_step import forward_step
+
+    cfg = _config(directory, load=f"{directory}/adapters")
+    cfg.peft = None
+    finetune(cfg, forward_step)
+
+
+TARGETS = {
+    "one layer, over all stages": (["*.layers.3.*.linear_qkv"], [], {"decoder.layers.1.self_attention.linear_qkv"}),
+    "all but one kind": (
+        ["linear_proj", "linear_fc2"],
+        ["*.layers.1.mlp.*"],
+        {"decoder.layers.0.self_attention.linear_proj"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TARGETS)
+def test_targets_are_names_or_patterns(directory, case):
+    targets, excluded, expected = TARGETS[case]
+    lora = {"target_modules": targets, "exclude_modules": excluded}
+    for rank, adapted in enumerate(run_on_ranks(_adapted_names, 2, directory, lora)):
+        if len(targets) == 1:
+            assert adapted == (expected if rank == 1 else set())
+        else:
+            assert expected < adapted and (rank == 1) == ("decoder.layers.1.mlp.linear_fc2" in adapted)
+
+
+def _adapted_names(directory, lora):
+    from megatron.bridge.training.config import runtime_config_update
+    from megatron.bridge.utils.distributed import model_parallel_groups
+
+    cfg = _config(directory, lora=lora, model=PP2)
+    runtime_config_update(cfg)
+    with model_parallel_groups(1, 2):
+        (chunk,) = cfg.model.provide_distributed_model(wrap_with_ddp=False, pre_wrap_hook=cfg.peft)
+    names = {name.split(".adapter.")[0] for name, _ in chunk.named_parameters() if ".adapter." in name}
+    return {name.removeprefix("module.") for name in names}
+
+
+def test_options_can_be_overridden_and_written(directory):
+    from megatron.bridge.peft.lora import LoRA
+    from megatron.bridge.utils.overrides import apply_overrides
+    from megatron.bridge.utils.yaml_io import from_yaml_dict, to_yaml_dict
+
+    cfg = _config(directory)
+    apply_overrides(cfg, ["peft.dim=16", "peft.target_modules=[linear_qkv]"])
+    assert (cfg.peft.dim, cfg.peft.target_modules) == (16, ["linear_qkv"])
+    read = from_yaml_dict(to_yaml_dict(cfg.peft))
+    assert isinstance(read, LoRA) and dataclasses.asdict(read) == dataclasses.asdict(cfg.peft)
