@@ -22,6 +22,10 @@ class CellCounts:
             self.refused[because] += refused
 
 
+def pytest_addoption(parser):
+    parser.addoption("--resume-matrix", choices=("cut", "whole"), default="cut", help="how much of it runs")
+
+
 @pytest.fixture(scope="session")
 def written_model(tmp_path_factory):
     """The directory of a model's weights in every form, written on that many ranks when first asked for."""

@@ -91,9 +91,14 @@ def _expert(config: Any, local: re.Match) -> str:
     return f"experts.{int(local[1]) + on_each_rank * mpu.get_expert_model_parallel_rank()}"
 
 
-def _slice(optimizer: Any, param: torch.Tensor, name: str, is_gated: bool) -> Slice:
+def _tensor_rank(name: str) -> int:
     from megatron.core import mpu
 
+    is_expert = ".experts." in name
+    return mpu.get_expert_tensor_parallel_rank() if is_expert else mpu.get_tensor_model_parallel_rank()
+
+
+def _slice(optimizer: Any, param: torch.Tensor, name: str, is_gated: bool) -> Slice:
     group, place = optimizer.model_param_group_index_map[param]
     inner = optimizer.optimizer
     stepped_on = inner.param_groups[group]["params"][place]
@@ -104,7 +109,7 @@ def _slice(optimizer: Any, param: torch.Tensor, name: str, is_gated: bool) -> Sl
     tensors = {"master": stepped_on, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
     return Slice(
         name=name,
-        tensor_rank=0 if ".experts." in name else mpu.get_tensor_model_parallel_rank(),
+        tensor_rank=_tensor_rank(name),
         shape=tuple(param.shape),
         axis=param.partition_dim if getattr(param, "tensor_model_parallel", False) else None,
         is_gated=is_gated,

@@ -51,6 +51,11 @@ def run_on_ranks(fn: Callable, world_size: int, *args: Any, timeout_seconds: flo
         raise
 
 
+def end_ranks(world_size: int) -> None:
+    """End the pool of that size: the next task runs in processes that have seen none."""
+    _pools.pop(world_size).kill()
+
+
 class _Pool:
     def __init__(self, world_size: int) -> None:
         context = multiprocessing.get_context("spawn")

@@ -117,6 +117,12 @@ PLANS = {
         {**RESUMED, "rng": False},
         ("rng: PP 1 -> 2",),
     ),
+    "another layout of experts, reshardable": (
+        {"load": "any_layout", "model": {"num_moe_experts": 4, "expert_model_parallel_size": 2}},
+        "any_layout/iter_0000002",
+        RESUMED,
+        (),
+    ),
     "finetune=true": (
         {"load": "full", "finetune": True},
         "full/iter_0000002",
@@ -196,7 +202,7 @@ REFUSALS = {
         {"load": "full", "model": {"pipeline_model_parallel_size": 2}},
         ValueError,
         r"iter_0000002 \(checkpoint.load\) holds optimizer state of another layout \(PP 1 -> 2\).*"
-        "dist_ckpt_optim_fully_reshardable=true it fits any TP and PP.*load_optim=false",
+        "dist_ckpt_optim_fully_reshardable=true it fits any.*load_optim=false",
     ),
     "another layout, whatever this run saves": (
         {
@@ -208,9 +214,9 @@ REFUSALS = {
         r"holds optimizer state of another layout \(TP 1 -> 2\)",
     ),
     "another layout of experts": (
-        {"load": "any_layout", "model": {"num_moe_experts": 4, "expert_model_parallel_size": 2}},
+        {"load": "full", "model": {"num_moe_experts": 4, "expert_model_parallel_size": 2}},
         ValueError,
-        r"another layout \(EP 1 -> 2\), which can't be resharded: use the checkpoint's parallel sizes, or load its we",
+        r"another layout \(EP 1 -> 2\), which can't be resharded: use the checkpoint's parallel sizes \(saved from",
     ),
     "resume from Hugging Face": (
         {"load": "hf"},

@@ -256,19 +256,14 @@ def _check_optimizer_layout(cfg: ConfigContainer, saved: RunConfig, directory: P
             f"{directory} (checkpoint.load) holds optimizer state in the format {sharding_type}, which can't be read: "
             f"expected dp_reshardable or fully_reshardable; {weights_alone}"
         )
-    fits_any = sharding_type == "fully_reshardable"
-    # Core gives experts an optimizer of their own at some of these sizes, and numbers the optimizers in a checkpoint.
-    with_experts = ("TP", "EP", "ETP") if cfg.model.num_moe_experts else ()
-    changed = _changed_layout(cfg, saved, with_experts if fits_any else ("TP", "PP", *with_experts))
+    if sharding_type == "fully_reshardable":
+        return
+    changed = _changed_layout(cfg, saved, ("TP", "PP", "EP", "ETP") if cfg.model.num_moe_experts else ("TP", "PP"))
     if changed is not None:
-        way_out = (
-            ""
-            if fits_any
-            else " (saved from there with checkpoint.dist_ckpt_optim_fully_reshardable=true it fits any TP and PP)"
-        )
         raise ValueError(
             f"{directory} (checkpoint.load) holds optimizer state of another layout ({changed}), which can't be "
-            f"resharded: use the checkpoint's parallel sizes{way_out}, or {weights_alone}"
+            "resharded: use the checkpoint's parallel sizes (saved from there with "
+            f"checkpoint.dist_ckpt_optim_fully_reshardable=true it fits any), or {weights_alone}"
         )
 
 

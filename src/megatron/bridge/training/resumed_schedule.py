@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-ParamGroup = dict[str, Any]
+from megatron.bridge.training.optimizer_chain import GROUP_KEYS, ParamGroup, identity, in_this_chain
 
 OPTIONS = {
     "max_lr": "optimizer.lr",
@@ -25,8 +25,6 @@ OPTIONS = {
     "wd_incr_style": "scheduler.weight_decay_incr_style",
 }
 """What Core's names are called here."""
-
-GROUP_KEYS = ("max_lr", "min_lr", "start_wd", "end_wd")
 
 
 def load_optimizer(
@@ -47,10 +45,11 @@ def load_optimizer(
     if scheduler is not None:
         saved_schedule = _without_what_has_no_effect(loaded["opt_param_scheduler"], scheduler.state_dict())
         _check_schedule_is_decided(scheduler, saved_schedule, path)
-    saved_groups = _param_groups(loaded["optimizer"])
+    saved = in_this_chain(optimizer, loaded["optimizer"])
+    saved_groups = _param_groups(saved)
     saved_rates = _rates(saved_groups)
     _set_rates(saved_groups, _rates(optimizer.param_groups))
-    optimizer.load_state_dict(loaded["optimizer"])
+    optimizer.load_state_dict(saved)
     if scheduler is None:
         return
     if scheduler.use_checkpoint_opt_param_scheduler:
@@ -93,9 +92,8 @@ def _param_groups(optimizer_state: Any) -> list[ParamGroup]:
 
 
 def _identity(group: ParamGroup) -> tuple:
-    """What a group is, whatever its rates; Core's earlier names begin with `pre_`."""
-    multipliers = tuple(group.get(key, group.get(f"pre_{key}")) for key in ("wd_mult", "lr_mult"))
-    return (*multipliers, bool(group.get("is_expert_parallel")), bool(group.get("is_decoupled_lr")))
+    """What a group is, whatever its rates."""
+    return (*identity(group), bool(group.get("is_expert_parallel")))
 
 
 def _rates(groups: list[ParamGroup]) -> dict[tuple, dict[str, float]]:

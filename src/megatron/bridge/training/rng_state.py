@@ -17,6 +17,8 @@ def get_rng_state(
 ) -> ShardedObject:
     """This rank's random states: an entry for each tensor and pipeline position, and data rank if they differ.
 
+    They differ with expert parallelism too: Core has a generator that each expert-parallel rank seeds for itself.
+
     Args:
         data_parallel_random_init: Data-parallel ranks have states of their own: keep them all.
         ckpt_format: `torch_dist`.
@@ -28,7 +30,7 @@ def get_rng_state(
     if ckpt_format != "torch_dist":
         raise ValueError(f"ckpt_format={ckpt_format!r}: random states are kept for 'torch_dist' only")
     states = [current_states()]
-    if data_parallel_random_init:
+    if data_parallel_random_init or mpu.get_expert_model_parallel_world_size() > 1:
         states = [None] * mpu.get_data_parallel_world_size()
         torch.distributed.all_gather_object(states, current_states(), group=mpu.get_data_parallel_group())
     return ShardedObject(
@@ -56,12 +58,15 @@ def restore_rng_state(states: list[dict[str, Any]], *, data_parallel_random_init
 
     Args:
         states: One entry, or one per data-parallel rank.
-        data_parallel_random_init: Take this data-parallel rank's own entry.
+        data_parallel_random_init: Take this data-parallel rank's own entry; with expert parallelism too, where there
+            is one for each.
 
     Raises:
         ValueError: There is no entry for this rank.
     """
-    index = mpu.get_data_parallel_rank() if data_parallel_random_init else 0
+    spreads_experts = mpu.get_expert_model_parallel_world_size() > 1
+    is_of_each = spreads_experts and len(states) == mpu.get_data_parallel_world_size()
+    index = mpu.get_data_parallel_rank() if data_parallel_random_init or is_of_each else 0
     if index >= len(states):
         raise ValueError(
             f"the checkpoint has random states of {len(states)} data-parallel ranks and this is rank {index}: "
