@@ -3,14 +3,18 @@
 
 import contextlib
 import io
+import json
 import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from megatron.bridge.convert import build_parser, main
+from tests.families import MODELS
 from tests.ranks import run_on_ranks
-from tests.unit_tests.models.tiny_llama import save_tiny_llama
+from tests.unit_tests.models.tiny_llama import save_tiny_llama, save_tiny_model
 
 
 def as_typed(*args):
@@ -44,8 +48,62 @@ def test_roundtrip_says_what_it_found(tmp_path):
     directory = save_tiny_llama(tmp_path / "llama")
     status, output, errors = run_on_ranks(on_rank, 2, "roundtrip", "--hf-model", directory, "--tp", 2)[0]
     assert status == 0
-    assert output.endswith("all 39 tensors are bit-equal after Hugging Face -> Megatron -> Hugging Face")
+    lines = output.splitlines()
+    assert lines[0].split() == ["tensor", "shape", "result"]
+    assert lines[1].split() == ["model.embed_tokens.weight", "[96,", "32]", "equal"]
+    assert len(lines) == 1 + 39 + 1
+    assert lines[-1].endswith("all 39 tensors are bit-equal after Hugging Face -> Megatron -> back")
     assert "exporting weights" in errors
+
+
+def test_roundtrip_that_loses_something_fails(tmp_path):
+    """bfloat16 weights under a configuration that says float16: the cast loses bits."""
+    directory = save_tiny_llama(tmp_path / "llama", dtype=torch.bfloat16)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
+    status, output, _ = run_on_ranks(on_rank, 1, "roundtrip", "--hf-model", directory, "--no-progress")[0]
+    assert status == 1
+    assert output.splitlines()[-1].endswith("39 of 39 tensors differ")
+    assert "float16, in the file bfloat16 (96, 32)" in output.splitlines()[1]
+
+
+def test_experts_convert_on_two_processes(tmp_path):
+    directory = save_tiny_model(tmp_path / "moe", "Qwen3MoeForCausalLM", **MODELS["qwen3_moe"].options)
+    checkpoint, exported = tmp_path / "megatron", tmp_path / "hf"
+    shared = ("--tp", 2, "--ep", 2, "--etp", 1, "--no-progress")
+    for status, _, errors in run_on_ranks(
+        on_rank, 2, "import", "--hf-model", directory, "--megatron-path", checkpoint, "--dtype", "bfloat16", *shared
+    ):
+        assert status == 0, errors
+    sizes = ("--pp", 2, "--vp", 2, "--no-progress")
+    command = ("export", "--megatron-path", checkpoint, "--hf-path", exported, *sizes)
+    for status, _, errors in run_on_ranks(on_rank, 2, *command):
+        assert status == 0, errors
+    before, after = (load_file(path / "model.safetensors") for path in (directory, exported))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], before[name].bfloat16()) for name in before)
+    assert json.loads((exported / "config.json").read_text())["dtype"] == "bfloat16"
+    command = ("export", "--megatron-path", checkpoint, "--hf-path", exported, "--dtype", "float32", "--no-progress")
+    assert run_on_ranks(on_rank, 1, *command)[0][0] == 0
+    widened = load_file(exported / "model.safetensors")
+    assert all(torch.equal(widened[name], after[name].float()) for name in after)
+    assert json.loads((exported / "config.json").read_text())["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("model", "sizes", "message"),
+    [
+        ("llama", ("--ep", 2), "no experts don't divide among expert_model_parallel_size=2"),
+        ("llama", ("--tp", 3), "tensor_model_parallel_size=3 x "),
+        ("llama", ("--pp", 2, "--vp", 3), "num_layers=4 doesn't divide among 6 pipeline stages"),
+        ("mixtral", ("--ep", 4), "expert_model_parallel_size=4"),
+    ],
+)
+def test_layouts_that_leave_a_remainder_are_refused(tmp_path, model, sizes, message):
+    directory = save_tiny_model(tmp_path, MODELS[model].architecture, **MODELS[model].options)
+    for status, _, errors in run_on_ranks(on_rank, 2, "roundtrip", "--hf-model", directory, *sizes):
+        assert status == 1
+        assert message in errors.splitlines()[-1] and "Traceback" not in errors
 
 
 def test_error_is_one_line_and_a_status(tmp_path):

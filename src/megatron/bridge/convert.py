@@ -5,12 +5,22 @@
     python -m megatron.bridge.convert export    --megatron-path CKPT --hf-path DIR
     python -m megatron.bridge.convert roundtrip --hf-model DIR
 
-Models larger than one process's memory convert under torchrun with --tp and --pp.
+Models larger than one process's memory convert under torchrun, shared out by --tp, --pp and --ep. The result doesn't
+depend on how: a checkpoint can be loaded at any other layout.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+
+_SIZES = {
+    "tp": ("tensor_model_parallel_size", "processes that share each matrix"),
+    "pp": ("pipeline_model_parallel_size", "processes that share the layers"),
+    "vp": ("virtual_pipeline_model_parallel_size", "parts of each process's layers"),
+    "ep": ("expert_model_parallel_size", "processes that share the experts"),
+    "etp": ("expert_tensor_parallel_size", "processes that share each expert's matrices (default: --tp)"),
+}
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,11 +46,19 @@ def build_parser() -> argparse.ArgumentParser:
     roundtrip = commands.add_parser("roundtrip", help="prove that a model survives both ways bit by bit")
     roundtrip.add_argument("--hf-model", required=True, help="directory, or name on the Hugging Face hub")
 
+    for command in (importing, exporting):
+        command.add_argument("--dtype", choices=_DTYPES, help="of the weights written (default: as they are)")
     for command in (importing, exporting, roundtrip):
-        command.add_argument("--tp", type=int, default=1, help="tensor-parallel size while converting (default 1)")
-        command.add_argument("--pp", type=int, default=1, help="pipeline-parallel size while converting (default 1)")
+        for option, (_, meaning) in _SIZES.items():
+            command.add_argument(f"--{option}", type=int, help=f"{meaning}, while converting")
         command.add_argument("--no-progress", action="store_true", help="show no progress bar")
     return parser
+
+
+def parallel_sizes(args: argparse.Namespace) -> dict[str, int]:
+    """The sizes that were given, by their names in a provider."""
+    given = {name: getattr(args, option) for option, (name, _) in _SIZES.items()}
+    return {name: size for name, size in given.items() if size is not None}
 
 
 def run_import(args: argparse.Namespace) -> str:
@@ -50,9 +68,9 @@ def run_import(args: argparse.Namespace) -> str:
     written = AutoBridge.import_ckpt(
         args.hf_model,
         args.megatron_path,
-        tensor_model_parallel_size=args.tp,
-        pipeline_model_parallel_size=args.pp,
+        dtype=args.dtype,
         show_progress=not args.no_progress,
+        **parallel_sizes(args),
     )
     return f"imported {args.hf_model} to {written}"
 
@@ -68,29 +86,32 @@ def run_export(args: argparse.Namespace) -> str:
         args.megatron_path,
         args.hf_path,
         show_progress=not args.no_progress,
-        tensor_model_parallel_size=args.tp,
-        pipeline_model_parallel_size=args.pp,
+        dtype=args.dtype,
+        **parallel_sizes(args),
     )
     return f"exported {args.megatron_path} to {args.hf_path}"
 
 
 def run_roundtrip(args: argparse.Namespace) -> str:
-    """Load and export in memory, comparing every tensor with the files; returns what was found.
+    """Load and export in memory, comparing every tensor with the files; returns the table of what was found.
 
     Raises:
-        ValueError: A tensor differs.
+        TensorsDiffer: At least one did not survive.
     """
     from megatron.bridge.models.conversion.auto_bridge import AutoBridge
+    from megatron.bridge.models.conversion.roundtrip import as_table
 
     bridge = AutoBridge.from_hf_pretrained(args.hf_model)
-    num_equal, differing = bridge.check_roundtrip(
-        tensor_model_parallel_size=args.tp,
-        pipeline_model_parallel_size=args.pp,
-        show_progress=not args.no_progress,
-    )
+    results = bridge.check_roundtrip(show_progress=not args.no_progress, **parallel_sizes(args))
+    table = as_table(results)
+    differing = sum(not one.is_equal for one in results)
     if differing:
-        raise ValueError(f"{args.hf_model}: {len(differing)} tensors don't survive, {num_equal} do: {differing[0]}")
-    return f"{args.hf_model}: all {num_equal} tensors are bit-equal after Hugging Face -> Megatron -> Hugging Face"
+        raise TensorsDiffer(f"{table}\n{args.hf_model}: {differing} of {len(results)} tensors differ")
+    return f"{table}\n{args.hf_model}: all {len(results)} tensors are bit-equal after Hugging Face -> Megatron -> back"
+
+
+class TensorsDiffer(Exception):
+    """A round trip that lost something; the text is its table."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,13 +127,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup_logging()
     command = {"import": run_import, "export": run_export, "roundtrip": run_roundtrip}[args.command]
     try:
-        done = command(args)
-    except (ValueError, FileNotFoundError) as error:
+        done, status = command(args), 0
+    except TensorsDiffer as found:
+        done, status = str(found), 1
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
         print(f"{args.command}: {error}", file=sys.stderr)
         return 1
     if is_rank_0():
         print(done)
-    return 0
+    return status
 
 
 if __name__ == "__main__":

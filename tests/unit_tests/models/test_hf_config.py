@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 from megatron.bridge import AutoBridge
 from megatron.bridge.models.conversion.hf_config import find_hf_directory, read_hf_config, rope_parameters
+from megatron.bridge.models.decoder import window_fields
+from megatron.bridge.models.families import FAMILY_MODULES, REFUSED_ARCHITECTURES, family_of, provider_fields
 
 SMOLLM2 = {
     "architectures": ["LlamaForCausalLM"],
@@ -84,7 +86,9 @@ def test_both_spellings_of_rope_scaling():
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
         ({"attention_bias": True}, "mlp_bias=False is not supported"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn' is not supported"),
-        ({"torch_dtype": "float8_e4m3fn"}, "dtype='float8_e4m3fn' is not supported"),
+        ({"torch_dtype": "float8_e4m3fn"}, "config.json: dtype='float8_e4m3fn' is not supported"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config=.*gptq.* is not supported"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, r"of their own for \['full_attention'\]"),
     ],
 )
 def test_what_cannot_be_expressed_is_refused(overrides, message):
@@ -92,12 +96,60 @@ def test_what_cannot_be_expressed_is_refused(overrides, message):
         provider_of(**overrides)
 
 
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"sliding_window": None}, {}),
+        ({"sliding_window": 4096, "use_sliding_window": False}, {}),
+        ({"sliding_window": 4096, "use_sliding_window": True, "max_window_layers": 28}, {}),
+        ({"sliding_window": 4096}, {"window_size": (4095, 0), "window_attn_skip_freq": None}),
+        (
+            {"sliding_window": 4096, "max_window_layers": 1, "use_sliding_window": True},
+            {"window_size": (4095, 0), "window_attn_skip_freq": [0, 1]},
+        ),
+        (
+            {"sliding_window": 4096, "layer_types": ["sliding_attention", "full_attention"]},
+            {"window_size": (4095, 0), "window_attn_skip_freq": [1, 0]},
+        ),
+    ],
+)
+def test_window_of_each_spelling(config, expected):
+    fields = window_fields({"num_hidden_layers": 2, **config})
+    assert fields == ({**expected, "masked_softmax_fusion": False} if expected else {})
+
+
+def test_published_configurations_of_experts():
+    """Qwen names the number of experts `num_experts`, and transformers 5 saves it as `num_local_experts`."""
+    moe = {**SMOLLM2, "architectures": ["Qwen3MoeForCausalLM"], "num_experts_per_tok": 8, "moe_intermediate_size": 768}
+    for name in ("num_experts", "num_local_experts"):
+        config = {**moe, name: 128, "norm_topk_prob": True, "mlp_only_layers": [0], "decoder_sparse_step": 2}
+        provider = AutoBridge.from_hf_config(config).to_megatron_provider(load_weights=False)
+        assert (provider.num_moe_experts, provider.moe_router_topk, provider.moe_ffn_hidden_size) == (128, 8, 768)
+        assert provider.moe_layer_freq == [0, 1] * 15 and not provider.moe_router_pre_softmax
+        assert provider.moe_aux_loss_coeff == 1e-3
+
+
 def test_unknown_architecture_is_refused_and_the_known_ones_named():
-    with pytest.raises(ValueError, match=r"\['BertModel'\]: supported are \['LlamaForCausalLM'\]"):
+    with pytest.raises(ValueError, match=r"\['BertModel'\]: supported are \['LlamaForCausalLM', 'Mistral") as raised:
         AutoBridge.from_hf_config({"architectures": ["BertModel"]})
+    assert "\n" not in str(raised.value) and str(AutoBridge.list_supported_models()) in str(raised.value)
     assert not AutoBridge.supports({"architectures": ["BertModel"]})
     assert AutoBridge.supports(SMOLLM2)
-    assert AutoBridge.list_supported_models() == ["LlamaForCausalLM"]
+
+
+@pytest.mark.parametrize("architecture", REFUSED_ARCHITECTURES)
+def test_known_architectures_are_refused_with_the_reason(architecture):
+    assert architecture not in FAMILY_MODULES
+    with pytest.raises(ValueError, match="which needs .*norm weights counted from 1.*: supported are"):
+        AutoBridge.from_hf_config({"architectures": [architecture]})
+
+
+@pytest.mark.parametrize("architecture", FAMILY_MODULES)
+def test_every_family_has_a_file_of_its_own(architecture):
+    family = family_of({"architectures": [architecture]})
+    assert family.provider_class.__module__ == FAMILY_MODULES[architecture]
+    with pytest.raises(ValueError, match=f"config.json lacks 'num_.*', which {architecture} needs"):
+        provider_fields({"architectures": [architecture]})
 
 
 def test_directories_without_a_model_are_refused(tmp_path, monkeypatch):

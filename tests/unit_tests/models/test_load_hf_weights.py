@@ -63,9 +63,17 @@ def reshape(name, *shape):
     return lambda tensors: tensors.update({name: torch.zeros(shape)})
 
 
+def retype(name, dtype):
+    return lambda tensors: tensors.update({name: tensors[name].to(dtype)})
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
+        (
+            retype("model.layers.2.mlp.up_proj.weight", torch.float8_e4m3fn),
+            "'model.layers.2.mlp.up_proj.weight' has dtype F8_E4M3, expected one of ['BF16', 'F16', 'F32']",
+        ),
         (
             remove("model.layers.3.mlp.up_proj.weight"),
             "holds no tensor 'model.layers.3.mlp.up_proj.weight', which the model needs with shape (48, 32)",
@@ -93,6 +101,15 @@ def test_wrong_tensor_is_named_and_the_model_untouched(llama, changed, edit, mes
     error, differing = run_on_ranks(load_on_rank, 1, llama, changed(edit))[0]
     assert message in error and "changed" in error and "\n" not in error
     assert differing == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_no_numbers_are_named(llama, changed, value):
+    def spoil(tensors):
+        tensors["model.layers.2.self_attn.k_proj.weight"][3, 4] = value
+
+    error, _ = run_on_ranks(load_on_rank, 1, llama, changed(spoil))[0]
+    assert "model.safetensors: 'model.layers.2.self_attn.k_proj.weight' holds NaN or infinite values" in error
 
 
 def test_vocabulary_larger_than_the_embedding_is_refused(llama):

@@ -18,7 +18,6 @@ SIZES = SimpleNamespace(
     num_attention_heads=8,
     num_query_groups=2,
     kv_channels=4,
-    ffn_hidden_size=24,
     vocab_size=10,
     share_embeddings_and_output_weights=False,
 )
@@ -78,3 +77,10 @@ def test_layer_number_is_filled_in():
     mapping = split_columns("decoder.layers.{layer}.w", "model.layers.{layer}.w").at_layer(7)
     assert (mapping.megatron_name, mapping.hf_names, mapping.dim) == ("decoder.layers.7.w", ("model.layers.7.w",), 1)
     assert replicated("a", "b").at_layer(None).megatron_name == "a"
+
+
+def test_expert_number_is_filled_in():
+    mapping = split_columns("layers.{layer}.mlp.experts.linear_fc2.weight{expert}", "{layer}.{expert}.down")
+    assert mapping.is_expert and not replicated("decoder.layers.{layer}.mlp.router.weight", "gate").is_expert
+    filled = mapping.at_layer(3, 12)
+    assert (filled.megatron_name, filled.hf_names) == ("layers.3.mlp.experts.linear_fc2.weight12", ("3.12.down",))

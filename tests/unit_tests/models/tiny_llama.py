@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Tiny random Llamas as Hugging Face directories, and the logits of both sides."""
+"""Tiny random models as Hugging Face directories, and the logits of both sides."""
 
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,19 @@ LLAMA3_ROPE = {
 
 def save_tiny_llama(directory: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> Path:
     """Write a random Llama, every weight of it random, norms and biases included."""
+    return save_tiny_model(directory, "LlamaForCausalLM", dtype=dtype, seed=seed, **overrides)
+
+
+def save_tiny_model(
+    directory: Path, architecture: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any
+) -> Path:
+    """Write a random model of an architecture of transformers, every weight of it random."""
     with suspended():
-        from transformers import LlamaConfig, LlamaForCausalLM
+        import transformers
 
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(LlamaConfig(**{**SMALL, **overrides}))
+        model_class = getattr(transformers, architecture)
+        model = model_class(model_class.config_class(**{**SMALL, **overrides}))
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):
                 torch.nn.init.uniform_(parameter, 0.5, 1.5)
@@ -52,9 +60,9 @@ def some_tokens(vocab_size: int, length: int = 32) -> torch.Tensor:
 def hf_logits(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
     """What transformers computes in fp32: [B, S, V]."""
     with suspended(), torch.no_grad():
-        from transformers import LlamaForCausalLM
+        from transformers import AutoModelForCausalLM
 
-        return LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()(tokens).logits
+        return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()(tokens).logits
 
 
 def megatron_logits(chunks: list, tokens: torch.Tensor) -> torch.Tensor | None:
@@ -62,8 +70,6 @@ def megatron_logits(chunks: list, tokens: torch.Tensor) -> torch.Tensor | None:
     from megatron.core import parallel_state
     from megatron.core.utils import unwrap_model
 
-    rank, num_stages = dist.get_rank(), parallel_state.get_pipeline_model_parallel_world_size()
-    assert num_stages in (1, dist.get_world_size())
     batch, length = tokens.shape
     positions = torch.arange(length)[None].expand(batch, -1)
     output = None
@@ -71,12 +77,14 @@ def megatron_logits(chunks: list, tokens: torch.Tensor) -> torch.Tensor | None:
         for chunk in chunks:
             model = unwrap_model(chunk).eval()
             shape = (length, batch, model.config.hidden_size)
+            if model.config.sequence_parallel:
+                shape = (length // model.config.tensor_model_parallel_size, *shape[1:])
             if not model.pre_process:
                 received = torch.empty(shape)
-                dist.recv(received, (rank - 1) % num_stages)
+                dist.recv(received, parallel_state.get_pipeline_model_parallel_prev_rank())
                 model.set_input_tensor(received)
             output = model(tokens, positions, None, runtime_gather_output=True)
             if not model.post_process:
-                dist.send(output.contiguous(), (rank + 1) % num_stages)
+                dist.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
                 output = None
     return output

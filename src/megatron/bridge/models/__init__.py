@@ -9,6 +9,11 @@ _DOORS = {
     "GPTModelProvider": "megatron.bridge.models.gpt_provider",
     "LlamaModelProvider": "megatron.bridge.models.llama",
     "Llama3ModelProvider": "megatron.bridge.models.llama",
+    "MistralModelProvider": "megatron.bridge.models.mistral",
+    "MixtralModelProvider": "megatron.bridge.models.mixtral",
+    "Qwen2ModelProvider": "megatron.bridge.models.qwen2",
+    "Qwen3ModelProvider": "megatron.bridge.models.qwen3",
+    "Qwen3MoEModelProvider": "megatron.bridge.models.qwen3_moe",
 }
 __all__ = list(_DOORS)
 

@@ -17,7 +17,21 @@ if TYPE_CHECKING:
 
 FAMILY_MODULES = {
     "LlamaForCausalLM": "megatron.bridge.models.llama",
+    "MistralForCausalLM": "megatron.bridge.models.mistral",
+    "MixtralForCausalLM": "megatron.bridge.models.mixtral",
+    "Qwen2ForCausalLM": "megatron.bridge.models.qwen2",
+    "Qwen3ForCausalLM": "megatron.bridge.models.qwen3",
+    "Qwen3MoeForCausalLM": "megatron.bridge.models.qwen3_moe",
 }
+
+_GEMMA = "a norm after attention and MLP as well as before, norm weights counted from 1 and scaled embeddings"
+REFUSED_ARCHITECTURES = {
+    "GemmaForCausalLM": "norm weights counted from 1 and scaled embeddings",
+    "Gemma2ForCausalLM": f"soft-capped attention scores and logits, {_GEMMA}",
+    "Gemma3ForCausalLM": f"two rotary bases in one model, {_GEMMA}",
+    "Gemma3ForConditionalGeneration": f"images, two rotary bases in one model, {_GEMMA}",
+}
+"""What Core's layers lack for well-known architectures, for the error."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +52,37 @@ def architecture_of(hf_config: Mapping[str, Any]) -> str | None:
     return next((name for name in hf_config.get("architectures") or () if name in FAMILY_MODULES), None)
 
 
+def check_supported(hf_config: Mapping[str, Any], name: str) -> None:
+    """Refuse what no family is for.
+
+    Args:
+        hf_config: Content of `config.json`.
+        name: What the user called the model.
+
+    Raises:
+        ValueError: No architecture that is supported.
+    """
+    if architecture_of(hf_config) is not None:
+        return
+    found = hf_config.get("architectures")
+    lacking = [f", which needs {REFUSED_ARCHITECTURES[one]}" for one in found or () if one in REFUSED_ARCHITECTURES]
+    raise ValueError(f"{name} names architectures {found}{''.join(lacking)}: supported are {sorted(FAMILY_MODULES)}")
+
+
 def family_of(hf_config: Mapping[str, Any]) -> ModelFamily:
     """The family of a Hugging Face configuration that `architecture_of` knows."""
     return import_module(FAMILY_MODULES[architecture_of(hf_config)]).FAMILY
+
+
+def provider_fields(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """A Hugging Face configuration in fields of the family's provider.
+
+    Raises:
+        ValueError: It lacks a key, or asks for what can't be expressed.
+    """
+    try:
+        return family_of(hf_config).provider_fields(hf_config)
+    except KeyError as error:
+        raise ValueError(
+            f"config.json lacks {error}, which {architecture_of(hf_config)} needs: restore the file from another copy"
+        ) from None

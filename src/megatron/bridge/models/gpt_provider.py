@@ -14,7 +14,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron.bridge.models.fusions import COMPILED_FUSIONS, KERNEL_FUSIONS, why_unavailable
-from megatron.bridge.models.layer_specs import default_layer_spec
+from megatron.bridge.models.layer_specs import choose_layer_spec, default_layer_spec
 from megatron.bridge.models.model_provider import ModelProviderMixin
 from megatron.bridge.models.rope import Llama3RopeScaling
 from megatron.bridge.models.router_gemm import repair_router_gemm
@@ -106,6 +106,9 @@ class GPTModelProvider(TransformerConfig, ModelProviderMixin):
             if reason is not None:
                 setattr(self, name, False)
                 reasons.setdefault(reason, []).append(name)
+        if self.moe_grouped_gemm and choose_layer_spec(self)[0] == "local":
+            self.moe_grouped_gemm = False
+            reasons.setdefault("Core's local layers have none", []).append("moe_grouped_gemm")
         if reasons:
             logger.info("fusions off: %s", "; ".join(f"{', '.join(names)} ({why})" for why, names in reasons.items()))
 
@@ -206,6 +209,7 @@ class GPTModelProvider(TransformerConfig, ModelProviderMixin):
             virtual_pipeline_model_parallel_size=self.virtual_pipeline_model_parallel_size,
             context_parallel_size=self.context_parallel_size,
             expert_model_parallel_size=self.expert_model_parallel_size,
+            expert_tensor_parallel_size=self.expert_tensor_parallel_size,
             **options,
         )
         seed_everything(seed)

@@ -126,6 +126,9 @@ class ModelProviderMixin(abc.ABC):
             "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
             "virtual_pipeline_model_parallel_size": parallel_state.get_virtual_pipeline_model_parallel_world_size(),
         }
+        if self.num_moe_experts:
+            found["expert_model_parallel_size"] = parallel_state.get_expert_model_parallel_world_size()
+            found["expert_tensor_parallel_size"] = parallel_state.get_expert_tensor_parallel_world_size()
         for name, size in found.items():
             if getattr(self, name) != size:
                 raise ValueError(

@@ -82,12 +82,18 @@ def initialize_model_parallel(
         "pipeline_model_parallel_size": pipeline_model_parallel_size,
         "context_parallel_size": options.get("context_parallel_size", 1),
     }
-    product = int(np.prod(list(sizes.values())))
-    if world_size() % product:
-        named = " x ".join(f"{name}={size}" for name, size in sizes.items())
-        raise ValueError(
-            f"{named} = {product} doesn't divide the {world_size()} processes: start a multiple of {product}"
-        )
+    expert_sizes = {
+        "expert_tensor_parallel_size": options.get("expert_tensor_parallel_size") or tensor_model_parallel_size,
+        "pipeline_model_parallel_size": pipeline_model_parallel_size,
+        "expert_model_parallel_size": options.get("expert_model_parallel_size", 1),
+    }
+    for factors in (sizes, expert_sizes):
+        product = int(np.prod(list(factors.values())))
+        if world_size() % product:
+            named = " x ".join(f"{name}={size}" for name, size in factors.items())
+            raise ValueError(
+                f"{named} = {product} doesn't divide the {world_size()} processes: start a multiple of {product}"
+            )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,
@@ -110,18 +116,24 @@ def destroy_model_parallel() -> None:
 
 @contextlib.contextmanager
 def model_parallel_groups(
-    tensor_model_parallel_size: int = 1, pipeline_model_parallel_size: int = 1, *, seed: int = 1234
+    tensor_model_parallel_size: int = 1, pipeline_model_parallel_size: int = 1, *, seed: int = 1234, **options: Any
 ) -> Iterator[None]:
     """A process group and model-parallel state for work outside a training run, such as a conversion.
 
     What already exists is used as it is; what this call creates is taken down at the end.
+
+    Args:
+        tensor_model_parallel_size: Ranks that share each layer's matrices.
+        pipeline_model_parallel_size: Ranks that share the stack of layers.
+        seed: For every random generator.
+        options: The other arguments of Core's `initialize_model_parallel`.
     """
     from megatron.core import parallel_state
 
     created_group = init_process_group(enter_device())
     created_state = not parallel_state.is_initialized()
     if created_state:
-        initialize_model_parallel(tensor_model_parallel_size, pipeline_model_parallel_size)
+        initialize_model_parallel(tensor_model_parallel_size, pipeline_model_parallel_size, **options)
         seed_everything(seed)
     try:
         yield

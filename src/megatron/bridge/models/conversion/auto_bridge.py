@@ -4,23 +4,41 @@
 Importing this module is cheap; torch and Megatron-Core are imported by the methods that build or move a model.
 """
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron.bridge.models.conversion.hf_config import config_as_dict, find_hf_directory, read_hf_config
-from megatron.bridge.models.families import FAMILY_MODULES, ModelFamily, architecture_of, family_of
+from megatron.bridge.models.conversion.hf_config import (
+    config_as_dict,
+    find_hf_directory,
+    precision_fields,
+    read_hf_config,
+)
+from megatron.bridge.models.families import (
+    FAMILY_MODULES,
+    ModelFamily,
+    architecture_of,
+    check_supported,
+    family_of,
+    provider_fields,
+)
 
 if TYPE_CHECKING:
     import torch
     from megatron.core.transformer.module import MegatronModule
     from transformers import PretrainedConfig
 
+    from megatron.bridge.models.conversion.roundtrip import TensorResult
     from megatron.bridge.models.conversion.tasks import ConversionTask
     from megatron.bridge.models.gpt_provider import GPTModelProvider
 
     Model = MegatronModule | Sequence[MegatronModule]
+
+PARALLEL_SIZES = tuple(
+    f"{axis}_parallel_size"
+    for axis in ("tensor_model", "pipeline_model", "virtual_pipeline_model", "expert_model", "expert_tensor")
+)
+"""How ranks may share a model while it converts. The result can be loaded at any other layout."""
 
 
 class AutoBridge:
@@ -36,10 +54,7 @@ class AutoBridge:
     """
 
     def __init__(self, hf_config: dict[str, Any], *, directory: Path | None, name: str) -> None:
-        if architecture_of(hf_config) is None:
-            raise ValueError(
-                f"{name} names architectures {hf_config.get('architectures')}: supported are {sorted(FAMILY_MODULES)}"
-            )
+        check_supported(hf_config, name)
         self.hf_config = hf_config
         self.directory = directory
         self.name = name
@@ -99,7 +114,7 @@ class AutoBridge:
         Raises:
             ValueError: The configuration asks for what Megatron can't express, or there are no weights to load.
         """
-        provider = self.family.provider_class(**self.family.provider_fields(self.hf_config))
+        provider = self.family.provider_class(**provider_fields(self.hf_config))
         if self.directory is not None:
             provider.hf_model_id = str(self.directory.resolve() if Path(self.name).exists() else self.name)
         if load_weights:
@@ -189,6 +204,7 @@ class AutoBridge:
         strict: bool = True,
         *,
         max_shard_bytes: int = 5_000_000_000,
+        dtype: "str | torch.dtype | None" = None,
     ) -> None:
         """Write a Hugging Face directory: configuration, tokenizer and weights. Collective.
 
@@ -199,6 +215,7 @@ class AutoBridge:
             source_path: Take configuration and tokenizer from here instead.
             strict: Refuse an export whose tensor names differ from the source's.
             max_shard_bytes: Size that a file of weights stays below.
+            dtype: Of the tensors in the files; None: the model's.
 
         Raises:
             ValueError: `path` is taken, or the names differ.
@@ -215,6 +232,7 @@ class AutoBridge:
             strict=strict,
             show_progress=show_progress,
             max_shard_bytes=max_shard_bytes,
+            dtype=precision_fields(dtype)["params_dtype"] if dtype else None,
         )
 
     def save_megatron_model(
@@ -230,24 +248,9 @@ class AutoBridge:
         Returns:
             The iteration's directory.
         """
-        from megatron.bridge.checkpoint.layout import TOKENIZER_DIRECTORY
-        from megatron.bridge.checkpoint.model_checkpoint import save_model_checkpoint
-        from megatron.bridge.models.conversion.hf_directory import TOKENIZER_FILES, copy_files
-        from megatron.bridge.models.conversion.tasks import model_config
-        from megatron.bridge.utils.distributed import is_rank_0, on_all_ranks
-        from megatron.bridge.utils.yaml_io import to_yaml_dict
+        from megatron.bridge.models.conversion.saved_provider import save_model
 
-        chunks = _as_chunks(model)
-        provider = copy.copy(model_config(chunks))
-        provider.perform_initialization, provider.use_cpu_initialization = True, False  # how it was built, not what
-        iteration_directory = save_model_checkpoint(chunks, path, run_config={"model": to_yaml_dict(provider)})
-        tokenizer = Path(hf_tokenizer_path) if hf_tokenizer_path else self.directory
-        with on_all_ranks(f"storing the tokenizer in {iteration_directory}"):
-            if is_rank_0() and tokenizer is not None:
-                target = iteration_directory / TOKENIZER_DIRECTORY
-                target.mkdir(exist_ok=True)
-                copy_files(tokenizer, target, TOKENIZER_FILES)
-        return iteration_directory
+        return save_model(_as_chunks(model), path, tokenizer=hf_tokenizer_path or self.directory)
 
     def load_megatron_model(
         self, path: "str | Path", *, mp_overrides: Mapping[str, Any] | None = None, **options: Any
@@ -270,7 +273,7 @@ class AutoBridge:
         from megatron.bridge.models.conversion.saved_provider import apply_saved_fields, set_parallel_sizes
 
         provider = self.to_megatron_provider(load_weights=False)
-        apply_saved_fields(provider, path, self.family.provider_fields(self.hf_config))
+        apply_saved_fields(provider, path, provider_fields(self.hf_config))
         set_parallel_sizes(provider, mp_overrides or {})
         provider.perform_initialization = False
         chunks = provider.provide_distributed_model(**{"wrap_with_ddp": False, **options})
@@ -283,29 +286,28 @@ class AutoBridge:
         hf_model_id: "str | Path",
         megatron_path: "str | Path",
         *,
-        tensor_model_parallel_size: int = 1,
-        pipeline_model_parallel_size: int = 1,
+        dtype: "str | torch.dtype | None" = None,
         show_progress: bool = True,
-        **download_options: Any,
+        **options: Any,
     ) -> Path:
         """Convert a Hugging Face model to a Megatron checkpoint, in host memory. Collective under torchrun.
 
         Args:
             hf_model_id: Directory, or hub name.
             megatron_path: Root directory of the checkpoint.
-            tensor_model_parallel_size: Ranks that share each matrix while converting; the result can be loaded at any.
-            pipeline_model_parallel_size: Ranks that share the layers while converting.
+            dtype: Of the checkpoint's weights; None: the one that `config.json` names.
             show_progress: Whether rank 0 shows a bar.
-            download_options: For the hub.
+            options: `PARALLEL_SIZES` while converting; the others are for the hub.
 
         Returns:
             The iteration's directory.
         """
         from megatron.bridge.utils.distributed import model_parallel_groups
 
-        bridge = cls.from_hf_pretrained(hf_model_id, **download_options)
-        with model_parallel_groups(tensor_model_parallel_size, pipeline_model_parallel_size):
-            chunks = bridge._build_on_host(show_progress=show_progress)
+        sizes = {name: options.pop(name) for name in PARALLEL_SIZES if name in options}
+        bridge = cls.from_hf_pretrained(hf_model_id, **options)
+        with model_parallel_groups(**sizes):
+            chunks = bridge._build_on_host(dtype=dtype, show_progress=show_progress)
             return bridge.save_megatron_model(chunks, megatron_path)
 
     def export_ckpt(
@@ -315,8 +317,8 @@ class AutoBridge:
         show_progress: bool = True,
         strict: bool = True,
         *,
-        tensor_model_parallel_size: int = 1,
-        pipeline_model_parallel_size: int = 1,
+        dtype: "str | torch.dtype | None" = None,
+        **sizes: int | None,
     ) -> None:
         """Convert a Megatron checkpoint to a Hugging Face directory, in host memory. Collective under torchrun.
 
@@ -325,46 +327,41 @@ class AutoBridge:
             hf_path: New directory, or an earlier export to replace.
             show_progress: Whether rank 0 shows a bar.
             strict: Refuse an export whose tensor names differ from the source's.
-            tensor_model_parallel_size: Ranks that share each matrix while converting.
-            pipeline_model_parallel_size: Ranks that share the layers while converting.
+            dtype: Of the tensors in the files; None: the checkpoint's.
+            sizes: `PARALLEL_SIZES` while converting.
         """
         from megatron.bridge.utils.distributed import model_parallel_groups
 
-        with model_parallel_groups(tensor_model_parallel_size, pipeline_model_parallel_size):
+        with model_parallel_groups(**sizes):
             chunks = self.load_megatron_model(megatron_path, use_cpu_initialization=True)
-            self.save_hf_pretrained(chunks, hf_path, show_progress, strict=strict)
+            self.save_hf_pretrained(chunks, hf_path, show_progress, strict=strict, dtype=dtype)
 
-    def check_roundtrip(
-        self,
-        *,
-        tensor_model_parallel_size: int = 1,
-        pipeline_model_parallel_size: int = 1,
-        show_progress: bool = True,
-    ) -> tuple[int, list[str]]:
+    def check_roundtrip(self, *, show_progress: bool = True, **sizes: int | None) -> "list[TensorResult]":
         """Load the weights into a Megatron model, export them, and compare bit by bit with the files. Collective.
 
         Args:
-            tensor_model_parallel_size: Ranks that share each matrix.
-            pipeline_model_parallel_size: Ranks that share the layers.
             show_progress: Whether rank 0 shows bars.
+            sizes: `PARALLEL_SIZES` while converting.
 
         Returns:
-            The number of equal tensors, and one line for each that differs.
+            What became of each tensor, in the order of the model.
         """
         from megatron.bridge.models.conversion.hf_weights import HFWeights
         from megatron.bridge.models.conversion.roundtrip import compare_with_files
         from megatron.bridge.utils.distributed import model_parallel_groups
 
-        with model_parallel_groups(tensor_model_parallel_size, pipeline_model_parallel_size):
-            chunks = self._build_on_host(show_progress=show_progress)
+        with model_parallel_groups(**sizes):
+            chunks = self._build_on_host(dtype=None, show_progress=show_progress)
             weights = HFWeights(self._weights_directory(None))
             return compare_with_files(chunks, self.family, weights, show_progress=show_progress)
 
-    def _build_on_host(self, *, show_progress: bool) -> "list[MegatronModule]":
+    def _build_on_host(self, *, dtype: "str | torch.dtype | None", show_progress: bool) -> "list[MegatronModule]":
         """The model with its weights, in host memory, at the sizes of the model-parallel state."""
         from megatron.bridge.models.conversion.saved_provider import set_parallel_sizes
 
         provider = self.to_megatron_provider(load_weights=False)
+        for name, value in (precision_fields(dtype) if dtype else {}).items():
+            setattr(provider, name, value)
         set_parallel_sizes(provider, {})
         provider.perform_initialization = False
         chunks = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)

@@ -5,12 +5,19 @@ from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from tqdm import tqdm
 
-from megatron.bridge.models.conversion.tasks import ConversionTask, WeightPlace, all_places, local_tasks, model_config
+from megatron.bridge.models.conversion.tasks import (
+    ConversionTask,
+    WeightPlace,
+    all_places,
+    exchange_group,
+    local_tasks,
+    model_config,
+    tensor_parallel_group,
+)
 from megatron.bridge.models.families import ModelFamily
 from megatron.bridge.utils.device import current_device
 from megatron.bridge.utils.distributed import is_rank_0
@@ -52,9 +59,9 @@ def exported_places(tasks: Sequence[Sequence[ConversionTask]]) -> list[WeightPla
 
 
 def _hf_tensors(place: WeightPlace, task: ConversionTask | None, config: TransformerConfig) -> dict[str, torch.Tensor]:
-    """One weight's Hugging Face tensors on every rank; `task` is None on the stages that don't hold it."""
-    pipeline_group = parallel_state.get_pipeline_model_parallel_group()
-    many_ranks = config.tensor_model_parallel_size > 1 or pipeline_group.size() > 1
+    """One weight's Hugging Face tensors on every rank; `task` is None on the ranks that don't hold it."""
+    group = exchange_group(place.mapping)
+    many_ranks = group.size() > 1 or tensor_parallel_group(place.mapping).size() > 1
     device = current_device() if many_ranks or task is None else task.parameter.device
     dim = place.mapping.dim or 0
     tensors = {
@@ -68,17 +75,16 @@ def _hf_tensors(place: WeightPlace, task: ConversionTask | None, config: Transfo
                 target = tensors[segment.hf_name].narrow(dim, segment.start, segment.length)
                 target.copy_(whole.narrow(dim, position, segment.length))
             position += segment.length
-    if pipeline_group.size() > 1:
-        owner = dist.get_global_rank(pipeline_group, place.pipeline_rank)
+    if group.size() > 1:
         for tensor in tensors.values():
-            dist.broadcast(tensor, owner, group=pipeline_group)
+            dist.broadcast(tensor, place.owner, group=group)
     return tensors
 
 
 def _whole_weight(task: ConversionTask, device: torch.device) -> torch.Tensor:
     """The weight over all tensor-parallel ranks, laid end to end along its split axis."""
     shard = task.parameter.detach().to(device)
-    group = parallel_state.get_tensor_model_parallel_group()
+    group = tensor_parallel_group(task.place.mapping)
     if task.place.mapping.dim is None or group.size() == 1:
         return shard
     shards = [torch.empty_like(shard, memory_format=torch.contiguous_format) for _ in range(group.size())]

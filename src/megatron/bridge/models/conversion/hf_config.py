@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig
 
 from megatron.bridge.models.vocab_padding import largest_divisor
@@ -87,6 +88,11 @@ def rope_parameters(hf: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: A kind of scaling other than "default", "linear" and "llama3".
     """
     rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+    by_kind_of_layer = sorted(name for name, value in rope.items() if isinstance(value, dict))
+    if by_kind_of_layer:
+        raise ValueError(
+            f"config.json: rotary parameters of their own for {by_kind_of_layer}: expected one set for all"
+        )
     kind = rope.get("rope_type") or rope.get("type") or "default"
     fields: dict[str, Any] = {
         "rotary_base": rope.get("rope_theta") or hf.get("rope_theta", 10000.0),
@@ -104,23 +110,40 @@ def rope_parameters(hf: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
+DTYPES = ("float32", "bfloat16", "float16")
+"""The dtypes that Megatron's parameters have."""
+
+
 def dtype_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     """The provider's precision fields for weights of the configuration's dtype.
 
     Raises:
         ValueError: A dtype that Megatron has no parameters in.
     """
-    name = str(hf.get("dtype") or hf.get("torch_dtype") or "float32").removeprefix("torch.")
-    if name not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"config.json: dtype={name!r} is not supported: expected float32, bfloat16 or float16")
+    return precision_fields(hf.get("dtype") or hf.get("torch_dtype") or "float32", where="config.json: ")
+
+
+def precision_fields(dtype: "str | torch.dtype", *, where: str = "") -> dict[str, Any]:
+    """The provider's precision fields for weights of a dtype.
+
+    Args:
+        dtype: One of `DTYPES`, or torch's.
+        where: Where it was asked for, for the error.
+
+    Raises:
+        ValueError: A dtype that Megatron has no parameters in.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"{where}dtype={name!r} is not supported: expected float32, bfloat16 or float16")
     import torch  # here, so that a look at a directory doesn't cost the import
 
-    dtype = getattr(torch, name)
+    params_dtype = getattr(torch, name)
     return {
-        "params_dtype": dtype,
-        "pipeline_dtype": dtype,
-        "bf16": dtype is torch.bfloat16,
-        "fp16": dtype is torch.float16,
+        "params_dtype": params_dtype,
+        "pipeline_dtype": params_dtype,
+        "bf16": params_dtype is torch.bfloat16,
+        "fp16": params_dtype is torch.float16,
     }
 
 

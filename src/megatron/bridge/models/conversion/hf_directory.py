@@ -14,7 +14,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from megatron.bridge.models.conversion.export import export_weights, exported_places
 from megatron.bridge.models.conversion.hf_weights import HFWeights, HFWeightsWriter, ShardPlan
-from megatron.bridge.models.conversion.load import may_be_ignored
+from megatron.bridge.models.conversion.load import cast, may_be_ignored
 from megatron.bridge.models.conversion.tasks import local_tasks, model_config
 from megatron.bridge.models.families import ModelFamily
 from megatron.bridge.utils.distributed import is_rank_0, on_all_ranks
@@ -50,6 +50,7 @@ def save_hf_directory(
     strict: bool = True,
     show_progress: bool = True,
     max_shard_bytes: int = 5_000_000_000,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write a model as a Hugging Face directory. Collective; rank 0 writes, one shard of weights in memory.
 
@@ -62,6 +63,7 @@ def save_hf_directory(
         strict: Refuse an export whose tensor names differ from those of `source`.
         show_progress: Whether rank 0 shows a bar.
         max_shard_bytes: Size that a file of weights stays below, unless a single tensor is larger.
+        dtype: Of the tensors in the files; None: the model's.
 
     Raises:
         ValueError: `path` is taken by something else, or the names differ. Nothing is written then.
@@ -69,21 +71,21 @@ def save_hf_directory(
     path = Path(path)
     config = model_config(chunks)
     places = exported_places(local_tasks(chunks, family))
-    plan = ShardPlan.make((pair for place in places for pair in place.hf_bytes(config)), max_shard_bytes)
+    plan = ShardPlan.make((pair for place in places for pair in place.hf_bytes(config, dtype)), max_shard_bytes)
     with ExitStack() as stack:
         with on_all_ranks(f"preparing {path}"):
             check_target(path, source)
             check_names(set(plan.file_of), family, config, source, strict=strict)
             if is_rank_0():
                 directory = stack.enter_context(replaced_directory(path))
-                _write_config(directory, hf_config, config.params_dtype)
+                _write_config(directory, hf_config, dtype or config.params_dtype)
                 if source is not None:
                     copy_files(source, directory, (*TOKENIZER_FILES, *OTHER_FILES))
                 writer = HFWeightsWriter(directory, plan)
         for name, tensor in export_weights(chunks, family, cpu=True, show_progress=show_progress):
             with on_all_ranks(f"writing {path}"):
                 if is_rank_0():
-                    writer.add(name, tensor)
+                    writer.add(name, cast(tensor, dtype or tensor.dtype, name))
         with on_all_ranks(f"completing {path}"):
             if is_rank_0():
                 writer.finish()

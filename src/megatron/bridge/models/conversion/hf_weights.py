@@ -87,7 +87,7 @@ def _read_index(path: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): expected JSON with a weight_map") from None
     for name, file in weight_map.items():
-        if Path(file).name != file:
+        if not isinstance(file, str) or Path(file).name != file or file == "..":
             raise ValueError(f"{path} names {file!r} for {name!r}: expected a file in the same directory")
     return weight_map
 

@@ -6,14 +6,20 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from tqdm import tqdm
 
 from megatron.bridge.models.conversion.hf_weights import HFWeights
 from megatron.bridge.models.conversion.mapping import shard
-from megatron.bridge.models.conversion.tasks import ConversionTask, WeightPlace, all_places, local_tasks, model_config
+from megatron.bridge.models.conversion.tasks import (
+    ConversionTask,
+    WeightPlace,
+    all_places,
+    local_tasks,
+    model_config,
+    tensor_parallel_group,
+)
 from megatron.bridge.models.families import ModelFamily
 from megatron.bridge.utils.distributed import is_rank_0, on_all_ranks
 
@@ -66,14 +72,34 @@ def _copy_into(task: ConversionTask, config: TransformerConfig, weights: HFWeigh
         parts = shard(segments, 0, task.parameter.shape[0])
     else:
         length = task.parameter.shape[dim]
-        parts = shard(segments, parallel_state.get_tensor_model_parallel_rank() * length, length)
+        parts = shard(segments, tensor_parallel_group(task.place.mapping).rank() * length, length)
     with torch.no_grad():
         for offset, segment in parts:
             target = task.parameter.narrow(dim or 0, offset, segment.length)
             if segment.hf_name is None:
                 target.zero_()
             else:
-                target.copy_(weights.read(segment.hf_name, dim or 0, segment.start, segment.length))
+                found = weights.read(segment.hf_name, dim or 0, segment.start, segment.length)
+                if not found.isfinite().all():
+                    raise ValueError(
+                        f"{weights.files[segment.hf_name]}: {segment.hf_name!r} holds NaN or infinite values: "
+                        "download the file again, or take another copy of the model"
+                    )
+                target.copy_(cast(found, target.dtype, segment.hf_name))
+
+
+def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """A tensor in another dtype.
+
+    Raises:
+        ValueError: A value is too large for it.
+    """
+    if tensor.dtype == dtype:
+        return tensor
+    converted = tensor.to(dtype)
+    if dtype == torch.float16 and not converted.isfinite().all():
+        raise ValueError(f"{name!r} holds values that float16 can't: choose dtype bfloat16 or float32")
+    return converted
 
 
 def check_weights(
@@ -105,6 +131,11 @@ def check_weights(
                     "name the directory of this model, or download it again"
                 )
             found = weights.shape(name)
+            if weights.dtype(name) not in _SAFETENSORS_DTYPES.values():
+                raise ValueError(
+                    f"{weights.files[name]}: {name!r} has dtype {weights.dtype(name)}, expected one of "
+                    f"{sorted(_SAFETENSORS_DTYPES.values())}: take a copy of the model that isn't quantized"
+                )
             if found == shape:
                 if weights.dtype(name) != _SAFETENSORS_DTYPES.get(place.dtype):
                     dtypes[weights.dtype(name)] = dtypes.get(weights.dtype(name), 0) + 1
@@ -132,7 +163,7 @@ def _wrong_shape(
     """The one-line error for a tensor that doesn't fit."""
     line = f"{weights.files[name]}: {name!r} has shape {found}, expected {expected}"
     if place.mapping.is_vocabulary:
-        rows = place.full_length(config.tensor_model_parallel_size)
+        rows = place.full_length(config)
         return f"{line} for model.vocab_size={config.vocab_size} (padded to {rows}): set model.vocab_size={found[0]}"
     return f"{line} by the model's configuration: name the directory of this model, or correct the model's sizes"
 

@@ -7,7 +7,7 @@ serves both directions: import copies each slice into its place, export copies i
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 
@@ -17,7 +17,6 @@ class ModelSizes(Protocol):
     num_attention_heads: int
     num_query_groups: int
     kv_channels: int
-    ffn_hidden_size: int
     vocab_size: int
     share_embeddings_and_output_weights: bool
 
@@ -37,9 +36,10 @@ Layout = Callable[[ModelSizes, int, tuple[str, ...], int], list[Segment]]
 
 @dataclass(frozen=True)
 class WeightMapping:
-    """One Megatron weight, or one in every layer, and the Hugging Face tensors it is made of.
+    """One Megatron weight, or one in every layer or expert, and the Hugging Face tensors it is made of.
 
-    Names may hold `{layer}`, the layer's number from 0 over all pipeline stages.
+    Names may hold `{layer}`, the layer's number from 0 over all pipeline stages, and `{expert}`, the expert's number
+    from 0 over all expert-parallel ranks.
     """
 
     megatron_name: str
@@ -53,12 +53,18 @@ class WeightMapping:
         """Whether the weight has one row a token."""
         return self.layout is _padded_vocabulary
 
-    def at_layer(self, layer: int | None) -> "WeightMapping":
-        """The same mapping with the layer's number filled in."""
-        if layer is None:
-            return self
-        hf_names = tuple(name.replace("{layer}", str(layer)) for name in self.hf_names)
-        return WeightMapping(self.megatron_name.replace("{layer}", str(layer)), hf_names, self.layout, self.dim)
+    @property
+    def is_expert(self) -> bool:
+        """Whether the weight is one expert's: shared out by expert parallelism, split by expert-tensor parallelism."""
+        return ".experts." in self.megatron_name
+
+    def at_layer(self, layer: int | None, expert: int | None = None) -> "WeightMapping":
+        """The same mapping with the numbers of the layer and the expert filled in."""
+
+        def filled(name: str) -> str:
+            return name.replace("{layer}", str(layer)).replace("{expert}", str(expert))
+
+        return replace(self, megatron_name=filled(self.megatron_name), hf_names=tuple(map(filled, self.hf_names)))
 
     def segments(self, sizes: ModelSizes, tensor_parallel_size: int, full_length: int) -> list[Segment]:
         """The segments of the whole weight, whose length along the split axis is `full_length`."""
@@ -142,5 +148,5 @@ def _grouped_qkv(sizes: ModelSizes, ranks: int, names: tuple[str, ...], full_len
 
 
 def _gate_up_by_rank(sizes: ModelSizes, ranks: int, names: tuple[str, ...], full_length: int) -> list[Segment]:
-    rows = sizes.ffn_hidden_size // ranks
+    rows = full_length // (2 * ranks)
     return [Segment(name, rank * rows, rows) for rank in range(ranks) for name in names]

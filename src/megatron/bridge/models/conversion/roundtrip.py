@@ -2,6 +2,7 @@
 """Proof that a conversion loses nothing: what a model exports, compared with the files it was loaded from."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from megatron.core.transformer.module import MegatronModule
@@ -11,9 +12,24 @@ from megatron.bridge.models.conversion.hf_weights import HFWeights
 from megatron.bridge.models.families import ModelFamily
 
 
+@dataclass(frozen=True)
+class TensorResult:
+    """What became of one tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    found: str
+    """`equal`, to the bit, or what differs."""
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether every bit is the file's."""
+        return self.found == "equal"
+
+
 def compare_with_files(
     chunks: Sequence[MegatronModule], family: ModelFamily, weights: HFWeights, *, show_progress: bool = True
-) -> tuple[int, list[str]]:
+) -> list[TensorResult]:
     """Export a model and compare each tensor with a Hugging Face directory, bit by bit. Collective.
 
     Args:
@@ -23,21 +39,25 @@ def compare_with_files(
         show_progress: Whether rank 0 shows a bar.
 
     Returns:
-        The number of equal tensors, and one line for each that differs.
+        What became of each exported tensor, in the order of the model.
     """
-    num_equal = 0
-    differing = []
-    for name, tensor in export_weights(chunks, family, cpu=True, show_progress=show_progress):
-        if name not in weights.files:
-            differing.append(f"{name}: not in {weights.directory}")
-            continue
-        original = weights.read(name)
-        if original.dtype != tensor.dtype or original.shape != tensor.shape:
-            found = f"{tuple(tensor.shape)} {tensor.dtype}"
-            differing.append(f"{name}: {found}, in the file {tuple(original.shape)} {original.dtype}")
-        elif torch.equal(original.view(torch.uint8), tensor.contiguous().view(torch.uint8)):
-            num_equal += 1
-        else:
-            count = int((original != tensor).sum())
-            differing.append(f"{name}: {count} of {tensor.numel()} values differ")
-    return num_equal, differing
+    exported = export_weights(chunks, family, cpu=True, show_progress=show_progress)
+    return [TensorResult(name, tuple(tensor.shape), _compared(name, tensor, weights)) for name, tensor in exported]
+
+
+def _compared(name: str, tensor: torch.Tensor, weights: HFWeights) -> str:
+    if name not in weights.files:
+        return "not in the files"
+    original = weights.read(name)
+    if original.dtype != tensor.dtype or original.shape != tensor.shape:
+        return f"{tensor.dtype}, in the file {original.dtype} {tuple(original.shape)}".replace("torch.", "")
+    if torch.equal(original.view(torch.uint8), tensor.contiguous().view(torch.uint8)):
+        return "equal"
+    return f"max difference {float((original.double() - tensor.double()).abs().max()):.3g}"
+
+
+def as_table(results: Sequence[TensorResult]) -> str:
+    """The results as text, one line a tensor."""
+    rows = [("tensor", "shape", "result"), *((one.name, str(list(one.shape)), one.found) for one in results)]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    return "\n".join(f"{name:{widths[0]}}  {shape:{widths[1]}}  {found}" for name, shape, found in rows)

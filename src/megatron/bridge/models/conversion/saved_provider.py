@@ -1,17 +1,22 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """What a Megatron checkpoint says of its model, and the parallel sizes that the model is built with here."""
 
-from collections.abc import Collection, Mapping
+import copy
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron.core import parallel_state
+from megatron.core.transformer.module import MegatronModule
 
-from megatron.bridge.checkpoint.layout import resolve_checkpoint
-from megatron.bridge.checkpoint.model_checkpoint import read_run_config
+from megatron.bridge.checkpoint.layout import TOKENIZER_DIRECTORY, resolve_checkpoint
+from megatron.bridge.checkpoint.model_checkpoint import read_run_config, save_model_checkpoint
+from megatron.bridge.models.conversion.hf_directory import TOKENIZER_FILES, copy_files
+from megatron.bridge.models.conversion.tasks import model_config
 from megatron.bridge.models.gpt_provider import GPTModelProvider
+from megatron.bridge.utils.distributed import is_rank_0, on_all_ranks
 from megatron.bridge.utils.field_types import field_hints
-from megatron.bridge.utils.yaml_io import from_yaml_dict
+from megatron.bridge.utils.yaml_io import from_yaml_dict, to_yaml_dict
 
 _SIZES = (
     "num_layers",
@@ -22,8 +27,34 @@ _SIZES = (
     "kv_channels",
     "vocab_size",
     "add_bias_linear",
+    "add_qkv_bias",
+    "qk_layernorm",
+    "num_moe_experts",
+    "moe_ffn_hidden_size",
     "share_embeddings_and_output_weights",
 )
+
+
+def save_model(chunks: Sequence[MegatronModule], path: str | Path, *, tokenizer: str | Path | None) -> Path:
+    """Write a weights-only checkpoint, iteration 0, that says which model it holds. Collective.
+
+    Args:
+        chunks: The model, wrapped or not.
+        path: Root directory of the checkpoint.
+        tokenizer: Directory whose tokenizer is stored with it.
+
+    Returns:
+        The iteration's directory.
+    """
+    provider = copy.copy(model_config(chunks))
+    provider.perform_initialization, provider.use_cpu_initialization = True, False  # how it was built, not what
+    iteration_directory = save_model_checkpoint(chunks, path, run_config={"model": to_yaml_dict(provider)})
+    with on_all_ranks(f"storing the tokenizer in {iteration_directory}"):
+        if is_rank_0() and tokenizer is not None:
+            target = iteration_directory / TOKENIZER_DIRECTORY
+            target.mkdir(exist_ok=True)
+            copy_files(Path(tokenizer), target, TOKENIZER_FILES)
+    return iteration_directory
 
 
 def read_model_section(path: str | Path) -> dict[str, Any]:
@@ -75,10 +106,12 @@ def set_parallel_sizes(provider: GPTModelProvider, overrides: Mapping[str, Any])
     Args:
         provider: Any; its own sizes are those of the run that saved it.
         overrides: Provider fields to set; parallel sizes not named are the state's, or 1.
+
+    Raises:
+        ValueError: The model can't be shared out so.
     """
     provider.sequence_parallel = False
-    provider.context_parallel_size = provider.expert_model_parallel_size = 1
-    provider.expert_tensor_parallel_size = None
+    provider.context_parallel_size = 1
     provider.pipeline_model_parallel_layout = None
     provider.num_layers_in_first_pipeline_stage = provider.num_layers_in_last_pipeline_stage = None
     provider.account_for_embedding_in_pipeline_split = provider.account_for_loss_in_pipeline_split = False
@@ -89,7 +122,32 @@ def set_parallel_sizes(provider: GPTModelProvider, overrides: Mapping[str, Any])
     provider.virtual_pipeline_model_parallel_size = (
         state.get_virtual_pipeline_model_parallel_world_size() if is_up else None
     )
+    provider.expert_model_parallel_size = state.get_expert_model_parallel_world_size() if is_up else 1
+    provider.expert_tensor_parallel_size = state.get_expert_tensor_parallel_world_size() if is_up else None
     for name, value in overrides.items():
         setattr(provider, name, value)
+    check_parallel_sizes(provider)
     if not is_up:
         provider.initialize_model_parallel()
+
+
+def check_parallel_sizes(provider: GPTModelProvider) -> None:
+    """Refuse a layout that leaves a remainder: Core would stop at an assertion, deep in the building of the model.
+
+    Raises:
+        ValueError: Names the sizes.
+    """
+    experts, ep = provider.num_moe_experts, provider.expert_model_parallel_size
+    if ep > 1 and (not experts or experts % ep):
+        raise ValueError(f"{experts or 'no'} experts don't divide among expert_model_parallel_size={ep}: change it")
+    stages = provider.pipeline_model_parallel_size * (provider.virtual_pipeline_model_parallel_size or 1)
+    shards = ("tensor-parallel ranks", provider.tensor_model_parallel_size)
+    widths = {"num_layers": ("pipeline stages", stages), "num_attention_heads": shards}
+    if experts:
+        of_expert = ("expert-tensor-parallel ranks", provider.expert_tensor_parallel_size or shards[1])
+        widths["moe_ffn_hidden_size"] = of_expert
+    else:
+        widths["ffn_hidden_size"] = shards
+    for name, (among, count) in widths.items():
+        if getattr(provider, name) % count:
+            raise ValueError(f"{name}={getattr(provider, name)} doesn't divide among {count} {among}: change the sizes")

@@ -17,6 +17,7 @@ from megatron.bridge.models.conversion.mapping import Segment, WeightMapping, hf
 from megatron.bridge.models.families import ModelFamily
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"(?<=\.experts\.)(local_experts\.|linear_fc[12]\.weight)(\d+)")
 _EMBEDDING = "embedding.word_embeddings.weight"
 _OUTPUT = "output_layer.weight"
 
@@ -29,15 +30,19 @@ class WeightPlace:
     local_shape: tuple[int, ...]
     """Shape on each tensor-parallel rank."""
     dtype: torch.dtype
-    pipeline_rank: int
+    owner: int
+    """Global rank of a process that holds it, or its tensor-parallel shard of it."""
     is_copy: bool
     """A second copy of the tied embedding, on the last pipeline stage: loaded, never exported."""
 
-    def full_length(self, tensor_parallel_size: int) -> int:
-        """Length along the split axis over all tensor-parallel ranks."""
+    def full_length(self, config: TransformerConfig) -> int:
+        """Length along the split axis over all the ranks that share the weight."""
         if self.mapping.dim is None:
             return self.local_shape[0]
-        return self.local_shape[self.mapping.dim] * tensor_parallel_size
+        return self.local_shape[self.mapping.dim] * self._num_shards(config)
+
+    def _num_shards(self, config: TransformerConfig) -> int:
+        return config.expert_tensor_parallel_size if self.mapping.is_expert else config.tensor_model_parallel_size
 
     def segments(self, config: TransformerConfig) -> list[Segment]:
         """The segments of the whole weight.
@@ -45,8 +50,8 @@ class WeightPlace:
         Raises:
             ValueError: They don't add up to it: the model was built with other sizes than `config` says.
         """
-        full_length = self.full_length(config.tensor_model_parallel_size)
-        segments = self.mapping.segments(config, config.tensor_model_parallel_size, full_length)
+        full_length = self.full_length(config)
+        segments = self.mapping.segments(config, self._num_shards(config), full_length)
         total = sum(segment.length for segment in segments)
         if total != full_length:
             raise ValueError(
@@ -63,9 +68,10 @@ class WeightPlace:
             shapes[name] = (*self.local_shape[:dim], length, *self.local_shape[dim + 1 :])
         return shapes
 
-    def hf_bytes(self, config: TransformerConfig) -> list[tuple[str, int]]:
-        """(name, size) of each Hugging Face tensor."""
-        return [(name, math.prod(shape) * self.dtype.itemsize) for name, shape in self.hf_shapes(config).items()]
+    def hf_bytes(self, config: TransformerConfig, dtype: torch.dtype | None = None) -> list[tuple[str, int]]:
+        """(name, size) of each Hugging Face tensor in a dtype, the weight's own by default."""
+        itemsize = (dtype or self.dtype).itemsize
+        return [(name, math.prod(shape) * itemsize) for name, shape in self.hf_shapes(config).items()]
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,20 @@ def model_config(chunks: Sequence[MegatronModule]) -> TransformerConfig:
     return unwrap_model(chunks[0]).config
 
 
+def tensor_parallel_group(mapping: WeightMapping) -> dist.ProcessGroup:
+    """The ranks that share the matrix."""
+    if mapping.is_expert:
+        return parallel_state.get_expert_tensor_parallel_group()
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def exchange_group(mapping: WeightMapping) -> dist.ProcessGroup:
+    """The ranks among which one copy of the weight lies: pipeline stages, with the ranks that share out experts."""
+    if mapping.is_expert:
+        return parallel_state.get_expert_tensor_model_pipeline_parallel_group()
+    return parallel_state.get_pipeline_model_parallel_group()
+
+
 def local_tasks(chunks: Sequence[MegatronModule], family: ModelFamily) -> list[list[ConversionTask]]:
     """This rank's weights, chunk by chunk.
 
@@ -102,38 +122,56 @@ def local_tasks(chunks: Sequence[MegatronModule], family: ModelFamily) -> list[l
         ValueError: The model has a weight that the table doesn't know.
     """
     table = {mapping.megatron_name: mapping for mapping in family.mappings}
-    tied = model_config(chunks).share_embeddings_and_output_weights
-    pipeline_rank = parallel_state.get_pipeline_model_parallel_rank()
+    config = model_config(chunks)
+    first_expert = 0
+    if config.num_moe_experts:
+        per_rank = config.num_moe_experts // config.expert_model_parallel_size
+        first_expert = per_rank * parallel_state.get_expert_model_parallel_rank()
     tasks = []
     for chunk in map(unwrap_model, chunks):
         chunk_tasks = []
         for name, parameter in chunk.named_parameters():
-            is_copy = tied and name == _OUTPUT
-            match = _LAYER.match(name)
-            layer = chunk.decoder.layers[int(match[1])].layer_number - 1 if match else None
-            template = _LAYER.sub("decoder.layers.{layer}.", _EMBEDDING if is_copy else name)
+            is_copy = config.share_embeddings_and_output_weights and name == _OUTPUT
+            in_layer, of_expert = _LAYER.match(name), _EXPERT.search(name)
+            layer = chunk.decoder.layers[int(in_layer[1])].layer_number - 1 if in_layer else None
+            expert = first_expert + int(of_expert[2]) if of_expert else None
+            template = _EMBEDDING if is_copy else _LAYER.sub("decoder.layers.{layer}.", name)
+            template = _EXPERT.sub(r"\1{expert}", template)
             if template not in table:
                 raise ValueError(
                     f"the model's weight {name!r} has no mapping to Hugging Face: add one to the family's table"
                 )
-            mapping = table[template].at_layer(layer)
-            place = WeightPlace(mapping, tuple(parameter.shape), parameter.dtype, pipeline_rank, is_copy)
+            mapping = table[template].at_layer(layer, expert)
+            place = WeightPlace(mapping, tuple(parameter.shape), parameter.dtype, dist.get_rank(), is_copy)
             chunk_tasks.append(ConversionTask(place, parameter))
         tasks.append(chunk_tasks)
     return tasks
 
 
 def all_places(tasks: Sequence[Sequence[ConversionTask]]) -> list[WeightPlace]:
-    """Every weight of the model, in the order of its layers. Collective over the pipeline-parallel group.
+    """Every weight of the model, in the order of its layers. Collective over the ranks that hold one model.
 
     Args:
         tasks: This rank's tasks, chunk by chunk.
     """
-    mine = [[task.place for task in chunk] for chunk in tasks]
-    stages: list[list[list[WeightPlace]]] = [mine]
-    group = parallel_state.get_pipeline_model_parallel_group()
+    mine = [task.place for chunk in tasks for task in chunk]
+    pipeline_group = parallel_state.get_pipeline_model_parallel_group()
+    # The ranks that share out the experts hold other experts each, on every pipeline stage.
+    group = parallel_state.get_expert_tensor_model_pipeline_parallel_group()
+    found: list[list[WeightPlace]] = [mine]
     if group.size() > 1:
-        stages = [[] for _ in range(group.size())]
-        dist.all_gather_object(stages, mine, group=group)
-    # With virtual pipelining the first chunk of every stage comes before the second chunk of any.
-    return [place for index in range(len(mine)) for stage in stages for place in stage[index]]
+        found = [[] for _ in range(group.size())]
+        dist.all_gather_object(found, mine, group=group)
+    stages = set(dist.get_process_group_ranks(pipeline_group))
+    places: dict[tuple[str, bool], WeightPlace] = {}
+    for place in (place for rank in found for place in rank):
+        key = place.mapping.megatron_name, place.is_copy
+        if key not in places or (not place.mapping.is_expert and place.owner in stages):
+            places[key] = place
+    return sorted(places.values(), key=lambda place: _position(place.mapping.megatron_name))
+
+
+def _position(megatron_name: str) -> float:
+    """Where a weight stands: before, in, or after the layers."""
+    in_layer = _LAYER.match(megatron_name)
+    return int(in_layer[1]) if in_layer else -1 if megatron_name == _EMBEDDING else math.inf

@@ -1,0 +1,193 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""What the families have in common: RMSNorm before attention and MLP, rotary positions, a gated SiLU MLP or experts.
+
+A family's file takes these parts and adds its differences.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch.nn.functional as F
+
+from megatron.bridge.models.conversion.hf_config import (
+    dtype_fields,
+    expect_value,
+    rope_parameters,
+    vocabulary_fields,
+)
+from megatron.bridge.models.conversion.mapping import (
+    WeightMapping,
+    fused_gate_up,
+    fused_qkv,
+    replicated,
+    split_columns,
+    vocabulary,
+)
+from megatron.bridge.models.gpt_provider import GPTModelProvider
+
+
+@dataclass
+class DecoderModelProvider(GPTModelProvider):
+    """RMSNorm, rotary positions, a gated SiLU MLP, no biases, no dropout."""
+
+    normalization: str = "RMSNorm"
+    activation_func: Callable = F.silu
+    gated_linear_unit: bool = True
+    position_embedding_type: Literal["learned_absolute", "rope", "none"] = "rope"
+    add_bias_linear: bool = False
+    share_embeddings_and_output_weights: bool = False
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    bias_activation_fusion: bool = True
+    bias_dropout_fusion: bool = True
+    masked_softmax_fusion: bool = True
+    apply_rope_fusion: bool = True
+    gradient_accumulation_fusion: bool = True
+
+
+@dataclass
+class ExpertsModelProvider(DecoderModelProvider):
+    """Experts in place of the MLP: each token goes to the best of them, with a loss that keeps them evenly used."""
+
+    num_moe_experts: int | None = 8
+    moe_router_topk: int = 2
+    moe_router_load_balancing_type: str | list[str] = "aux_loss"
+    moe_aux_loss_coeff: float | list[float] = 1e-3
+    moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex"] = "alltoall"
+    moe_grouped_gemm: bool = True
+
+
+def decoder_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that every family reads alike from a Hugging Face configuration.
+
+    Raises:
+        ValueError: The configuration asks for what can't be expressed.
+    """
+    expect_value(hf, "hidden_act", "silu", default="silu")
+    expect_value(hf, "quantization_config", None, default=None)
+    heads = hf["num_attention_heads"]
+    return {
+        "num_layers": hf["num_hidden_layers"],
+        "hidden_size": hf["hidden_size"],
+        "ffn_hidden_size": hf["intermediate_size"],
+        "num_attention_heads": heads,
+        "num_query_groups": hf.get("num_key_value_heads") or heads,
+        "kv_channels": hf.get("head_dim") or hf["hidden_size"] // heads,
+        "seq_length": hf.get("max_position_embeddings", 2048),
+        "vocab_size": hf["vocab_size"],
+        **vocabulary_fields(hf["vocab_size"]),
+        "layernorm_epsilon": hf.get("rms_norm_eps", 1e-6),
+        "init_method_std": hf.get("initializer_range", 0.02),
+        "attention_dropout": hf.get("attention_dropout", 0.0),
+        "share_embeddings_and_output_weights": hf.get("tie_word_embeddings", False),
+        **rope_parameters(hf),
+        **dtype_fields(hf),
+    }
+
+
+def window_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Sliding-window attention: each token attends to the last `sliding_window` tokens, itself included.
+
+    Reads transformers 5's `layer_types`, and the older `use_sliding_window` with `max_window_layers`.
+    """
+    window, num_layers = hf.get("sliding_window"), hf["num_hidden_layers"]
+    if window is None or not hf.get("use_sliding_window", True):
+        return {}
+    first = hf.get("max_window_layers", 0)
+    types = hf.get("layer_types") or ["sliding_attention" if i >= first else "full" for i in range(num_layers)]
+    slides = [int(kind == "sliding_attention") for kind in types]
+    if not any(slides):
+        return {}
+    return {
+        "window_size": (window - 1, 0),
+        "window_attn_skip_freq": None if all(slides) else slides,
+        "masked_softmax_fusion": False,  # Core's fused kernel knows no window
+    }
+
+
+def expert_fields(hf: Mapping[str, Any], *, ffn_hidden_size: int) -> dict[str, Any]:
+    """The router and the experts, each with an MLP of `ffn_hidden_size`.
+
+    Raises:
+        ValueError: The configuration asks for what can't be expressed.
+    """
+    expect_value(hf, "router_jitter_noise", 0.0, default=0.0)
+    return {
+        # Qwen publishes num_experts, and transformers 5 saves it as num_local_experts.
+        "num_moe_experts": hf["num_experts"] if "num_experts" in hf else hf["num_local_experts"],
+        "moe_ffn_hidden_size": ffn_hidden_size,
+        "moe_router_topk": hf["num_experts_per_tok"],
+        "moe_aux_loss_coeff": hf.get("router_aux_loss_coef", 1e-3),
+    }
+
+
+LAYER = "decoder.layers.{layer}."
+HF_LAYER = "model.layers.{layer}."
+
+
+def attention_mappings(kind: str) -> tuple[WeightMapping, ...]:
+    """Query, key, value and output of a layer: `kind` "weight" or "bias"."""
+    output = split_columns if kind == "weight" else replicated
+    return (
+        fused_qkv(
+            f"{LAYER}self_attention.linear_qkv.{kind}",
+            q=f"{HF_LAYER}self_attn.q_proj.{kind}",
+            k=f"{HF_LAYER}self_attn.k_proj.{kind}",
+            v=f"{HF_LAYER}self_attn.v_proj.{kind}",
+        ),
+        output(f"{LAYER}self_attention.linear_proj.{kind}", f"{HF_LAYER}self_attn.o_proj.{kind}"),
+    )
+
+
+def mlp_mappings(kind: str) -> tuple[WeightMapping, ...]:
+    """The gated MLP of a layer: `kind` "weight" or "bias"."""
+    output = split_columns if kind == "weight" else replicated
+    gate, up = f"{HF_LAYER}mlp.gate_proj.{kind}", f"{HF_LAYER}mlp.up_proj.{kind}"
+    return (
+        fused_gate_up(f"{LAYER}mlp.linear_fc1.{kind}", gate=gate, up=up),
+        output(f"{LAYER}mlp.linear_fc2.{kind}", f"{HF_LAYER}mlp.down_proj.{kind}"),
+    )
+
+
+def expert_mappings(block: str, *, gate: str, up: str, down: str) -> tuple[WeightMapping, ...]:
+    """Router and experts of a layer, in Core's module for each expert and in Transformer Engine's grouped one.
+
+    Args:
+        block: Hugging Face's name of the layer's experts' block.
+        gate: Its name of an expert's gate matrix.
+        up: Its name of the matrix that the gate multiplies.
+        down: Its name of the output matrix.
+    """
+    expert = f"{HF_LAYER}{block}.experts.{{expert}}."
+    gate, up, down = (f"{expert}{name}.weight" for name in (gate, up, down))
+    one_module, grouped = f"{LAYER}mlp.experts.local_experts.{{expert}}.", f"{LAYER}mlp.experts."
+    return (
+        replicated(f"{LAYER}mlp.router.weight", f"{HF_LAYER}{block}.gate.weight"),
+        fused_gate_up(f"{one_module}linear_fc1.weight", gate=gate, up=up),
+        split_columns(f"{one_module}linear_fc2.weight", down),
+        fused_gate_up(f"{grouped}linear_fc1.weight{{expert}}", gate=gate, up=up),
+        split_columns(f"{grouped}linear_fc2.weight{{expert}}", down),
+    )
+
+
+# Core's local layers keep the norms by themselves, Transformer Engine's inside the linear layer that follows.
+NORM_MAPPINGS = (
+    replicated(f"{LAYER}input_layernorm.weight", f"{HF_LAYER}input_layernorm.weight"),
+    replicated(f"{LAYER}self_attention.linear_qkv.layer_norm_weight", f"{HF_LAYER}input_layernorm.weight"),
+    replicated(f"{LAYER}pre_mlp_layernorm.weight", f"{HF_LAYER}post_attention_layernorm.weight"),
+    replicated(f"{LAYER}mlp.linear_fc1.layer_norm_weight", f"{HF_LAYER}post_attention_layernorm.weight"),
+    replicated("decoder.final_layernorm.weight", "model.norm.weight"),
+)
+QK_NORM_MAPPINGS = (
+    replicated(f"{LAYER}self_attention.q_layernorm.weight", f"{HF_LAYER}self_attn.q_norm.weight"),
+    replicated(f"{LAYER}self_attention.k_layernorm.weight", f"{HF_LAYER}self_attn.k_norm.weight"),
+)
+VOCABULARY_MAPPINGS = (
+    vocabulary("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
+    vocabulary("output_layer.weight", "lm_head.weight"),
+)
+DECODER_MAPPINGS = (*VOCABULARY_MAPPINGS, *NORM_MAPPINGS, *attention_mappings("weight"), *mlp_mappings("weight"))
+"""The weights of a dense decoder without biases."""
+IGNORED_TENSORS = ("model.layers.*.self_attn.rotary_emb.inv_freq",)
+"""What old files hold and no model needs."""

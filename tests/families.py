@@ -1,0 +1,116 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""The tiny models that stand for each family, the layouts that they are converted at, and the table of both."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.unit_tests.models.tiny_llama import LLAMA3_ROPE
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """One model of a family, small in every size and odd where the family allows it."""
+
+    architecture: str
+    shows: str
+    """What of the family it shows."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Fields of its Hugging Face configuration that differ from `tiny_llama.SMALL`."""
+
+    @property
+    def has_experts(self) -> bool:
+        return "num_experts_per_tok" in self.options
+
+
+_EXPERTS = {"num_experts_per_tok": 2, "head_dim": 8}
+_ODD = {"vocab_size": 101}
+_TIED = {"tie_word_embeddings": True}
+MODELS = {
+    "llama": TinyModel("LlamaForCausalLM", "untied embeddings"),
+    "llama3": TinyModel("LlamaForCausalLM", "llama3 rotary scaling", {**_ODD, "rope_parameters": LLAMA3_ROPE}),
+    "mistral": TinyModel("MistralForCausalLM", "sliding window, wide heads", {"sliding_window": 8, "head_dim": 16}),
+    "qwen2": TinyModel("Qwen2ForCausalLM", "biases on query, key and value", {**_ODD, **_TIED}),
+    "qwen2_window": TinyModel(
+        "Qwen2ForCausalLM",
+        "sliding window in some layers",
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    ),
+    "qwen3": TinyModel("Qwen3ForCausalLM", "query and key norms, one query group", {"num_key_value_heads": 1}),
+    "mixtral": TinyModel("MixtralForCausalLM", "experts", {**_EXPERTS, "num_local_experts": 4}),
+    "qwen3_moe": TinyModel(
+        "Qwen3MoeForCausalLM",
+        "experts, query and key norms",
+        {**_EXPERTS, **_ODD, "num_experts": 4, "moe_intermediate_size": 16, "norm_topk_prob": True},
+    ),
+    "qwen3_moe_mixed": TinyModel(
+        "Qwen3MoeForCausalLM",
+        "layers with an MLP, weights that don't add up to 1",
+        {
+            **_EXPERTS,
+            "num_experts": 4,
+            "moe_intermediate_size": 16,
+            "mlp_only_layers": [1],
+            "tie_word_embeddings": True,
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How processes share a model."""
+
+    num_ranks: int
+    sizes: dict[str, Any]
+    needs_experts: bool = False
+
+
+def _layout(
+    num_ranks: int, *, experts: bool = False, sequence: bool = False, dispatcher: str | None = None, **axes: int
+) -> Layout:
+    names = {
+        "tp": "tensor_model_parallel_size",
+        "pp": "pipeline_model_parallel_size",
+        "vp": "virtual_pipeline_model_parallel_size",
+        "ep": "expert_model_parallel_size",
+        "etp": "expert_tensor_parallel_size",
+    }
+    sizes: dict[str, Any] = {names[axis]: size for axis, size in axes.items()}
+    if sequence:
+        sizes["sequence_parallel"] = True
+    if dispatcher is not None:
+        sizes["moe_token_dispatcher_type"] = dispatcher
+    return Layout(num_ranks, sizes, experts)
+
+
+# Core's all-to-all dispatcher gathers tensors of unequal length among expert-tensor-parallel ranks, which gloo can't.
+LAYOUTS = {
+    "one process": _layout(1),
+    "TP2": _layout(2, tp=2),
+    "TP2 SP": _layout(2, tp=2, sequence=True),
+    "PP2": _layout(2, pp=2),
+    "PP2 VP2": _layout(2, pp=2, vp=2),
+    "EP2": _layout(2, experts=True, ep=2),
+    "TP2 EP2 ETP1": _layout(2, experts=True, sequence=True, tp=2, ep=2, etp=1),
+    "TP1 ETP2": _layout(2, experts=True, etp=2),
+    "TP2 PP2": _layout(4, sequence=True, tp=2, pp=2),
+    "TP2 EP2 ETP2": _layout(4, experts=True, sequence=True, tp=2, ep=2, dispatcher="allgather"),
+    "PP2 EP2": _layout(4, experts=True, pp=2, ep=2),
+}
+FOUR_RANKS = ("qwen3", "qwen3_moe")
+"""The models that run on four processes too."""
+CELLS = [
+    (model, layout)
+    for model, of in MODELS.items()
+    for layout, at in LAYOUTS.items()
+    if (of.has_experts or not at.needs_experts) and (at.num_ranks < 4 or model in FOUR_RANKS)
+]
+
+
+def table() -> str:
+    """The cells as the table of docs/models.md."""
+    lines = ["| family | shown by the model | logits and round trip at |", "|---|---|---|"]
+    for name, model in MODELS.items():
+        layouts = ", ".join(layout for of, layout in CELLS if of == name)
+        lines.append(f"| `{model.architecture}` | {model.shows} | {layouts} |")
+    return "\n".join(lines) + "\n"

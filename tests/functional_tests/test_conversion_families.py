@@ -1,0 +1,71 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Every family at every layout: Megatron computes what transformers computes, and gives back the bits it was given.
+
+`tests/families.py` holds the tables. The cells are counted at the end of the test run.
+"""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron.bridge import AutoBridge
+from megatron.bridge.models.conversion.hf_weights import HFWeights
+from megatron.bridge.models.conversion.roundtrip import compare_with_files
+from tests.families import CELLS, LAYOUTS, MODELS
+from tests.ranks import run_on_ranks
+from tests.unit_tests.models.tiny_llama import hf_logits, megatron_logits, save_tiny_model, some_tokens
+
+LOGIT_TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """The directory of each model, its tokens and transformers' logits, made when first asked for."""
+    root, made = tmp_path_factory.mktemp("families"), {}
+
+    def of(name):
+        if name not in made:
+            model = MODELS[name]
+            directory = save_tiny_model(root / name, model.architecture, **model.options)
+            tokens = some_tokens(model.options.get("vocab_size", 96))
+            made[name] = directory, tokens, hf_logits(directory, tokens)
+        return made[name]
+
+    return of
+
+
+def convert_on_rank(directory, sizes, tokens):
+    """The logits of the model as it was loaded, and what became of each tensor after loading it again."""
+    bridge = AutoBridge.from_hf_pretrained(directory)
+    provider = bridge.to_megatron_provider()
+    for name, value in sizes.items():
+        setattr(provider, name, value)
+    provider.initialize_model_parallel()
+    chunks = provider.provide_distributed_model(wrap_with_ddp=False)
+    logits = megatron_logits(chunks, tokens)
+    with torch.no_grad():
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                parameter.fill_(7)
+    bridge.load_hf_weights(chunks, show_progress=False)
+    results = compare_with_files(chunks, bridge.family, HFWeights(directory), show_progress=False)
+    return None if logits is None else logits.numpy(), results
+
+
+@pytest.mark.parametrize(("model", "layout"), CELLS, ids=["-".join(cell).replace(" ", "_") for cell in CELLS])
+def test_family_at_layout(model, layout, models, cell_counts):
+    directory, tokens, expected = models(model)
+    assert expected.std() > 0.1
+    cell_counts.add(failed=1)
+    per_rank = run_on_ranks(convert_on_rank, LAYOUTS[layout].num_ranks, directory, LAYOUTS[layout].sizes, tokens)
+    vocab_size = expected.shape[-1]
+    outputs = [torch.from_numpy(output) for output, _ in per_rank if output is not None]
+    assert outputs
+    for output in outputs:
+        assert (output[..., :vocab_size] - expected).abs().max() < LOGIT_TOLERANCE
+        assert (output[..., vocab_size:] == -1e4).all()
+    names = sorted(load_file(directory / "model.safetensors"))
+    for _, results in per_rank:
+        assert [one for one in results if not one.is_equal] == []
+        assert sorted(one.name for one in results) == names
+    cell_counts.add(passed=1, failed=-1)
