@@ -49,7 +49,8 @@ class Witness(Recorder):
         self.all = sum(param.numel() for param in params)
 
 
-def _config(directory, *, lora=None, model=None, optimizer=None, precision="fp32", **checkpoint):
+def _config(directory, *, lora=None, dora=False, model=None, optimizer=None, precision="fp32", **checkpoint):
+    from megatron.bridge.peft.dora import DoRA
     from megatron.bridge.peft.lora import LoRA
 
     kind = "experts" if (model or {}).get("num_moe_experts") else "dense"
@@ -64,7 +65,7 @@ def _config(directory, *, lora=None, model=None, optimizer=None, precision="fp32
             **checkpoint,
         },
     )
-    cfg.peft = LoRA(**{**LORA, **(lora or {})})
+    cfg.peft = (DoRA if dora else LoRA)(**{**LORA, **(lora or {})})
     cfg.mixed_precision = precision
     return cfg
 
@@ -92,6 +93,12 @@ def trained(directory):
     return run_on_ranks(_train, 2, directory, save=f"{directory}/adapters", save_interval=1)
 
 
+@pytest.fixture(scope="module")
+def trained_dora(directory):
+    """The same with DoRA."""
+    return run_on_ranks(_train, 2, directory, dora=True, save=f"{directory}/dora", save_interval=1)
+
+
 def test_only_adapters_are_trained_and_have_optimizer_state(trained):
     for run in trained:
         moved = differing(run.weights_before, run.weights_after)
@@ -111,12 +118,21 @@ def test_a_checkpoint_holds_only_adapters(directory, trained):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_computes_and_trains_the_same(directory, trained, layout):
+    _check_layout(directory, trained, layout, run="adapters")
+
+
+@pytest.mark.parametrize("layout", ["TP 2", "TP 2, sequence parallel"])
+def test_every_layout_computes_and_trains_the_same_dora(directory, trained_dora, layout):
+    _check_layout(directory, trained_dora, layout, run="dora", dora=True)
+
+
+def _check_layout(directory, trained, layout, *, run, **options):
     """From the adapters of the first step, two more with all state; gradients that some rank lacks would show."""
-    resumed = run_on_ranks(
-        _train, 2, directory, model=LAYOUTS[layout], load=f"{directory}/adapters", ckpt_step=1, save=f"{directory}/new"
-    )
+    options["load"] = f"{directory}/{run}"
+    changed = {**options, "model": LAYOUTS[layout], "ckpt_step": 1, "save": f"{directory}/new-{run}"}
+    resumed = run_on_ranks(_train, 2, directory, **changed)
     assert resumed[-1].losses == pytest.approx(trained[-1].losses[1:], rel=1e-4)
-    again = run_on_ranks(_train, 2, directory, load=f"{directory}/new", finetune=True)
+    again = run_on_ranks(_train, 2, directory, **{**options, "load": changed["save"], "finetune": True})
     for uninterrupted, other in zip(trained, again, strict=True):
         for name, weight in uninterrupted.weights_after.items():
             torch.testing.assert_close(
@@ -129,6 +145,7 @@ EXACT = {
     "half": {"precision": "bf16_mixed", "optimizer": HALF},
     "all, precision-aware": {"precision": "bf16_mixed", "optimizer": AWARE},
     "half, TP 2, dropout": {"optimizer": HALF, "precision": "bf16_mixed", "model": TP2, "lora": {"dropout": 0.1}},
+    "half, DoRA": {"precision": "bf16_mixed", "optimizer": HALF, "dora": True},
     "half, experts": {"precision": "bf16_mixed", "optimizer": HALF, "model": {**EXPERTS, **EP2}},
 }
 
@@ -173,9 +190,10 @@ def _logits(context):
     return logits.clone()
 
 
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
 @pytest.mark.parametrize("layout", [{}, TP2], ids=["DP 2", "TP 2"])
-def test_adapters_can_be_left_out_and_merged(directory, layout):
-    for run in run_on_ranks(_train, 2, directory, callback=Disabled, model=layout):
+def test_adapters_can_be_left_out_and_merged(directory, layout, dora):
+    for run in run_on_ranks(_train, 2, directory, callback=Disabled, model=layout, dora=dora):
         assert (run.adapted - run.disabled).abs().max() > 1e-3
         torch.testing.assert_close(run.merged, run.adapted, rtol=1e-4, atol=1e-5)
 

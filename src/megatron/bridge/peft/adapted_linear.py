@@ -16,14 +16,14 @@ class AdaptedLinear:
     """Mark of layers that have an adapter, and what they do with it. Stands before Core's class among the bases."""
 
     adapter: torch.nn.Module
-    """Called with the layer's input and output; returns the output of both."""
+    """Called with the layer, its input and its output; returns the output of both."""
     adapter_enabled: bool = True
     """Whether the adapter takes part in the forward pass."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As Core's layer: (output, bias that is still to be added)."""
         output, bias = super().forward(x, *args, **kwargs)
-        return (self.adapter(x, output) if self.adapter_enabled else output), bias
+        return (self.adapter(self, x, output) if self.adapter_enabled else output), bias
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
@@ -35,7 +35,7 @@ class AdaptedLinear:
 
     def merged_weight(self) -> torch.Tensor:
         """The weight that alone gives what layer and adapter give: this rank's part, in the weight's dtype."""
-        return self.adapter.merged(self.weight)
+        return self.adapter.merged(self)
 
 
 def add_adapter(linear: torch.nn.Module, adapter: torch.nn.Module) -> None:
@@ -45,7 +45,7 @@ def add_adapter(linear: torch.nn.Module, adapter: torch.nn.Module) -> None:
 
 
 def merge_adapters(chunks: list[torch.nn.Module]) -> int:
-    """Add every adapter to the weight of its layer, in place, and remove it. No communication.
+    """Add every adapter to the weight of its layer, in place, and remove it. Call on all ranks.
 
     Returns:
         How many there were.

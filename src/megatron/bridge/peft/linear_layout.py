@@ -32,6 +32,8 @@ class LinearLayout:
     """Whether the other side's activations are cut along the sequence."""
     is_gated: bool
     """Whether the weight is two matrices on top of each other, each of which is cut."""
+    adds_bias: bool
+    """Whether the layer's output has a bias in it; else there is none, or it is left to the caller."""
     normalized: Callable[[torch.Tensor], torch.Tensor] | None
     """The norm that the layer applies to its input itself; None where it doesn't."""
 
@@ -68,6 +70,9 @@ def linear_layout(linear: torch.nn.Module, name: str) -> LinearLayout:
         group=group,
         sequence_parallel=linear.sequence_parallel and group.size() > 1,
         is_gated=name.endswith("linear_fc1") and linear.config.gated_linear_unit,
+        adds_bias=linear.use_bias and not linear.te_return_bias
+        if kind.startswith("TE")
+        else linear.bias is not None and not linear.skip_bias_add,
         normalized=_fused_norm(linear) if kind == "TELayerNormColumnParallelLinear" else None,
     )
 

@@ -86,10 +86,11 @@ class LowRankAdapter(torch.nn.Module):
         linear.weight.sequence_parallel = layout.sequence_parallel and not is_cut
         return linear
 
-    def forward(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    def forward(self, linear: torch.nn.Module, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Add the update.
 
         Args:
+            linear: The layer.
             x: The layer's input [S, B, in], cut as the layer takes it.
             output: The layer's output [S, B, out], cut as the layer gives it.
         """
@@ -125,22 +126,22 @@ class LowRankAdapter(torch.nn.Module):
         with get_cuda_rng_tracker().fork() if differs else contextlib.nullcontext():
             return F.dropout(values, self.dropout)
 
-    def merged(self, weight: torch.Tensor) -> torch.Tensor:
-        """The layer's weight plus the update's, computed in FP32: this rank's part, in the weight's dtype."""
-        return (weight.float() + self._delta()).to(weight.dtype)
+    def merged(self, linear: torch.nn.Module) -> torch.Tensor:
+        """The layer's weight with the update in it: this rank's part, in the weight's dtype."""
+        return self.sum_of_weights(linear).to(linear.weight.dtype)
 
-    def _delta(self) -> torch.Tensor:
-        return self.scale * self.linear_out.weight.float() @ self.linear_in.weight.float()
+    def sum_of_weights(self, linear: torch.nn.Module) -> torch.Tensor:
+        """W + alpha / r * B A in FP32, this rank's part."""
+        return linear.weight.float() + self.scale * self.linear_out.weight.float() @ self.linear_in.weight.float()
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
     ) -> ShardedStateDict:
         """The parameters as parts of whole ones, so that a checkpoint fits any layout."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
-        layout = self.layout
-        cut = {"linear_out.weight": 0} if layout.split == "output" else {"linear_in.weight": 1}
+        layout, cut, own = self.layout, self.cut_axes(), self.state_dict(keep_vars=True)
         state = make_sharded_tensors_for_checkpoint(
-            self.state_dict(prefix="", keep_vars=True),
+            own,
             prefix,
             cut,
             sharded_offsets,
@@ -148,8 +149,11 @@ class LowRankAdapter(torch.nn.Module):
             dp_cp_group=metadata["dp_cp_group"],
         )
         if layout.is_gated:
-            key = f"{prefix}linear_out.weight"
-            state[key] = apply_swiglu_sharded_factory(
-                state[key], sharded_offsets, metadata.get("singleton_local_shards", False)
-            )
+            singleton = metadata.get("singleton_local_shards", False)
+            for key in (f"{prefix}{name}" for name in own if cut.get(name) == 0):
+                state[key] = apply_swiglu_sharded_factory(state[key], sharded_offsets, singleton)
         return state
+
+    def cut_axes(self) -> dict[str, int]:
+        """The parameters that the tensor-parallel ranks share, and along which axis."""
+        return {"linear_out.weight": 0} if self.layout.split == "output" else {"linear_in.weight": 1}

@@ -1,0 +1,66 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""DoRA: LoRA of a matrix's direction, its rows' lengths trained apart (Liu et al. 2024, arXiv 2402.09353)."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+
+from megatron.bridge.peft.linear_layout import LinearLayout, linear_layout
+from megatron.bridge.peft.lora import LoRA
+from megatron.bridge.peft.lora_layers import LoRAOptions, LowRankAdapter
+
+
+@dataclass
+class DoRA(LoRA):
+    """y = m * V / |V| x with V = W + alpha / dim * B A, |V| its rows' lengths, and m, which starts as |W|, trained."""
+
+    alpha: float = 64
+    """The update is scaled by alpha / dim."""
+
+    def adapter_for(self, linear: torch.nn.Module, name: str) -> torch.nn.Module:
+        """See `LoRA.adapter_for`."""
+        return MagnitudeAdapter(linear, linear_layout(linear, name), self)
+
+
+class MagnitudeAdapter(LowRankAdapter):
+    """A low-rank path and the lengths of the sum's rows, `magnitude` [out], cut as the layer's output features.
+
+    |V| counts as a constant in the backward pass (section 4.3 of the paper). It takes V, of the layer's size, in FP32
+    for a moment in each forward pass. Dropout acts on the low-rank path alone.
+    """
+
+    def __init__(self, linear: torch.nn.Module, layout: LinearLayout, options: LoRAOptions) -> None:
+        super().__init__(linear.weight, layout, options)
+        self.magnitude = torch.nn.Parameter(self._row_lengths(linear.weight.detach().float()).to(linear.weight.dtype))
+        is_cut = layout.is_cut and layout.split == "output"
+        set_tensor_model_parallel_attributes(self.magnitude, is_cut, 0 if is_cut else -1, 1)
+        self.magnitude.allreduce = self.linear_in.weight.allreduce
+        self.magnitude.sequence_parallel = layout.sequence_parallel and not is_cut
+
+    def forward(self, linear: torch.nn.Module, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """See `LowRankAdapter.forward`. A bias that the layer has added is not scaled."""
+        bias = linear.bias if self.layout.adds_bias else None
+        sum_without_bias = (output if bias is None else output - bias) + self.update(x)
+        with torch.no_grad():
+            lengths = self._row_lengths(self.sum_of_weights(linear)).to(output.dtype)
+        scaled = sum_without_bias * (self.magnitude / lengths)
+        return scaled if bias is None else scaled + bias
+
+    def merged(self, linear: torch.nn.Module) -> torch.Tensor:
+        """See `LowRankAdapter.merged`. Call on all tensor-parallel ranks."""
+        whole = self.sum_of_weights(linear)
+        scaled = whole * (self.magnitude.float() / self._row_lengths(whole)).unsqueeze(1)
+        return scaled.to(linear.weight.dtype)
+
+    def cut_axes(self) -> dict[str, int]:
+        """See `LowRankAdapter.cut_axes`."""
+        return {**super().cut_axes(), **({"magnitude": 0} if self.layout.split == "output" else {})}
+
+    def _row_lengths(self, weight: torch.Tensor) -> torch.Tensor:
+        """The Euclidean lengths of a matrix's rows [out], which ranks may share along their inputs."""
+        squares = weight.square().sum(dim=1)
+        if self.layout.is_cut and self.layout.split == "input":
+            dist.all_reduce(squares, group=self.layout.group)
+        return squares.sqrt()
