@@ -40,6 +40,8 @@ _MAIN = "tests/functional_tests/test_main_params.py::test_masters_hold_what_the_
 _RESUME = "tests/functional_tests/test_exact_resume.py::test_resumed_run_equals_the_uninterrupted_one"
 _CHANGED = "tests/functional_tests/test_exact_resume.py::test_offload_may_change_on_the_way"
 _REPAIRED = "tests/functional_tests/test_repairs.py::test_"
+_DEVICE = "tests/functional_tests/test_device_step.py::test_"
+_COUNTS = f"{_DEVICE}a_device_optimizer_that_counts_in_its_groups_counts_on"
 _RESHARD = "tests/functional_tests/test_reshard.py::test_"
 _PLAN = "tests/unit_tests/training/test_checkpoint_plan.py::test_plan"
 
@@ -359,6 +361,8 @@ THE_REPAIRS = (
     _without("no dummy step", "load_template", f"{_REPAIRED}an_empty_optimizer_is_filled_without_a_step", kept="[:1]"),
     _without("master lookup", "master_lookup", f"{_RESUME}[all]"),
     _without("state device", "state_device", f"{_REPAIRED}state_is_on_the_side_of_its_parameter"),
+    _without("step counter", "step_counter", f"{_COUNTS}[nothing]", f"{_COUNTS}[half]"),
+    _without("gradient wait", "gradient_wait", f"{_DEVICE}the_device_steps_when_its_gradients_are_cast"),
     _without("exact resume", "exact_resume", f"{_RESUME}[all]"),
     _without("one master", "one_master", f"{_CHANGED}[on]"),
     _without("plain param groups", "plain_param_groups", f"{_REPAIRED}saved_param_groups_are_plain_data"),

@@ -106,6 +106,11 @@ def synchronize() -> None:
     torch.cuda.synchronize()
 
 
+def wait_for_stream(stream: torch.Stream) -> None:
+    """Let what the current stream is given from now on wait for what `stream` was given so far."""
+    torch.cuda.current_stream().wait_stream(stream)
+
+
 def device_rng_state() -> torch.Tensor:
     """The state of the device's generator, uint8 on the host; under simulation that of torch's only generator."""
     enter_device()

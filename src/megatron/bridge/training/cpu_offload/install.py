@@ -19,6 +19,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from megatron.bridge.training.cpu_offload import (
     exact_resume,
+    gradient_wait,
     group_order,
     load_template,
     master_lookup,
@@ -27,6 +28,7 @@ from megatron.bridge.training.cpu_offload import (
     plain_param_groups,
     reshardable_state,
     state_device,
+    step_counter,
 )
 from megatron.bridge.training.cpu_offload.repair import Repair, ToBuild
 
@@ -36,6 +38,8 @@ REPAIRS: tuple[Repair, ...] = (
     *load_template.REPAIRS,
     *master_lookup.REPAIRS,
     *state_device.REPAIRS,
+    *step_counter.REPAIRS,
+    *gradient_wait.REPAIRS,
     *exact_resume.REPAIRS,
     *one_master.REPAIRS,
     *plain_param_groups.REPAIRS,
