@@ -1,9 +1,11 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Convert models between Hugging Face directories and Megatron checkpoints.
 
-    python -m megatron.bridge.convert import    --hf-model DIR --megatron-path CKPT
-    python -m megatron.bridge.convert export    --megatron-path CKPT --hf-path DIR
-    python -m megatron.bridge.convert roundtrip --hf-model DIR
+    python -m megatron.bridge.convert import         --hf-model DIR --megatron-path CKPT
+    python -m megatron.bridge.convert export         --megatron-path CKPT --hf-path DIR
+    python -m megatron.bridge.convert export-adapter --megatron-path ADAPTERS --hf-path DIR
+    python -m megatron.bridge.convert merge          --megatron-path ADAPTERS --output CKPT
+    python -m megatron.bridge.convert roundtrip      --hf-model DIR
 
 Models larger than one process's memory convert under torchrun, shared out by --tp, --pp and --ep. The result doesn't
 depend on how: a checkpoint can be loaded at any other layout.
@@ -12,6 +14,10 @@ depend on how: a checkpoint can be loaded at any other layout.
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron.bridge.models.conversion.auto_bridge import AutoBridge
 
 _SIZES = {
     "tp": ("tensor_model_parallel_size", "processes that share each matrix"),
@@ -36,19 +42,26 @@ def build_parser() -> argparse.ArgumentParser:
     importing.add_argument("--hf-model", required=True, help="directory, or name on the Hugging Face hub")
     importing.add_argument("--megatron-path", required=True, help="directory of the checkpoint to write")
 
-    exporting = commands.add_parser("export", help="Megatron checkpoint -> Hugging Face directory")
-    exporting.add_argument("--megatron-path", required=True, help="directory of checkpoints, or one iter_N in it")
-    exporting.add_argument("--hf-path", required=True, help="directory to write")
-    exporting.add_argument(
-        "--hf-model", help="where configuration and tokenizer come from; default: the model that was imported"
-    )
+    exporting = commands.add_parser("export", help="Megatron checkpoint -> Hugging Face directory, adapters merged")
+    adapting = commands.add_parser("export-adapter", help="checkpoint of adapters -> directory for the peft library")
+    merging = commands.add_parser("merge", help="checkpoint of adapters -> Megatron checkpoint of the whole model")
+    for command in (exporting, adapting, merging):
+        command.add_argument("--megatron-path", required=True, help="directory of checkpoints, or one iter_N in it")
+        command.add_argument(
+            "--hf-model", help="where configuration and tokenizer come from; default: the model that was imported"
+        )
+    for command in (exporting, adapting):
+        command.add_argument("--hf-path", required=True, help="directory to write")
+    merging.add_argument("--output", required=True, help="directory of the checkpoint to write")
+    for command in (exporting, merging):
+        command.add_argument("--base", help="weights under adapters; default: those that they were trained on")
 
     roundtrip = commands.add_parser("roundtrip", help="prove that a model survives both ways bit by bit")
     roundtrip.add_argument("--hf-model", required=True, help="directory, or name on the Hugging Face hub")
 
     for command in (importing, exporting):
         command.add_argument("--dtype", choices=_DTYPES, help="of the weights written (default: as they are)")
-    for command in (importing, exporting, roundtrip):
+    for command in (importing, exporting, adapting, merging, roundtrip):
         for option, (_, meaning) in _SIZES.items():
             command.add_argument(f"--{option}", type=int, help=f"{meaning}, while converting")
         command.add_argument("--no-progress", action="store_true", help="show no progress bar")
@@ -77,19 +90,48 @@ def run_import(args: argparse.Namespace) -> str:
 
 def run_export(args: argparse.Namespace) -> str:
     """Megatron checkpoint -> Hugging Face directory; returns what was done."""
+    _bridge_of(args).export_ckpt(
+        args.megatron_path,
+        args.hf_path,
+        show_progress=not args.no_progress,
+        dtype=args.dtype,
+        base=args.base,
+        **parallel_sizes(args),
+    )
+    return f"exported {args.megatron_path} to {args.hf_path}"
+
+
+def run_export_adapter(args: argparse.Namespace) -> str:
+    """Checkpoint of adapters -> directory for the peft library; returns what was done."""
+    _bridge_of(args).export_adapter_ckpt(
+        args.megatron_path, args.hf_path, show_progress=not args.no_progress, **parallel_sizes(args)
+    )
+    return f"exported the adapters in {args.megatron_path} to {args.hf_path}"
+
+
+def run_merge(args: argparse.Namespace) -> str:
+    """Checkpoint of adapters -> Megatron checkpoint of the whole model; returns what was done."""
+    from megatron.bridge.peft.adapted_linear import merge_adapters
+    from megatron.bridge.utils.distributed import model_parallel_groups
+
+    bridge = _bridge_of(args)
+    with model_parallel_groups(**parallel_sizes(args)):
+        chunks = bridge.load_megatron_model(args.megatron_path, base=args.base, use_cpu_initialization=True)
+        count = merge_adapters(chunks)
+        if count == 0:
+            raise ValueError(f"{args.megatron_path} holds a whole model: there are no adapters to merge")
+        written = bridge.save_megatron_model(chunks, args.output)
+    return f"merged {count} adapters of this process into {written}"
+
+
+def _bridge_of(args: argparse.Namespace) -> "AutoBridge":
+    """The bridge of a Megatron checkpoint's model."""
     from megatron.bridge.models.conversion.auto_bridge import AutoBridge
 
     hf_model = args.hf_model or AutoBridge.get_hf_model_id_from_checkpoint(args.megatron_path)
     if hf_model is None:
         raise ValueError(f"{args.megatron_path} doesn't say which model it came from: pass --hf-model")
-    AutoBridge.from_hf_pretrained(hf_model).export_ckpt(
-        args.megatron_path,
-        args.hf_path,
-        show_progress=not args.no_progress,
-        dtype=args.dtype,
-        **parallel_sizes(args),
-    )
-    return f"exported {args.megatron_path} to {args.hf_path}"
+    return AutoBridge.from_hf_pretrained(hf_model)
 
 
 def run_roundtrip(args: argparse.Namespace) -> str:
@@ -114,6 +156,15 @@ class TensorsDiffer(Exception):
     """A round trip that lost something; the text is its table."""
 
 
+COMMANDS = {
+    "import": run_import,
+    "export": run_export,
+    "export-adapter": run_export_adapter,
+    "merge": run_merge,
+    "roundtrip": run_roundtrip,
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -125,9 +176,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megatron.bridge.utils.logging import setup_logging
 
     setup_logging()
-    command = {"import": run_import, "export": run_export, "roundtrip": run_roundtrip}[args.command]
     try:
-        done, status = command(args), 0
+        done, status = COMMANDS[args.command](args), 0
     except TensorsDiffer as found:
         done, status = str(found), 1
     except (ValueError, FileNotFoundError, RuntimeError) as error:

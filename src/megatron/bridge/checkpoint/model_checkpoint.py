@@ -48,6 +48,18 @@ def model_sharded_state_dict(
     }
 
 
+def wanted_weights(state_dict: dict[str, Any], is_wanted: Callable[[str], bool]) -> dict[str, Any]:
+    """A part of a model's sharded state.
+
+    Args:
+        state_dict: From `model_sharded_state_dict`.
+        is_wanted: Which of a chunk's names to keep.
+    """
+    return {
+        chunk: {name: value for name, value in state.items() if is_wanted(name)} for chunk, state in state_dict.items()
+    }
+
+
 def read_in_fp32(sharded_state_dict: Any) -> None:
     """Let a template receive FP32 values, in tensors of their own: a 16-bit template would round what is stored.
 
@@ -184,6 +196,7 @@ def load_model_weights(
     *,
     ckpt_step: int | None = None,
     strict: str = "assume_ok_unexpected",
+    is_wanted: Callable[[str], bool] = lambda name: True,
 ) -> Path:
     """Load the weights of a checkpoint into a model, at any tensor, pipeline or data layout.
 
@@ -192,6 +205,7 @@ def load_model_weights(
         path: Root, `iter_N` or `release` directory.
         ckpt_step: This iteration instead of the latest.
         strict: Core's `StrictHandling` name for keys on one side only.
+        is_wanted: Which of the model's weights to load, by their names in a chunk.
 
     Returns:
         The directory that was read.
@@ -202,8 +216,8 @@ def load_model_weights(
     """
     with on_all_ranks(f"finding a checkpoint in {path}"):
         directory = layout.resolve_checkpoint(path, ckpt_step)
-    state_dict = load_sharded(model_sharded_state_dict(model), directory, strict=strict)
-    load_model_state_dict(model, state_dict)
+    template = wanted_weights(model_sharded_state_dict(model), is_wanted)
+    load_model_state_dict(model, load_sharded(template, directory, strict=strict), is_wanted=is_wanted)
     return directory
 
 

@@ -24,6 +24,7 @@ from megatron.bridge.checkpoint.model_checkpoint import (
     model_sharded_state_dict,
     prepare_save,
     read_in_fp32,
+    wanted_weights,
 )
 from megatron.bridge.checkpoint.safe_pickle import read_blob
 from megatron.bridge.checkpoint.sharded_save import plan_save
@@ -311,15 +312,10 @@ def apply_peft_adapter_filter_to_state_dict(state_dict: dict[str, Any], peft: PE
     """A model's sharded state, by chunk key, without what is frozen.
 
     Args:
-        state_dict: From `model_sharded_state_dict`, with entries of other kinds beside the chunks or without.
+        state_dict: From `model_sharded_state_dict`.
         peft: Has been called with the model.
     """
-    return {
-        chunk: {key: value for key, value in state.items() if peft.adapter_key_filter(key)}
-        if chunk.startswith("model")
-        else state
-        for chunk, state in state_dict.items()
-    }
+    return wanted_weights(state_dict, peft.adapter_key_filter)
 
 
 def _weights_to_store(cfg: ConfigContainer, model: list[Any], metadata: dict[str, Any]) -> dict[str, Any]:

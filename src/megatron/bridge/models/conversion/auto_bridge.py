@@ -5,9 +5,12 @@ Importing this module is cheap; torch and Megatron-Core are imported by the meth
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron.bridge.checkpoint.layout import is_hf_directory
+from megatron.bridge.models.conversion.adapter_export import AdapterExport, as_chunks
 from megatron.bridge.models.conversion.hf_config import (
     config_as_dict,
     find_hf_directory,
@@ -41,7 +44,7 @@ PARALLEL_SIZES = tuple(
 """How ranks may share a model while it converts. The result can be loaded at any other layout."""
 
 
-class AutoBridge:
+class AutoBridge(AdapterExport):
     """Converts one Hugging Face model. Make it with `from_hf_pretrained` or `from_hf_config`.
 
     Args:
@@ -159,7 +162,7 @@ class AutoBridge:
         from megatron.bridge.models.conversion.hf_weights import HFWeights
         from megatron.bridge.models.conversion.load import load_weights
 
-        chunks = _as_chunks(model)
+        chunks = as_chunks(model)
         load_weights(
             chunks,
             self.family,
@@ -175,6 +178,7 @@ class AutoBridge:
         cpu: bool = False,
         show_progress: bool = True,
         conversion_tasks: "Sequence[ConversionTask] | None" = None,
+        merge_adapter_weights: bool = True,
     ) -> "Iterator[tuple[str, torch.Tensor]]":
         """Yield (Hugging Face name, whole tensor) pairs. Collective: every rank must take every pair.
 
@@ -183,17 +187,21 @@ class AutoBridge:
             cpu: Yield tensors in host memory.
             show_progress: Whether rank 0 shows a bar.
             conversion_tasks: Only these weights; None: all.
+            merge_adapter_weights: With adapters: export weights that have them inside, or leave them out.
         """
         from megatron.bridge.models.conversion.export import export_weights
 
-        chunks = _as_chunks(model)
-        return export_weights(chunks, self.family, cpu=cpu, show_progress=show_progress, tasks=conversion_tasks)
+        chunks = as_chunks(model)
+        tasks = self.get_conversion_tasks(chunks) if conversion_tasks is None else conversion_tasks
+        if not merge_adapter_weights:
+            tasks = [replace(task, layer=None) for task in tasks]
+        return export_weights(chunks, self.family, cpu=cpu, show_progress=show_progress, tasks=tasks)
 
     def get_conversion_tasks(self, model: "Model") -> "list[ConversionTask]":
         """Each weight that this rank holds, with the Hugging Face tensors that it is made of."""
         from megatron.bridge.models.conversion.tasks import local_tasks
 
-        return [task for chunk in local_tasks(_as_chunks(model), self.family) for task in chunk]
+        return [task for chunk in local_tasks(as_chunks(model), self.family) for task in chunk]
 
     def save_hf_pretrained(
         self,
@@ -224,7 +232,7 @@ class AutoBridge:
 
         source = find_hf_directory(source_path) if source_path else self.directory
         save_hf_directory(
-            _as_chunks(model),
+            as_chunks(model),
             self.family,
             path,
             hf_config=read_hf_config(source) if source_path else self.hf_config,
@@ -250,12 +258,17 @@ class AutoBridge:
         """
         from megatron.bridge.models.conversion.saved_provider import save_model
 
-        return save_model(_as_chunks(model), path, tokenizer=hf_tokenizer_path or self.directory)
+        return save_model(as_chunks(model), path, tokenizer=hf_tokenizer_path or self.directory)
 
     def load_megatron_model(
-        self, path: "str | Path", *, mp_overrides: Mapping[str, Any] | None = None, **options: Any
+        self,
+        path: "str | Path",
+        *,
+        mp_overrides: Mapping[str, Any] | None = None,
+        base: "str | Path | None" = None,
+        **options: Any,
     ) -> "list[MegatronModule]":
-        """Build the model of a Megatron checkpoint and load its weights. Collective.
+        """Build the model of a Megatron checkpoint and load its weights, with adapters if it holds those. Collective.
 
         Brings up a process group and model-parallel state where there are none, and leaves them up.
 
@@ -263,21 +276,30 @@ class AutoBridge:
             path: Root, or `iter_N` directory.
             mp_overrides: Parallel sizes and other provider fields that differ from the checkpoint's; by default the
                 sizes of the model-parallel state, or 1.
+            base: With adapters: the weights they stand beside, a Megatron checkpoint or Hugging Face directory; None:
+                those that they were trained on.
             options: For `provide_distributed_model`; not wrapped for training by default.
 
         Raises:
-            FileNotFoundError: No checkpoint there.
+            FileNotFoundError: No checkpoint there, or no weights under the adapters.
             ValueError: Not complete, or of another model than this bridge's.
         """
         from megatron.bridge.checkpoint.model_checkpoint import load_model_weights
-        from megatron.bridge.models.conversion.saved_provider import apply_saved_fields, set_parallel_sizes
+        from megatron.bridge.models.conversion.saved_adapters import check_base, find_saved_adapters, load_adapters
+        from megatron.bridge.models.conversion.saved_provider import build_saved_model
 
         provider = self.to_megatron_provider(load_weights=False)
-        apply_saved_fields(provider, path, provider_fields(self.hf_config))
-        set_parallel_sizes(provider, mp_overrides or {})
-        provider.perform_initialization = False
-        chunks = provider.provide_distributed_model(**{"wrap_with_ddp": False, **options})
-        load_model_weights(chunks, path)
+        saved = find_saved_adapters(path)
+        weights = path if saved is None else check_base(saved, base)
+        chunks = build_saved_model(
+            provider, path, provider_fields(self.hf_config), mp_overrides=mp_overrides or {}, **options
+        )
+        if is_hf_directory(weights):
+            self.load_hf_weights(chunks, weights)
+        else:
+            load_model_weights(chunks, weights)
+        if saved is not None:
+            load_adapters(chunks, saved)
         return chunks
 
     @classmethod
@@ -318,9 +340,12 @@ class AutoBridge:
         strict: bool = True,
         *,
         dtype: "str | torch.dtype | None" = None,
+        base: "str | Path | None" = None,
         **sizes: int | None,
     ) -> None:
         """Convert a Megatron checkpoint to a Hugging Face directory, in host memory. Collective under torchrun.
+
+        Adapters are merged into the weights that they stand beside.
 
         Args:
             megatron_path: Root, or `iter_N` directory.
@@ -328,12 +353,13 @@ class AutoBridge:
             show_progress: Whether rank 0 shows a bar.
             strict: Refuse an export whose tensor names differ from the source's.
             dtype: Of the tensors in the files; None: the checkpoint's.
+            base: As for `load_megatron_model`.
             sizes: `PARALLEL_SIZES` while converting.
         """
         from megatron.bridge.utils.distributed import model_parallel_groups
 
         with model_parallel_groups(**sizes):
-            chunks = self.load_megatron_model(megatron_path, use_cpu_initialization=True)
+            chunks = self.load_megatron_model(megatron_path, base=base, use_cpu_initialization=True)
             self.save_hf_pretrained(chunks, hf_path, show_progress, strict=strict, dtype=dtype)
 
     def check_roundtrip(self, *, show_progress: bool = True, **sizes: int | None) -> "list[TensorResult]":
@@ -382,7 +408,3 @@ class AutoBridge:
                 "load_weights=False"
             )
         return directory
-
-
-def _as_chunks(model: "Model") -> "list[MegatronModule]":
-    return list(model) if isinstance(model, Sequence) else [model]

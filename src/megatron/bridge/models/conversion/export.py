@@ -83,7 +83,7 @@ def _hf_tensors(place: WeightPlace, task: ConversionTask | None, config: Transfo
 
 def _whole_weight(task: ConversionTask, device: torch.device) -> torch.Tensor:
     """The weight over all tensor-parallel ranks, laid end to end along its split axis."""
-    shard = task.parameter.detach().to(device)
+    shard = task.tensor().to(device)
     group = tensor_parallel_group(task.place.mapping)
     if task.place.mapping.dim is None or group.size() == 1:
         return shard

@@ -57,6 +57,29 @@ def save_model(chunks: Sequence[MegatronModule], path: str | Path, *, tokenizer:
     return iteration_directory
 
 
+def build_saved_model(
+    provider: GPTModelProvider,
+    path: str | Path,
+    names: Collection[str],
+    *,
+    mp_overrides: Mapping[str, Any],
+    **options: Any,
+) -> list[MegatronModule]:
+    """Build the model that a checkpoint describes, its weights still to be loaded. Collective.
+
+    Args:
+        provider: As for `apply_saved_fields`; changed in place.
+        path: As for `apply_saved_fields`.
+        names: As for `apply_saved_fields`.
+        mp_overrides: As for `set_parallel_sizes`.
+        options: For `provide_distributed_model`; not wrapped for training by default.
+    """
+    apply_saved_fields(provider, path, names)
+    set_parallel_sizes(provider, mp_overrides)
+    provider.perform_initialization = False
+    return provider.provide_distributed_model(**{"wrap_with_ddp": False, **options})
+
+
 def read_model_section(path: str | Path) -> dict[str, Any]:
     """The `model` section of a checkpoint's configuration, as plain data.
 

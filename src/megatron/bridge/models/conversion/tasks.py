@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -74,12 +75,28 @@ class WeightPlace:
         return [(name, math.prod(shape) * itemsize) for name, shape in self.hf_shapes(config).items()]
 
 
+@runtime_checkable
+class AdaptedLayer(Protocol):
+    """A layer with an adapter, whose parameters are named `<layer>.adapter.<parameter>`."""
+
+    adapter: torch.nn.Module
+
+    def merged_weight(self) -> torch.Tensor:
+        """The weight that alone gives what layer and adapter give, this rank's part."""
+
+
 @dataclass(frozen=True)
 class ConversionTask:
     """One weight that this rank holds."""
 
     place: WeightPlace
     parameter: torch.nn.Parameter
+    layer: AdaptedLayer | None = None
+    """The layer it is the weight of, if that has an adapter to be merged."""
+
+    def tensor(self) -> torch.Tensor:
+        """The weight, with the adapter in it. Call on all ranks that hold a part of it."""
+        return self.parameter.detach() if self.layer is None else self.layer.merged_weight().detach()
 
     @property
     def megatron_name(self) -> str:
@@ -112,7 +129,7 @@ def exchange_group(mapping: WeightMapping) -> dist.ProcessGroup:
 
 
 def local_tasks(chunks: Sequence[MegatronModule], family: ModelFamily) -> list[list[ConversionTask]]:
-    """This rank's weights, chunk by chunk.
+    """This rank's weights, chunk by chunk. Adapters are no weights of their own; they may be merged into these.
 
     Args:
         chunks: The model, wrapped or not.
@@ -131,6 +148,8 @@ def local_tasks(chunks: Sequence[MegatronModule], family: ModelFamily) -> list[l
     for chunk in map(unwrap_model, chunks):
         chunk_tasks = []
         for name, parameter in chunk.named_parameters():
+            if ".adapter." in name:
+                continue
             is_copy = config.share_embeddings_and_output_weights and name == _OUTPUT
             in_layer, of_expert = _LAYER.match(name), _EXPERT.search(name)
             layer = chunk.decoder.layers[int(in_layer[1])].layer_number - 1 if in_layer else None
@@ -143,7 +162,9 @@ def local_tasks(chunks: Sequence[MegatronModule], family: ModelFamily) -> list[l
                 )
             mapping = table[template].at_layer(layer, expert)
             place = WeightPlace(mapping, tuple(parameter.shape), parameter.dtype, dist.get_rank(), is_copy)
-            chunk_tasks.append(ConversionTask(place, parameter))
+            owner = chunk.get_submodule(name.rpartition(".")[0])
+            has_adapter = name.endswith(".weight") and isinstance(owner, AdaptedLayer)
+            chunk_tasks.append(ConversionTask(place, parameter, owner if has_adapter else None))
         tasks.append(chunk_tasks)
     return tasks
 

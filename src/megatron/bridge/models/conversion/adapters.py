@@ -1,0 +1,144 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""The adapters beside a model's linear layers as Hugging Face tensors, under the names of the peft library.
+
+A layer with an adapter is known by what it offers, `AdaptedLayer`: this room needs nothing of the one that makes them.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+from safetensors.torch import save_file
+
+from megatron.bridge.models.conversion.export import export_weights
+from megatron.bridge.models.conversion.mapping import WeightMapping, replicated
+from megatron.bridge.models.conversion.tasks import ConversionTask, WeightPlace, all_places, local_tasks, model_config
+from megatron.bridge.models.families import ModelFamily
+from megatron.bridge.utils.distributed import is_rank_0, on_all_ranks
+from megatron.bridge.utils.files import replaced_directory
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_PEFT_NAMES = {
+    "linear_in.weight": "lora_A.weight",
+    "linear_out.weight": "lora_B.weight",
+    "magnitude": "lora_magnitude_vector",
+}
+
+
+def adapter_tasks(chunks: Sequence[MegatronModule], family: ModelFamily) -> list[ConversionTask]:
+    """This rank's adapter parameters.
+
+    Raises:
+        ValueError: An adapter that the peft library has no place for.
+    """
+    tasks = []
+    for task in (task for chunk in local_tasks(chunks, family) for task in chunk if task.layer is not None):
+        of_weight = task.place.mapping
+        if of_weight.is_expert:
+            raise ValueError(
+                f"{of_weight.megatron_name} is an expert's: peft keeps experts in one tensor and has no place for "
+                "their adapters; merge them into the weights (python -m megatron.bridge.convert export)"
+            )
+        for name, parameter in task.layer.adapter.named_parameters():
+            mapping = _adapter_mapping(of_weight, name)
+            place = WeightPlace(mapping, tuple(parameter.shape), parameter.dtype, task.place.owner, is_copy=False)
+            tasks.append(ConversionTask(place, parameter))
+    return tasks
+
+
+def _adapter_mapping(of_weight: WeightMapping, name: str) -> WeightMapping:
+    """Where one of an adapter's parameters belongs. It is cut as the weight is, if it is on the side that is cut."""
+    megatron_name = of_weight.megatron_name.removesuffix("weight") + f"adapter.{name}"
+    hf_names = tuple(_PREFIX + hf.removesuffix("weight") + _PEFT_NAMES[name] for hf in of_weight.hf_names)
+    has_outputs = name != "linear_in.weight"
+    if has_outputs == (of_weight.dim == 0):
+        return WeightMapping(megatron_name, hf_names, of_weight.layout, of_weight.dim)
+    return replicated(megatron_name, hf_names[0])
+
+
+def export_adapter_weights(
+    chunks: Sequence[MegatronModule], family: ModelFamily, *, cpu: bool = False, show_progress: bool = True
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, tensor) pairs as `export_weights` does. Collective.
+
+    Query, key and value have one A between them in Megatron, as gate and up have; each gets a copy here.
+    """
+    tasks = adapter_tasks(chunks, family)
+    shared: dict[str, Sequence[str]] = {}
+    for place in all_places([tasks]):
+        first, *others = (name.replace("lora_B", "lora_A") for name in place.mapping.hf_names)
+        if others and "lora_B" in place.mapping.hf_names[0]:
+            shared[first] = others
+    for name, tensor in export_weights(chunks, family, cpu=cpu, show_progress=show_progress, tasks=tasks):
+        yield name, tensor
+        yield from ((other, tensor.clone()) for other in shared.get(name, ()))
+
+
+def save_hf_adapter(
+    chunks: Sequence[MegatronModule],
+    family: ModelFamily,
+    path: str | Path,
+    *,
+    options: Mapping[str, Any],
+    base: str | None,
+    show_progress: bool = True,
+) -> None:
+    """Write the adapters as a directory that the peft library loads. Collective; rank 0 writes.
+
+    Args:
+        chunks: The model, wrapped or not.
+        family: Its table of mappings.
+        path: The directory; an earlier export there is replaced once the new one is complete.
+        options: `dim`, `alpha` and `dropout` of the adapters.
+        base: Name or directory of the Hugging Face model under them.
+        show_progress: Whether rank 0 shows a bar.
+
+    Raises:
+        ValueError: The model has no adapters, or `path` holds something else.
+    """
+    path = Path(path)
+    with on_all_ranks(f"preparing {path}"):
+        if path.exists() and not (path / CONFIG_FILE).is_file() and (path.is_file() or any(path.iterdir())):
+            raise ValueError(f"{path} holds something else than adapters: name a new or empty directory")
+    tensors = dict(export_adapter_weights(chunks, family, cpu=True, show_progress=show_progress))
+    with on_all_ranks(f"writing {path}"):
+        if not tensors:
+            raise ValueError(f"the model has no adapters: there is nothing to write to {path}")
+        if is_rank_0():
+            config = adapter_config(tensors, options, num_layers=model_config(chunks).num_layers, base=base)
+            with replaced_directory(path) as directory:
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / WEIGHTS_FILE)
+                (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def adapter_config(
+    tensors: Mapping[str, torch.Tensor], options: Mapping[str, Any], *, num_layers: int, base: str | None
+) -> dict[str, Any]:
+    """What `adapter_config.json` says.
+
+    Args:
+        tensors: By the peft library's names.
+        options: As for `save_hf_adapter`.
+        num_layers: Of the model.
+        base: As for `save_hf_adapter`.
+    """
+    modules = sorted(name.removeprefix(_PREFIX).split(".lora_A")[0] for name in tensors if ".lora_A." in name)
+    kinds = sorted({module.rpartition(".")[2] for module in modules})
+    in_every_layer = len(modules) == len(kinds) * num_layers
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": options["dim"],
+        "lora_alpha": options["alpha"],
+        "lora_dropout": options["dropout"],
+        "use_dora": any("lora_magnitude_vector" in name for name in tensors),
+        "target_modules": kinds if in_every_layer else modules,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }

@@ -1,0 +1,137 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Adapters out of a run and into Hugging Face: by themselves for the peft library, and merged into the weights."""
+
+import json
+
+import peft
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from tests.families import MODELS
+from tests.functional_tests.test_conversion_command import on_rank
+from tests.on_ranks import Recorder
+from tests.ranks import run_on_ranks
+from tests.tiny import tiny_config
+from tests.unit_tests.models.tiny_llama import megatron_logits, save_tiny_model
+
+TOKENS = torch.arange(24).reshape(2, 12)
+TP2, PP2 = ({f"{axis}_parallel_size": 2} for axis in ("tensor_model", "pipeline_model"))
+CELLS = {
+    "llama, LoRA, TP 2": ("llama", "lora", TP2),
+    "qwen2 with biases, LoRA, PP 2": ("qwen2", "lora", PP2),
+    "qwen2 with biases, DoRA, TP 2": ("qwen2", "dora", TP2),
+    "llama3, DoRA": ("llama3", "dora", {}),
+}
+
+
+class LastLogits(Recorder):
+    """What the model says after the last step, on the last pipeline stage."""
+
+    def on_train_end(self, context):
+        logits = megatron_logits(context.model, TOKENS)
+        self.logits = None if logits is None else logits.cpu()
+
+
+def _train(directory, scheme, layout):
+    from megatron.bridge import AutoBridge
+    from megatron.bridge.peft.dora import DoRA
+    from megatron.bridge.peft.lora import LoRA
+    from megatron.bridge.training.finetune import finetune
+    from megatron.bridge.training.gpt_step import forward_step
+
+    cfg = tiny_config(directory, train_iters=2, optimizer={"lr": 1e-2})
+    cfg.model = AutoBridge.from_hf_pretrained(directory / "hf").to_megatron_provider(load_weights=False)
+    cfg.model.seq_length, cfg.model.calculate_per_token_loss = 16, True
+    for name, value in layout.items():
+        setattr(cfg.model, name, value)
+    cfg.tokenizer.vocab_size = cfg.model.vocab_size
+    cfg.mixed_precision = "fp32"
+    cfg.checkpoint.pretrained_checkpoint = str(directory / "hf")
+    cfg.peft = {"lora": LoRA, "dora": DoRA}[scheme](dim=4, alpha=8, lora_B_init_method="normal")
+    recorder = LastLogits()
+    finetune(cfg, forward_step, callbacks=[recorder])
+    return recorder.logits
+
+
+@torch.no_grad()
+def _logits(model, vocab_size):
+    return model.eval()(TOKENS).logits[..., :vocab_size]
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_peft_and_merged_weights_give_the_logits_of_the_run(tmp_path, cell):
+    name, scheme, layout = CELLS[cell]
+    options = {**MODELS[name].options, "vocab_size": 131}
+    hf = save_tiny_model(tmp_path / "hf", MODELS[name].architecture, **options)
+    trained = run_on_ranks(_train, 2, tmp_path, scheme, layout)[-1]
+
+    adapters = tmp_path / "checkpoints"
+    steps = (
+        ("export-adapter", "--megatron-path", adapters, "--hf-path", tmp_path / "adapter", "--tp", 2),
+        ("export", "--megatron-path", adapters, "--hf-path", tmp_path / "merged", "--pp", 2),
+        ("merge", "--megatron-path", adapters, "--output", tmp_path / "megatron", "--tp", 2),
+        ("export", "--megatron-path", tmp_path / "megatron", "--hf-path", tmp_path / "merged-twice"),
+    )
+    for step in steps:
+        status, output, errors = run_on_ranks(on_rank, 2, *step, "--hf-model", hf, "--no-progress")[0]
+        assert status == 0, errors
+    base = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
+    before = _logits(base, 131)
+    with_adapters = _logits(peft.PeftModel.from_pretrained(base, tmp_path / "adapter"), 131)
+    merged = _logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32), 131)
+    twice = _logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged-twice", dtype=torch.float32), 131)
+    assert (with_adapters - before).abs().max() > 1e-2
+    torch.testing.assert_close(merged, with_adapters, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(twice, merged, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(with_adapters, trained[..., :131], rtol=1e-4, atol=1e-4)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["use_dora"]) == (4, 8, scheme == "dora")
+    assert "q_proj" in config["target_modules"]
+
+
+def test_one_adapted_layer_is_named_in_full(tmp_path):
+    """By the short name peft would adapt every layer."""
+    hf = save_tiny_model(tmp_path / "hf", "LlamaForCausalLM")
+    run_on_ranks(_export_one, 1, tmp_path)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["target_modules"] == [f"model.layers.1.self_attn.{kind}_proj" for kind in "kqv"]
+    with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as file:
+        assert len(file.keys()) == 6
+    loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(hf), tmp_path / "adapter")
+    assert sum("lora_A" in name for name, _ in loaded.named_parameters()) == 3
+
+
+def _export_one(directory):
+    from megatron.bridge import AutoBridge
+    from megatron.bridge.peft.lora import LoRA
+    from megatron.bridge.utils.distributed import model_parallel_groups
+
+    bridge = AutoBridge.from_hf_pretrained(directory / "hf")
+    lora = LoRA(dim=2, target_modules=["*.layers.1.*.linear_qkv"])
+    with model_parallel_groups():
+        chunks = lora(bridge.to_megatron_model(wrap_with_ddp=False))
+        bridge.save_hf_adapter(chunks, directory / "adapter", lora, show_progress=False)
+        base = dict(bridge.export_hf_weights(chunks, show_progress=False, merge_adapter_weights=False))
+        assert not any("lora" in name for name in base)
+
+
+BAD = {
+    "a whole model": (
+        ("export-adapter", "--hf-path", "new"),
+        "holds a whole model, not adapters: convert it with export",
+    ),
+    "nothing to merge": (("merge", "--output", "new"), "holds a whole model: there are no adapters to merge"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_be_converted_is_refused_in_one_line(tmp_path, case):
+    (command, option, target), message = BAD[case]
+    hf = save_tiny_model(tmp_path / "hf", "LlamaForCausalLM")
+    assert run_on_ranks(on_rank, 2, "import", "--hf-model", hf, "--megatron-path", tmp_path / "megatron")[0][0] == 0
+    arguments = (command, "--megatron-path", tmp_path / "megatron", option, tmp_path / target)
+    for status, _, errors in run_on_ranks(on_rank, 2, *arguments):
+        assert status == 1 and message in errors.splitlines()[-1]
+    assert not (tmp_path / target).exists()
