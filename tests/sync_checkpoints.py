@@ -11,7 +11,7 @@ from megatron.core.dist_checkpointing.tensor_aware_state_dict import HAVE_NVRX
 from megatron.bridge.checkpoint import layout, model_checkpoint
 from tests.on_ranks import fill_weights
 from tests.sync_matrix import SCALED, WAYS
-from tests.sync_rig import Model, Rig, config, start
+from tests.sync_rig import EXPERTS, SIZES, Model, Rig, config, start
 
 
 def write_checkpoints(directory: Path, model: Model) -> None:
@@ -29,6 +29,7 @@ def write_checkpoints(directory: Path, model: Model) -> None:
         AutoBridge.from_hf_pretrained(str(directory / "hf")).load_hf_weights(chunks)
     else:
         fill_weights(chunks, seed=3)
+        AutoBridge.from_hf_config(hf_config_with_experts()).save_hf_pretrained(chunks, directory / "hf", False)
     run_config = {"model": cfg.to_dict()["model"]}
     model_checkpoint.save_model_checkpoint(chunks, directory / "pretrained", run_config=run_config)
     if is_rank_0():
@@ -56,6 +57,22 @@ def write_checkpoints(directory: Path, model: Model) -> None:
         is_local = "save" not in options
         save_checkpoint(state, chunks, run.optimizer, run.scheduler, non_persistent_ckpt=is_local)
     rig.close()
+
+
+def hf_config_with_experts() -> dict[str, Any]:
+    """The rig's model with experts as a Mixtral."""
+    return {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_hidden_layers": SIZES["num_layers"],
+        "hidden_size": SIZES["hidden_size"],
+        "intermediate_size": EXPERTS["moe_ffn_hidden_size"],
+        "num_attention_heads": SIZES["num_attention_heads"],
+        "num_key_value_heads": SIZES["num_query_groups"],
+        "vocab_size": SIZES["vocab_size"],
+        "num_local_experts": EXPERTS["num_moe_experts"],
+        "num_experts_per_tok": EXPERTS["moe_router_topk"],
+    }
 
 
 def _own_tensors(sharded: Any) -> list[Any]:

@@ -62,9 +62,6 @@ def test_every_way_in(cell, verdicts_of, cell_counts):
     if not HAVE_NVRX:
         ways.remove("local checkpoint")
         cell_counts.add(refused=1, because="local checkpoints without nvidia-resiliency-ext")
-    if cell.model.kind == "experts":
-        ways.remove("Hugging Face directory")
-        cell_counts.add(refused=1, because="a Hugging Face directory of a model with experts (no such family)")
     wrong = verdicts_of(cell, ways)
     cell_counts.add(passed=len(ways) - len(wrong), failed=len(wrong))
     assert wrong == {}
