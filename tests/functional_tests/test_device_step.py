@@ -40,7 +40,7 @@ class FusedAdam(torch.optim.Optimizer):
 
 
 @contextlib.contextmanager
-def _as_with_transformer_engine():
+def as_with_transformer_engine():
     """Core finds an optimizer of Transformer Engine's kind, and asks it for its steps accordingly."""
     there = [
         (core_optimizer, "Adam", FusedAdam),
@@ -80,7 +80,7 @@ def _finetune(directory, optimizer, **checkpoint):
         checkpoint={"pretrained_checkpoint": f"{directory}/pretrained", **checkpoint},
     )
     recorder = _CountSteps()
-    with _as_with_transformer_engine():
+    with as_with_transformer_engine():
         finetune(cfg, forward_step, callbacks=[recorder])
     return recorder
 

@@ -7,6 +7,7 @@ tensor that is not the very one a sub-optimizer has, as a local checkpoint bring
 precision-aware master stays what it was before the load, and moments stay on the host.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -41,6 +42,13 @@ def _restore_step_and_masters(base: type) -> type:
     return RestoreStepAndMasters
 
 
+def _forgets_step_or_masters(distributed_optimizer: DistributedOptimizer) -> bool:
+    saved = inspect.getsource(DistributedOptimizer.sharded_param_state_dp_reshardable)
+    loaded = inspect.getsource(DistributedOptimizer.load_parameter_state_from_dp_reshardable)
+    keeps_both = "if key == 'step'" not in saved and "_sync_hdo_state_to_sub_optimizers" in loaded
+    return steps_by_torch_adam_or_hybrid(distributed_optimizer) and not keeps_both
+
+
 REPAIRS = (
     Repair(
         name="exact resume",
@@ -49,6 +57,6 @@ REPAIRS = (
         core_versions="0.16.1 to 0.19.2",
         target=DistributedOptimizer,
         subclass=_restore_step_and_masters,
-        is_needed=steps_by_torch_adam_or_hybrid,
+        is_needed=_forgets_step_or_masters,
     ),
 )

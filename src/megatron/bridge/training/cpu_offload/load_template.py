@@ -61,6 +61,11 @@ def _allocate_instead_of_step(base: type) -> type:
     return AllocateInsteadOfStep
 
 
+def _asserts_a_step(distributed_optimizer: DistributedOptimizer) -> bool:
+    source = inspect.getsource(DistributedOptimizer.state_dict)
+    return steps_by_torch_adam_or_hybrid(distributed_optimizer) and "assert len(steps) == 1" in source
+
+
 def _dummy_step_steps(optimizer: HybridDeviceOptimizer) -> bool:
     return "self.step()" in inspect.getsource(HybridDeviceOptimizer.dummy_step)
 
@@ -74,7 +79,7 @@ REPAIRS = (
         core_versions="0.16.1 to 0.19.2",
         target=DistributedOptimizer,
         subclass=_allocate_before_template,
-        is_needed=steps_by_torch_adam_or_hybrid,
+        is_needed=_asserts_a_step,
     ),
     Repair(
         name="no dummy step",

@@ -5,6 +5,8 @@ Core tells the CPU's optimizers from the device's by their class. Without Transf
 AdamW, and after any load the state of the part that stays on the device is moved to the host.
 """
 
+import inspect
+
 import torch
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
@@ -26,7 +28,9 @@ def _follow_the_parameter(base: type) -> type:
 
 
 def _classes_are_alike(optimizer: HybridDeviceOptimizer) -> bool:
-    return isinstance(optimizer.gpu_optimizer, optimizer.cpu_optimizer_cls)
+    source = inspect.getsource(HybridDeviceOptimizer._move_new_state_to_right_device)
+    goes_by_class = 'isinstance(optimizer, self.defaults["cpu_optimizer_cls"])' in source
+    return goes_by_class and isinstance(optimizer.gpu_optimizer, optimizer.cpu_optimizer_cls)
 
 
 REPAIRS = (
