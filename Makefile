@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 NVRX := $(if $(filter 0.16.1,$(CORE)),0.4.1,0.6.0)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install finetune model test soak mutants lint format clean
+.PHONY: help install finetune model test test-resume resume-matrix soak mutants lint format clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,6 +40,14 @@ model: install ## fetch the model and the data only
 
 test: install model ## run all tests
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
+
+test-resume: ## stop and resume in every way, on both versions of megatron-core: the whole matrix
+	$(MAKE) --no-print-directory resume-matrix CORE=0.16.1 VENV=.venv
+	$(MAKE) --no-print-directory resume-matrix CORE=0.19.2 VENV=.venv-core-0.19.2
+
+resume-matrix: install # one half of it
+	$(BIN)/python -m pytest tests/functional_tests/test_resume_matrix.py --resume-matrix=whole -q \
+		--numprocesses $(JOBS) --dist loadgroup $(ARGS)
 
 soak: install ## kill a training run at 50 random moments, resume each time, compare with the uninterrupted run
 	$(BIN)/python -W ignore -m tests.soak $(ARGS)

@@ -37,12 +37,14 @@ _GUARDED = (
     "tests/functional_tests/test_guarded_load.py::test_a_load_that_leaves_wrong_copies_ends_before_the_first_step"
 )
 _MAIN = "tests/functional_tests/test_main_params.py::test_masters_hold_what_the_checkpoint_holds"
-_RESUME = "tests/functional_tests/test_exact_resume.py::test_resumed_run_equals_the_uninterrupted_one"
-_CHANGED = "tests/functional_tests/test_exact_resume.py::test_offload_may_change_on_the_way"
+_RESUME = "tests/functional_tests/test_resume_matrix.py::test_resumes"
+_NOT_OFFLOADED = f"{_RESUME}[dense-DP2-bf16-shards-0.0-serial-dp-as_it_was]"
+_OFFLOADED = f"{_RESUME}_in_fresh_processes"
+_EXPERTS = f"{_RESUME}[experts-EP2-fp16-aware-0.5-overlap-dp-as_it_was]"
+_RESHARDED = f"{_RESUME}[dense-DP2-bf16-shards-0.0-serial-fully-PP_2]"
 _REPAIRED = "tests/functional_tests/test_repairs.py::test_"
 _DEVICE = "tests/functional_tests/test_device_step.py::test_"
 _COUNTS = f"{_DEVICE}a_device_optimizer_that_counts_in_its_groups_counts_on"
-_RESHARD = "tests/functional_tests/test_reshard.py::test_"
 _PLAN = "tests/unit_tests/training/test_checkpoint_plan.py::test_plan"
 
 _ENTRY = "        yield _Entry(param, copies, stepped_on)\n"
@@ -267,7 +269,7 @@ THE_LOAD = (
         file=LOAD,
         text=_BRING,
         replacement=_BRING.replace("if not restored:", "if True:"),
-        tests=(f"{_RESUME}[all]",),
+        tests=(_OFFLOADED,),
     ),
     Mutant(
         name="load without guard",
@@ -315,7 +317,7 @@ THE_LOAD = (
         file=LOAD,
         text="    metadata.update((key, plan.content_metadata[key])",
         replacement="    metadata.update((key, metadata[key])",
-        tests=(f"{_RESHARD}resumed_run_equals_the_uninterrupted_one[no offload]",),
+        tests=(_NOT_OFFLOADED, _RESHARDED),
     ),
     Mutant(
         name="experts' optimizer overlooked",
@@ -323,7 +325,7 @@ THE_LOAD = (
         file=PLAN,
         text='r"(chained_\\d+\\.)?optimizer\\."',
         replacement='r"optimizer\\."',
-        tests=(f"{_RESHARD}resumed_run_equals_the_uninterrupted_one[experts, dp_reshardable]",),
+        tests=(_EXPERTS,),
     ),
     Mutant(
         name="finetune=True resumes",
@@ -357,14 +359,14 @@ def _without(repair: str, row: str, *tests: str, kept: str = "") -> Mutant:
 
 
 THE_REPAIRS = (
-    _without("load template", "load_template", f"{_RESUME}[no offload]", kept="[1:]"),
+    _without("load template", "load_template", _NOT_OFFLOADED, kept="[1:]"),
     _without("no dummy step", "load_template", f"{_REPAIRED}an_empty_optimizer_is_filled_without_a_step", kept="[:1]"),
-    _without("master lookup", "master_lookup", f"{_RESUME}[all]"),
+    _without("master lookup", "master_lookup", _OFFLOADED),
     _without("state device", "state_device", f"{_REPAIRED}state_is_on_the_side_of_its_parameter"),
     _without("step counter", "step_counter", f"{_COUNTS}[nothing]", f"{_COUNTS}[half]"),
     _without("gradient wait", "gradient_wait", f"{_DEVICE}the_device_steps_when_its_gradients_are_cast"),
-    _without("exact resume", "exact_resume", f"{_RESUME}[all]"),
-    _without("one master", "one_master", f"{_CHANGED}[on]"),
+    _without("exact resume", "exact_resume", _OFFLOADED),
+    _without("one master", "one_master", f"{_RESUME}[dense-DP2-bf16-shards-0.0-serial-fully-offload_on]"),
     _without("plain param groups", "plain_param_groups", f"{_REPAIRED}saved_param_groups_are_plain_data"),
     _without(
         "native FP32 parameters", "native_fp32", f"{_REPAIRED}state_is_found_under_its_own_parameter", kept="[1:]"
@@ -376,15 +378,87 @@ THE_REPAIRS = (
         kept="[:1]",
     ),
     _without("group order", "group_order", f"{_REPAIRED}state_is_found_under_its_own_parameter"),
-    _without("reshardable state", "reshardable_state", f"{_RESHARD}another_layout_resumes_the_same_state[DP 2 to 1]"),
+    _without("reshardable state", "reshardable_state", _RESHARDED),
     Mutant(
         name="native FP32 parameters, views",
         breaks="a run with FP32 parameters can't be resumed: a view whose base was changed",
         file="src/megatron/bridge/training/cpu_offload/native_fp32.py",
         text="    leaf = shard.detach()\n",
         replacement="    with torch.no_grad():\n        leaf = shard.view(-1)\n",
-        tests=(f"{_RESHARD}resumed_run_equals_the_uninterrupted_one[FP32 norms]",),
+        tests=(f"{_RESUME}[FP32norms-DP2-bf16-shards-0.5-serial-fully-as_it_was]",),
     ),
 )
 
-MUTANTS = (*THE_SYNC, *THE_GUARD, *THE_LOAD, *THE_REPAIRS)
+
+def _not_restored(what: str, breaks: str, file: str, text: str, replacement: str, test: str) -> Mutant:
+    return Mutant(f"{what} not restored", breaks, f"src/megatron/bridge/training/{file}", text, replacement, (test,))
+
+
+THE_RESUME = (
+    _not_restored(
+        "step",
+        "Adam's bias correction starts anew",
+        "cpu_offload/exact_resume.py",
+        'state["step"] = torch.tensor(float(next(iter(steps))))',
+        "pass",
+        _OFFLOADED,
+    ),
+    _not_restored(
+        "masters",
+        "they keep what the optimizer was built on",
+        "cpu_offload/reshardable_state.py",
+        'for key, tensor in tensors.items() if key != "step"}',
+        'for key, tensor in tensors.items() if key.startswith("exp_avg")}',
+        _RESHARDED,
+    ),
+    _not_restored(
+        "moments",
+        "Adam's second moment starts at 0",
+        "cpu_offload/reshardable_state.py",
+        'for key, tensor in tensors.items() if key != "step"}',
+        'for key, tensor in tensors.items() if key not in ("step", "exp_avg_sq")}',
+        _RESHARDED,
+    ),
+    _not_restored(
+        "random states",
+        "dropout follows another course",
+        "checkpointing.py",
+        'restore_rng_state(loaded["rng_state"], data_parallel_random_init=cfg.rng.data_parallel_random_init)',
+        "pass",
+        _NOT_OFFLOADED,
+    ),
+    _not_restored(
+        "random states of each expert-parallel rank",
+        "all take the first rank's",
+        "rng_state.py",
+        "if data_parallel_random_init or is_of_each else 0",
+        "if data_parallel_random_init else 0",
+        _EXPERTS,
+    ),
+    _not_restored(
+        "place in the data",
+        "samples are seen again",
+        "setup.py",
+        "consumed_samples=state.train_state.consumed_train_samples,",
+        "consumed_samples=0,",
+        _NOT_OFFLOADED,
+    ),
+    _not_restored(
+        "schedule",
+        "the warm-up starts anew",
+        "resumed_schedule.py",
+        "    scheduler.load_state_dict(saved_schedule)\n",
+        "",
+        _NOT_OFFLOADED,
+    ),
+    _not_restored(
+        "another number of optimizers",
+        "experts can't be spread over other ranks",
+        "resumed_schedule.py",
+        'in_this_chain(optimizer, loaded["optimizer"])',
+        'loaded["optimizer"]',
+        f"{_RESUME}[experts-EP2-bf16-aware-0.5-overlap-fully-DP_2]",
+    ),
+)
+
+MUTANTS = (*THE_SYNC, *THE_GUARD, *THE_LOAD, *THE_REPAIRS, *THE_RESUME)

@@ -8,6 +8,7 @@ between tasks. A rank that fails shows its traceback; a task that overruns its t
 
 import atexit
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -131,8 +132,10 @@ def _serve(connection: Connection, rank: int, world_size: int, store: str) -> No
         enough_gpus = torch.cuda.device_count() >= world_size
         choice = enter_device(choose_device("cuda" if enough_gpus else "cpu"))
         dist.init_process_group(choice.backend, init_method=f"file://{store}", rank=rank, world_size=world_size)
-        import megatron.core  # noqa: F401  # the pool pays for the import, not the first test
+        import megatron.bridge.training.finetune  # noqa: F401  # the pool pays for the imports, not the first test
 
+        gc.collect()
+        gc.freeze()  # Core collects garbage in every save and load, and would look through all modules each time
         connection.send((None, None))
     except BaseException:
         connection.send((traceback.format_exc(), None))

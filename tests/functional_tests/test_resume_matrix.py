@@ -1,9 +1,9 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Stop and resume: a run that was interrupted ends with the bits of the run that was not.
 
-`tests/resume_matrix.py` says what must hold. `make test` runs a cut of the matrix, `make test-resume` all of it
-(--resume-matrix=whole). Stock Core can't do this for any offloaded optimizer (the repairs in training/cpu_offload say
-why); without Transformer Engine or Apex it can't for a plain one either. Two tests show that the oracle sees it.
+`tests/resume_matrix.py` lists the cells, `tests/resume_rig.py` says what must hold. `make test` runs a cut of the
+matrix, `make test-resume` all of it (--resume-matrix=whole). Stock Core can't do this for any offloaded optimizer (the
+repairs in training/cpu_offload say why); without Transformer Engine or Apex it can't for a plain one either.
 """
 
 import pytest
@@ -11,68 +11,120 @@ import pytest
 from tests import resume_matrix
 from tests.on_ranks import make_pretrained
 from tests.ranks import end_ranks, run_on_ranks
-from tests.resume_matrix import CHANGES, MODELS, RESHARDED_AT, SAME, SAVES, Cell, Saved
+from tests.resume_matrix import LAYOUTS, MODELS, ONE_BUCKET, RESHARDED_AT, SAME, SAVES, Cell, Saved
+from tests.resume_rig import apart, resume, run_through, without_repairs
 
 
 def pytest_generate_tests(metafunc):
-    if metafunc.function is test_resumes:
-        cells = resume_matrix.every_cell()
-        if metafunc.config.getoption("--resume-matrix") == "cut":
-            cells = resume_matrix.cut(cells)
-        cells.sort(key=lambda cell: str(cell.saved))
-        marked = [pytest.param(cell, id=str(cell), marks=pytest.mark.xdist_group(str(cell.saved))) for cell in cells]
-        metafunc.parametrize("cell", marked)
+    if metafunc.function is not test_resumes:
+        return
+    cells = resume_matrix.every_cell()
+    if metafunc.config.getoption("--resume-matrix") == "cut":
+        cells = resume_matrix.cut(cells)
+    cells.sort(key=lambda cell: str(cell.saved))  # so that those of one saved run follow each other
+    marked = [pytest.param(cell, id=str(cell), marks=pytest.mark.xdist_group(str(cell.saved))) for cell in cells]
+    metafunc.parametrize("cell", marked)
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    return tmp_path_factory.mktemp("resume")
+    path = tmp_path_factory.mktemp("resume")
+    written = set()
+
+    def of(kind):
+        if kind not in written:
+            run_on_ranks(make_pretrained, 2, path / kind, model=MODELS[kind])
+            written.add(kind)
+        return path
+
+    return of
 
 
 @pytest.fixture(scope="module")
 def run_of(directory):
-    """The name of a saved run, and what each rank saw of it; the last one is kept."""
+    """The directory and the name of a saved run, and what each rank saw of it; the last one is kept."""
     kept = {}
 
     def of(saved):
-        if not (directory / saved.kind).exists():
-            run_on_ranks(make_pretrained, 2, directory / saved.kind, model=MODELS[saved.kind])
         if saved not in kept:
             kept.clear()
-            kept[saved] = str(saved), run_on_ranks(resume_matrix.run_through, 2, directory, str(saved), saved)
-            assert all(seen.padded_buckets for seen in kept[saved][1]), "no bucket but the last is padded"
+            path = directory(saved.kind)
+            whole = run_on_ranks(run_through, LAYOUTS[saved.layout][0], path, str(saved), saved)
+            if saved.layout.startswith("DP"):
+                assert all(seen.padded_buckets for seen in whole), "no bucket but the last is padded"
+            kept[saved] = path, str(saved), whole
         return kept[saved]
 
     return of
 
 
-def _check(directory, run, whole, cell, step):
-    change = CHANGES[cell.change]
-    on_ranks = run_on_ranks(resume_matrix.resume, change.ranks, directory, run, cell, step)
-    assert resume_matrix.apart(whole, [seen for seen, _ in on_ranks], step, exact=change.is_exact) == []
-    assert all(seen.moved for seen, _ in on_ranks), "the run that went on trained nothing"
-    assert [moved for _, moved in on_ranks if moved] == [], "a step at learning rate 0 changed weights"
+def _check(run, cell, step):
+    path, name, whole = run
+    resumed = run_on_ranks(resume, LAYOUTS[cell.layout][0], path, name, cell, step)
+    assert apart(whole, [seen for seen, _ in resumed], step, exact=cell.layout == cell.saved.layout) == []
+    assert all(seen.moved for seen, _ in resumed), "the run that went on trained nothing"
+    assert [moved for _, moved in resumed if moved] == [], "a step at learning rate 0 changed weights"
 
 
-def test_resumes(directory, cell, run_of, cell_counts):
-    run, whole = run_of(cell.saved)
+def test_resumes(cell, run_of, cell_counts):
+    run = run_of(cell.saved)
     if cell.refused:
         cell_counts.add(failed=1)
-        (message, *others) = run_on_ranks(resume_matrix.refusal, 2, directory, run, cell, RESHARDED_AT)
-        expected = f"holds optimizer state of another layout ({cell.refused}), which can't be resharded: use the"
-        assert expected in message and "\n" not in message
-        assert all(message in other for other in others)
-        cell_counts.add(failed=-1, refused=1, because=f"dp_reshardable: {cell.refused}")
+        path, name, _ = run
+        messages = run_on_ranks(without_repairs, LAYOUTS[cell.layout][0], (), resume, path, name, cell, RESHARDED_AT)
+        for message in messages:
+            assert f"holds optimizer state of another layout ({cell.refused}), which can't be resharded" in message
+            assert "\n" not in message
+        cell_counts.add(failed=-1, refused=1, because=f"dp_reshardable, {cell.refused}")
         return
     for step in SAVES if cell.change == SAME else (RESHARDED_AT,):
         cell_counts.add(failed=1)
-        _check(directory, run, whole, cell, step)
+        _check(run, cell, step)
         cell_counts.add(failed=-1, passed=1)
 
 
-def test_resumes_in_fresh_processes(directory, run_of):
+def test_resumes_in_fresh_processes(run_of):
     """The ranks of the other tests serve many runs; these have seen none."""
     cell = Cell(Saved(precision="fp16", fraction=0.5, form="dp_reshardable"))
-    run, whole = run_of(cell.saved)
+    run = run_of(cell.saved)
     end_ranks(2)
-    _check(directory, run, whole, cell, RESHARDED_AT)
+    _check(run, cell, RESHARDED_AT)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0])
+def test_stock_core_does_not_resume(run_of, fraction):
+    cell = Cell(Saved(fraction=fraction, form="dp_reshardable"))
+    path, name, whole = run_of(cell.saved)
+    resumed = run_on_ranks(without_repairs, 2, None, resume, path, name, cell, RESHARDED_AT)
+    if isinstance(resumed[0], str):
+        assert resumed[0].startswith(("KeyError", "AssertionError"))
+    else:
+        assert apart(whole, [seen for seen, _ in resumed], RESHARDED_AT, exact=True)
+
+
+OURS = ("reshardable state",)
+
+
+def test_what_core_wrote_in_one_bucket_is_resumed_elsewhere(directory):
+    saved, path = Saved(fraction=0.0), directory("dense")
+    whole = run_on_ranks(without_repairs, 2, OURS, run_through, path, "by Core", saved, ddp=ONE_BUCKET)
+    (resumed,) = run_on_ranks(resume, 1, path, "by Core", Cell(saved, "DP 1"), RESHARDED_AT)
+    assert apart(whole, [resumed[0]], RESHARDED_AT, exact=False) == []
+
+
+def test_what_core_writes_in_padded_buckets_is_wrong(directory):
+    saved, path = Saved(fraction=0.0), directory("dense")
+    whole = run_on_ranks(without_repairs, 2, OURS, run_through, path, "by Core, padded", saved)
+    resumed = run_on_ranks(resume, 2, path, "by Core, padded", Cell(saved), RESHARDED_AT)
+    assert any(text.startswith("loaded: ") for text in apart(whole, [seen for seen, _ in resumed], 3, exact=True))
+
+
+def test_a_resume_keeps_no_more_memory_than_the_run_did(run_of):
+    saved = Saved(fraction=0.5, precision_aware=True)
+    path, name, whole = run_of(saved)
+    for uninterrupted, (continued, _) in zip(
+        whole, run_on_ranks(resume, 2, path, name, Cell(saved), RESHARDED_AT), strict=True
+    ):
+        of_the_run = uninterrupted.saved[RESHARDED_AT]
+        held = [sum(one.held_bytes for one in slices) for slices in (of_the_run, continued.loaded)]
+        assert held[0] == held[1] == sum(8 * one.tensors["exp_avg"].numel() for one in continued.loaded)
