@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 NVRX := $(if $(filter 0.16.1,$(CORE)),0.4.1,0.6.0)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install finetune model test test-resume resume-matrix soak mutants lint format clean
+.PHONY: help install finetune finetune-lora model test test-resume resume-matrix soak mutants lint format clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,6 +33,9 @@ $(VENV)/.installed-$(CORE): pyproject.toml
 
 finetune: install ## fetch SmolLM2 and data, finetune with CPU offload on 2 processes, export, compare
 	$(BIN)/python scripts/finetune_smollm2/run.py $(ARGS)
+
+finetune-lora: install ## the same with LoRA: adapters trained, exported for the peft library, merged
+	$(BIN)/python scripts/finetune_smollm2/run_lora.py $(ARGS)
 
 model: install ## fetch the model and the data only
 	$(BIN)/python scripts/finetune_smollm2/prepare_model.py

@@ -10,7 +10,7 @@ Each rank runs this file (torchrun); it is what a script of your own looks like:
 import argparse
 from pathlib import Path
 
-from megatron.bridge.recipes.smollm2 import smollm2_135m_sft_config
+from megatron.bridge.recipes.smollm2 import smollm2_135m_peft_config, smollm2_135m_sft_config
 from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.training.finetune import finetune
 from megatron.bridge.training.gpt_step import forward_step
@@ -21,7 +21,7 @@ from megatron.bridge.utils.overrides import apply_overrides
 
 def build_config(arguments: argparse.Namespace) -> ConfigContainer:
     """The recipe, this run's paths, and the command line's overrides, in that order."""
-    cfg = smollm2_135m_sft_config()
+    cfg = smollm2_135m_peft_config(arguments.peft) if arguments.peft else smollm2_135m_sft_config()
     cfg.checkpoint.pretrained_checkpoint = str(arguments.pretrained_checkpoint)
     cfg.checkpoint.save = cfg.checkpoint.load = str(arguments.output / "checkpoints")
     cfg.logger.tensorboard_dir = str(arguments.output / "tensorboard")
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data/chatterbot"), help="holds training.jsonl")
     parser.add_argument("--pretrained-checkpoint", type=Path, required=True, help="weights to start from")
     parser.add_argument("--output", type=Path, required=True, help="checkpoints, TensorBoard and metrics go here")
+    parser.add_argument("--peft", choices=("lora", "dora"), help="train adapters; default: all weights")
     parser.add_argument(
         "--stock-megatron-core",
         action="store_true",

@@ -4,7 +4,7 @@
 import importlib
 from typing import Any
 
-_RECIPES = {"smollm2_135m_sft_config": "smollm2"}
+_RECIPES = {"smollm2_135m_sft_config": "smollm2", "smollm2_135m_peft_config": "smollm2"}
 
 __all__ = [*_RECIPES]
 

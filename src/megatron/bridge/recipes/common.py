@@ -4,6 +4,9 @@
 from typing import Any
 
 from megatron.bridge.data.config import GPTSFTDatasetConfig, TokenizerConfig
+from megatron.bridge.peft.base import PEFT
+from megatron.bridge.peft.dora import DoRA
+from megatron.bridge.peft.lora import LoRA
 from megatron.bridge.training.config import (
     CheckpointConfig,
     ConfigContainer,
@@ -15,6 +18,24 @@ from megatron.bridge.training.config import (
     TrainingConfig,
     ValidationConfig,
 )
+
+PEFT_SCHEMES: dict[str, type[PEFT]] = {"lora": LoRA, "dora": DoRA}
+
+
+def default_peft_config(peft_scheme: str | PEFT) -> PEFT:
+    """Adapters of a kind, on every linear layer of attention and MLP.
+
+    Args:
+        peft_scheme: "lora" or "dora"; adapters with options of your own are taken as they are.
+
+    Raises:
+        ValueError: Another name.
+    """
+    if isinstance(peft_scheme, PEFT):
+        return peft_scheme
+    if peft_scheme not in PEFT_SCHEMES:
+        raise ValueError(f"peft_scheme={peft_scheme!r}: expected one of {', '.join(PEFT_SCHEMES)}, or a PEFT")
+    return PEFT_SCHEMES[peft_scheme]()
 
 
 def sft_common(model: Any, *, seq_length: int, run_directory: str = "./nemo_experiments/default") -> ConfigContainer:

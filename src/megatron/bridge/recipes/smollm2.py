@@ -2,7 +2,8 @@
 """SmolLM2: small enough to finetune on a laptop, real enough to show what finetuning does."""
 
 from megatron.bridge.models.llama import LlamaModelProvider
-from megatron.bridge.recipes.common import sft_common
+from megatron.bridge.peft.base import PEFT
+from megatron.bridge.recipes.common import default_peft_config, sft_common
 from megatron.bridge.training.config import ConfigContainer
 
 
@@ -37,4 +38,16 @@ def smollm2_135m_sft_config() -> ConfigContainer:
     cfg.validation.eval_interval = None
     cfg.validation.eval_at_start = True
     cfg.validation.eval_iters = None
+    return cfg
+
+
+def smollm2_135m_peft_config(peft_scheme: str | PEFT = "lora") -> ConfigContainer:
+    """Adapters beside SmolLM2-135M's frozen weights, on short conversations; what is left to step on is offloaded.
+
+    Args:
+        peft_scheme: As for `default_peft_config`.
+    """
+    cfg = smollm2_135m_sft_config()
+    cfg.peft = default_peft_config(peft_scheme)
+    cfg.optimizer.lr = 5e-4
     return cfg
