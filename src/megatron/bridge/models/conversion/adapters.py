@@ -111,7 +111,9 @@ def save_hf_adapter(
         if is_rank_0():
             config = adapter_config(tensors, options, num_layers=model_config(chunks).num_layers, base=base)
             with replaced_directory(path) as directory:
-                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / WEIGHTS_FILE)
+                weights = {name: tensor.contiguous() for name, tensor in tensors.items()}
+                save_file(weights, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+                (directory / WEIGHTS_FILE).chmod(0o644)  # safetensors makes files that only their owner can read
                 (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

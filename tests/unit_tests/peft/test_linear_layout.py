@@ -1,0 +1,42 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""What an adapter sees of Transformer Engine's layers, which are known by their names and attributes."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron.bridge.peft.linear_layout import linear_layout
+
+
+class TELayerNormColumnParallelLinear(torch.nn.Linear):
+    """The attributes of Core's class of this name that are read, as Transformer Engine sets them."""
+
+    def __init__(self, *, normalization: str, zero_centered_gamma: bool) -> None:
+        super().__init__(8, 4)
+        self.normalization, self.zero_centered_gamma, self.eps = normalization, zero_centered_gamma, 1e-5
+        self.layer_norm_weight = torch.nn.Parameter(torch.rand(8))
+        self.layer_norm_bias = torch.nn.Parameter(torch.rand(8)) if normalization == "LayerNorm" else None
+        self._tp_group = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+        self.sequence_parallel, self.use_bias, self.te_return_bias = False, True, False
+        self.config = SimpleNamespace(gated_linear_unit=True, moe_shared_expert_overlap=False)
+
+
+@pytest.mark.parametrize("zero_centered_gamma", [False, True])
+@pytest.mark.parametrize("normalization", ["RMSNorm", "LayerNorm"])
+def test_the_adapter_gets_what_the_matrix_gets(normalization, zero_centered_gamma):
+    linear = TELayerNormColumnParallelLinear(normalization=normalization, zero_centered_gamma=zero_centered_gamma)
+    layout = linear_layout(linear, "decoder.layers.0.mlp.linear_fc1")
+    x = torch.randn(5, 2, 8)
+    norm = torch.nn.RMSNorm(8, eps=1e-5) if normalization == "RMSNorm" else torch.nn.LayerNorm(8, eps=1e-5)
+    with torch.no_grad():
+        norm.weight.copy_(linear.layer_norm_weight + zero_centered_gamma)
+        if normalization == "LayerNorm":
+            norm.bias.copy_(linear.layer_norm_bias)
+    torch.testing.assert_close(layout.normalized(x), norm(x))
+    assert (layout.split, layout.is_gated, layout.adds_bias, layout.is_cut) == ("output", True, True, False)
+
+
+def test_other_modules_are_refused():
+    with pytest.raises(ValueError, match="matches decoder.x, which is a Linear: expected one of ColumnParallelLinear"):
+        linear_layout(torch.nn.Linear(2, 2), "decoder.x")
