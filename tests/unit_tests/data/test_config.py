@@ -10,6 +10,7 @@ from megatron.bridge.data.config import (
     GPTSFTDatasetConfig,
     MockGPTDatasetConfig,
 )
+from megatron.bridge.data.config import PackedSequenceSpecs as PACKS
 
 
 def test_public_defaults():
@@ -37,10 +38,19 @@ def test_checks_change_nothing():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"packed_sequence_specs": {"packed_sequence_size": 8}}, "dataset.packed_sequence_specs=.*not supported yet"),
-        ({"enable_offline_packing": True}, "dataset.enable_offline_packing=True: packing is not supported yet"),
-        ({"offline_packing_specs": {"a": 1}}, "dataset.offline_packing_specs"),
-        ({"hf_dataset": "squad"}, "dataset.hf_dataset='squad': data from a hub is not supported"),
+        ({"packed_sequence_specs": {"packed_sequence_size": 8}}, "expected PackedSequenceSpecs"),
+        ({"packed_sequence_specs": PACKS(packed_sequence_size=129)}, r"=129: expected 1 to dataset.seq_length=128, or"),
+        ({"packed_sequence_specs": PACKS(packed_sequence_size=0)}, "packed_sequence_specs.packed_sequence_size=0"),
+        ({"packed_sequence_specs": PACKS(pad_cu_seqlens=True)}, "pad_cu_seqlens=True is not supported"),
+        ({"packed_sequence_specs": PACKS(pad_seq_to_mult=8)}, "pad_seq_to_mult=8 is not supported"),
+        ({"packed_sequence_specs": PACKS(packed_train_data_path="x")}, "packed_train_data_path='x' is not supported"),
+        ({"packed_sequence_specs": PACKS(), "enable_offline_packing": True}, "both set"),
+        ({"offline_packing_specs": PACKS()}, "set dataset.enable_offline_packing=true with it"),
+        ({"hf_dataset": "squad"}, "dataset.dataset_root and dataset.hf_dataset are both set"),
+        ({"hf_dataset": {"path": "squad"}}, "dataset.hf_dataset=.*: expected the directory that save_to_disk wrote"),
+        ({"split": "90,10"}, 'dataset.split=.90,10.: expected shares of training, validation and test, such as'),
+        ({"split": "0,1,1"}, "dataset.split='0,1,1': expected shares"),
+        ({"memmap_workers": 0}, "dataset.memmap_workers=0: expected an integer of 1 or more"),
         ({"preprocessing": "f"}, "dataset.preprocessing"),
         ({"dataset_root": None}, "dataset.dataset_root is not set"),
         ({"seq_length": 0}, "dataset.seq_length=0: expected an integer of 1 or more"),

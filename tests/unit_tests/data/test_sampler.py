@@ -110,3 +110,9 @@ def test_an_evaluation_covers_every_sample_once_over_all_ranks(ranks, num_sample
 
 def test_an_evaluation_can_stop_early():
     assert [batch.tolist() for batch in evaluation_batches(23, layout(), max_batches=1)] == [list(range(8))]
+
+
+@pytest.mark.parametrize(("at_once", "rows"), [(1, 2), (2, 4), (3, 6), (9, 8)])
+def test_the_last_batch_may_be_filled_up_to_several_micro_batches(at_once, rows):
+    batches = evaluation_batches(9, layout(), micro_batches_at_once=at_once)
+    assert [len(batch) for batch in batches] == [8, rows]

@@ -1,11 +1,11 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """What the user says about data and tokenizer: plain dataclasses, checked by `finalize()`, without heavy imports."""
 
-import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from dataclasses import KW_ONLY, dataclass, field, fields
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal
+
+from megatron.bridge.data.sft_options import PackedSequenceSpecs, SFTOptions, check_positive, read_shares
 
 
 @dataclass(kw_only=True)
@@ -45,77 +45,6 @@ class DataloaderConfig:
             raise ValueError(f"dataset.num_workers={self.num_workers}: expected 0 or more")
 
 
-@dataclass(frozen=True, kw_only=True)
-class SFTOptions:
-    """The keys that `GPTSFTDatasetConfig.dataset_kwargs` may hold, with their defaults."""
-
-    chat: bool | None = None
-    """Whether lines are conversations. None: yes if the first line has `messages` or `conversations`."""
-
-    use_hf_tokenizer_chat_template: bool = True
-    """Conversations are always rendered by the tokenizer's own chat template."""
-
-    prompt_template: str = "{input} {output}"
-    """How a line becomes text; it ends with the answer's field, and a space before it belongs to the answer."""
-
-    label_key: str = "output"
-    """The field that holds the answer."""
-
-    truncation_field: str = "input"
-    """The field that is shortened when a sample is longer than `seq_length`."""
-
-    truncation_method: Literal["left", "right"] = "right"
-    """The end of the truncation field that is cut off."""
-
-    answer_only_loss: bool = True
-    """Whether only the answer (in a conversation: the assistant's turns) is learned."""
-
-    add_bos: bool = False
-    """Whether the tokenizer's BOS precedes an input/output sample (a chat template decides for itself)."""
-
-    add_eos: bool = True
-    """Whether the tokenizer's EOS follows an input/output sample (a chat template decides for itself)."""
-
-    pad_to_max_length: bool = False
-    """Whether every batch is padded to `seq_length` instead of its longest sample."""
-
-    pad_seq_length_to_mult: int = 16
-    """The length of a batch is rounded up to a multiple of this many tokens, but not beyond `seq_length`."""
-
-    @classmethod
-    def from_kwargs(cls, kwargs: dict[str, Any] | None) -> "SFTOptions":
-        """Builds the options from `dataset_kwargs`.
-
-        Raises:
-            ValueError: A key is unknown or a value cannot work.
-        """
-        kwargs = dict(kwargs or {})
-        check_known_keys(kwargs, [item.name for item in fields(cls)], where="dataset.dataset_kwargs")
-        options = cls(**kwargs)
-        options.check()
-        return options
-
-    def check(self) -> None:
-        """Raises ValueError if a value cannot work."""
-        where = "dataset.dataset_kwargs"
-        flags = ("use_hf_tokenizer_chat_template", "answer_only_loss", "add_bos", "add_eos", "pad_to_max_length")
-        for name in flags:
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{where}.{name}={getattr(self, name)!r}: expected true or false")
-        if self.chat not in (None, True, False):
-            raise ValueError(f"{where}.chat={self.chat!r}: expected true, false or null")
-        for name in ("prompt_template", "label_key", "truncation_field"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{where}.{name}={getattr(self, name)!r}: expected a string")
-        if not self.use_hf_tokenizer_chat_template:
-            raise ValueError(f"{where}.use_hf_tokenizer_chat_template=False is not supported: leave it at true")
-        if self.truncation_method not in ("left", "right"):
-            raise ValueError(f"{where}.truncation_method={self.truncation_method!r}: expected 'left' or 'right'")
-        multiple = self.pad_seq_length_to_mult
-        if not isinstance(multiple, int) or multiple < 1:
-            raise ValueError(f"{where}.pad_seq_length_to_mult={multiple!r}: expected an integer of 1 or more")
-
-
 @dataclass
 class GPTSFTDatasetConfig(DataloaderConfig):
     """Supervised finetuning on `training.jsonl`, `validation.jsonl` and `test.jsonl` in one directory."""
@@ -126,7 +55,7 @@ class GPTSFTDatasetConfig(DataloaderConfig):
     _: KW_ONLY
 
     dataset_root: str | None = None
-    """Directory that holds the JSONL files; required."""
+    """Directory that holds the JSONL files."""
 
     seed: int = 1234
     """Seed of the training order."""
@@ -147,22 +76,40 @@ class GPTSFTDatasetConfig(DataloaderConfig):
     """Order of the training samples: "batch" and "cyclic" shuffle anew each epoch, "single" keeps the file's order."""
 
     memmap_workers: int = 1
-    """Accepted: files are read once, and the tokenizer uses all threads."""
+    """Processes that tokenise. 1: the training process, whose tokenizer uses all threads; more pay for big chats."""
 
-    packed_sequence_specs: Any = None
-    """Not supported: packing several samples in one sequence."""
+    path_to_cache: str | None = None
+    """Directory that keeps the tokens for later runs. None: `.tokens` beside the data."""
+
+    split: str | None = None
+    """Shares of training, validation and test, such as "90,10,0", that training.jsonl is cut into, by `seed`. None:
+    each has a file of its own."""
+
+    packed_sequence_specs: PackedSequenceSpecs | None = None
+    """Pack samples into rows of `packed_sequence_size`; -1: don't. None: as the next two fields say."""
 
     enable_offline_packing: bool = False
-    """Not supported: packing several samples in one sequence."""
+    """Whether to pack samples into rows."""
 
-    offline_packing_specs: Any = None
-    """Not supported: packing several samples in one sequence."""
+    offline_packing_specs: PackedSequenceSpecs | None = None
+    """With `enable_offline_packing`: the rows. None, or a `packed_sequence_size` of -1: rows of `seq_length`."""
 
-    hf_dataset: Any = None
-    """Not supported: data from a hub."""
+    hf_dataset: str | None = None
+    """In place of `dataset_root`: a directory that the `datasets` library's `save_to_disk` wrote, with splits `train`,
+    `validation` and `test`, or with a single dataset, which is the training data."""
 
     preprocessing: Any = None
     """Not supported: write JSONL lines instead."""
+
+    @property
+    def pack_size(self) -> int | None:
+        """Positions of a row that packs several samples; None: each row is one sample."""
+        if self.packed_sequence_specs is not None and self.packed_sequence_specs.packed_sequence_size > 0:
+            return self.packed_sequence_specs.packed_sequence_size
+        if not self.enable_offline_packing:
+            return None
+        size = -1 if self.offline_packing_specs is None else self.offline_packing_specs.packed_sequence_size
+        return size if size > 0 else self.seq_length
 
     @property
     def options(self) -> SFTOptions:
@@ -176,23 +123,39 @@ class GPTSFTDatasetConfig(DataloaderConfig):
             ValueError: A field's value cannot work, or names something that is not supported.
         """
         super().finalize()
-        packing = "packing is not supported yet: leave it unset; batches are padded to their longest sample"
-        refused = {
-            "packed_sequence_specs": packing,
-            "enable_offline_packing": packing,
-            "offline_packing_specs": packing,
-            "hf_dataset": "data from a hub is not supported: write JSONL files and set dataset.dataset_root",
-            "preprocessing": "preprocessing is not supported: write JSONL files and set dataset.dataset_root",
-        }
-        for name, message in refused.items():
-            if getattr(self, name):
-                raise ValueError(f"dataset.{name}={getattr(self, name)!r}: {message}")
-        if self.dataset_root is None:
+        if self.preprocessing:
+            message = "preprocessing is not supported: write JSONL files and set dataset.dataset_root"
+            raise ValueError(f"dataset.preprocessing={self.preprocessing!r}: {message}")
+        if self.hf_dataset is not None and not isinstance(self.hf_dataset, str):
+            expected = "expected the directory that save_to_disk wrote"
+            raise ValueError(f"dataset.hf_dataset={self.hf_dataset!r}: {expected}")
+        if self.dataset_root is None and self.hf_dataset is None:
             raise ValueError("dataset.dataset_root is not set: expected the directory that holds training.jsonl")
+        if self.dataset_root is not None and self.hf_dataset is not None:
+            raise ValueError("dataset.dataset_root and dataset.hf_dataset are both set: set one of them")
+        if self.split is not None:
+            read_shares(self.split)
         check_positive("dataset.seq_length", self.seq_length)
+        check_positive("dataset.memmap_workers", self.memmap_workers)
         if self.max_train_samples is not None:
             check_positive("dataset.max_train_samples", self.max_train_samples)
         _ = self.options
+        self._check_packing()
+
+    def _check_packing(self) -> None:
+        for name in ("packed_sequence_specs", "offline_packing_specs"):
+            specs = getattr(self, name)
+            if specs is None:
+                continue
+            if not isinstance(specs, PackedSequenceSpecs):
+                raise ValueError(f"dataset.{name}={specs!r}: expected PackedSequenceSpecs(packed_sequence_size=...)")
+            specs.check(f"dataset.{name}", seq_length=self.seq_length)
+        if self.offline_packing_specs is not None and not self.enable_offline_packing:
+            raise ValueError("dataset.offline_packing_specs is set: set dataset.enable_offline_packing=true with it")
+        if self.packed_sequence_specs is not None and self.enable_offline_packing:
+            raise ValueError(
+                "dataset.packed_sequence_specs and dataset.enable_offline_packing are both set: set one of them"
+            )
 
 
 FinetuningDatasetConfig = GPTSFTDatasetConfig
@@ -342,7 +305,8 @@ class DatasetProvider(DataloaderConfig, ABC):
     dict of 1-D tensors of one length, at most the model's `seq_length`: `tokens` and `labels` (int64; labels already
     shifted), `loss_mask` (float32) and, if positions are not 0, 1, 2, ..., `position_ids` (int64). A dataset with an
     attribute `lengths` (one item length each) is padded to the longest sample of a batch, another to
-    `seq_length`. Every rank builds the same datasets.
+    `seq_length`. An item that packs samples has `cu_seqlens`, see `data/packing.py`, and its dataset `is_packed` True.
+    Every rank builds the same datasets.
     """
 
     seed: int = 1234
@@ -351,17 +315,3 @@ class DatasetProvider(DataloaderConfig, ABC):
     @abstractmethod
     def build_datasets(self, context: DatasetBuildContext) -> tuple[Any | None, Any | None, Any | None]:
         """Returns the training, validation and test datasets; None for one that is not wanted."""
-
-
-def check_positive(name: str, value: Any) -> None:
-    """Raises ValueError unless `value` is an integer of 1 or more."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}={value!r}: expected an integer of 1 or more")
-
-
-def check_known_keys(found: Iterable[str], known: list[str], *, where: str) -> None:
-    """Raises ValueError naming the first key of `found` that is not in `known`, with the nearest valid name."""
-    for key in found:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
-            raise ValueError(f"{where} has an unknown key {key!r}: did you mean {near!r}? (valid: {', '.join(known)})")

@@ -2,13 +2,15 @@
 """Turns a JSONL line into text and says which characters are learned and which may be cut off."""
 
 import string
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from megatron.bridge.data.config import SFTOptions
+from megatron.bridge.data.sft_options import SFTOptions
 from megatron.bridge.data.tokenizer import Tokenizer
 
 Span = tuple[int, int]
+
+PROMPT_AND_ANSWER = SFTOptions.prompt_template
 
 ROLE_OF_SPEAKER = {
     "human": "user",
@@ -41,7 +43,7 @@ class SampleFormat(Protocol):
 
 
 def choose_format(first_row: dict[str, Any], options: SFTOptions, tokenizer: Tokenizer) -> SampleFormat:
-    """Chooses the format of a file by `options.chat`, or by the keys of its first line.
+    """Chooses the format of a file by `options.chat`, or by the keys of its first line: conversations, text, or pairs.
 
     Raises:
         ValueError: The options or the tokenizer don't allow that format.
@@ -49,7 +51,11 @@ def choose_format(first_row: dict[str, Any], options: SFTOptions, tokenizer: Tok
     chat = options.chat
     if chat is None:
         chat = "messages" in first_row or "conversations" in first_row
-    return ChatFormat(options, tokenizer) if chat else PromptFormat(options)
+    if chat:
+        return ChatFormat(options, tokenizer)
+    if "text" in first_row and options.label_key not in first_row and options.prompt_template == PROMPT_AND_ANSWER:
+        options = replace(options, prompt_template="{text}", label_key="text", truncation_field="")
+    return PromptFormat(options)
 
 
 class PromptFormat:

@@ -2,35 +2,27 @@
 """Datasets and the batches made of them.
 
 A micro-batch is a dict of host tensors: `tokens`, `labels` (shifted), `position_ids` (int64) and `loss_mask`
-(float32), each [B, S], and `attention_mask` None (causal). S follows from the samples of the whole global batch, so that all
-its micro-batches are alike on every rank, or from those of each micro-batch. Nothing here asks another rank: ranks of
-one data-parallel rank make identical batches.
+(float32), each [B, S], and `attention_mask` None (causal). Packed rows have `cu_seqlens` too, [B, N + 1] int32: 0, the
+end of each sample, and S where a row has fewer than N samples. S follows from the samples of the whole global batch,
+so that all its micro-batches are alike on every rank, or from those of each micro-batch. Nothing here asks another
+rank: ranks of one data-parallel rank make identical batches.
 """
 
-import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from megatron.bridge.data.config import (
-    DatasetBuildContext,
-    DatasetProvider,
-    GPTDatasetConfig,
-    GPTSFTDatasetConfig,
-    check_positive,
-)
+from megatron.bridge.data.config import DatasetBuildContext, DatasetProvider, GPTDatasetConfig, GPTSFTDatasetConfig
 from megatron.bridge.data.sampler import PADDING_ROW, BatchLayout, evaluation_batches, training_batches
-from megatron.bridge.data.sft import SFTDataset, load_sft_dataset
+from megatron.bridge.data.sft_datasets import build_sft_datasets
+from megatron.bridge.data.sft_options import check_positive
 from megatron.bridge.utils.device import current_device, is_simulated
-from megatron.bridge.utils.distributed import is_rank_0, on_all_ranks
-
-logger = logging.getLogger(__name__)
 
 MicroBatch = dict[str, torch.Tensor | None]
 Datasets = tuple[Any | None, Any | None, Any | None]
@@ -118,8 +110,7 @@ def build_datasets(config: DatasetConfig, context: DatasetBuildContext) -> Datas
         )
     config.finalize()
     if isinstance(config, GPTSFTDatasetConfig):
-        with on_all_ranks("reading the data"):
-            return _build_sft_datasets(config, context)
+        return build_sft_datasets(config, context)
     if isinstance(config, GPTDatasetConfig):
         from megatron.bridge.data.gpt import build_gpt_datasets
 
@@ -130,37 +121,6 @@ def build_datasets(config: DatasetConfig, context: DatasetBuildContext) -> Datas
         raise ValueError(
             f"{name}.build_datasets returned {type(datasets).__name__}: expected a tuple of three datasets"
         )
-    return tuple(datasets)
-
-
-def _build_sft_datasets(config: GPTSFTDatasetConfig, context: DatasetBuildContext) -> Datasets:
-    if context.tokenizer is None:
-        raise ValueError("DatasetBuildContext.tokenizer is not set: JSONL data needs the run's tokenizer")
-    root = Path(config.dataset_root)
-    if not root.is_dir():
-        raise FileNotFoundError(f"dataset.dataset_root={str(root)!r} is no directory: expected training.jsonl in it")
-    wanted = {"training": True, "validation": config.do_validation, "test": config.do_test}
-    datasets: list[SFTDataset | None] = []
-    for split, is_wanted in wanted.items():
-        path = root / f"{split}.jsonl"
-        if is_wanted and split == "validation" and not path.exists():
-            raise FileNotFoundError(f"{path} does not exist: add it, or set dataset.do_validation=false")
-        if is_wanted and split == "test" and not path.exists():
-            logger.warning("%s does not exist: there is no test set (dataset.do_test=false says so too)", path)
-            is_wanted = False
-        if not is_wanted:
-            datasets.append(None)
-            continue
-        dataset = load_sft_dataset(
-            path,
-            tokenizer=context.tokenizer,
-            seq_length=config.seq_length,
-            options=config.options,
-            max_samples=config.max_train_samples if split == "training" else None,
-            show_progress=is_rank_0(),
-        )
-        logger.info("%s", dataset.report)
-        datasets.append(dataset)
     return tuple(datasets)
 
 
@@ -204,7 +164,10 @@ def build_step_iterator(
         data_parallel_rank=data_parallel_rank,
         data_parallel_size=data_parallel_size,
     )
-    batches = training_batches(len(dataset), layout, consumed_samples=consumed_samples, seed=seed, shuffle=shuffle)
+    unit = "packs" if getattr(dataset, "is_packed", False) else "samples"
+    batches = training_batches(
+        len(dataset), layout, consumed_samples=consumed_samples, seed=seed, shuffle=shuffle, unit=unit
+    )
     rows = _PaddedRows(dataset, padding)
     steps = (rows.keys_of_step(batch, layout) for batch in batches)
     return _load_steps(rows, steps, num_workers=num_workers, pin_memory=pin_memory)
@@ -229,6 +192,7 @@ class EvaluationSteps:
         *,
         padding: Padding,
         max_batches: int | None = None,
+        micro_batches_at_once: int = 1,
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
@@ -239,6 +203,7 @@ class EvaluationSteps:
             layout: How batches are dealt to ranks.
             padding: How rows become one length.
             max_batches: Stop after this many global batches. None: cover all samples.
+            micro_batches_at_once: See `evaluation_batches`.
             num_workers: Processes that read ahead; 0 reads in this process.
             pin_memory: Whether to put batches in page-locked memory, where there is a GPU.
 
@@ -249,7 +214,9 @@ class EvaluationSteps:
             raise ValueError("the evaluation data has no samples: add some or switch the evaluation off")
         self._rows = _PaddedRows(dataset, padding)
         self._layout = layout
-        self._batches = evaluation_batches(len(dataset), layout, max_batches=max_batches)
+        self._batches = evaluation_batches(
+            len(dataset), layout, max_batches=max_batches, micro_batches_at_once=micro_batches_at_once
+        )
         self._loading = {"num_workers": num_workers, "pin_memory": pin_memory}
 
     @property
@@ -346,12 +313,18 @@ def pad_sample(sample: dict[str, torch.Tensor], length: int, *, pad_id: int) -> 
     loss_mask[:size] = sample["loss_mask"]
     if "position_ids" in sample:
         position_ids[:size] = sample["position_ids"]
-    return {"tokens": tokens, "labels": labels, "loss_mask": loss_mask, "position_ids": position_ids}
+    row = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask, "position_ids": position_ids}
+    return row | {"cu_seqlens": sample["cu_seqlens"]} if "cu_seqlens" in sample else row
 
 
 def _stack_rows(rows: list[dict[str, torch.Tensor]]) -> MicroBatch:
-    """Joins rows of one length to a micro-batch."""
+    """Joins rows of one length to a micro-batch; a row with fewer samples than another repeats the length at its end."""
+    ends = [row.pop("cu_seqlens", None) for row in rows]
     batch: MicroBatch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    if any(end is not None for end in ends):
+        length = batch["tokens"].shape[1]
+        ends = [torch.tensor([0, length], dtype=torch.int32) if end is None else end for end in ends]
+        batch["cu_seqlens"] = pad_sequence(ends, batch_first=True, padding_value=length)
     return batch | {"attention_mask": None}
 
 

@@ -81,16 +81,18 @@ def sample_indices(start: int, count: int, *, num_samples: int, seed: int, shuff
 
 
 def training_batches(
-    num_samples: int, layout: BatchLayout, *, consumed_samples: int, seed: int, shuffle: bool
+    num_samples: int, layout: BatchLayout, *, consumed_samples: int, seed: int, shuffle: bool, unit: str = "samples"
 ) -> Iterator[np.ndarray]:
     """Yields global batches without end: sample indices int64 [global_batch_size], the first after `consumed_samples`.
+
+    `unit` is what the error calls the samples.
 
     Raises:
         ValueError: There are fewer samples than one global batch takes.
     """
     if num_samples < layout.global_batch_size:
         raise ValueError(
-            f"the training data has {num_samples} samples, fewer than one global batch "
+            f"the training data has {num_samples} {unit}, fewer than one global batch "
             f"(train.global_batch_size={layout.global_batch_size}): add samples or lower train.global_batch_size"
         )
     return _endless_batches(
@@ -104,19 +106,24 @@ def _endless_batches(start: int, size: int, *, num_samples: int, seed: int, shuf
         start += size
 
 
-def evaluation_batches(num_samples: int, layout: BatchLayout, *, max_batches: int | None = None) -> list[np.ndarray]:
+def evaluation_batches(
+    num_samples: int, layout: BatchLayout, *, max_batches: int | None = None, micro_batches_at_once: int = 1
+) -> list[np.ndarray]:
     """Returns the global batches of one pass: every sample once, in order, filled up with PADDING_ROW.
 
-    The last batch may have fewer rows than `global_batch_size`, but always a whole micro-batch for every rank.
+    The last batch may have fewer rows than `global_batch_size`, but always whole micro-batches for every rank.
 
     Args:
         num_samples: Samples in the dataset.
         layout: How batches are dealt.
         max_batches: Stop after this many batches. None: cover all samples.
+        micro_batches_at_once: Each rank's micro-batches of a batch are a multiple of this, or a full batch's.
     """
+    multiple = layout.rows_at_once * micro_batches_at_once
     batches = []
     for start in range(0, num_samples, layout.global_batch_size)[:max_batches]:
         rows = np.arange(start, min(start + layout.global_batch_size, num_samples), dtype=np.int64)
-        missing = -len(rows) % layout.rows_at_once
+        size = min(-(-len(rows) // multiple) * multiple, layout.global_batch_size)
+        missing = size - len(rows)
         batches.append(np.concatenate([rows, np.full(missing, PADDING_ROW, dtype=np.int64)]))
     return batches

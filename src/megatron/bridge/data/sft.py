@@ -5,10 +5,11 @@ A sample of L tokens has S = L - 1 positions: `tokens` are the first S, `labels`
 where the label is a learned token. S is at most `seq_length`.
 """
 
+import contextlib
 import logging
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import chain, islice
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,22 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from megatron.bridge.data.config import SFTOptions
-from megatron.bridge.data.formats import RenderedSample, SampleFormat, Span, choose_format
-from megatron.bridge.data.jsonl import read_rows
-from megatron.bridge.data.tokenizer import Offsets, Tokenizer
+from megatron.bridge.data.cache import cache_file, read_cache, write_cache
+from megatron.bridge.data.encoding import SampleEncoder, TokenisedSample, encode_all
+from megatron.bridge.data.formats import choose_format
+from megatron.bridge.data.sft_options import SFTOptions
+from megatron.bridge.data.sources import JsonlSource, Source
+from megatron.bridge.data.tokenizer import Tokenizer
+from megatron.bridge.utils.distributed import all_gathered, is_rank_0, local_rank, on_all_ranks, while_others_wait
 
 logger = logging.getLogger(__name__)
 
-LINES_PER_BATCH = 1000
+ARRAYS = ("ids", "learned", "starts")
 
 
 @dataclass(frozen=True)
 class DataReport:
-    """What became of one JSONL file; tokens count input positions."""
+    """What became of one file; tokens count input positions, `first_...` are numbers of rows."""
 
     path: str
     samples: int
@@ -37,39 +41,45 @@ class DataReport:
     truncated: int
     dropped: int
     longest: int
+    first_truncated: int | None = None
+    first_dropped: int | None = None
 
     def __str__(self) -> str:
         mean = self.tokens / self.samples if self.samples else 0.0
+        truncated = f"{self.truncated} truncated{_first(self.first_truncated)}"
+        dropped = f"{self.dropped} dropped{_first(self.first_dropped)}"
         return (
             f"{self.path}: {self.samples} samples, {self.tokens} tokens ({mean:.1f} on average, longest "
-            f"{self.longest}), {self.learned_tokens} learned; {self.truncated} truncated, {self.dropped} dropped"
+            f"{self.longest}), {self.learned_tokens} learned; {truncated}, {dropped}"
         )
 
 
-@dataclass(frozen=True)
-class TokenisedSample:
-    """One sample as arrays of one length: token ids (int32) and which of them are learned (bool)."""
-
-    ids: np.ndarray
-    learned: np.ndarray
-    truncated: bool
+def _first(number: int | None) -> str:
+    return "" if number is None else f" (the first in line {number})"
 
 
 class SFTDataset(Dataset):
-    """Tokenised samples, kept in two flat arrays.
+    """Tokenised samples, kept in flat arrays.
 
     Attributes:
+        arrays: `ids` (int32) and `learned` (bool) of all samples in a row, and `starts` (int64 [N + 1]).
         lengths: Positions S of each sample, int64 [number of samples].
         report: Figures of the file.
     """
 
-    def __init__(self, samples: list[TokenisedSample], report: DataReport) -> None:
-        """Joins the samples' arrays."""
-        sizes = np.array([len(sample.ids) for sample in samples], dtype=np.int64)
-        self._starts = np.concatenate([[0], np.cumsum(sizes)])
-        self._ids = np.concatenate([sample.ids for sample in samples])
-        self._learned = np.concatenate([sample.learned for sample in samples])
-        self.lengths = sizes - 1
+    def __init__(self, arrays: dict[str, np.ndarray], report: DataReport, rows: np.ndarray | None = None) -> None:
+        """Takes the arrays.
+
+        Args:
+            arrays: See above.
+            report: Figures of the file.
+            rows: Only these samples. None: all.
+        """
+        self.arrays = arrays
+        self._starts, self._ends = arrays["starts"][:-1], arrays["starts"][1:]
+        if rows is not None:
+            self._starts, self._ends = self._starts[rows], self._ends[rows]
+        self.lengths = self._ends - self._starts - 1
         self.report = report
 
     def __len__(self) -> int:
@@ -79,178 +89,149 @@ class SFTDataset(Dataset):
         """Returns tokens and labels (int64) and loss_mask (float32), each [S], on the host."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        ids = torch.from_numpy(self._ids[self._starts[index] : self._starts[index + 1]].astype(np.int64))
-        learned = torch.from_numpy(self._learned[self._starts[index] + 1 : self._starts[index + 1]].astype(np.float32))
+        start, end = self._starts[index], self._ends[index]
+        ids = torch.from_numpy(self.arrays["ids"][start:end].astype(np.int64))
+        learned = torch.from_numpy(self.arrays["learned"][start + 1 : end].astype(np.float32))
         return {"tokens": ids[:-1], "labels": ids[1:], "loss_mask": learned}
+
+    def part(self, rows: np.ndarray) -> "SFTDataset":
+        """Returns a dataset of those samples, on the same arrays."""
+        return SFTDataset(self.arrays, self.report, rows)
 
 
 def load_sft_dataset(
-    path: str | Path,
+    source: str | Path | Source,
     *,
     tokenizer: Tokenizer,
     seq_length: int,
     options: SFTOptions,
     max_samples: int | None = None,
-    show_progress: bool = False,
+    num_processes: int = 1,
+    cache_directory: str | Path | None = None,
 ) -> SFTDataset:
-    """Reads and tokenises a JSONL file.
+    """Reads and tokenises a file, or takes its tokens from the cache. Call on all ranks; an error ends all of them.
 
     A sample of more than `seq_length` positions is shortened: an input/output sample first in its truncation field,
     and only if that does not suffice at the end of its answer (then no EOS follows); a conversation at its end. A
     sample without a learned token is dropped.
 
     Args:
-        path: The file.
+        source: A JSONL file's path, or another source.
         tokenizer: As made by `build_tokenizer`.
         seq_length: Most positions of a sample.
         options: Format of the lines.
         max_samples: Keep only this many of the first samples. None: all.
-        show_progress: Whether to draw a progress bar for a big file.
+        num_processes: See `encode_all`.
+        cache_directory: Where the first process of each machine keeps the tokens for the others and for later runs.
+            None: every process tokenises for itself.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file cannot be read, a line has not the format, or no sample is left.
+        RuntimeError: Another rank failed; its error's text.
     """
-    rows = read_rows(path, show_progress=show_progress)
-    first = next(rows, None)
-    if first is None:
-        raise ValueError(f"{path} is empty: expected one JSON object a line")
-    sample_format = choose_format(first[1], options, tokenizer)
-    encoder = _SampleEncoder(tokenizer, sample_format, seq_length=seq_length, options=options)
-    samples: list[TokenisedSample] = []
-    dropped = 0
-    for sample in _tokenise(chain([first], rows), path=path, encoder=encoder):
-        if sample is None:
-            dropped += 1
-            continue
-        samples.append(sample)
-        if len(samples) == max_samples:
-            break
-    if not samples:
-        raise ValueError(
-            f"{path}: none of its {dropped} samples has an answer token within seq_length={seq_length}: "
-            "raise seq_length or add answers"
+    source = JsonlSource(source) if isinstance(source, str | Path) else source
+    recipe = {"seq_length": seq_length, "max_samples": max_samples, "options": asdict(options)}
+    recipe |= {"tokenizer": tokenizer.fingerprint}
+
+    def tokenise() -> SFTDataset:
+        return _tokenise(
+            source,
+            tokenizer,
+            seq_length=seq_length,
+            options=options,
+            max_samples=max_samples,
+            num_processes=num_processes,
         )
-    report = DataReport(
-        path=str(path),
-        samples=len(samples),
-        tokens=sum(len(sample.ids) - 1 for sample in samples),
-        learned_tokens=sum(int(sample.learned[1:].sum()) for sample in samples),
-        truncated=sum(sample.truncated for sample in samples),
-        dropped=dropped,
-        longest=max(len(sample.ids) - 1 for sample in samples),
-    )
-    return SFTDataset(samples, report)
+
+    if cache_directory is None:
+        with on_all_ranks(f"reading {source}"):
+            return tokenise()
+    path = cache_file(cache_directory, source.label, recipe)
+    return _through_cache(path, source, recipe, tokenise)
+
+
+def _through_cache(
+    path: Path, source: Source, recipe: dict[str, Any], tokenise: Callable[[], SFTDataset]
+) -> SFTDataset:
+    """Takes the tokens from a cache file, which the first process of each machine makes if it isn't there."""
+
+    def kept(digest: str) -> SFTDataset | None:
+        found = read_cache(path, ARRAYS, recipe={**recipe, "source": digest})
+        return found and SFTDataset(found[0], DataReport(**{**found[1], "path": str(source)}))
+
+    def prepare() -> tuple[str, SFTDataset]:
+        digest = source.digest()
+        dataset = kept(digest)
+        if dataset is None:
+            dataset = tokenise()
+            write_cache(
+                path, dataset.arrays, recipe={**recipe, "source": digest}, report=asdict(dataset.report)
+            )
+        else:
+            logger.info("%s: its tokens are taken from %s", source, path)
+        return digest, dataset
+
+    own = while_others_wait(prepare if local_rank() == 0 else None, doing=f"reading {source}")
+    digest = next(digest for digest in all_gathered(own and own[0]) if digest)
+    with on_all_ranks(f"reading {source}"):
+        return own[1] if own else kept(digest) or tokenise()
 
 
 def _tokenise(
-    rows: Iterable[tuple[int, dict[str, Any]]], *, path: str | Path, encoder: "_SampleEncoder"
-) -> Iterator[TokenisedSample | None]:
-    """Yields the tokenised sample of each row in order, None for one without a learned token."""
-    rows = iter(rows)
-    while batch := list(islice(rows, LINES_PER_BATCH)):
-        rendered: list[RenderedSample | None] = []
-        for number, row in batch:
-            try:
-                rendered.append(encoder.render(row))
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: {error}") from error
-        try:
-            encoded = encoder.encode(rendered)
-        except ValueError:
-            for (number, _), sample in zip(batch, rendered, strict=True):
-                try:
-                    encoder.encode([sample])
-                except ValueError as error:
-                    raise ValueError(f"{path}:{number}: {error}") from error
-            raise
-        yield from encoded
+    source: Source,
+    tokenizer: Tokenizer,
+    *,
+    seq_length: int,
+    options: SFTOptions,
+    max_samples: int | None,
+    num_processes: int,
+) -> SFTDataset:
+    rows = source.rows(show_progress=is_rank_0())
+    first = next(rows, None)
+    if first is None:
+        raise ValueError(f"{source} is empty: expected {source.expected}")
+    sample_format = choose_format(first[1], options, tokenizer)
+    encoder = SampleEncoder(tokenizer, sample_format, seq_length=seq_length, options=options)
+    samples: list[TokenisedSample] = []
+    truncated: list[int] = []
+    dropped: list[int] = []
+    encoded = encode_all(chain([first], rows), encoder, where=str(source), num_processes=num_processes)
+    with contextlib.closing(encoded):
+        for number, sample in encoded:
+            if sample is None:
+                dropped.append(number)
+                continue
+            if sample.truncated:
+                truncated.append(number)
+            samples.append(sample)
+            if len(samples) == max_samples:
+                break
+    if not samples:
+        raise ValueError(
+            f"{source}: none of its {len(dropped)} samples has an answer token within seq_length={seq_length}: "
+            "raise seq_length or add answers"
+        )
+    return _joined(samples, str(source), truncated=truncated, dropped=dropped)
 
 
-class _SampleEncoder:
-    """Renders rows and turns rendered samples into tokens within the length limit."""
-
-    def __init__(
-        self, tokenizer: Tokenizer, sample_format: SampleFormat, *, seq_length: int, options: SFTOptions
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.format = sample_format
-        self.max_tokens = seq_length + 1
-        self.cuts_left = options.truncation_method == "left"
-        self.special_ids = tokenizer.special_ids
-        for name, wanted, token in (
-            ("add_bos", sample_format.adds_bos, tokenizer.bos_id),
-            ("add_eos", sample_format.adds_eos, tokenizer.eos_id),
-        ):
-            if wanted and token is None:
-                raise ValueError(
-                    f"dataset.dataset_kwargs.{name}=true, but tokenizer {tokenizer.name} has no such token"
-                )
-        self.prefix = [tokenizer.bos_id] if sample_format.adds_bos else []
-        self.suffix = [tokenizer.eos_id] if sample_format.adds_eos else []
-
-    def render(self, row: dict[str, Any]) -> RenderedSample | None:
-        """Renders one row; ValueError if it has not the format or is no valid text."""
-        sample = self.format.render(row)
-        if sample is not None:
-            try:
-                sample.text.encode("utf-8")
-            except UnicodeEncodeError as error:
-                character = sample.text[error.start]
-                raise ValueError(f"the text holds {character!r}, half a character: remove or replace it") from error
-        return sample
-
-    def encode(self, rendered: list[RenderedSample | None]) -> list[TokenisedSample | None]:
-        """Returns the tokens of each sample, None where nothing is learned."""
-        present = [sample for sample in rendered if sample is not None]
-        encoded = iter(self.tokenizer.encode_batch([sample.text for sample in present]) if present else [])
-        return [None if sample is None else self._fit(sample, *next(encoded)) for sample in rendered]
-
-    def _fit(self, sample: RenderedSample, ids: list[int], offsets: Offsets) -> TokenisedSample | None:
-        """Applies masks, BOS and EOS and the length limit to one sample."""
-        tokens = np.array(ids, dtype=np.int32)
-        spans = np.array(offsets, dtype=np.int64).reshape(-1, 2)
-        learned = self._learned_tokens(sample, tokens, spans)
-        excess = len(self.prefix) + len(tokens) + len(self.suffix) - self.max_tokens
-        truncated = excess > 0
-        if truncated:
-            keep = self._shorten(sample, spans, excess)
-            tokens, learned = tokens[keep], learned[keep]
-        tokens = np.concatenate([self.prefix, tokens, self.suffix]).astype(np.int32)[: self.max_tokens]
-        marks = [[False] * len(self.prefix), learned, [True] * len(self.suffix)]
-        learned = np.concatenate(marks).astype(bool)[: self.max_tokens]
-        return TokenisedSample(tokens, learned, truncated) if learned[1:].any() else None
-
-    def _learned_tokens(self, sample: RenderedSample, tokens: np.ndarray, spans: np.ndarray) -> np.ndarray:
-        """Marks the tokens that stand for learned characters, each turn up to its end token."""
-        learned = np.zeros(len(tokens), dtype=bool)
-        for span in sample.learned:
-            chosen = _tokens_in(spans, span)
-            # "<|im_end|>\n": generation stops at the end token, so the line break after it is not learned.
-            last = len(chosen)
-            while last > 1 and sample.text[slice(*spans[chosen[last - 1]])].isspace():
-                last -= 1
-            if last and int(tokens[chosen[last - 1]]) in self.special_ids:
-                chosen = chosen[:last]
-            learned[chosen] = True
-        return learned
-
-    def _shorten(self, sample: RenderedSample, spans: np.ndarray, excess: int) -> np.ndarray:
-        """Returns which tokens to keep after cutting up to `excess` tokens out of the cuttable spans."""
-        keep = np.ones(len(spans), dtype=bool)
-        for start, end in sample.cuttable:
-            inside = np.flatnonzero((spans[:, 0] >= start) & (spans[:, 1] <= end) & keep)
-            cut = inside[:excess] if self.cuts_left else inside[max(0, len(inside) - excess) :]
-            keep[cut] = False
-            excess -= len(cut)
-        return keep
-
-
-def _tokens_in(spans: np.ndarray, span: Span) -> np.ndarray:
-    """Returns the indices of the tokens that stand for at least one character of `span`.
-
-    A token across the span's start counts: its last characters would otherwise never be learned. A token of no
-    characters counts where it stands.
-    """
-    ends = np.maximum(spans[:, 1], spans[:, 0] + 1)
-    return np.flatnonzero((ends > span[0]) & (spans[:, 0] < span[1]))
+def _joined(samples: list[TokenisedSample], path: str, *, truncated: list[int], dropped: list[int]) -> SFTDataset:
+    """The samples in flat arrays, with the report; `truncated` and `dropped` are numbers of rows."""
+    sizes = np.array([len(sample.ids) for sample in samples], dtype=np.int64)
+    report = DataReport(
+        path=path,
+        samples=len(samples),
+        tokens=int(sizes.sum()) - len(samples),
+        learned_tokens=sum(int(sample.learned[1:].sum()) for sample in samples),
+        truncated=len(truncated),
+        dropped=len(dropped),
+        longest=int(sizes.max()) - 1,
+        first_truncated=truncated[0] if truncated else None,
+        first_dropped=dropped[0] if dropped else None,
+    )
+    arrays = {
+        "ids": np.concatenate([sample.ids for sample in samples]),
+        "learned": np.concatenate([sample.learned for sample in samples]),
+        "starts": np.concatenate([[0], np.cumsum(sizes)]),
+    }
+    return SFTDataset(arrays, report)

@@ -1,11 +1,15 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Tokenizers: a thin layer over Hugging Face's that also answers by Megatron-Core's names."""
 
+import hashlib
+import json
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import tokenizers
 
 from megatron.bridge.data.config import TokenizerConfig
 
@@ -77,6 +81,18 @@ class HuggingFaceTokenizer:
         return OrderedDict({"class": type(self).__name__, "tokenizer_path": self.name})
 
     @property
+    def fingerprint(self) -> str:
+        """A hash of all that tokens depend on: vocabulary and rules, special tokens, chat template, library."""
+        parts = [
+            self.hf_tokenizer.backend_tokenizer.to_str(),
+            self.hf_tokenizer.chat_template,
+            self.special_tokens_dict,
+            sorted(self.special_ids),
+            tokenizers.__version__,
+        ]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether conversations can be rendered."""
         return bool(self.hf_tokenizer.chat_template)
@@ -137,6 +153,7 @@ class NullTokenizer:
         self.max_token_id = self.eos_id = self.pad_id = self.eod = vocab_size - 1
         self.special_ids = frozenset({self.eod})
         self.unique_identifiers = OrderedDict({"class": type(self).__name__, "vocab_size": vocab_size})
+        self.fingerprint = f"NullTokenizer({vocab_size})"
 
     @property
     def pad(self) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megatron.bridge.training.losses import masked_next_token_loss
+from megatron.bridge.training.packed_attention import attention_arguments
 from megatron.bridge.training.state import GlobalState
 from megatron.bridge.utils.device import current_device
 
@@ -22,17 +23,19 @@ def get_batch(data_iterator: Iterator[dict[str, Any]]) -> dict[str, torch.Tensor
 
     Args:
         data_iterator: Yields dicts with `tokens`, `labels`, `position_ids` ([B, S] int64), `loss_mask` ([B, S] float32)
-            and `attention_mask` (None for causal attention).
+            and `attention_mask` (None for causal attention); rows that pack samples have `cu_seqlens` ([B, N + 1]
+            int32).
 
     Returns:
-        The five tensors by name, on the device.
+        The tensors by name, on the device; `cu_seqlens` on the host, or None.
     """
     batch = next(data_iterator)
     device = current_device()
-    return {
+    on_device = {
         key: batch[key].to(device, non_blocking=True) if isinstance(batch.get(key), torch.Tensor) else None
         for key in BATCH_KEYS
     }
+    return on_device | {"cu_seqlens": batch.get("cu_seqlens")}
 
 
 def forward_step(
@@ -58,7 +61,10 @@ def forward_step(
     if return_schedule_plan:
         raise ValueError("return_schedule_plan=True needs comm_overlap of MoE layers, which is not supported: unset it")
     batch = get_batch(data_iterator)
-    output = model(batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"])
+    attention = {"attention_mask": batch["attention_mask"]}
+    if batch["cu_seqlens"] is not None:
+        attention = attention_arguments(model, batch["cu_seqlens"], seq_length=batch["tokens"].shape[1])
+    output = model(batch["tokens"], batch["position_ids"], labels=batch["labels"], **attention)
     loss_function = partial(
         masked_next_token_loss,
         batch["loss_mask"],

@@ -23,6 +23,7 @@ from megatron.bridge.training.checkpointing import (
 from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.training.initialize import initialize_megatron
 from megatron.bridge.training.optim import setup_optimizer
+from megatron.bridge.training.packed_attention import check_samples_are_kept_apart
 from megatron.bridge.training.state import GlobalState
 from megatron.bridge.utils.distributed import is_rank_0, on_all_ranks, world_size
 from megatron.bridge.utils.files import check_writable_directory
@@ -90,6 +91,7 @@ def setup(state: GlobalState, train_valid_test_datasets_provider: Callable[..., 
         pg_collection=pg_collection,
         pre_wrap_hook=None if cfg.peft is None else partial(_adapt, cfg),
     )
+    _check_attention(state, data, model)
     optimizer, scheduler = setup_optimizer(
         cfg.optimizer,
         cfg.scheduler,
@@ -168,6 +170,13 @@ def _build_data(state: GlobalState, provider: Callable[..., Any]) -> _Data:
     return _Data(train, valid, test, padding)
 
 
+def _check_attention(state: GlobalState, data: _Data, model: list[Any]) -> None:
+    if any(getattr(dataset, "is_packed", False) for dataset in (data.train, data.valid, data.test)):
+        rows = max(state.derived.micro_batch_size, state.derived.eval_micro_batch_size)
+        with on_all_ranks("checking that packed samples are kept apart"):
+            check_samples_are_kept_apart(model, micro_batch_size=rows)
+
+
 def _train_iterator(state: GlobalState, data: _Data, pg_collection: ProcessGroupCollection) -> Any:
     """This rank's micro-batches of each step, from the sample where the train state stands; None without training."""
     if data.train is None or state.derived.skip_train:
@@ -199,6 +208,8 @@ def _evaluation_steps(state: GlobalState, dataset: Any, data: _Data, pg_collecti
         data_parallel_size=pg_collection.dp.size(),
         padding=data.padding,
         max_batches=state.derived.eval_iters,
+        # Virtual stages take as many micro-batches at once as there are pipeline ranks, and refuse a remainder of one.
+        micro_batches_at_once=pg_collection.pp.size() if state.cfg.model.virtual_pipeline_model_parallel_size else 1,
     )
 
 

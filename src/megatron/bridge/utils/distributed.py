@@ -5,14 +5,22 @@ import contextlib
 import datetime
 import os
 import random
-from collections.abc import Iterator
-from typing import Any
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from megatron.bridge.utils.device import DeviceChoice, current_device, enter_device
+
+T = TypeVar("T")
+
+SECONDS_BETWEEN_MEETINGS = 10.0
+"""How long a rank works by itself in `while_others_wait`: well below any timeout of a process group."""
 
 
 def rank() -> int:
@@ -23,6 +31,11 @@ def rank() -> int:
 def world_size() -> int:
     """The number of processes; before the process group is up, torchrun's, or 1."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """This process's number on its machine, as torchrun says; its rank where nobody does."""
+    return int(os.environ.get("LOCAL_RANK", rank()))
 
 
 def is_rank_0() -> bool:
@@ -202,3 +215,47 @@ def on_all_ranks(doing: str) -> Iterator[None]:
     for failed_rank, message in enumerate(messages):
         if message is not None:
             raise RuntimeError(f"{doing} failed on rank {failed_rank}: {message}")
+
+
+def while_others_wait(work: Callable[[], T] | None, *, doing: str) -> T | None:
+    """Do something on some of the ranks that may take longer than a collective waits. Collective.
+
+    The ranks meet every few seconds until all are done, so nobody runs into the process group's timeout, and an error
+    anywhere ends all of them.
+
+    Args:
+        work: This rank's part, which runs in a thread and holds no collective; None: only wait.
+        doing: What the work does, for the message on the ranks that did not fail.
+
+    Returns:
+        What this rank's work returned.
+
+    Raises:
+        RuntimeError: Another rank failed; it carries the first error's text.
+        Exception: This rank's own error.
+    """
+    if not dist.is_initialized():
+        return work() if work else None
+    outcome: Future = Future()
+    if work is None:
+        outcome.set_result(None)
+    else:
+        threading.Thread(target=_settle, args=(outcome, work), daemon=True).start()
+    while True:
+        wait_for([outcome], timeout=SECONDS_BETWEEN_MEETINGS)
+        error = outcome.exception() if outcome.done() else None
+        states = all_gathered((outcome.done(), None if error is None else f"{type(error).__name__}: {error}"))
+        if error is not None:
+            raise error
+        for failed_rank, (_, message) in enumerate(states):
+            if message is not None:
+                raise RuntimeError(f"{doing} failed on rank {failed_rank}: {message}")
+        if all(is_done for is_done, _ in states):
+            return outcome.result()
+
+
+def _settle(outcome: Future, work: Callable[[], Any]) -> None:
+    try:
+        outcome.set_result(work())
+    except Exception as error:
+        outcome.set_exception(error)

@@ -1,0 +1,220 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Rows to tokens: rendered, tokenised, marked where they are learned, and shortened to the length limit."""
+
+import contextlib
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import islice
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+
+from megatron.bridge.data.formats import RenderedSample, SampleFormat, Span
+from megatron.bridge.data.sft_options import SFTOptions
+from megatron.bridge.data.sources import Row
+from megatron.bridge.data.tokenizer import Offsets, Tokenizer
+
+ROWS_PER_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class TokenisedSample:
+    """One sample as arrays of one length: token ids (int32) and which of them are learned (bool)."""
+
+    ids: np.ndarray
+    learned: np.ndarray
+    truncated: bool
+
+
+Encoded = tuple[int, TokenisedSample | None]
+"""A row's number, and its sample; None for a row without a learned token."""
+
+
+class SampleEncoder:
+    """Renders rows and turns rendered samples into tokens within the length limit."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, sample_format: SampleFormat, *, seq_length: int, options: SFTOptions
+    ) -> None:
+        """Keeps what a file's samples have in common.
+
+        Args:
+            tokenizer: As made by `build_tokenizer`.
+            sample_format: As chosen by `choose_format`.
+            seq_length: Most positions of a sample.
+            options: Format of the lines.
+
+        Raises:
+            ValueError: BOS or EOS is asked for, and the tokenizer has none.
+        """
+        self.tokenizer = tokenizer
+        self.format = sample_format
+        self.max_tokens = seq_length + 1
+        self.cuts_left = options.truncation_method == "left"
+        self.special_ids = tokenizer.special_ids
+        for name, wanted, token in (
+            ("add_bos", sample_format.adds_bos, tokenizer.bos_id),
+            ("add_eos", sample_format.adds_eos, tokenizer.eos_id),
+        ):
+            if wanted and token is None:
+                raise ValueError(
+                    f"dataset.dataset_kwargs.{name}=true, but tokenizer {tokenizer.name} has no such token"
+                )
+        self.prefix = [tokenizer.bos_id] if sample_format.adds_bos else []
+        self.suffix = [tokenizer.eos_id] if sample_format.adds_eos else []
+
+    def encode_rows(self, rows: list[Row], where: str) -> list[Encoded]:
+        """Returns the tokenised sample of each row.
+
+        Args:
+            rows: Numbers and objects.
+            where: What the rows are rows of, for errors.
+
+        Raises:
+            ValueError: Names the first row that has not the format, or that the tokenizer refuses.
+        """
+        rendered: list[RenderedSample | None] = []
+        for number, row in rows:
+            with _named(f"{where}:{number}"):
+                rendered.append(self.render(row))
+        try:
+            encoded = self.encode(rendered)
+        except ValueError:
+            for (number, _), sample in zip(rows, rendered, strict=True):
+                with _named(f"{where}:{number}"):
+                    self.encode([sample])
+            raise
+        return [(number, sample) for (number, _), sample in zip(rows, encoded, strict=True)]
+
+    def render(self, row: dict[str, Any]) -> RenderedSample | None:
+        """Renders one row; ValueError if it has not the format or is no valid text."""
+        sample = self.format.render(row)
+        if sample is not None:
+            try:
+                sample.text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                character = sample.text[error.start]
+                raise ValueError(f"the text holds {character!r}, half a character: remove or replace it") from error
+        return sample
+
+    def encode(self, rendered: list[RenderedSample | None]) -> list[TokenisedSample | None]:
+        """Returns the tokens of each sample, None where nothing is learned."""
+        present = [sample for sample in rendered if sample is not None]
+        encoded = iter(self.tokenizer.encode_batch([sample.text for sample in present]) if present else [])
+        return [None if sample is None else self._fit(sample, *next(encoded)) for sample in rendered]
+
+    def _fit(self, sample: RenderedSample, ids: list[int], offsets: Offsets) -> TokenisedSample | None:
+        """Applies masks, BOS and EOS and the length limit to one sample."""
+        tokens = np.array(ids, dtype=np.int32)
+        spans = np.array(offsets, dtype=np.int64).reshape(-1, 2)
+        learned = self._learned_tokens(sample, tokens, spans)
+        excess = len(self.prefix) + len(tokens) + len(self.suffix) - self.max_tokens
+        truncated = excess > 0
+        if truncated:
+            keep = self._shorten(sample, spans, excess)
+            tokens, learned = tokens[keep], learned[keep]
+        tokens = np.concatenate([self.prefix, tokens, self.suffix]).astype(np.int32)[: self.max_tokens]
+        marks = [[False] * len(self.prefix), learned, [True] * len(self.suffix)]
+        learned = np.concatenate(marks).astype(bool)[: self.max_tokens]
+        return TokenisedSample(tokens, learned, truncated) if learned[1:].any() else None
+
+    def _learned_tokens(self, sample: RenderedSample, tokens: np.ndarray, spans: np.ndarray) -> np.ndarray:
+        """Marks the tokens that stand for learned characters, each turn up to its end token."""
+        learned = np.zeros(len(tokens), dtype=bool)
+        for span in sample.learned:
+            chosen = _tokens_in(spans, span)
+            # "<|im_end|>\n": generation stops at the end token, so the line break after it is not learned.
+            last = len(chosen)
+            while last > 1 and sample.text[slice(*spans[chosen[last - 1]])].isspace():
+                last -= 1
+            if last and int(tokens[chosen[last - 1]]) in self.special_ids:
+                chosen = chosen[:last]
+            learned[chosen] = True
+        return learned
+
+    def _shorten(self, sample: RenderedSample, spans: np.ndarray, excess: int) -> np.ndarray:
+        """Returns which tokens to keep after cutting up to `excess` tokens out of the cuttable spans."""
+        keep = np.ones(len(spans), dtype=bool)
+        for start, end in sample.cuttable:
+            inside = np.flatnonzero((spans[:, 0] >= start) & (spans[:, 1] <= end) & keep)
+            cut = inside[:excess] if self.cuts_left else inside[max(0, len(inside) - excess) :]
+            keep[cut] = False
+            excess -= len(cut)
+        return keep
+
+
+def _tokens_in(spans: np.ndarray, span: Span) -> np.ndarray:
+    """Returns the indices of the tokens that stand for at least one character of `span`.
+
+    A token across the span's start counts: its last characters would otherwise never be learned. A token of no
+    characters counts where it stands.
+    """
+    ends = np.maximum(spans[:, 1], spans[:, 0] + 1)
+    return np.flatnonzero((ends > span[0]) & (spans[:, 0] < span[1]))
+
+
+def encode_all(
+    rows: Iterable[Row], encoder: SampleEncoder, *, where: str, num_processes: int = 1
+) -> Iterator[Encoded]:
+    """Yields the tokenised sample of each row, in order.
+
+    Args:
+        rows: Numbers and objects.
+        encoder: What to do with them.
+        where: What the rows are rows of, for errors.
+        num_processes: 1: this process, whose tokenizer uses all threads. More: processes that also render, which pays
+            for conversations, where the chat template takes longer than the tokenizer.
+
+    Raises:
+        ValueError: Names the first row that can't be used.
+        RuntimeError: A process ended before its work was done.
+    """
+    rows = iter(rows)
+    batches = iter(lambda: list(islice(rows, ROWS_PER_BATCH)), [])
+    if num_processes == 1:
+        for batch in batches:
+            yield from encoder.encode_rows(batch, where)
+        return
+    # Forked, not spawned: a spawned process would import the user's script. They touch no device and no group.
+    pool = ProcessPoolExecutor(num_processes, mp_context=get_context("fork"), initializer=_enter, initargs=(encoder,))
+    with pool:
+        pending: deque = deque()
+        try:
+            for batch in batches:
+                pending.append(pool.submit(_encode, batch, where))
+                if len(pending) >= 2 * num_processes:
+                    yield from pending.popleft().result()
+            while pending:
+                yield from pending.popleft().result()
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                f"a process that tokenises {where} ended before it was done: lower dataset.memmap_workers="
+                f"{num_processes} if memory ran out"
+            ) from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _enter(encoder: SampleEncoder) -> None:
+    """A process's first act: keep the encoder, and one thread for its tokenizer, as there are other processes."""
+    global _encoder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _encoder = encoder
+
+
+def _encode(rows: list[Row], where: str) -> list[Encoded]:
+    return _encoder.encode_rows(rows, where)
+
+
+@contextlib.contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Puts `where` before the text of an error."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error

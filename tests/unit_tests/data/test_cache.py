@@ -1,0 +1,205 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Tokens kept on disk are taken again only if they are what tokenising would give."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from megatron.bridge.data import encoding, sft
+from megatron.bridge.data.config import SFTOptions, TokenizerConfig
+from megatron.bridge.data.sft import load_sft_dataset
+from megatron.bridge.data.tokenizer import build_tokenizer
+from tests.ranks import run_on_ranks
+
+ROWS = [{"input": f"the cat {number}", "output": "sat " * (1 + number % 9)} for number in range(40)]
+
+
+@pytest.fixture
+def path(write_jsonl):
+    return write_jsonl([*ROWS, {"input": "x", "output": ""}])
+
+
+@pytest.fixture
+def tokenised(monkeypatch):
+    """Counts how often rows were tokenised."""
+    calls = []
+    whole = sft.encode_all
+
+    def counted(*args, **kwargs):
+        calls.append(kwargs["where"])
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(sft, "encode_all", counted)
+    return calls
+
+
+def load(path, tokenizer, *, seq_length=64, cache=None, num_processes=1, max_samples=None, **options):
+    return load_sft_dataset(
+        path,
+        tokenizer=tokenizer,
+        seq_length=seq_length,
+        options=SFTOptions.from_kwargs(options),
+        num_processes=num_processes,
+        max_samples=max_samples,
+        cache_directory=cache or path.parent / "cache",
+    )
+
+
+def same(one, other):
+    return one.report == other.report and all(np.array_equal(one.arrays[name], other.arrays[name]) for name in sft.ARRAYS)
+
+
+def test_a_second_run_takes_the_tokens_of_the_first(path, tokenizer, tokenised):
+    first, second = load(path, tokenizer), load(path, tokenizer)
+    assert len(tokenised) == 1 and same(first, second)
+    assert second.report.first_dropped == 41 and second.arrays["ids"].dtype == np.int32
+    assert [file.suffix for file in (path.parent / "cache").iterdir()] == [".npz"], "nothing half-written is left"
+
+
+@pytest.mark.parametrize(
+    "change", [{"seq_length": 8}, {"max_samples": 5}, {"add_bos": True}, {"answer_only_loss": False}]
+)
+def test_another_way_to_tokenise_has_a_file_of_its_own(path, tokenizer, tokenised, change):
+    load(path, tokenizer)
+    load(path, tokenizer, **change)
+    load(path, tokenizer)
+    load(path, tokenizer, **change)
+    assert len(tokenised) == 2
+
+
+def test_another_template_or_vocabulary_is_another_tokenizer(tokenizer_directory, tokenizer):
+    def fingerprint(**options):
+        return build_tokenizer(TokenizerConfig(tokenizer_model=str(tokenizer_directory), **options)).fingerprint
+
+    assert fingerprint() == tokenizer.fingerprint
+    assert fingerprint(chat_template="x") != tokenizer.fingerprint
+    assert fingerprint(hf_tokenizer_kwargs={"eos_token": "<|begin|>"}) != tokenizer.fingerprint
+    tokens = {"additional_special_tokens": ["<|new|>"]}
+    assert fingerprint(hf_tokenizer_kwargs=tokens) != tokenizer.fingerprint
+
+
+def test_changed_data_is_tokenised_anew_though_size_and_time_are_the_same(path, tokenizer, tokenised):
+    load(path, tokenizer)
+    times = path.stat()
+    path.write_text(path.read_text().replace("cat 1", "dog 1"))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    changed = load(path, tokenizer)
+    assert len(tokenised) == 2
+    assert "dog 1" in tokenizer.ids_to_text(changed[1]["tokens"].tolist())
+    assert len(list((path.parent / "cache").iterdir())) == 1
+
+
+def _cut(content):
+    return content[: len(content) // 2]
+
+
+def _flip(content):
+    middle = content.index(b"ids.npy") + 300
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize("damage", [_cut, _flip, lambda content: b"", lambda content: b"not a cache"])
+def test_a_damaged_file_is_never_trusted(path, tokenizer, tokenised, damage):
+    first = load(path, tokenizer)
+    [file] = (path.parent / "cache").iterdir()
+    file.write_bytes(damage(file.read_bytes()))
+    assert same(load(path, tokenizer), first) and len(tokenised) == 2
+    assert same(load(path, tokenizer), first) and len(tokenised) == 2, "and is replaced"
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        {"ids": np.arange(3)},
+        {"about": np.array("{}")},
+        {"about": np.array(json.dumps({"version": 1, "recipe": {}, "report": {}}))},
+        {"about": np.array([{"a": 1}], dtype=object)},
+    ],
+)
+def test_a_foreign_file_is_never_trusted(path, tokenizer, tokenised, foreign):
+    first = load(path, tokenizer)
+    [file] = (path.parent / "cache").iterdir()
+    np.savez(file, **foreign)
+    assert same(load(path, tokenizer), first) and len(tokenised) == 2
+
+
+def test_an_older_format_is_never_trusted(path, tokenizer, tokenised, monkeypatch):
+    monkeypatch.setattr("megatron.bridge.data.cache.FORMAT_VERSION", 0)
+    load(path, tokenizer)
+    monkeypatch.undo()
+    load(path, tokenizer)
+    assert len(list((path.parent / "cache").iterdir())) == 1
+
+
+def test_a_directory_that_cannot_be_written_costs_only_the_cache(path, tokenizer):
+    (path.parent / "file").write_text("")
+    assert len(load(path, tokenizer, cache=path.parent / "file" / "cache")) == 40
+
+
+def test_processes_give_what_one_gives(path, tokenizer, monkeypatch):
+    monkeypatch.setattr(encoding, "ROWS_PER_BATCH", 7)
+    one = load(path, tokenizer, cache=path.parent / "one")
+    assert same(load(path, tokenizer, cache=path.parent / "two", num_processes=2), one)
+    first = load(path, tokenizer, cache=path.parent / "three", num_processes=2, max_samples=3)
+    assert len(first) == 3 and first[2]["tokens"].tolist() == one[2]["tokens"].tolist()
+
+
+def test_a_bad_line_in_a_process_is_named(write_jsonl, tokenizer, monkeypatch):
+    monkeypatch.setattr(encoding, "ROWS_PER_BATCH", 7)
+    path = write_jsonl([*ROWS, {"input": "a"}])
+    with pytest.raises(ValueError, match=r"training\.jsonl:41: no field 'output'"):
+        load(path, tokenizer, num_processes=2)
+
+
+def test_a_process_that_dies_ends_the_run(path, tokenizer, monkeypatch):
+    monkeypatch.setattr(encoding.SampleEncoder, "encode_rows", lambda *args: os._exit(9))
+    with pytest.raises(RuntimeError, match=r"a process that tokenises .*: lower dataset.memmap_workers=2"):
+        load(path, tokenizer, num_processes=2)
+
+
+def _load_on_ranks(path, tokenizer_directory, *, slow=False, own_disks=False):
+    """What each of two ranks of a machine does: which tokenised, and how long the data is."""
+    import time
+
+    from megatron.bridge.utils import distributed
+
+    tokenizer = build_tokenizer(TokenizerConfig(tokenizer_model=str(tokenizer_directory)))
+    calls, whole = [], sft.encode_all
+    rank, waited = distributed.rank(), distributed.SECONDS_BETWEEN_MEETINGS
+
+    def watched(*args, **kwargs):
+        calls.append(1)
+        time.sleep(1.0 if slow else 0)
+        return whole(*args, **kwargs)
+
+    try:
+        sft.encode_all = watched
+        distributed.SECONDS_BETWEEN_MEETINGS = 0.1
+        cache = path.parent / (f"cache{rank}" if own_disks else f"cache{slow}")
+        try:
+            return len(load(path, tokenizer, cache=cache)), len(calls)
+        except (ValueError, RuntimeError) as error:
+            return f"{type(error).__name__}: {error}"
+    finally:
+        sft.encode_all, distributed.SECONDS_BETWEEN_MEETINGS = whole, waited
+
+
+def test_the_first_process_of_a_machine_tokenises_and_the_others_wait(path, tokenizer_directory):
+    for slow in (False, True):
+        results = run_on_ranks(_load_on_ranks, 2, path, tokenizer_directory, slow=slow, timeout_seconds=60)
+        assert results == [(40, 1), (40, 0)]
+
+
+def test_a_rank_that_sees_no_cache_tokenises_for_itself(path, tokenizer_directory):
+    results = run_on_ranks(_load_on_ranks, 2, path, tokenizer_directory, own_disks=True, timeout_seconds=60)
+    assert results == [(40, 1), (40, 1)]
+
+
+def test_a_bad_line_ends_the_waiting_too(write_jsonl, tokenizer_directory):
+    path = write_jsonl([*ROWS, {"input": "a"}])
+    first, second = run_on_ranks(_load_on_ranks, 2, path, tokenizer_directory, slow=True, timeout_seconds=60)
+    assert first.startswith("ValueError: ") and ":41: no field 'output'" in first
+    assert second.startswith("RuntimeError: reading ") and "failed on rank 0: ValueError" in second
+    assert ":41: no field 'output'" in second
