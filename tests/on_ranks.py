@@ -47,6 +47,17 @@ def weights_of(model: list[Any]) -> dict[str, torch.Tensor]:
     }
 
 
+def forget_last_forward(model: list[Any]) -> None:
+    """Let a model with experts go: Core's dispatchers keep tensors of the last forward pass, whose graph leads back to
+    the model, and so to its process groups and their threads, on ways that Python's collector doesn't see.
+    """
+    for chunk in model:
+        for module in chunk.modules():
+            if hasattr(module, "token_dispatcher"):
+                kept = vars(module.token_dispatcher)
+                kept.update({name: None for name, value in kept.items() if isinstance(value, torch.Tensor)})
+
+
 def make_pretrained(directory: str | Path, *, seed: int = 7, model: dict[str, Any] | None = None) -> None:
     """Write a weights-only Megatron checkpoint of the tiny model; every rank of the task takes part."""
     from megatron.bridge.checkpoint.model_checkpoint import save_model_checkpoint

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron.bridge.checkpoint import model_checkpoint
-from tests.on_ranks import weights_of
+from tests.on_ranks import forget_last_forward, weights_of
 from tests.tiny import fp32_norm_layer_spec, tiny_config
 
 SIZES = {
@@ -166,14 +166,8 @@ class Rig:
         model_checkpoint.load_model_weights(chunks, self.directory / "pretrained")
 
     def close(self) -> None:
-        """Core's expert dispatchers keep tensors of the last forward pass, whose graph leads back to the model, and so
-        to its process groups and their threads, on ways that Python's collector doesn't see.
-        """
-        for chunk in [*self.whole, *vars(self).get("frozen", [])]:
-            for module in chunk.modules():
-                if hasattr(module, "token_dispatcher"):
-                    kept = vars(module.token_dispatcher)
-                    kept.update({name: None for name, value in kept.items() if isinstance(value, torch.Tensor)})
+        """Let models and groups go."""
+        forget_last_forward([*self.whole, *vars(self).get("frozen", [])])
         vars(self).clear()
         gc.collect()
 
