@@ -16,7 +16,7 @@ from megatron.bridge import AutoBridge
 from megatron.bridge.models.conversion.hf_weights import HFWeights
 from megatron.bridge.models.conversion.roundtrip import compare_with_files
 from tests.ranks import run_on_ranks
-from tests.unit_tests.models.tiny_llama import LLAMA3_ROPE, hf_logits, megatron_logits, save_tiny_llama, some_tokens
+from tests.unit_tests.models.tiny_llama import LLAMA3_ROPE, hf_logits, megatron_logits, save_tiny_model, some_tokens
 
 LOGIT_TOLERANCE = 1e-4
 MODELS = {
@@ -30,6 +30,17 @@ MODELS = {
     "odd_vocabulary_tied": {"vocab_size": 101, "tie_word_embeddings": True},
     "wide_heads": {"head_dim": 16},
     "biases": {"attention_bias": True, "mlp_bias": True},
+}
+OTHER_FAMILIES = {
+    "qk_norms": {"architecture": "Qwen3ForCausalLM", "head_dim": 8},
+    "experts": {
+        "architecture": "Qwen3MoeForCausalLM",
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "router_aux_loss_coef": 0.0,
+    },
 }
 LAYOUTS = {
     "tp1": {},
@@ -48,7 +59,8 @@ def models(tmp_path_factory):
 
     def directory_of(name, dtype=torch.float32):
         if (name, dtype) not in written:
-            written[name, dtype] = save_tiny_llama(root / f"{name}_{dtype}", dtype=dtype, **MODELS[name])
+            options = {"architecture": "LlamaForCausalLM", **{**MODELS, **OTHER_FAMILIES}[name]}
+            written[name, dtype] = save_tiny_model(root / f"{name}_{dtype}", dtype=dtype, **options)
         return written[name, dtype]
 
     return directory_of
@@ -218,6 +230,24 @@ def test_export_that_differs_from_its_source_is_refused(models, tmp_path):
     assert not (tmp_path / "hf").exists()
 
 
+def large_export_on_rank(directory, exported):
+    bridge, chunks = build_on_rank(directory, {})
+    with torch.no_grad():
+        dict(chunks[0].named_parameters())["decoder.final_layernorm.weight"][5] = 70_000
+    try:
+        bridge.save_hf_pretrained(chunks, exported, show_progress=False, dtype="float16", max_shard_bytes=20_000)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def test_failed_export_leaves_nothing(models, tmp_path):
+    """The value that float16 can't hold comes after the first files are written."""
+    (error,) = run_on_ranks(large_export_on_rank, 1, models("untied"), tmp_path / "hf")
+    assert error == "'model.norm.weight' holds values that float16 can't: choose dtype bfloat16 or float32"
+    assert list(tmp_path.iterdir()) == []
+
+
 def reshard_on_rank(directory, checkpoint, layout, tokens):
     bridge = AutoBridge.from_hf_pretrained(directory)
     chunks = bridge.load_megatron_model(checkpoint, mp_overrides=layout)
@@ -285,15 +315,23 @@ def norm_gradients_on_rank(directory, layout, tokens):
     positions = torch.arange(tokens.shape[1])[None].expand(tokens.shape[0], -1)
     chunk(tokens, positions, None, labels=tokens).float().mean().backward()
     finalize_model_grads([chunk])
-    return {name: p.main_grad.numpy() for name, p in chunk.named_parameters() if "norm" in name}
+    return {name: p.main_grad.numpy() for name, p in chunk.named_parameters() if "norm" in name or "router" in name}
 
 
-def test_sequence_parallel_norms_get_the_whole_gradient(models):
-    """Each rank sees half of the sequence: without the norms' mark the gradients would be halves."""
-    directory, tokens = models("untied"), some_tokens(96)
+@pytest.mark.parametrize(
+    ("model", "layout", "num_weights"),
+    [
+        ("untied", "tp2_sequence_parallel", 4 * 2 + 1),
+        ("qk_norms", "tp2", 4 * 4 + 1),  # each rank normalises its own heads
+        ("experts", "tp2_sequence_parallel", 4 * 5 + 1),
+    ],
+)
+def test_weights_that_every_rank_holds_get_the_whole_gradient(models, model, layout, num_weights):
+    """Each rank sees half of the sequence, or half of the heads: without the reduction gradients would be halves."""
+    directory, tokens = models(model), some_tokens(96)
     expected = run_on_ranks(norm_gradients_on_rank, 2, directory, {}, tokens)[0]
-    assert len(expected) == 4 * 2 + 1
-    for gradients in run_on_ranks(norm_gradients_on_rank, 2, directory, LAYOUTS["tp2_sequence_parallel"], tokens):
+    assert len(expected) == num_weights
+    for gradients in run_on_ranks(norm_gradients_on_rank, 2, directory, LAYOUTS[layout], tokens):
         for name, gradient in gradients.items():
             torch.testing.assert_close(
                 torch.from_numpy(gradient), torch.from_numpy(expected[name]), rtol=1e-4, atol=1e-6

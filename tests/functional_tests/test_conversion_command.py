@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megatron.bridge.convert import build_parser, main
 from tests.families import MODELS
@@ -110,6 +110,47 @@ def test_error_is_one_line_and_a_status(tmp_path):
     status, output, errors = run_on_ranks(on_rank, 2, "import", "--hf-model", tmp_path, "--megatron-path", "x")[0]
     assert (status, output) == (1, "")
     assert errors == f"import: {tmp_path / 'config.json'} is missing: expected the directory of a Hugging Face model"
+
+
+def spoil_weight(directory):
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, directory / "model.safetensors")
+
+
+def spoil_config(**values):
+    def spoil(directory):
+        config = json.loads((directory / "config.json").read_text())
+        kept = {name: value for name, value in {**config, **values}.items() if value is not None}
+        (directory / "config.json").write_text(json.dumps(kept))
+
+    return spoil
+
+
+def write_tokenizer(**content):
+    return lambda directory: (directory / "tokenizer.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (spoil_weight, "model.safetensors: 'model.layers.1.mlp.up_proj.weight' holds NaN or infinite values"),
+        (spoil_config(architectures=["Gemma2ForCausalLM"]), "which needs soft-capped attention scores and logits"),
+        (spoil_config(num_hidden_layers=None), "config.json lacks 'num_hidden_layers', which LlamaForCausalLM needs"),
+        (write_tokenizer(model={"vocab": {"a": 96}}), "tokenizer.json has ids up to 96, but config.json says vocab_"),
+        (write_tokenizer(added_tokens=[{"id": 100}]), "tokenizer.json has ids up to 100"),
+        (write_tokenizer(added_tokens=[{}]), "tokenizer.json is damaged"),
+        (lambda directory: (directory / "model.safetensors").unlink(), "model.safetensors is missing"),
+    ],
+)
+def test_what_cannot_be_imported_is_named_and_leaves_nothing(tmp_path, spoil, message):
+    directory = save_tiny_llama(tmp_path / "llama")
+    spoil(directory)
+    command = ("import", "--hf-model", directory, "--megatron-path", tmp_path / "megatron", "--no-progress")
+    for status, output, errors in run_on_ranks(on_rank, 2, *command):
+        assert (status, output) == (1, "")
+        assert message in errors.splitlines()[-1] and "Traceback" not in errors
+    assert not (tmp_path / "megatron").exists()
 
 
 @pytest.mark.parametrize("missing", [["import"], ["export", "--hf-path", "x"], ["roundtrip"], []])

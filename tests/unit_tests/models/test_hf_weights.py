@@ -70,6 +70,10 @@ def test_half_written_file_is_named(tmp_path, tensors):
         ("{", "is damaged"),
         ('{"weight_map": {"a": "model-1.safetensors", "z": "model-1.safetensors"}}', "holds no 'z'"),
         ('{"weight_map": {"a": "../elsewhere.safetensors"}}', "names '../elsewhere.safetensors'"),
+        ('{"weight_map": {"a": "/etc/passwd"}}', "names '/etc/passwd' for 'a': expected a file in the same directory"),
+        ('{"weight_map": {"a": ".."}}', "names '..' for 'a'"),
+        ('{"weight_map": {"a": 1}}', "names 1 for 'a'"),
+        ('{"weight_map": [1, 2]}', "is damaged"),
     ],
 )
 def test_wrong_index_is_named(tmp_path, tensors, index, message):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from megatron.bridge.checkpoint.layout import is_hf_directory
 from megatron.bridge.models.conversion.adapter_export import AdapterExport, as_chunks
 from megatron.bridge.models.conversion.hf_config import (
+    check_tokenizer,
     config_as_dict,
     find_hf_directory,
     precision_fields,
@@ -36,12 +37,6 @@ if TYPE_CHECKING:
     from megatron.bridge.models.gpt_provider import GPTModelProvider
 
     Model = MegatronModule | Sequence[MegatronModule]
-
-PARALLEL_SIZES = tuple(
-    f"{axis}_parallel_size"
-    for axis in ("tensor_model", "pipeline_model", "virtual_pipeline_model", "expert_model", "expert_tensor")
-)
-"""How ranks may share a model while it converts. The result can be loaded at any other layout."""
 
 
 class AutoBridge(AdapterExport):
@@ -162,14 +157,9 @@ class AutoBridge(AdapterExport):
         from megatron.bridge.models.conversion.hf_weights import HFWeights
         from megatron.bridge.models.conversion.load import load_weights
 
-        chunks = as_chunks(model)
-        load_weights(
-            chunks,
-            self.family,
-            HFWeights(self._weights_directory(hf_path)),
-            allowed_mismatched=allowed_mismatched_params or (),
-            show_progress=show_progress,
-        )
+        chunks, weights = as_chunks(model), HFWeights(self._weights_directory(hf_path))
+        allowed = allowed_mismatched_params or ()
+        load_weights(chunks, self.family, weights, allowed_mismatched=allowed, show_progress=show_progress)
         return chunks
 
     def export_hf_weights(
@@ -319,17 +309,24 @@ class AutoBridge(AdapterExport):
             megatron_path: Root directory of the checkpoint.
             dtype: Of the checkpoint's weights; None: the one that `config.json` names.
             show_progress: Whether rank 0 shows a bar.
-            options: `PARALLEL_SIZES` while converting; the others are for the hub.
+            options: Parallel sizes while converting, by their names in a provider; the others are for the hub.
 
         Returns:
             The iteration's directory.
+
+        Raises:
+            FileNotFoundError: No such model, or a shard is missing.
+            ValueError: The model can't be read or expressed, or its tokenizer is too large for it.
         """
+        from megatron.bridge.models.conversion.saved_provider import PARALLEL_SIZES, build_on_host
         from megatron.bridge.utils.distributed import model_parallel_groups
 
         sizes = {name: options.pop(name) for name in PARALLEL_SIZES if name in options}
         bridge = cls.from_hf_pretrained(hf_model_id, **options)
+        check_tokenizer(bridge.directory, bridge.hf_config.get("vocab_size", 0))
         with model_parallel_groups(**sizes):
-            chunks = bridge._build_on_host(dtype=dtype, show_progress=show_progress)
+            chunks = build_on_host(bridge.to_megatron_provider(load_weights=False), dtype=dtype)
+            bridge.load_hf_weights(chunks, show_progress=show_progress)
             return bridge.save_megatron_model(chunks, megatron_path)
 
     def export_ckpt(
@@ -354,7 +351,7 @@ class AutoBridge(AdapterExport):
             strict: Refuse an export whose tensor names differ from the source's.
             dtype: Of the tensors in the files; None: the checkpoint's.
             base: As for `load_megatron_model`.
-            sizes: `PARALLEL_SIZES` while converting.
+            sizes: Parallel sizes while converting, by their names in a provider.
         """
         from megatron.bridge.utils.distributed import model_parallel_groups
 
@@ -367,31 +364,21 @@ class AutoBridge(AdapterExport):
 
         Args:
             show_progress: Whether rank 0 shows bars.
-            sizes: `PARALLEL_SIZES` while converting.
+            sizes: Parallel sizes while converting, by their names in a provider.
 
         Returns:
             What became of each tensor, in the order of the model.
         """
         from megatron.bridge.models.conversion.hf_weights import HFWeights
         from megatron.bridge.models.conversion.roundtrip import compare_with_files
+        from megatron.bridge.models.conversion.saved_provider import build_on_host
         from megatron.bridge.utils.distributed import model_parallel_groups
 
         with model_parallel_groups(**sizes):
-            chunks = self._build_on_host(dtype=None, show_progress=show_progress)
+            chunks = build_on_host(self.to_megatron_provider(load_weights=False))
+            self.load_hf_weights(chunks, show_progress=show_progress)
             weights = HFWeights(self._weights_directory(None))
             return compare_with_files(chunks, self.family, weights, show_progress=show_progress)
-
-    def _build_on_host(self, *, dtype: "str | torch.dtype | None", show_progress: bool) -> "list[MegatronModule]":
-        """The model with its weights, in host memory, at the sizes of the model-parallel state."""
-        from megatron.bridge.models.conversion.saved_provider import set_parallel_sizes
-
-        provider = self.to_megatron_provider(load_weights=False)
-        for name, value in (precision_fields(dtype) if dtype else {}).items():
-            setattr(provider, name, value)
-        set_parallel_sizes(provider, {})
-        provider.perform_initialization = False
-        chunks = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
-        return self.load_hf_weights(chunks, show_progress=show_progress)
 
     @staticmethod
     def get_hf_model_id_from_checkpoint(path: "str | Path") -> str | None:

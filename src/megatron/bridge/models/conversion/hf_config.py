@@ -70,6 +70,34 @@ def read_hf_config(directory: str | Path) -> dict[str, Any]:
     return config
 
 
+def check_tokenizer(directory: Path, vocab_size: int) -> None:
+    """Refuse a model whose tokenizer has ids without a row in the embedding.
+
+    Args:
+        directory: With or without a `tokenizer.json`.
+        vocab_size: Rows of the embedding.
+
+    Raises:
+        ValueError: It is larger, or damaged.
+    """
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        return
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        vocab = (content.get("model") or {}).get("vocab") or {}
+        ids = [*(vocab.values() if isinstance(vocab, dict) else range(len(vocab)))]
+        ids += [token["id"] for token in content.get("added_tokens") or ()]
+        largest = max(ids, default=-1)
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}): restore the file from another copy") from None
+    if largest >= vocab_size:
+        raise ValueError(
+            f"{path} has ids up to {largest}, but config.json says vocab_size={vocab_size}: take the tokenizer that "
+            "belongs to the model"
+        )
+
+
 def expect_value(hf: Mapping[str, Any], key: str, expected: Any, *, default: Any) -> None:
     """Refuse a Hugging Face configuration that asks for what the family's table can't express.
 

@@ -6,17 +6,25 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 
 from megatron.bridge.checkpoint.layout import TOKENIZER_DIRECTORY, resolve_checkpoint
 from megatron.bridge.checkpoint.model_checkpoint import read_run_config, save_model_checkpoint
+from megatron.bridge.models.conversion.hf_config import precision_fields
 from megatron.bridge.models.conversion.hf_directory import TOKENIZER_FILES, copy_files
 from megatron.bridge.models.conversion.tasks import model_config
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.utils.distributed import is_rank_0, on_all_ranks
 from megatron.bridge.utils.field_types import field_hints
 from megatron.bridge.utils.yaml_io import from_yaml_dict, to_yaml_dict
+
+PARALLEL_SIZES = tuple(
+    f"{axis}_parallel_size"
+    for axis in ("tensor_model", "pipeline_model", "virtual_pipeline_model", "expert_model", "expert_tensor")
+)
+"""How ranks may share a model while it converts. The result can be loaded at any other layout."""
 
 _SIZES = (
     "num_layers",
@@ -152,6 +160,20 @@ def set_parallel_sizes(provider: GPTModelProvider, overrides: Mapping[str, Any])
     check_parallel_sizes(provider)
     if not is_up:
         provider.initialize_model_parallel()
+
+
+def build_on_host(provider: GPTModelProvider, *, dtype: str | torch.dtype | None = None) -> list[MegatronModule]:
+    """The model, its weights still to be loaded, in host memory, at the sizes of the model-parallel state.
+
+    Args:
+        provider: Made from a Hugging Face configuration.
+        dtype: Of the weights; None: the provider's.
+    """
+    for name, value in (precision_fields(dtype) if dtype else {}).items():
+        setattr(provider, name, value)
+    set_parallel_sizes(provider, {})
+    provider.perform_initialization = False
+    return provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
 
 
 def check_parallel_sizes(provider: GPTModelProvider) -> None:

@@ -1,0 +1,35 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Every family has its test, its row in the documentation and its door."""
+
+import re
+from pathlib import Path
+
+import megatron.bridge.models as doors
+from megatron.bridge.models.families import FAMILY_MODULES, family_of
+from tests.families import MODELS, table
+
+DOCUMENT = Path(__file__).parents[3] / "docs" / "models.md"
+MARKED = r"(?<=`tests/families.py` -->\n).*?(?=<!-- /families -->)"
+
+
+def test_every_family_is_tested():
+    assert {model.architecture for model in MODELS.values()} == set(FAMILY_MODULES)
+
+
+def test_documentation_holds_the_table_of_what_is_tested():
+    text = DOCUMENT.read_text(encoding="utf-8")
+    written = re.search(MARKED, text, re.DOTALL)[0]
+    assert written == table(), f"put this between the marks of {DOCUMENT}:\n{table()}"
+
+
+def test_every_provider_has_a_door():
+    for architecture in FAMILY_MODULES:
+        provider = family_of({"architectures": [architecture]}).provider_class
+        assert getattr(doors, provider.__name__) is provider
+        assert provider(num_layers=2, hidden_size=32, num_attention_heads=8).num_moe_experts in (None, 8, 128)
+
+
+def test_no_weight_is_mapped_twice():
+    for architecture in FAMILY_MODULES:
+        names = [mapping.megatron_name for mapping in family_of({"architectures": [architecture]}).mappings]
+        assert len(names) == len(set(names))
