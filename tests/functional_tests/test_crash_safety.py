@@ -34,6 +34,7 @@ def _config(directory, **checkpoint):
             "pretrained_checkpoint": f"{directory}/pretrained",
             "load": f"{directory}/checkpoints",
             "save_interval": 2,
+            "most_recent_k": 1,
             **checkpoint,
         },
     )

@@ -152,6 +152,32 @@ def test_prune_keeps_the_newest_and_the_trackers(tmp_path, keep, tracker, left):
     assert [layout.iteration_of(path) for path in removed] == [step for step in (2, 4, 6, 8) if step not in left]
 
 
+def test_prune_keeps_what_the_interval_divides(tmp_path):
+    for iteration in (2, 4, 6, 8, 10):
+        write_iteration(tmp_path, iteration)
+    layout.write_tracker(tmp_path, 10)
+    layout.prune(tmp_path, 1, retain_interval=4)
+    assert iterations_left(tmp_path) == [4, 8, 10]
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_prune_never_removes_the_last_good_one(tmp_path, keep):
+    """Whatever stands beside it: broken newer ones, an abandoned course's, a tracker that was never moved on."""
+    write_iteration(tmp_path, 2)
+    for iteration in (4, 6):
+        write_iteration(tmp_path, iteration, without=["__0_0.distcp"])
+    layout.prune(tmp_path, keep)
+    assert layout.is_complete(layout.checkpoint_name(tmp_path, 2)), "no tracker"
+    layout.write_tracker(tmp_path, 2)
+    for iteration in (8, 10, 12):
+        write_iteration(tmp_path, iteration)
+    layout.prune(tmp_path, keep)
+    assert layout.resolve_checkpoint(tmp_path) == layout.checkpoint_name(tmp_path, 2), "the tracker's is older"
+    layout.write_tracker(tmp_path, 6)
+    layout.prune(tmp_path, keep)
+    assert layout.is_complete(layout.checkpoint_name(tmp_path, 12)), "the tracker's is broken"
+
+
 @pytest.mark.parametrize(
     ("step", "left", "tracker"), [(9, [2, 4, 6], 4), (6, [2, 4], 4), (4, [2], None), (3, [2], None)]
 )

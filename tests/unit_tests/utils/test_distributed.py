@@ -1,6 +1,10 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Errors that end all ranks together, seeds, and process groups, on two real ranks."""
 
+import os
+import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -126,3 +130,28 @@ def test_outside_a_process_group_this_is_rank_0_of_1(monkeypatch):
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert (distributed.rank(), distributed.world_size(), distributed.is_rank_0()) == (3, 8, False)
+
+
+_MEET = """
+from megatron.bridge.utils.device import choose_device
+from megatron.bridge.utils.distributed import init_process_group
+init_process_group(choose_device("cpu"), timeout_minutes=0.03)
+"""
+
+
+def test_a_rank_whose_partner_never_comes_ends_within_the_timeout():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    alone = []
+    for rank in ("0", "1"):
+        # Each looks for its partner at a place of its own, where none is.
+        meeting_point = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port if rank == "0" else "1"}
+        environment = {**os.environ, "RANK": rank, "WORLD_SIZE": "2", **meeting_point}
+        alone.append(subprocess.Popen([sys.executable, "-c", _MEET], env=environment, stderr=subprocess.PIPE))
+    for rank, process in enumerate(alone):
+        _, errors = process.communicate(timeout=60)
+        last_line = errors.decode().strip().splitlines()[-1]
+        assert process.returncode == 1
+        assert f"RuntimeError: rank {rank} could not meet all 2 ranks within 0.03 minutes" in last_line
+        assert "dist.distributed_timeout_minutes" in last_line and last_line.endswith("and start all again")

@@ -200,12 +200,13 @@ def _standing(root: str | os.PathLike, iteration: int, *, release: bool = False)
     return taken_aside if not release and not directory.exists() and taken_aside.is_dir() else directory
 
 
-def prune(root: str | os.PathLike, keep: int) -> list[Path]:
+def prune(root: str | os.PathLike, keep: int, *, retain_interval: int | None = None) -> list[Path]:
     """Remove the oldest iterations of a root, keeping the newest `keep` complete ones and the tracker's.
 
     Args:
         root: Directory of iterations.
         keep: How many to keep; 0 or less keeps all.
+        retain_interval: Keep each iteration that this divides, too; None: no such rule.
 
     Returns:
         The directories that were removed.
@@ -216,7 +217,8 @@ def prune(root: str | os.PathLike, keep: int) -> list[Path]:
     tracker = read_tracker(root)
     removed = []
     for iteration, path in whole[:-keep]:
-        if tracker is not None and not tracker.release and iteration == tracker.iteration:
+        is_the_trackers = tracker is not None and not tracker.release and iteration == tracker.iteration
+        if is_the_trackers or (retain_interval is not None and iteration % retain_interval == 0):
             continue
         remove_directory(path)
         removed.append(path)

@@ -170,6 +170,7 @@ def _save_iteration(
         unfinished,
         step,
         keep=keep,
+        retain_interval=cfg.checkpoint.save_retain_interval,
         run_config=yaml.safe_load(cfg.to_yaml()),
         train_state=state.train_state.state_dict(),
         afterwards=afterwards,
@@ -187,6 +188,7 @@ def _close_save(
     step: int,
     *,
     keep: int,
+    retain_interval: int | None,
     run_config: dict[str, Any],
     train_state: dict[str, torch.Tensor],
     afterwards: Callable[[], None],
@@ -196,7 +198,7 @@ def _close_save(
     with on_all_ranks(f"removing what is older than {directory}"):
         if is_rank_0():
             logger.info("saved step %d to %s", step, directory)
-            for old in layout.prune(directory.parent, keep):
+            for old in layout.prune(directory.parent, keep, retain_interval=retain_interval):
                 logger.info("removed %s (the newest %d are kept)", old, keep)
     afterwards()
     return directory

@@ -97,7 +97,6 @@ UNSUPPORTED = (
     Unsupported("checkpoint.save_tokens_per_expert_interval", (None,), _NO_DUMPS),
     Unsupported("checkpoint.save_wgrads_interval", (None,), _NO_DUMPS),
     Unsupported("checkpoint.save_dgrads_interval", (None,), _NO_DUMPS),
-    Unsupported("checkpoint.save_retain_interval", (None,), "set checkpoint.most_recent_k=-1 to keep all"),
     Unsupported("checkpoint.non_persistent_ckpt_type", (None, "None", "local", "global"), "set it to local or global"),
     Unsupported("checkpoint.replication"),
     Unsupported("checkpoint.replication_jump"),

@@ -63,13 +63,23 @@ def init_process_group(choice: DeviceChoice, timeout_minutes: float = 10) -> boo
 
     Returns:
         Whether this call created the group (False: the caller's own group is used and stays the caller's).
+
+    Raises:
+        RuntimeError: Not all ranks came within the timeout.
     """
     enter_device(choice)
     if dist.is_initialized():
         return False
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(choice.backend, timeout=timeout)
+        try:
+            dist.init_process_group(choice.backend, timeout=timeout)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"rank {rank()} could not meet all {world_size()} ranks within {timeout_minutes:g} minutes "
+                f"(dist.distributed_timeout_minutes): {str(error).splitlines()[0]}; see what ended the others, and "
+                "start all again"
+            ) from error
     else:
         dist.init_process_group(choice.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return True
