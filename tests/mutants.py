@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Whether the tests would notice: break the sync, the guard, the load or a repair, and see a test fail.
 
-`make mutants` (python -m tests.mutants) applies each row of `tests/mutant_rows.py` to a copy of src/ and tests/ and
+`make mutants` (python -m tests.mutants) applies each row of `tests/mutant_rows*.py` to a copy of src/ and tests/ and
 runs the row's tests there. A mutant is killed when a test fails; one that survives is a hole in the tests. The unbroken
 copy must pass all of these tests first. A row whose text is no longer there, once, is an error.
 """
@@ -22,8 +22,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from tests.mutant_rows import MUTANTS, Mutant
+from tests import mutant_rows, mutant_rows_peft
+from tests.mutant_rows import Mutant
 
+MUTANTS = (*mutant_rows.MUTANTS, *mutant_rows_peft.ADAPTERS)
 ROOT = Path(__file__).resolve().parents[1]
 KILLED = "killed"
 VERDICTS = {0: "survived", 1: KILLED, 2: "interrupted or not collected", 4: "no such test", 5: "no test selected"}

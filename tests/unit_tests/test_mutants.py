@@ -5,8 +5,8 @@ import dataclasses
 
 import pytest
 
-from tests.mutant_rows import MUTANTS, Mutant
-from tests.mutants import ROOT, StaleRow, main, mutated
+from tests.mutant_rows import Mutant
+from tests.mutants import MUTANTS, ROOT, StaleRow, main, mutated
 
 SOURCE = """def add(first, second):
     return first + second

@@ -1,0 +1,76 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""The mutants of adapters. See `mutant_rows`."""
+
+from tests.mutant_rows import Mutant
+
+_LAYERS = "src/megatron/bridge/peft/lora_layers.py"
+_LORA = "tests/functional_tests/test_lora.py::test_"
+_SAME = f"{_LORA}every_layout_computes_and_trains_the_same"
+_EXPORT = "tests/functional_tests/test_lora_export.py::test_peft_and_merged_weights_give_the_logits_of_the_run"
+
+ADAPTERS = (
+    Mutant(
+        name="adapters: gradients of A not summed",
+        breaks="A whole, B cut: each rank has a part of A's gradient",
+        file=_LAYERS,
+        text="            return copy_to_tensor_model_parallel_region(hidden, group=layout.group)\n",
+        replacement="            return hidden\n",
+        tests=(f"{_SAME}[TP 2]",),
+    ),
+    Mutant(
+        name="adapters: parts of the sequence not summed",
+        breaks="each rank's gradient of a whole matrix is of its own part of the sequence",
+        file=_LAYERS,
+        text="layout.sequence_parallel and not is_cut\n",
+        replacement="False\n",
+        tests=(f"{_SAME}[TP 2, sequence parallel]",),
+    ),
+    Mutant(
+        name="adapters: gate and up stored as one",
+        breaks="another tensor-parallel size reads rows of the gate for rows of up",
+        file=_LAYERS,
+        text="        if layout.is_gated:\n",
+        replacement="        if False:\n",
+        tests=(f"{_SAME}[TP 2]",),
+    ),
+    Mutant(
+        name="adapters: weights not frozen",
+        breaks="all weights are trained",
+        file="src/megatron/bridge/peft/base.py",
+        text="            chunk.requires_grad_(False)\n",
+        replacement="",
+        tests=(f"{_LORA}only_adapters_are_trained_and_have_optimizer_state",),
+    ),
+    Mutant(
+        name="adapters: whole model stored",
+        breaks="checkpoints of adapters hold the frozen weights too",
+        file="src/megatron/bridge/training/checkpointing.py",
+        text="return weights if cfg.peft is None else apply_peft_adapter_filter_to_state_dict(weights, cfg.peft)",
+        replacement="return weights",
+        tests=(f"{_LORA}a_checkpoint_holds_only_adapters",),
+    ),
+    Mutant(
+        name="adapters: recomputed layers get no gradients",
+        breaks="the frozen embedding's output needs none, so nothing above does",
+        file="src/megatron/bridge/peft/base.py",
+        text="config.recompute_granularity is not None or",
+        replacement="",
+        tests=(f"{_SAME}[recomputed]",),
+    ),
+    Mutant(
+        name="adapters: A for the first of fused tensors alone",
+        breaks="peft adapts keys and values with a random A",
+        file="src/megatron/bridge/models/conversion/adapters.py",
+        text="        yield from ((other, tensor.clone()) for other in shared.get(name, ()))\n",
+        replacement="",
+        tests=(f"{_EXPORT}[llama, LoRA, TP 2]",),
+    ),
+    Mutant(
+        name="adapters: a bias scaled with the rows",
+        breaks="DoRA of layers with a bias",
+        file="src/megatron/bridge/peft/dora.py",
+        text="linear.bias if self.layout.adds_bias else None",
+        replacement="None",
+        tests=(f"{_EXPORT}[qwen2 with biases, DoRA, TP 2]",),
+    ),
+)
