@@ -142,6 +142,7 @@ def write_tokenizer(**content):
         (write_tokenizer(added_tokens=[{}]), "tokenizer.json is damaged"),
         (lambda directory: (directory / "model.safetensors").unlink(), "model.safetensors is missing"),
     ],
+    ids=["nan", "gemma", "config", "vocabulary", "added_token", "tokenizer", "missing"],
 )
 def test_what_cannot_be_imported_is_named_and_leaves_nothing(tmp_path, spoil, message):
     directory = save_tiny_llama(tmp_path / "llama")
