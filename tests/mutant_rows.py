@@ -463,9 +463,7 @@ THE_RESUME = (
 )
 
 _CELL = "tests/functional_tests/test_conversion_families.py::test_family_at_layout"
-_BAD_MODEL = (
-    "tests/functional_tests/test_conversion_command.py::test_what_cannot_be_imported_is_named_and_leaves_nothing"
-)
+_COMMAND = "tests/functional_tests/test_conversion_command.py::test_"
 
 
 def _converted_wrongly(name: str, breaks: str, file: str, text: str, replacement: str, test: str) -> Mutant:
