@@ -368,7 +368,6 @@ THE_REPAIRS = (
     _without("exact resume", "exact_resume", _OFFLOADED),
     _without("one master", "one_master", f"{_RESUME}[dense-DP2-bf16-shards-0.0-serial-fully-offload_on]"),
     _without("plain param groups", "plain_param_groups", f"{_REPAIRED}saved_param_groups_are_plain_data"),
-    _without("own switches", "own_switches", f"{_REPAIRED}a_load_leaves_a_run_its_own_switches"),
     _without(
         "native FP32 parameters", "native_fp32", f"{_REPAIRED}state_is_found_under_its_own_parameter", kept="[1:]"
     ),

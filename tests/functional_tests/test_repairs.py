@@ -122,26 +122,3 @@ def _weights_that_stay(directory):
 def test_fp32_weights_on_the_device_move(tmp_path):
     for unmoved in run_on_ranks(_weights_that_stay, 2, tmp_path):
         assert unmoved == []
-
-
-PLAIN = {"optimizer_cpu_offload": False, "optimizer_offload_fraction": 0.0}
-
-
-def _groups(directory, options, others=None):
-    """(param groups as they are saved, switches by which is stepped), after loading the others' groups."""
-    model, optimizer = _offloaded(directory, **options)
-    take_step(model, optimizer)
-    (child,) = optimizer.chained_optimizers
-    if others is not None:
-        child.load_state_dict({"optimizer": {"param_groups": others}})
-    parts = [child.optimizer] if options else child.optimizer.cpu_optimizers
-    stepped = [group for part in parts for group in part.param_groups]
-    return child.state_dict()["optimizer"]["param_groups"], [(group["fused"], {*group}) for group in stepped]
-
-
-def test_a_load_leaves_a_run_its_own_switches(tmp_path):
-    plain, offloaded = (run_on_ranks(_groups, 2, tmp_path, options)[0][0] for options in (PLAIN, {}))
-    for _, switches in run_on_ranks(_groups, 2, tmp_path, {}, plain):
-        assert {fused for fused, _ in switches} == {True}, "the CPU's Adam steps on one tensor after another"
-    for _, switches in run_on_ranks(_groups, 2, tmp_path, PLAIN, offloaded):
-        assert all(fused is None and "offload_fraction" not in keys for fused, keys in switches)

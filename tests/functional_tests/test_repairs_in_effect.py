@@ -35,7 +35,7 @@ RUNS = {
 }
 """Options of the optimizer and of the model, and whether Core finds an optimizer as Transformer Engine's is."""
 
-ALL = ("load template", "exact resume", "own switches", "reshardable state")
+ALL = ("load template", "exact resume", "reshardable state")
 HYBRID = ("no dummy step", "master lookup", "plain param groups")
 IN_EFFECT = {
     "no offload": {*ALL},
@@ -143,7 +143,6 @@ MENDED = {
         "_build_optimizer_group_ranges",
         staticmethod(_fp32_first),
     ),
-    "own switches": ("no offload", DistributedOptimizer, "load_state_dict", _nothing),
     "reshardable state": ("no offload", DistributedOptimizer, "sharded_param_state_fully_reshardable", _nothing),
 }
 """By repair: a run that needs it, and the method of Core's that it looks at, mended."""
