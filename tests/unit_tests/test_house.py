@@ -20,6 +20,7 @@ FLOORS = {
     "training": 4,
     "recipes": 5,
     "convert": 5,
+    "generate": 5,
 }
 """Each room imports from lower floors and from itself; rooms on one floor don't know each other."""
 

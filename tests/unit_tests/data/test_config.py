@@ -11,6 +11,7 @@ from megatron.bridge.data.config import (
     MockGPTDatasetConfig,
 )
 from megatron.bridge.data.config import PackedSequenceSpecs as PACKS
+from megatron.bridge.utils.yaml_io import from_yaml_dict, to_yaml_dict
 
 
 def test_public_defaults():
@@ -26,6 +27,13 @@ def test_public_defaults():
     assert (options.answer_only_loss, options.add_bos, options.add_eos) == (True, False, True)
     assert (config.seed, config.dataloader_type, config.is_shuffled) == (1234, "batch", True)
     assert not MockGPTDatasetConfig(128).is_shuffled
+
+
+def test_packs_survive_a_file_and_have_their_public_path():
+    from megatron.bridge.data.datasets.packed_sequence import PackedSequenceSpecs
+
+    config = GPTSFTDatasetConfig(128, dataset_root="x", packed_sequence_specs=PACKS(packed_sequence_size=64))
+    assert PackedSequenceSpecs is PACKS and from_yaml_dict(to_yaml_dict(config)) == config
 
 
 def test_checks_change_nothing():

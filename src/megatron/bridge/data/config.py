@@ -131,7 +131,7 @@ class GPTSFTDatasetConfig(DataloaderConfig):
             raise ValueError(f"dataset.hf_dataset={self.hf_dataset!r}: {expected}")
         if self.dataset_root is None and self.hf_dataset is None:
             raise ValueError("dataset.dataset_root is not set: expected the directory that holds training.jsonl")
-        if self.dataset_root is not None and self.hf_dataset is not None:
+        if self.dataset_root and self.hf_dataset is not None:
             raise ValueError("dataset.dataset_root and dataset.hf_dataset are both set: set one of them")
         if self.split is not None:
             read_shares(self.split)

@@ -1,0 +1,146 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Continue a text with a Megatron checkpoint, to see what was trained.
+
+    python -m megatron.bridge.generate --megatron-path CKPT --prompt "The capital of France is"
+    python -m megatron.bridge.generate --megatron-path CKPT --prompt "What is the capital of France?" --chat
+
+The text is written as it comes. Models larger than one process's memory run under torchrun, shared out by --tp, --pp
+and --ep. A checkpoint of adapters is read with the model that they were trained on.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron.bridge.data.tokenizer import Tokenizer
+
+_SIZES = {
+    "tp": ("tensor_model_parallel_size", "processes that share each matrix"),
+    "pp": ("pipeline_model_parallel_size", "processes that share the layers"),
+    "ep": ("expert_model_parallel_size", "processes that share the experts"),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron.bridge.generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--megatron-path", required=True, help="directory of checkpoints, or one iter_N in it")
+    parser.add_argument("--hf-model", help="take tokenizer and configuration from here (default: the checkpoint's own)")
+    parser.add_argument("--prompt", required=True, help="what to continue; with --chat, the user's message")
+    parser.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
+    parser.add_argument("--system", help="with --chat: the system message")
+    parser.add_argument("--add-bos", action="store_true", help="begin with the tokenizer's BOS (without --chat)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="stop after this many (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default: always the likeliest token")
+    parser.add_argument("--top-k", type=int, default=0, help="draw among this many of the likeliest tokens")
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest with this probability")
+    parser.add_argument("--seed", type=int, default=1234, help="of the draws (default: %(default)s)")
+    for option, (_, meaning) in _SIZES.items():
+        parser.add_argument(f"--{option}", type=int, default=1, help=meaning)
+    return parser
+
+
+def load_tokenizer(args: argparse.Namespace) -> "Tokenizer":
+    """The tokenizer that was saved with the checkpoint, or that of `--hf-model`.
+
+    Raises:
+        FileNotFoundError: The checkpoint has none.
+    """
+    from megatron.bridge.checkpoint.layout import TOKENIZER_DIRECTORY, resolve_checkpoint
+    from megatron.bridge.data.config import TokenizerConfig
+    from megatron.bridge.data.tokenizer import build_tokenizer
+
+    directory = args.hf_model or resolve_checkpoint(args.megatron_path) / TOKENIZER_DIRECTORY
+    if args.hf_model is None and not (directory / "tokenizer_config.json").exists():
+        raise FileNotFoundError(f"{directory} holds no tokenizer: pass --hf-model with the model's directory")
+    return build_tokenizer(TokenizerConfig(tokenizer_model=str(directory)))
+
+
+def encode_prompt(args: argparse.Namespace, tokenizer: "Tokenizer") -> list[int]:
+    """The prompt's tokens.
+
+    Raises:
+        ValueError: The options contradict each other, or the tokenizer lacks what they ask for.
+    """
+    if not args.chat:
+        if args.system is not None:
+            raise ValueError("--system is part of a conversation: add --chat")
+        if args.add_bos and tokenizer.bos_id is None:
+            raise ValueError(f"--add-bos: tokenizer {tokenizer.name} has no BOS token")
+        return [tokenizer.bos_id] * args.add_bos + tokenizer.text_to_ids(args.prompt)
+    if args.add_bos:
+        raise ValueError("--add-bos with --chat: the chat template begins the text; leave it out")
+    messages = [{"role": "user", "content": args.prompt}]
+    if args.system is not None:
+        messages.insert(0, {"role": "system", "content": args.system})
+    return tokenizer.text_to_ids(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+
+
+def as_text(tokens: Iterator[int], tokenizer: "Tokenizer", *, before: Sequence[int]) -> Iterator[str]:
+    """Yield the text of tokens as it becomes known: a character may take several.
+
+    Args:
+        tokens: What was generated; all of them are taken.
+        tokenizer: Makes the text.
+        before: Tokens that the text follows; a tokenizer may join its first word to them.
+    """
+    ids = list(before)
+    shown = len(tokenizer.ids_to_text(ids, skip_special_tokens=True))
+    for token in tokens:
+        ids.append(token)
+        text = tokenizer.ids_to_text(ids, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):
+            yield text[shown:]
+            shown = len(text)
+    yield tokenizer.ids_to_text(ids, skip_special_tokens=True)[shown:]
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load, generate, and write to stdout on rank 0."""
+    from megatron.bridge.models.generation import Sampling, generate_tokens, load_for_generation
+    from megatron.bridge.utils.distributed import is_rank_0, model_parallel_groups, on_all_ranks
+
+    sizes = {name: getattr(args, option) for option, (name, _) in _SIZES.items()}
+    with model_parallel_groups(**sizes):
+        with on_all_ranks("reading the command line"):
+            if args.max_new_tokens < 1:
+                raise ValueError(f"--max-new-tokens {args.max_new_tokens}: expected 1 or more")
+            sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
+            tokenizer = load_tokenizer(args)
+            prompt = encode_prompt(args, tokenizer)
+        model = load_for_generation(args.megatron_path, hf_model=args.hf_model)
+        end_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+        tokens = generate_tokens(model, prompt, max_new_tokens=args.max_new_tokens, sampling=sampling, end_ids=end_ids)
+        for text in as_text(tokens, tokenizer, before=prompt):
+            if is_rank_0():
+                print(text, end="", flush=True)
+        if is_rank_0():
+            print()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        The exit status: 0, or 1 after an error, which is reported in one line.
+    """
+    args = build_parser().parse_args(argv)
+    from megatron.bridge.utils.logging import setup_logging
+
+    setup_logging()
+    try:
+        run(args)
+    except (ValueError, FileNotFoundError, RuntimeError, FloatingPointError) as error:
+        print(f"generate: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

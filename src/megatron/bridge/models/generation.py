@@ -1,0 +1,205 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Continue a text with a Megatron model, one token at a time, with Core's cache of keys and values.
+
+Shapes: V vocabulary.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from megatron.bridge.utils.device import current_device
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.module import MegatronModule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    temperature: float = 0.0
+    """Logits are divided by this before a token is drawn. 0: the likeliest token is taken, nothing is drawn."""
+
+    top_k: int = 0
+    """Draw among this many of the likeliest tokens. 0: among all."""
+
+    top_p: float = 1.0
+    """Draw among the likeliest tokens that together have this probability."""
+
+    seed: int = 1234
+    """Of the draws."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature}: expected 0 (the likeliest token) or more")
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k}: expected 0 (all tokens) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}: expected more than 0 and at most 1")
+        if self.temperature == 0 and (self.top_k or self.top_p < 1):
+            raise ValueError("top_k and top_p choose among tokens to draw from: set a temperature above 0 with them")
+
+    def choose(self, logits: torch.Tensor, generator: torch.Generator) -> int:
+        """Choose a token.
+
+        Args:
+            logits: [V] float32, on the host.
+            generator: Of the host.
+
+        Raises:
+            FloatingPointError: The logits are not numbers.
+        """
+        if logits.isnan().any():
+            raise FloatingPointError("the model's logits are NaN: look at the training that made the checkpoint")
+        if self.temperature == 0:
+            return int(logits.argmax())
+        logits, tokens = (logits / self.temperature).sort(descending=True)
+        probabilities = logits.softmax(0)
+        # A token is kept while those before it have less than top_p together, so the first always is.
+        kept = probabilities.cumsum(0) - probabilities < self.top_p
+        if self.top_k:
+            kept[self.top_k :] = False
+        return int(tokens[torch.multinomial(probabilities * kept, 1, generator=generator)])
+
+
+def load_for_generation(
+    path: str | Path, *, hf_model: str | Path | None = None, sizes: Mapping[str, Any] | None = None
+) -> "list[MegatronModule]":
+    """Build the model of a checkpoint, with adapters if it holds those, in evaluation mode. Collective.
+
+    Brings up a process group and model-parallel state where there are none, and leaves them up.
+
+    Args:
+        path: Root, or `iter_N` directory.
+        hf_model: Directory or hub name of the Hugging Face model whose configuration counts. None: what the checkpoint
+            says of its model; with adapters, the model that it says they were trained on.
+        sizes: Parallel sizes, by their names in a provider.
+
+    Raises:
+        FileNotFoundError: No checkpoint there.
+        ValueError: Not complete, or its model isn't one of Megatron Bridge's.
+    """
+    from megatron.bridge.checkpoint.layout import resolve_checkpoint
+    from megatron.bridge.checkpoint.model_checkpoint import load_model_weights, read_run_config
+    from megatron.bridge.models.conversion.auto_bridge import AutoBridge
+    from megatron.bridge.models.conversion.saved_provider import read_model_section, set_parallel_sizes
+    from megatron.bridge.models.gpt_provider import GPTModelProvider
+    from megatron.bridge.utils.yaml_io import from_yaml_dict
+
+    section = read_model_section(path)
+    if hf_model is None and read_run_config(resolve_checkpoint(path)).get("peft") is not None:
+        hf_model = section.get("hf_model_id")
+        if hf_model is None:
+            raise ValueError(f"{path} holds adapters and doesn't say of which model: pass --hf-model")
+    if hf_model is not None:
+        chunks = AutoBridge.from_hf_pretrained(hf_model).load_megatron_model(path, mp_overrides=sizes or {})
+        return [chunk.eval() for chunk in chunks]
+    # Not strict: how another version of Core trained it doesn't count here.
+    provider = from_yaml_dict(section, expected=GPTModelProvider, strict=False, where=f"{path}: model")
+    set_parallel_sizes(provider, sizes or {})
+    provider.perform_initialization = False
+    chunks = provider.provide_distributed_model(wrap_with_ddp=False)
+    load_model_weights(chunks, path)
+    return [chunk.eval() for chunk in chunks]
+
+
+def generate_tokens(
+    model: "Sequence[MegatronModule]",
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    end_ids: Collection[int] = (),
+) -> Iterator[int]:
+    """Yield the tokens that follow a prompt. Collective: every rank must take every token, and gets the same ones.
+
+    Args:
+        model: This rank's chunk, without virtual stages.
+        prompt: Token ids.
+        max_new_tokens: Stop after this many.
+        sampling: How tokens are chosen; None: the likeliest.
+        end_ids: Stop after one of these, which is yielded too.
+
+    Raises:
+        ValueError: The prompt is empty or holds an unknown token, or the model can't go on from it.
+    """
+    from megatron.core.inference.contexts import StaticInferenceContext
+    from megatron.core.utils import get_model_config
+
+    if len(model) != 1:
+        raise ValueError(f"the model has {len(model)} virtual stages: load it without them to generate")
+    config, sampling = get_model_config(model[0]), sampling or Sampling()
+    if not prompt or not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+        found = f"ids {min(prompt)} to {max(prompt)}" if prompt else "none"
+        raise ValueError(f"the prompt has token {found}: expected at least one of 0 to {config.vocab_size - 1}")
+    longest = len(prompt) + max_new_tokens
+    if config.position_embedding_type == "learned_absolute" and longest > config.seq_length:
+        raise ValueError(
+            f"{len(prompt)} prompt tokens and {max_new_tokens} new ones exceed the model's {config.seq_length} "
+            "positions: shorten the prompt or lower max_new_tokens"
+        )
+    cache = StaticInferenceContext(1, longest)
+    generator = torch.Generator(device="cpu").manual_seed(sampling.seed)
+    tokens = list(prompt)
+    for _ in range(max_new_tokens):
+        logits = _next_logits(model[0], tokens, cache)
+        chosen = None if logits is None else sampling.choose(logits, generator)
+        tokens = [_from_last_stage(chosen)]
+        yield tokens[0]
+        if tokens[0] in end_ids:
+            return
+
+
+@torch.no_grad()
+def _next_logits(chunk: "MegatronModule", tokens: list[int], cache: Any) -> torch.Tensor | None:
+    """Run tokens that follow those in the cache.
+
+    Returns:
+        The logits after the last of them, [V] float32 on the host; None on stages before the last.
+    """
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.utils import get_model_config
+
+    start, vocab_size = cache.sequence_len_offset, get_model_config(chunk).vocab_size
+    ids = torch.tensor([tokens], device=current_device())
+    positions = torch.arange(start, start + len(tokens), device=current_device())[None]
+
+    def forward(_: Any, model: Any) -> tuple[torch.Tensor, Any]:
+        output = model(ids, positions, None, inference_context=cache, runtime_gather_output=True)
+        # Without padding: how much there is of it differs between layouts, and draws would differ with it.
+        return output, lambda logits, non_loss_data: logits[0, -1, :vocab_size].float().cpu()
+
+    collected = get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=None,
+        model=chunk,
+        num_microbatches=1,
+        seq_length=len(tokens),
+        micro_batch_size=1,
+        decoder_seq_length=len(tokens),
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+    cache.sequence_len_offset += len(tokens)
+    cache.enable_decode_mode()
+    return collected[0] if collected else None
+
+
+def _from_last_stage(token: int | None) -> int:
+    """The token that the last stage chose, on every stage; tensor-parallel ranks chose it from the same logits."""
+    from megatron.core import parallel_state
+
+    if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+        return token
+    shared = torch.tensor([-1 if token is None else token], device=current_device())
+    dist.broadcast(
+        shared,
+        src=parallel_state.get_pipeline_model_parallel_last_rank(),
+        group=parallel_state.get_pipeline_model_parallel_group(),
+    )
+    return int(shared)
