@@ -36,6 +36,7 @@ class Recorder(Callback):
     def on_train_end(self, context: CallbackContext) -> None:
         self.weights_after = weights_of(context.model)
         self.train_state = dict(vars(context.state.train_state))
+        forget_last_forward(context.model)
 
 
 def weights_of(model: list[Any]) -> dict[str, torch.Tensor]:
@@ -48,9 +49,16 @@ def weights_of(model: list[Any]) -> dict[str, torch.Tensor]:
 
 
 def forget_last_forward(model: list[Any]) -> None:
-    """Let a model with experts go: Core's dispatchers keep tensors of the last forward pass, whose graph leads back to
-    the model, and so to its process groups and their threads, on ways that Python's collector doesn't see.
+    """Let a model go, and with it its process groups, whose threads wake a hundred times a second each.
+
+    Core's expert dispatchers keep tensors of the last forward pass, whose graph leads back to the model on ways that
+    Python's collector doesn't see; its rotary embedding keeps the last 32 modules that it was called for.
     """
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    for cached in vars(RotaryEmbedding).values():
+        if hasattr(cached, "cache_clear"):
+            cached.cache_clear()
     for chunk in model:
         for module in chunk.modules():
             if hasattr(module, "token_dispatcher"):
