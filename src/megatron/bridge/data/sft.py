@@ -172,7 +172,8 @@ def _through_cache(
             logger.info("%s: its tokens are taken from %s", source, path)
         return digest, dataset
 
-    own = while_others_wait(prepare if local_rank() == 0 else None, doing=f"reading {source}")
+    tokenises = local_rank() == 0 or is_rank_0()
+    own = while_others_wait(prepare if tokenises else None, doing=f"reading {source}")
     digest = next(digest for digest in all_gathered(own and own[0]) if digest)
     with on_all_ranks(f"reading {source}"):
         return own[1] if own else kept(digest) or tokenise()

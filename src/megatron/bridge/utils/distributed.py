@@ -267,5 +267,5 @@ def while_others_wait(work: Callable[[], T] | None, *, doing: str) -> T | None:
 def _settle(outcome: Future, work: Callable[[], Any]) -> None:
     try:
         outcome.set_result(work())
-    except Exception as error:
+    except BaseException as error:  # whatever ends the thread must end the waiting
         outcome.set_exception(error)
