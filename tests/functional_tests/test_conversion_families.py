@@ -69,3 +69,20 @@ def test_family_at_layout(model, layout, models, cell_counts):
         assert [one for one in results if not one.is_equal] == []
         assert sorted(one.name for one in results) == names
     cell_counts.add(passed=1, failed=-1)
+
+
+def through_a_checkpoint_on_rank(directory, root):
+    """Import at one layout, export at another."""
+    AutoBridge.import_ckpt(directory, root / "megatron", show_progress=False, tensor_model_parallel_size=2)
+    sizes = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+    AutoBridge.from_hf_pretrained(directory).export_ckpt(root / "megatron", root / "hf", False, **sizes)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_family_through_a_checkpoint(model, models, tmp_path):
+    """What the family's fields say survives `run_config.yaml`, and every bit of the weights."""
+    directory, tokens, expected = models(model)
+    run_on_ranks(through_a_checkpoint_on_rank, 2, directory, tmp_path)
+    before, after = (load_file(path / "model.safetensors") for path in (directory, tmp_path / "hf"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(hf_logits(tmp_path / "hf", tokens), expected)

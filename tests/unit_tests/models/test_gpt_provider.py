@@ -8,7 +8,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from megatron.bridge.models import GPTModelProvider, Llama3ModelProvider, fusions, gpt_provider
+from megatron.bridge.models import GPTModelProvider, Llama3ModelProvider, MixtralModelProvider, fusions, gpt_provider
 from megatron.bridge.models.layer_specs import local_layer_spec
 from megatron.bridge.models.llama import LlamaModelProvider
 from megatron.bridge.utils.yaml_io import from_yaml_dict, to_yaml_dict
@@ -67,6 +67,17 @@ def test_unavailable_fusions_are_switched_off_in_one_line(monkeypatch, caplog):
         "masked_softmax_fusion (the accelerator is simulated)"
     ]
     assert not provider.apply_rope_fusion and not provider.bias_activation_fusion
+
+
+def test_local_layers_run_experts_one_by_one(caplog):
+    provider = tiny(
+        MixtralModelProvider, num_moe_experts=4, num_query_groups=2, moe_ffn_hidden_size=16, transformer_impl="local"
+    )
+    assert provider.moe_grouped_gemm
+    with caplog.at_level(logging.INFO):
+        provider.finalize()
+    assert not provider.moe_grouped_gemm
+    assert "moe_grouped_gemm (Core's local layers have none)" in caplog.text
 
 
 def test_fusions_without_their_package_are_unavailable_on_a_gpu_too(monkeypatch, tmp_path):
