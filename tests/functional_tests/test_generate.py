@@ -156,6 +156,8 @@ def _commands(directory):
         "plain": _on_rank(*ckpt),
         "chat": _on_rank(*ckpt, "--chat", "--system", "sat"),
         "bos": _on_rank(*ckpt, "--add-bos"),
+        "fp32": _on_rank(*ckpt, "--dtype", "float32"),
+        "bf16": _on_rank(*ckpt, "--dtype", "bfloat16", "--hf-model", directory / "hf"),
         "drawn": _on_rank(*ckpt, "--temperature", 2, "--top-k", 9, "--seed", 3),
         "tokenizer from elsewhere": _on_rank("--megatron-path", bare, *ckpt[2:], "--hf-model", directory / "hf"),
         "no tokenizer": _on_rank("--megatron-path", bare, *ckpt[2:]),
@@ -174,7 +176,8 @@ def test_the_command_streams_text_and_names_what_is_wrong(checkpoint):
         status, output, _ = done[name]
         assert status == 0 and output.strip() and output.endswith("\n"), name
     assert len({done[name][1] for name in ("plain", "chat", "bos", "drawn")}) == 4, "each option says something else"
-    assert done["tokenizer from elsewhere"][:2] == done["plain"][:2]
+    assert done["tokenizer from elsewhere"][:2] == done["fp32"][:2] == done["plain"][:2]
+    assert done["bf16"][0] == 0 and done["bf16"][1].strip(), done["bf16"][2]
     expected = {
         "no tokenizer": "holds no tokenizer: pass --hf-model",
         "no checkpoint": "nothing",

@@ -22,6 +22,8 @@ _SIZES = {
     "ep": ("expert_model_parallel_size", "processes that share the experts"),
 }
 
+_DTYPES = ("float32", "bfloat16", "float16")
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
@@ -41,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-k", type=int, default=0, help="draw among this many of the likeliest tokens")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest with this probability")
     parser.add_argument("--seed", type=int, default=1234, help="of the draws (default: %(default)s)")
+    parser.add_argument("--dtype", choices=_DTYPES, help="to compute in (default: the checkpoint's)")
     for option, (_, meaning) in _SIZES.items():
         parser.add_argument(f"--{option}", type=int, default=1, help=meaning)
     return parser
@@ -114,7 +117,7 @@ def run(args: argparse.Namespace) -> None:
             sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
             tokenizer = load_tokenizer(args)
             prompt = encode_prompt(args, tokenizer)
-        model = load_for_generation(args.megatron_path, hf_model=args.hf_model)
+        model = load_for_generation(args.megatron_path, hf_model=args.hf_model, dtype=args.dtype)
         end_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
         tokens = generate_tokens(model, prompt, max_new_tokens=args.max_new_tokens, sampling=sampling, end_ids=end_ids)
         for text in as_text(tokens, tokenizer, before=prompt):

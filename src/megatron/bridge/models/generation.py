@@ -68,7 +68,11 @@ class Sampling:
 
 
 def load_for_generation(
-    path: str | Path, *, hf_model: str | Path | None = None, sizes: Mapping[str, Any] | None = None
+    path: str | Path,
+    *,
+    hf_model: str | Path | None = None,
+    sizes: Mapping[str, Any] | None = None,
+    dtype: str | torch.dtype | None = None,
 ) -> "list[MegatronModule]":
     """Build the model of a checkpoint, with adapters if it holds those, in evaluation mode. Collective.
 
@@ -79,6 +83,7 @@ def load_for_generation(
         hf_model: Directory or hub name of the Hugging Face model whose configuration counts. None: what the checkpoint
             says of its model; with adapters, the model that it says they were trained on.
         sizes: Parallel sizes, by their names in a provider.
+        dtype: To compute in; None: the checkpoint's.
 
     Raises:
         FileNotFoundError: No checkpoint there.
@@ -87,21 +92,23 @@ def load_for_generation(
     from megatron.bridge.checkpoint.layout import resolve_checkpoint
     from megatron.bridge.checkpoint.model_checkpoint import load_model_weights, read_run_config
     from megatron.bridge.models.conversion.auto_bridge import AutoBridge
+    from megatron.bridge.models.conversion.hf_config import precision_fields
     from megatron.bridge.models.conversion.saved_provider import read_model_section, set_parallel_sizes
     from megatron.bridge.models.gpt_provider import GPTModelProvider
     from megatron.bridge.utils.yaml_io import from_yaml_dict
 
+    overrides = {**(sizes or {}), **(precision_fields(dtype) if dtype else {})}
     section = read_model_section(path)
     if hf_model is None and read_run_config(resolve_checkpoint(path)).get("peft") is not None:
         hf_model = section.get("hf_model_id")
         if hf_model is None:
             raise ValueError(f"{path} holds adapters and doesn't say of which model: pass --hf-model")
     if hf_model is not None:
-        chunks = AutoBridge.from_hf_pretrained(hf_model).load_megatron_model(path, mp_overrides=sizes or {})
+        chunks = AutoBridge.from_hf_pretrained(hf_model).load_megatron_model(path, mp_overrides=overrides)
         return [chunk.eval() for chunk in chunks]
     # Not strict: how another version of Core trained it doesn't count here.
     provider = from_yaml_dict(section, expected=GPTModelProvider, strict=False, where=f"{path}: model")
-    set_parallel_sizes(provider, sizes or {})
+    set_parallel_sizes(provider, overrides)
     provider.perform_initialization = False
     chunks = provider.provide_distributed_model(wrap_with_ddp=False)
     load_model_weights(chunks, path)
