@@ -249,7 +249,7 @@ def test_wrong_option(directory, wrong):
 
 VOCABULARY = {"model": {"vocab_size": 384}}
 WRONG_ON_RANK_1 = {
-    "reading the data": (
+    "reading {directory}/good/training.jsonl": (
         (VOCABULARY, {"jsonl": "good", "tokenizer": "tokenizer"}),
         (VOCABULARY, {"jsonl": "broken", "tokenizer": "tokenizer"}),
     ),
@@ -273,7 +273,7 @@ def test_an_error_on_rank_1_ends_rank_0(directory, doing):
     answers = run_on_ranks(_refused_on_rank_1, 2, directory, good, bad, timeout_seconds=LIMIT_SECONDS)
     check_refused(answers)
     (on_0, *_), (on_1, *_) = answers
-    assert on_0 == f"RuntimeError: {doing} failed on rank 1: {on_1}"
+    assert on_0 == f"RuntimeError: {doing.format(directory=directory)} failed on rank 1: {on_1}"
 
 
 A_RUN_THAT_FAILS_ON_RANK_1 = """

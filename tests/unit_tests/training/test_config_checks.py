@@ -331,8 +331,9 @@ BAD = {
             "checkpoint.pretrained_checkpoint=no/such/dir: there is no",
         )
     ],
-    "check_peft_has_pretrained_checkpoint": [
-        (["peft={dim: 8}"], 1, "peft is set without checkpoint.pretrained_checkpoint")
+    "check_peft": [
+        (["peft={dim: 8}"], 1, "peft={'dim': 8} is a dict: expected adapters, such as"),
+        (["peft={_target_: megatron.bridge.peft.lora.LoRA}"], 1, "peft is set without checkpoint.pretrained"),
     ],
     "check_non_persistent_checkpoints_have_a_place": [
         (

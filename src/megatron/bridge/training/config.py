@@ -29,7 +29,6 @@ from megatron.bridge.data.config import (
     TokenizerConfig,
 )
 from megatron.bridge.models.gpt_provider import GPTModelProvider
-from megatron.bridge.peft.base import PEFT
 from megatron.bridge.training import config_derived
 from megatron.bridge.training.comm_overlap import CommOverlapConfig
 from megatron.bridge.training.config_checkpoint import CheckpointConfig
@@ -103,8 +102,8 @@ class ConfigContainer:
     profiling: ProfilingConfig | None = None
     """Profiles. None: none are taken."""
 
-    peft: PEFT | None = None
-    """Adapters that are trained in place of the weights, such as a LoRA. None: all weights are trained."""
+    peft: Any | None = None
+    """Adapters that are trained in place of the weights: a `PEFT`, such as a LoRA. None: all weights are trained."""
 
     comm_overlap: CommOverlapConfig | None = None
     """Not built yet; see comm_overlap.py. None: ddp says what overlaps."""

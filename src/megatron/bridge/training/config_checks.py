@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from megatron.core.dist_checkpointing import tensor_aware_state_dict
 
+from megatron.bridge.peft.base import PEFT
 from megatron.bridge.training.config_checks_optimizer import OPTIMIZER_RULES
 from megatron.bridge.training.config_checks_parallel import PARALLEL_RULES, check_virtual_pipeline_fits
 from megatron.bridge.training.config_derived import data_parallel_size, derive, global_batch_size
@@ -134,6 +135,11 @@ def check_peft(cfg: "ConfigContainer", world_size: int) -> None:
     """Adapters adapt something, and their options are right."""
     if cfg.peft is None:
         return
+    if not isinstance(cfg.peft, PEFT):
+        raise ValueError(
+            f"peft={cfg.peft!r} is a {type(cfg.peft).__name__}: expected adapters, such as "
+            "{_target_: megatron.bridge.peft.lora.LoRA, dim: 8}, or null"
+        )
     cfg.peft.check()
     if cfg.checkpoint.pretrained_checkpoint is None:
         raise ValueError(
