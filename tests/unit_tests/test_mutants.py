@@ -75,15 +75,15 @@ def test_a_mutant_that_survives_fails_the_run(repository, capsys):
 
 
 @pytest.mark.parametrize(
-    ("change", "verdict"),
+    ("change", "seconds", "verdict"),
     [
-        ({"tests": ("tests/test_adding.py::test_time",)}, "timeout"),
-        ({"replacement": "first + third"}, "broken: it doesn't even run"),
+        ({"tests": ("tests/test_adding.py::test_time",)}, 3, "timeout"),
+        ({"replacement": "first + third"}, 60, "broken: it doesn't even run"),
     ],
 )
-def test_what_fails_for_another_reason_is_not_killed(repository, capsys, change, verdict):
+def test_what_fails_for_another_reason_is_not_killed(repository, capsys, change, seconds, verdict):
     mutant = dataclasses.replace(ADD, **change)
-    assert main(["--timeout-seconds", "3"], mutants=(mutant,), root=repository) == 1
+    assert main(["--timeout-seconds", f"{seconds}"], mutants=(mutant,), root=repository) == 1
     output = capsys.readouterr().out
     assert verdict in output and "0 of 1 mutants killed" in output
 
