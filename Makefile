@@ -3,6 +3,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 # The tested pair of versions. `make test CORE=0.19.2 VENV=.venv-core-0.19.2` tests the other end of the range.
 CORE ?= 0.16.1
+TORCH ?= 2.13.0
 # Test files at a time. Each starts processes of its own; with one at a time a core is idle half of the time.
 JOBS ?= 2
 BIN := $(VENV)/bin
@@ -10,7 +11,8 @@ BIN := $(VENV)/bin
 NVRX := $(if $(filter 0.16.1,$(CORE)),0.4.1,0.6.0)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install finetune finetune-lora model test test-resume resume-matrix soak mutants lint format clean
+.PHONY: help install finetune finetune-lora model test unit functional test-gpu test-resume resume-matrix soak mutants \
+	coverage docs wheel lint format clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,10 +23,10 @@ install: $(VENV)/.installed-$(CORE) ## make the virtual environment
 # nvidia-resiliency-ext without its dependencies and whatever the glibc: what is used of it is plain Python.
 $(VENV)/.installed-$(CORE): pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet torch==$(TORCH)
 	test "$(CORE)" = 0.16.1 || $(BIN)/pip install --quiet triton
 	$(BIN)/pip install --quiet --ignore-requires-python --no-deps megatron-core==$(CORE)
-	$(BIN)/pip install --quiet --editable ".[demo,test]"
+	$(BIN)/pip install --quiet --editable ".[demo,docs,test]"
 	$(BIN)/pip install --quiet --no-deps --upgrade --only-binary :all: --target $$($(BIN)/python -c \
 		"import sysconfig; print(sysconfig.get_path('purelib'))") --platform manylinux_2_31_$$(uname -m) \
 		--platform manylinux_2_39_$$(uname -m) nvidia-resiliency-ext==$(NVRX) \
@@ -44,6 +46,16 @@ model: install ## fetch the model and the data only
 test: install model ## run all tests
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
+unit: install ## the quick half of the tests: no model is fetched
+	$(BIN)/python -m pytest tests/unit_tests --numprocesses $(JOBS) --dist loadfile $(ARGS)
+
+functional: install model ## the other half: whole runs, on 1 to 4 processes
+	$(BIN)/python -m pytest tests/functional_tests --numprocesses $(JOBS) --dist loadfile $(ARGS)
+
+test-gpu: install ## the tests that need CUDA, of which one must be there
+	$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('no CUDA device: all of them would skip')"
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
 test-resume: ## stop and resume in every way, on both versions of megatron-core: the whole matrix
 	$(MAKE) --no-print-directory resume-matrix CORE=0.16.1 VENV=.venv
 	$(MAKE) --no-print-directory resume-matrix CORE=0.19.2 VENV=.venv-core-0.19.2
@@ -58,6 +70,16 @@ soak: install ## kill a training run at 50 random moments, resume each time, com
 mutants: install ## break the sync, the guard, the load and the repairs, and see that tests notice
 	$(BIN)/python -m tests.mutants $(ARGS)
 
+coverage: install model ## all tests, and which lines they ran: build/coverage/index.html
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --cov --cov-report=html:build/coverage \
+		--cov-report=term:skip-covered $(ARGS)
+
+docs: install ## build the documentation into build/docs; a broken link is an error
+	$(BIN)/python -W ignore -m mkdocs build
+
+wheel: install ## build a wheel, install it into an environment of its own, start its commands
+	scripts/check_wheel.sh $(BIN)/python $(TORCH) $(CORE)
+
 lint: install ## check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -66,5 +88,5 @@ format: install ## mend style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean: ## remove what the demonstration made
-	rm -rf results
+clean: ## remove what was made: results, documentation, wheels
+	rm -rf results build

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "megatron" / "bridge"
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob(".github/*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
 def without_fences(text: str) -> str:
@@ -101,6 +101,16 @@ class TestEachDocument:
 
 def test_the_picture_is_small():
     assert 1_000 < (ROOT / "docs" / "images" / "loss.png").stat().st_size < 200_000
+
+
+def test_each_room_and_document_is_in_the_site():
+    hooks = (ROOT / "scripts" / "build_docs" / "hooks.py").read_text(encoding="utf-8")
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
+    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert set(re.findall(r'^    "(\w+)": "', hooks, re.MULTILINE)) == rooms
+    assert rooms <= set(re.findall(r"reference/api-(\w+)\.md", navigation))
+    for document in (ROOT / "docs").rglob("*.md"):
+        assert f": {document.relative_to(ROOT / 'docs').as_posix()}\n" in navigation
 
 
 def test_python_in_the_readme_compiles_and_names_what_is_there():

@@ -1,0 +1,100 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Every command in the documents runs: which test runs it, that its options exist, that make knows its targets.
+
+A new command in a document needs a row in `RUN_BY`; a row that fits no command any more must go.
+"""
+
+import importlib
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+
+from tests.unit_tests.test_documentation import DOCUMENTS, ROOT, without_fences
+
+FINETUNE, RESUME = "functional_tests/test_finetune_smollm2.py", "functional_tests/test_resume_matrix.py"
+CONVERT, ADAPTERS = "functional_tests/test_conversion_command.py", "functional_tests/test_lora_export.py"
+HELP = "--help"
+"""Takes minutes, and what it measures is printed, not tested: only its start is."""
+
+RUN_BY = {
+    r"make( PYTHON=python3.12)? (install|finetune|model|test)": (FINETUNE, "scripts/finetune_smollm2/run.py"),
+    r"make finetune-lora": (ADAPTERS, "lora"),
+    r"make test( ARGS=.*| CORE=0.19.2 VENV=.*)?": (".ci/run", "make test"),
+    r"make lint|make format": (".ci/run", "make lint"),
+    r"make docs": (".ci/run", "make docs"),
+    r"make test-resume": (RESUME, "resume_matrix.cut"),
+    r"make soak": ("functional_tests/test_crash_safety.py", "soak"),
+    r"make mutants": ("unit_tests/test_mutants.py", "mutants"),
+    r"make (unit|functional|test-gpu|coverage|wheel)": (".github/workflows/tests.yml", "make"),
+    r"\.venv/bin/pre-commit install": ("unit_tests/test_workflows.py", "pre-commit"),
+    r"scripts/make_wheelhouse\.sh wheels": ("unit_tests/test_gpu_scripts.py", "make_wheelhouse.sh"),
+    r"scripts/run_gpu_tests\.sh wheels 0\.19\.2": ("unit_tests/test_gpu_scripts.py", "run_gpu_tests.sh"),
+    r"IMAGE=.* sbatch .*\.slurm": ("unit_tests/test_slurm_scripts.py", "run_checkpointing_sync_test.slurm"),
+    r"torchrun --nproc-per-node \d my_script\.py": (FINETUNE, "scripts/finetune_smollm2/run.py"),
+    r"python -m megatron\.bridge\.generate.*": ("functional_tests/test_generate.py", "megatron.bridge.generate"),
+    r"python -m megatron\.bridge\.convert (import|export|roundtrip)\b(?!-).*": (CONVERT, "megatron.bridge.convert"),
+    r"python -m megatron\.bridge\.convert (export-adapter|merge) .*": (ADAPTERS, "export-adapter"),
+    r"pip install \"megatron-bridge\[local\]\"": ("unit_tests/test_workflows.py", "local"),
+    r"python benchmarks/\w+\.py": (HELP, ""),
+}
+"""Commands, and the file that runs such a command, with a text that shows it."""
+
+STARTS = r"(?:[A-Z_]+=\S+ )*(?:make|python|torchrun|pip|sbatch|\.venv/bin/\S+|scripts/\S+)(?= )"
+
+
+@cache
+def commands() -> tuple[tuple[str, str], ...]:
+    """(document, command) of every command in a fenced block or between backticks; continued lines are joined."""
+    found = []
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        blocks = re.findall(r"^```(?:bash|sh)?\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+        lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+        lines += re.findall(r"`([^`\n]+)`", without_fences(text))
+        for line in lines:
+            command = " ".join(line.split(" #")[0].split())
+            if re.match(STARTS, command):
+                found.append((document.relative_to(ROOT).as_posix(), command))
+    return tuple(sorted(set(found)))
+
+
+@pytest.mark.parametrize("command", sorted({command for _, command in commands()}))
+def test_a_test_runs_it(command, monkeypatch):
+    rows = [row for pattern, row in RUN_BY.items() if re.fullmatch(pattern, command)]
+    assert rows, f"no test runs `{command}`: write one, and a row in RUN_BY"
+    file, text = rows[0]
+    if file == HELP:
+        monkeypatch.setattr(sys, "argv", [command.split()[1], "--help"])
+        with pytest.raises(SystemExit, match="0"):
+            runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
+    else:
+        path = ROOT / file if file.startswith(".") else ROOT / "tests" / file
+        assert text in path.read_text(encoding="utf-8"), f"{file} doesn't say {text!r}: does it still run `{command}`?"
+
+
+def test_each_row_fits_a_command():
+    known = {command for _, command in commands()}
+    unused = [pattern for pattern in RUN_BY if not any(re.fullmatch(pattern, command) for command in known)]
+    assert unused == []
+
+
+@pytest.mark.parametrize(
+    "command", sorted({c for _, c in commands() if re.match(r"python -m megatron\.bridge\.\w+ ", c)})
+)
+def test_its_options_exist(command):
+    module, *arguments = shlex.split(command)[2:]
+    parser = importlib.import_module(module).build_parser()
+    if arguments == ["export"]:
+        return  # named in a sentence, without its options
+    parser.parse_args(arguments)
+
+
+@pytest.mark.parametrize("command", sorted({c for _, c in commands() if c.startswith("make ")}))
+def test_make_knows_it(command):
+    result = subprocess.run([*shlex.split(command), "--dry-run"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
