@@ -16,6 +16,8 @@ import pytest
 
 from tests.unit_tests.test_documentation import DOCUMENTS, ROOT, without_fences
 
+pytestmark = pytest.mark.any_core
+
 FINETUNE, RESUME = "functional_tests/test_finetune_smollm2.py", "functional_tests/test_resume_matrix.py"
 CONVERT, ADAPTERS = "functional_tests/test_conversion_command.py", "functional_tests/test_lora_export.py"
 HELP = "--help"

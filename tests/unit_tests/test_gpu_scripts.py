@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.any_core
+
 ROOT = Path(__file__).resolve().parents[2]
 WHEELHOUSE, GPU_TESTS = ROOT / "scripts" / "make_wheelhouse.sh", ROOT / "scripts" / "run_gpu_tests.sh"
 CORE = "0.16.1"

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.any_core
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "slurm_scripts" / "run_checkpointing_sync_test.slurm"
 
