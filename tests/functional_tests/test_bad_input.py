@@ -4,6 +4,7 @@
 import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
+from megatron.bridge.checkpoint.__main__ import main as inspect_checkpoint
 from megatron.bridge.data.config import GPTSFTDatasetConfig, TokenizerConfig
 from megatron.bridge.training.callbacks import Callback
 from tests.on_ranks import make_pretrained, run_finetune
@@ -167,8 +169,75 @@ def test_a_half_written_checkpoint(directory, tmp_path, broken):
     shutil.copytree(directory / "saved", tmp_path / "saved")
     shutil.copytree(directory / "pretrained", tmp_path / "pretrained")
     spoil, texts = BROKEN_CHECKPOINTS[broken]
+    (tmp_path / ITERATION / "manifest.json").unlink()  # as in a checkpoint that another program wrote
     spoil(tmp_path / ITERATION)
     check_refused(refused(tmp_path, {"checkpoint": {"load": "saved"}}), str(tmp_path / "saved"), *texts)
+
+
+def flip_a_bit(pattern):
+    def flip(iteration):
+        path = sorted(iteration.glob(pattern))[-1]
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 4
+        path.write_bytes(content)
+
+    return flip
+
+
+DAMAGED_CHECKPOINTS = {
+    "tensors": (flip_a_bit("__1_*.distcp"), ["__1_", ".distcp is damaged: its crc32 is ", ", expected "]),
+    "configuration": (flip_a_bit("run_config.yaml"), ["run_config.yaml is damaged: its crc32 is "]),
+    "a file that isn't needed at once": (flip_a_bit("train_state.pt"), ["train_state.pt is damaged: its crc32 is "]),
+    "a file that is gone": (remove_one("train_state.pt"), ["train_state.pt is missing: expected "]),
+    "manifest": (lambda it: cut(it / "manifest.json", 100), ["manifest.json is damaged ("]),
+}
+
+
+@pytest.mark.parametrize("damaged", DAMAGED_CHECKPOINTS)
+def test_a_damaged_checkpoint(directory, tmp_path, damaged):
+    shutil.copytree(directory / "saved", tmp_path / "saved")
+    shutil.copytree(directory / "pretrained", tmp_path / "pretrained")
+    spoil, texts = DAMAGED_CHECKPOINTS[damaged]
+    spoil(tmp_path / ITERATION)
+    way_out = "load another iteration (checkpoint.ckpt_step); if the files were changed on purpose, remove manifest"
+    check_refused(refused(tmp_path, {"checkpoint": {"load": "saved"}}), str(tmp_path / "saved"), *texts, way_out)
+
+
+def test_damaged_tensors_load_where_no_one_wants_to_know(directory, tmp_path):
+    shutil.copytree(directory / "saved", tmp_path / "saved")
+    shutil.copytree(directory / "pretrained", tmp_path / "pretrained")
+    iteration = tmp_path / ITERATION
+    listed = json.loads((iteration / "manifest.json").read_text())
+    name = next(name for name in listed["files"] if name.endswith(".distcp"))
+    listed["files"][name][1] = "00000000"
+    (iteration / "manifest.json").write_text(json.dumps(listed))
+    unverified = {"checkpoint": {"load": "saved", "verify_integrity": False}}
+    assert {error for error, _, _ in refused(tmp_path, unverified)} == {"no error"}
+    check_refused(refused(tmp_path, {"checkpoint": {"load": "saved"}}), f"{name} is damaged")
+
+
+def test_inspect_and_verify(directory, tmp_path, capsys):
+    shutil.copytree(directory / "saved", tmp_path / "saved")
+    assert inspect_checkpoint(["verify", str(tmp_path / "saved")]) == 0
+    assert " files are what their crc32 says" in capsys.readouterr().out
+
+    assert inspect_checkpoint(["inspect", str(tmp_path / "saved")]) == 0
+    seen = capsys.readouterr().out
+    for text in ("with checksums", "optimizer state dp_reshardable", "step 1, 8 samples consumed", "hidden_size "):
+        assert text in seen
+    assert re.search(r"weights: \d+ tensors, \d+\.\d MB bfloat16\n  optimizer state: \d+ tensors, .* MB float32", seen)
+
+    for name in ("__0_0.distcp", "run_config.yaml"):
+        flip_a_bit(name)(tmp_path / ITERATION)
+    assert inspect_checkpoint(["verify", str(tmp_path / "saved")]) == 1
+    seen = capsys.readouterr().out.splitlines()
+    assert [line.partition(" is damaged")[0].rpartition("/")[2] for line in seen[:-1]] == [
+        "__0_0.distcp",
+        "run_config.yaml",
+    ]
+
+    assert inspect_checkpoint(["inspect", str(tmp_path / "nowhere")]) == 1
+    assert capsys.readouterr().err.startswith("inspect: path=")
 
 
 WRONG_OPTIONS = {

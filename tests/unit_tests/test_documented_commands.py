@@ -4,7 +4,7 @@
 A new command in a document needs a row in `RUN_BY`; a row that fits no command any more must go.
 """
 
-import importlib
+import importlib.util
 import re
 import runpy
 import shlex
@@ -39,6 +39,7 @@ RUN_BY = {
     r"IMAGE=.* sbatch .*\.slurm": ("unit_tests/test_slurm_scripts.py", "run_checkpointing_sync_test.slurm"),
     r"torchrun --nproc-per-node \d my_script\.py": (FINETUNE, "scripts/finetune_smollm2/run.py"),
     r"python -m megatron\.bridge\.generate.*": ("functional_tests/test_generate.py", "megatron.bridge.generate"),
+    r"python -m megatron\.bridge\.checkpoint .*": ("functional_tests/test_bad_input.py", "inspect_checkpoint("),
     r"python -m megatron\.bridge\.convert (import|export|roundtrip)\b(?!-).*": (CONVERT, "megatron.bridge.convert"),
     r"python -m megatron\.bridge\.convert (export-adapter|merge) .*": (ADAPTERS, "export-adapter"),
     r"pip install \"megatron-bridge\[local\]\"": ("unit_tests/test_workflows.py", "local"),
@@ -90,6 +91,8 @@ def test_each_row_fits_a_command():
 )
 def test_its_options_exist(command):
     module, *arguments = shlex.split(command)[2:]
+    if importlib.util.find_spec(module).submodule_search_locations is not None:
+        module += ".__main__"
     parser = importlib.import_module(module).build_parser()
     if arguments == ["export"]:
         return  # named in a sentence, without its options

@@ -42,6 +42,7 @@ def on_disk(tmp_path_factory):
     for name, broken in (("half", "metadata.json"), ("no_config", "run_config.yaml"), ("damaged", "run_config.yaml")):
         shutil.copytree(directory / "full", directory / name)
         (directory / name / "iter_0000002" / broken).unlink()
+        (directory / name / "iter_0000002" / "manifest.json").unlink()  # it would speak first
     (directory / "damaged" / "iter_0000002" / "run_config.yaml").write_text("model: [1,")
     (directory / "empty").mkdir()
     return directory

@@ -3,7 +3,8 @@
 
     <root>/latest_checkpointed_iteration.txt    the iteration, or "release": written last, it commits a save
     <root>/latest_train_state.pt                copy of that iteration's train state
-    <root>/iter_0000010/                        .metadata, metadata.json, __*_*.distcp, run_config.yaml, train_state.pt
+    <root>/iter_0000010/                        .metadata, metadata.json, __*_*.distcp, run_config.yaml, train_state.pt,
+                                                manifest.json (see `manifest`)
 
 The same layout as Megatron Bridge's and Megatron-LM's. Nothing here touches a tensor.
 """
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron.bridge.checkpoint.manifest import check_files_of, is_small_file
 from megatron.bridge.utils.files import atomic_write, remove_directory
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
@@ -144,6 +146,14 @@ def iterations(root: str | os.PathLike) -> Iterator[tuple[int, Path]]:
     yield from sorted((iteration, path) for iteration, path in found if iteration is not None)
 
 
+def newer_than_tracker(root: str | os.PathLike) -> list[Path]:
+    """Complete iterations that the tracker passes over: a save was killed before it moved, or it was changed."""
+    tracker = read_tracker(root)
+    if tracker is None or tracker.release:
+        return []
+    return [path for iteration, path in iterations(root) if iteration > tracker.iteration and is_complete(path)]
+
+
 def checkpoint_exists(root: str | os.PathLike | None) -> bool:
     """Whether a directory names a checkpoint to load: a root with a tracker file, or an iteration's own directory.
 
@@ -155,6 +165,23 @@ def checkpoint_exists(root: str | os.PathLike | None) -> bool:
 
 
 def resolve_checkpoint(path: str | os.PathLike, ckpt_step: int | None = None, *, option: str = "path") -> Path:
+    """Find the one iteration that a path means, and see that it can be read: `find_checkpoint`, then its small files.
+
+    Args:
+        path: See `find_checkpoint`; so are the others.
+        ckpt_step: An iteration.
+        option: What named the path.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint, or not that iteration.
+        ValueError: There is one, but it is not complete, or a file of it other than the tensors' is damaged.
+    """
+    directory = find_checkpoint(path, ckpt_step, option=option)
+    check_files_of(directory, is_small_file)
+    return directory
+
+
+def find_checkpoint(path: str | os.PathLike, ckpt_step: int | None = None, *, option: str = "path") -> Path:
     """Find the directory of the one iteration that a path means.
 
     Args:

@@ -18,6 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 
 from megatron.bridge.checkpoint import layout
+from megatron.bridge.checkpoint.manifest import write_manifest
 from megatron.bridge.checkpoint.sharded_save import save_sharded
 from megatron.bridge.checkpoint.sharded_state import load_sharded
 from megatron.bridge.utils.distributed import barrier, is_rank_0, on_all_ranks
@@ -176,6 +177,7 @@ def commit_checkpoint(
                 yaml.safe_dump(run_config, file, sort_keys=False)
             if train_state is not None:
                 _write_train_state(unfinished / layout.TRAIN_STATE_FILE, train_state)
+            write_manifest(unfinished)
             fsync_directory(unfinished)
             move_directory(unfinished, directory)
             if train_state is not None:
@@ -197,6 +199,7 @@ def load_model_weights(
     ckpt_step: int | None = None,
     strict: str = "assume_ok_unexpected",
     is_wanted: Callable[[str], bool] = lambda name: True,
+    verify: bool = True,
 ) -> Path:
     """Load the weights of a checkpoint into a model, at any tensor, pipeline or data layout.
 
@@ -206,6 +209,7 @@ def load_model_weights(
         ckpt_step: This iteration instead of the latest.
         strict: Core's `StrictHandling` name for keys on one side only.
         is_wanted: Which of the model's weights to load, by their names in a chunk.
+        verify: See `load_sharded`.
 
     Returns:
         The directory that was read.
@@ -217,7 +221,7 @@ def load_model_weights(
     with on_all_ranks(f"finding a checkpoint in {path}"):
         directory = layout.resolve_checkpoint(path, ckpt_step)
     template = wanted_weights(model_sharded_state_dict(model), is_wanted)
-    load_model_state_dict(model, load_sharded(template, directory, strict=strict), is_wanted=is_wanted)
+    load_model_state_dict(model, load_sharded(template, directory, strict=strict, verify=verify), is_wanted=is_wanted)
     return directory
 
 

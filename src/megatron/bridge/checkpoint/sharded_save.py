@@ -15,7 +15,7 @@ import queue
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,7 @@ from torch.distributed.checkpoint import filesystem as torch_filesystem
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron.bridge.checkpoint.layout import METADATA_FILE
+from megatron.bridge.checkpoint.manifest import Checksums, ChecksumWriter, write_manifest
 from megatron.bridge.utils.distributed import is_rank_0, on_all_ranks, rank, world_size
 from megatron.bridge.utils.files import atomic_write
 
@@ -109,6 +110,7 @@ class ShardedSave:
         self._writer = writer
         self._metadata = metadata
         self._results: list[Any] = []
+        self._checksums: Checksums = {}
         self._cancelled = threading.Event()
         self.directory = Path(writer.checkpoint_dir)
         self.error: Exception | None = None
@@ -137,15 +139,17 @@ class ShardedSave:
     def _write_files(self) -> None:
         for path, name, (blobs, tensors) in self._writer.write_buckets:
             with open(path, "wb") as file:
+                checksummed = ChecksumWriter(file)
                 for item, data in (*blobs, *tensors):
                     if self._cancelled.is_set():
                         return
                     on_host = data.cpu() if isinstance(data, torch.Tensor) else data
-                    self._results.append(self._write_item(file, on_host, item, name))
+                    self._results.append(self._write_item(checksummed, on_host, item, name))
+                self._checksums[name] = checksummed.entry
                 file.flush()
                 os.fsync(file.fileno())
 
-    def _write_item(self, file: IO[bytes], data: Any, item: Any, name: str) -> Any:
+    def _write_item(self, file: ChecksumWriter, data: Any, item: Any, name: str) -> Any:
         """Torch's own way to put one tensor or blob into a file; 2.6 knows no transforms and no second format."""
         arguments = inspect.signature(torch_filesystem._write_item).parameters
         transforms = [self._writer.transforms] if "transforms" in arguments else []
@@ -167,11 +171,13 @@ class ShardedSave:
         with on_all_ranks(f"writing {self.directory}"):
             if self.error is not None:
                 raise self.error
-        results: list[Any] | None = [None] * world_size() if is_rank_0() else None
-        dist.gather_object(self._results, results)
+        written: list[Any] | None = [None] * world_size() if is_rank_0() else None
+        dist.gather_object((self._results, self._checksums), written)
         with on_all_ranks(f"completing {self.directory}"), _errors_of_the_disk(self.directory):
-            if is_rank_0():
-                self._writer.finish(self._metadata, results)
+            if written is not None:
+                self._writer.finish(self._metadata, [results for results, _ in written])
+                checksums = {name: entry for _, of_a_rank in written for name, entry in of_a_rank.items()}
+                write_manifest(self.directory, checksums)
                 with atomic_write(self.directory / METADATA_FILE) as file:
                     json.dump(dataclasses.asdict(CheckpointingConfig("torch_dist", 1)), file)
 

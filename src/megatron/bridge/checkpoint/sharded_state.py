@@ -32,8 +32,9 @@ from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 
 from megatron.bridge.checkpoint.layout import DCP_METADATA_FILE
+from megatron.bridge.checkpoint.manifest import check_files_of, is_tensor_file
 from megatron.bridge.checkpoint.safe_pickle import read_blob, read_dcp_metadata
-from megatron.bridge.utils.distributed import on_all_ranks
+from megatron.bridge.utils.distributed import on_all_ranks, rank, world_size
 
 COMMON_STATE = ShardedObject("common_state", None, (1,), (0,)).unique_key
 """Under this key later versions of Core keep, among the tensors, what is common to all ranks."""
@@ -45,6 +46,7 @@ def load_sharded(
     *,
     strict: str = "assume_ok_unexpected",
     parallel_group: dist.ProcessGroup | None = None,
+    verify: bool = True,
 ) -> dict[str, Any]:
     """Read the tensors that a sharded state dict describes, with all ranks.
 
@@ -53,17 +55,20 @@ def load_sharded(
         directory: A complete iteration's directory.
         strict: Core's `StrictHandling` name, for keys that are in one of the two and not the other.
         parallel_group: Read each replicated tensor once in this group and exchange.
+        verify: Compare the tensors' files with the checksums in the manifest first, shared out among the ranks.
 
     Returns:
         The template's structure with tensors in place of their descriptions, and the common state.
 
     Raises:
-        ValueError: A file is missing or cut off or holds more than plain data, or a tensor is missing or has another
-            shape; the message names it.
+        ValueError: A file is missing, cut off or damaged, or holds more than plain data, or a tensor is missing or has
+            another shape; the message names it.
     """
     with on_all_ranks(f"matching the model with {directory}"):
         reader = PlainReader(directory)
         check_files(directory)
+        if verify:
+            check_files_of(directory, is_tensor_file, share=rank(), shares=world_size())
         common_state = read_common_state(directory)
         check_shapes(sharded_state_dict, directory)
         for wanted in _sharded_objects(sharded_state_dict):

@@ -227,6 +227,8 @@ def plan_on_all_ranks(cfg: ConfigContainer, context: dict[str, Any]) -> LoadPlan
             for root in (cfg.checkpoint.load, cfg.checkpoint.non_persistent_root(cfg.checkpoint.load)):
                 for path in layout.leftovers(root):
                     logger.warning("%s is passed over: the process that wrote or removed it was killed", path)
+                for path in layout.newer_than_tracker(root):
+                    logger.warning("%s is passed over: %s names an earlier one", path, layout.TRACKER_FILE)
         return plan_load(cfg, local)
 
 
@@ -307,7 +309,8 @@ def load_base_weights(cfg: ConfigContainer, model: list[Any]) -> None:
     if plan.source is Source.HUGGING_FACE:
         _load_hf_weights(model, plan.path)
     else:
-        load_model_weights(model, plan.path, strict=cfg.checkpoint.dist_ckpt_strictness)
+        options = {"strict": cfg.checkpoint.dist_ckpt_strictness, "verify": cfg.checkpoint.verify_integrity}
+        load_model_weights(model, plan.path, **options)
 
 
 def apply_peft_adapter_filter_to_state_dict(state_dict: dict[str, Any], peft: PEFT) -> dict[str, Any]:
@@ -364,6 +367,7 @@ def _load_megatron(
             parallel_group=mpu.get_data_parallel_group(with_context_parallel=True)
             if cfg.checkpoint.fully_parallel_load
             else None,
+            verify=cfg.checkpoint.verify_integrity,
         )
     is_wanted = {} if cfg.peft is None else {"is_wanted": cfg.peft.adapter_key_filter}
     load_model_state_dict(model, loaded, strict=strict, **is_wanted)

@@ -188,8 +188,8 @@ class CheckpointConfig:
     replication_factor: int = 2
     """Machines that hold a copy."""
 
-    verify_integrity: bool = False
-    """Write checksums and check them on load."""
+    verify_integrity: bool = True
+    """Compare the files of tensors with their checksums before they are loaded. Checksums are always written."""
 
     stream_ckpt_dequant: bool = True
     """Dequantise tensor by tensor while a quantised checkpoint is read."""

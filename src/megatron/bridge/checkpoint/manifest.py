@@ -1,0 +1,162 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""The list of a checkpoint's files with their sizes and checksums: what tells a damaged file from a whole one.
+
+    iter_0000010/manifest.json    {"algorithm": "crc32", "files": {"__0_0.distcp": [4096, "9ae0daaf"], ...}}
+
+It is written before the tracker moves. CRC-32 finds every flipped bit and every cut; it is no protection against
+someone who changes files on purpose. Checkpoints of others have none, and are read without it.
+"""
+
+import json
+import logging
+import os
+import zlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import IO
+
+from megatron.bridge.utils.files import atomic_write
+
+logger = logging.getLogger(__name__)
+
+MANIFEST_FILE = "manifest.json"
+ALGORITHM = "crc32"
+TENSOR_FILES = ".distcp"
+
+Checksums = dict[str, tuple[int, str]]
+"""Size in bytes and checksum of each file, by its path below the iteration's directory."""
+
+_READ_AT_ONCE = 1 << 22
+
+
+class ChecksumWriter:
+    """A binary file that knows the checksum of what was written to it, from beginning to end."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._checksum = 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Append; nothing that was written is written anew."""
+        self._checksum = zlib.crc32(data, self._checksum)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        return self._file.tell()
+
+    def flush(self) -> None:
+        """Hand everything to the system."""
+        self._file.flush()
+
+    @property
+    def entry(self) -> tuple[int, str]:
+        """Size and checksum."""
+        return self.tell(), _as_text(self._checksum)
+
+
+def write_manifest(directory: str | os.PathLike, known: Checksums | None = None) -> None:
+    """List every file of a directory that is complete but for its manifest.
+
+    Args:
+        directory: An iteration's, before it gets its name.
+        known: Files whose checksums were taken as they were written; the others are read. Files that an earlier list
+            holds count as known.
+    """
+    directory = Path(directory)
+    listed = {**(read_manifest(directory) or {}), **(known or {})}
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if path.is_file() and name != MANIFEST_FILE and name not in listed:
+            listed[name] = _entry_of(path)
+    with atomic_write(directory / MANIFEST_FILE) as file:
+        json.dump({"algorithm": ALGORITHM, "files": listed}, file, indent=1)
+
+
+def read_manifest(directory: str | os.PathLike) -> Checksums | None:
+    """The files that a checkpoint should have. None where it has no manifest.
+
+    Raises:
+        ValueError: The manifest is damaged.
+    """
+    path = Path(directory) / MANIFEST_FILE
+    try:
+        content = json.loads(path.read_bytes())
+        if content["algorithm"] != ALGORITHM:
+            raise ValueError(f"its algorithm is {str(content['algorithm'])[:20]!r}")
+        return {str(name): (int(size), str(checksum)) for name, (size, checksum) in content["files"].items()}
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0][:80]
+        raise ValueError(f"{path} is damaged ({reason}): expected {ALGORITHM} checksums; {_WAY_OUT}") from error
+
+
+_WAY_OUT = "load another iteration (checkpoint.ckpt_step); if the files were changed on purpose, remove manifest.json"
+
+
+def check_files_of(
+    directory: str | os.PathLike, is_wanted: Callable[[str], bool], *, share: int = 0, shares: int = 1
+) -> int:
+    """Compare files with the manifest.
+
+    Args:
+        directory: An iteration's.
+        is_wanted: Which files, by their path below it.
+        share: Look at each `shares`-th file only, from this one on: ranks share the work.
+        shares: Number of ranks among which it is shared.
+
+    Returns:
+        Bytes that were read; 0 where there is no manifest.
+
+    Raises:
+        ValueError: A file is missing, cut off, or changed; the message names it.
+    """
+    listed = read_manifest(directory)
+    if listed is None:
+        logger.debug("%s has no %s: its files are not checked", directory, MANIFEST_FILE)
+        return 0
+    names = sorted(name for name in listed if is_wanted(name))[share::shares]
+    for name in names:
+        found = damage_of(Path(directory) / name, listed[name])
+        if found is not None:
+            raise ValueError(f"{Path(directory) / name} {found}; {_WAY_OUT}")
+    return sum(listed[name][0] for name in names)
+
+
+def damage_of(path: Path, entry: tuple[int, str]) -> str | None:
+    """What is wrong with a file, in words; None where it is what the manifest says."""
+    size, checksum = entry
+    if not path.is_file():
+        return f"is missing: expected {size} bytes"
+    if path.stat().st_size != size:
+        return f"has {path.stat().st_size} bytes: expected {size}"
+    found = _entry_of(path)[1]
+    return None if found == checksum else f"is damaged: its {ALGORITHM} is {found}, expected {checksum}"
+
+
+def is_tensor_file(name: str) -> bool:
+    """Whether a file holds tensors: all but a few megabytes of a checkpoint are in those."""
+    return name.endswith(TENSOR_FILES)
+
+
+def is_small_file(name: str) -> bool:
+    """Whether a file holds anything else."""
+    return not is_tensor_file(name)
+
+
+def _entry_of(path: Path) -> tuple[int, str]:
+    size = checksum = 0
+    with open(path, "rb") as file:
+        for block in _blocks_of(file):
+            size += len(block)
+            checksum = zlib.crc32(block, checksum)
+    return size, _as_text(checksum)
+
+
+def _blocks_of(file: IO[bytes]) -> Iterable[bytes]:
+    return iter(lambda: file.read(_READ_AT_ONCE), b"")
+
+
+def _as_text(checksum: int) -> str:
+    return f"{checksum:08x}"
