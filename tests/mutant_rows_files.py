@@ -1,0 +1,43 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""The mutants of checkpoints' files: what is damaged must be found; see `tests/mutant_rows.py`."""
+
+from tests.mutant_rows import Mutant
+
+_BAD_INPUT = "tests/functional_tests/test_bad_input.py::test_"
+_MANIFEST = "tests/unit_tests/checkpoint/test_manifest.py::test_"
+CHECKPOINT = "src/megatron/bridge/checkpoint/"
+
+THE_FILES = (
+    Mutant(
+        name="tensors not compared",
+        breaks="a flipped bit is trained on",
+        file=f"{CHECKPOINT}sharded_state.py",
+        text="        if verify:\n",
+        replacement="        if False:\n",
+        tests=(f"{_BAD_INPUT}a_damaged_checkpoint[tensors]",),
+    ),
+    Mutant(
+        name="small files not compared",
+        breaks="a flipped bit in the configuration is believed",
+        file=f"{CHECKPOINT}layout.py",
+        text="    check_files_of(directory, is_small_file)\n",
+        replacement="",
+        tests=(f"{_BAD_INPUT}a_damaged_checkpoint[configuration]",),
+    ),
+    Mutant(
+        name="checksum of the last write alone",
+        breaks="whole files count as damaged",
+        file=f"{CHECKPOINT}manifest.py",
+        text="        self._checksum = zlib.crc32(data, self._checksum)\n",
+        replacement="        self._checksum = zlib.crc32(data)\n",
+        tests=(f"{_MANIFEST}what_was_summed_while_it_was_written_is_not_read_again",),
+    ),
+    Mutant(
+        name="sizes alone",
+        breaks="a file whose bits were flipped passes",
+        file=f"{CHECKPOINT}manifest.py",
+        text="    return None if found == checksum else",
+        replacement="    return None if True else",
+        tests=(f"{_MANIFEST}every_damage_is_found_and_names_its_file",),
+    ),
+)
