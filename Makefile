@@ -26,7 +26,7 @@ $(VENV)/.installed-$(CORE): pyproject.toml
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet torch==$(TORCH)
 	test "$(CORE)" = 0.16.1 || $(BIN)/pip install --quiet triton
 	$(BIN)/pip install --quiet --ignore-requires-python --no-deps megatron-core==$(CORE)
-	$(BIN)/pip install --quiet --editable ".[demo,docs,test]"
+	$(BIN)/pip install --quiet --editable ".[demo,docs,recipes,test]"
 	$(BIN)/pip install --quiet --no-deps --upgrade --only-binary :all: --target $$($(BIN)/python -c \
 		"import sysconfig; print(sysconfig.get_path('purelib'))") --platform manylinux_2_31_$$(uname -m) \
 		--platform manylinux_2_39_$$(uname -m) nvidia-resiliency-ext==$(NVRX) \

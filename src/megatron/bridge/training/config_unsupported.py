@@ -5,6 +5,7 @@ When something is built, delete its row.
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -151,10 +152,27 @@ def log_options_without_effect(cfg: "ConfigContainer") -> None:
 def check_options_are_built(cfg: "ConfigContainer", world_size: int) -> None:
     """Nothing is asked for that isn't built."""
     for row in UNSUPPORTED:
-        value = _value_of(cfg, row.option)
-        if not any(value is accepted or value == accepted for accepted in row.accepted):
-            way_out = row.instead or f"set {row.option}={_as_text(row.accepted[0])}"
-            raise ValueError(f"{row.option}={_as_text(value)} is not built yet: {way_out}")
+        _check_row(row, _value_of(cfg, row.option))
+
+
+def check_overrides_are_built(values: Mapping[str, Any]) -> None:
+    """The same for single options, before there is a configuration; one without effect is refused too.
+
+    Args:
+        values: What is asked for, by option: {"profiling.use_nsys_profiler": True}.
+    """
+    for row in UNSUPPORTED:
+        if row.option in values:
+            _check_row(row, values[row.option])
+    for option in _INERT:
+        if values.get(option):
+            raise ValueError(f"{option}={_as_text(values[option])} is not built yet: leave it out")
+
+
+def _check_row(row: Unsupported, value: Any) -> None:
+    if not any(value is accepted or value == accepted for accepted in row.accepted):
+        way_out = row.instead or f"set {row.option}={_as_text(row.accepted[0])}"
+        raise ValueError(f"{row.option}={_as_text(value)} is not built yet: {way_out}")
 
 
 def check_comm_overlap_is_off(cfg: "ConfigContainer", world_size: int) -> None:
