@@ -86,8 +86,13 @@ def _table(section: str, cls: type) -> str:
         text = texts.get(name, "")
         option = f"{section}.{name}"
         if option in refused:
-            text = f"{text} **Not built yet:** {refused[option] or 'leave it alone'}."
-        cells = (f"`{name}`", f"`{describe(hint)}`", f"`{_default(fields[name])}`", text)
+            text = (
+                text.replace("Not built yet", "**Not built yet**")
+                if "Not built yet" in text
+                else f"{text} **Not built yet.**"
+            )
+            text += f" Instead: {refused[option]}." if refused[option] else ""
+        cells = (f"`{name}`", f"`{_type(hint)}`", f"`{_default(fields[name])}`", text)
         rows.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
     return "\n".join(rows) + "\n"
 
@@ -108,6 +113,12 @@ def _texts_in(cls: type) -> Iterator[tuple[str, str]]:
             continue
         if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
             yield node.target.id, " ".join(str(following.value.value).split())
+
+
+def _type(hint: Any) -> str:
+    """A type in words; an enum of many, such as a signal, by the name that it is known by."""
+    is_long = isinstance(hint, type) and issubclass(hint, enum.Enum) and len(hint) > 8
+    return f"name in {hint.__module__}.{hint.__name__}" if is_long else describe(hint)
 
 
 def _default(field: dataclasses.Field) -> str:
