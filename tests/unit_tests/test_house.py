@@ -21,6 +21,7 @@ FLOORS = {
     "recipes": 5,
     "convert": 5,
     "generate": 5,
+    "memory": 6,  # a command that knows the recipes
 }
 """Each room imports from lower floors and from itself; rooms on one floor don't know each other."""
 

@@ -100,6 +100,11 @@ def current_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def is_on_device(tensor: torch.Tensor) -> bool:
+    """Whether a tensor lies on the (simulated) device, not on the host."""
+    return tensor.is_cuda
+
+
 def synchronize() -> None:
     """Wait for the device's queued work."""
     enter_device()

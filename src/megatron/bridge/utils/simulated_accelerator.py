@@ -134,6 +134,8 @@ class _SimulatedDevice(TorchFunctionMode):
     """Answers for the device in every torch call of the thread that installed it."""
 
     enabled = True
+    holds_data = True
+    """False: tensors of both sides are torch's meta tensors, which have a shape and no memory."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -152,11 +154,15 @@ class _SimulatedDevice(TorchFunctionMode):
             return _tensor_to(subject, args[1:], kwargs)
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             name = func(subject)
+            name = name.replace("torch.meta.", "torch.")
             return name if _is_host(subject) else name.replace("torch.", "torch.cuda.")
         made_on_host = _is_host(subject)
         if "device" in kwargs and kwargs["device"] is not None:
-            made_on_host = _named_device(kwargs["device"]) == "cpu"
-            if _named_device(kwargs["device"]) == "cuda":
+            named = _named_device(kwargs["device"])
+            made_on_host = named == "cpu"
+            if named is not None and not self.holds_data:
+                kwargs["device"] = torch.device("meta")
+            elif named == "cuda":
                 kwargs["device"] = torch.device("cpu")
         if kwargs.get("pin_memory"):
             kwargs["pin_memory"] = False
@@ -259,6 +265,20 @@ def _replace() -> None:
     for owner, name, stand_in in _replacements():
         _originals.append((owner, name, getattr(owner, name)))
         setattr(owner, name, stand_in)
+
+
+@contextlib.contextmanager
+def without_data() -> Iterator[None]:
+    """Inside, the tensors of the device and of the host have shape, dtype and side, and no memory.
+
+    For plans of runs that are larger than this machine. The simulated accelerator must be installed.
+    """
+    _mode.holds_data = False
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        _mode.holds_data = True
 
 
 @contextlib.contextmanager

@@ -1,0 +1,75 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""How much memory a forward pass keeps for its backward pass: a formula, not a measurement.
+
+After Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (2022, section 4), which
+counts what each layer of a GPT keeps in 16 bits: 34 bytes a token and hidden channel without the attention scores. The
+same count for a gated MLP, grouped queries and no dropout, with fused attention, which keeps no scores ("selective"):
+
+    norms and their outputs       8 H                      / TP with sequence parallelism
+    attention                     2 (Q + 2 K) + 2 Q        / TP
+    MLP                           2 F (gate) + 2 F (up) + 2 F (product)     / TP
+
+in bytes a token, with H the hidden size, Q and K the channels of all query heads and of all query groups, F the MLP's
+width. For the paper's GPT (Q = K = H, F = 4 H, no gate: 4 F) this is its 34 H less the 2 H of its dropout masks.
+"""
+
+from collections.abc import Sequence
+
+from megatron.bridge.models.gpt_provider import GPTModelProvider
+
+BYTES_PER_LOGIT = 8
+"""16 bits from the matrix product, FP32 in the cross entropy, 16 bits of gradient."""
+
+
+def layer_bytes_per_token(model: GPTModelProvider, *, is_moe: bool) -> float:
+    """What one layer keeps of one token, in bytes, on each tensor-parallel rank.
+
+    Experts are assumed to be chosen evenly: each rank then works on as many (token, expert) pairs as its own tokens
+    make.
+    """
+    tp = model.tensor_model_parallel_size
+    sequence = tp if model.sequence_parallel else 1
+    groups = model.num_query_groups or model.num_attention_heads
+    channels = model.kv_channels or model.hidden_size // model.num_attention_heads
+    query, key = model.num_attention_heads * channels, groups * channels
+    norms = 8 * model.hidden_size / sequence
+    attention = (2 * (query + 2 * key) + 2 * query) / tp
+    gates = 2 if model.gated_linear_unit else 1
+    if not is_moe:
+        return norms + attention + 2 * (gates + 1) * model.ffn_hidden_size / tp
+    # What goes to an expert and comes back, and the expert's MLP, for each of a token's experts.
+    etp = model.expert_tensor_parallel_size or tp
+    routed = 4 * model.hidden_size + 2 * (gates + 1) * (model.moe_ffn_hidden_size or model.ffn_hidden_size) / etp
+    return norms + attention + model.moe_router_topk * routed * etp / tp
+
+
+def activation_bytes(
+    model: GPTModelProvider, *, moe_layers: Sequence[bool], micro_batch_size: int, micro_batches_in_flight: int
+) -> int:
+    """What the layers of a pipeline stage keep at the peak of a step.
+
+    Args:
+        model: The provider. With `recompute_granularity="full"` a layer keeps its input alone, and one group of layers
+            at a time all of it; "selective" is taken as fused attention, which keeps no scores anyway.
+        moe_layers: For each layer of the stage, whether it has experts.
+        micro_batch_size: Samples of one forward pass, of `model.seq_length` tokens each.
+        micro_batches_in_flight: Forward passes whose backward pass is still to come.
+    """
+    tokens = micro_batch_size * model.seq_length
+    layers = [layer_bytes_per_token(model, is_moe=is_moe) for is_moe in moe_layers]
+    if model.recompute_granularity != "full" or not layers:
+        return round(tokens * sum(layers) * micro_batches_in_flight)
+    boundary = 2 * model.hidden_size / (model.tensor_model_parallel_size if model.sequence_parallel else 1)
+    if model.recompute_method == "block":  # the first layers are recomputed, the others keep all
+        recomputed = min(model.recompute_num_layers, len(layers))
+        kept = recomputed * boundary + sum(layers[recomputed:])
+        return round(tokens * (kept * micro_batches_in_flight + max(layers)))
+    group = model.recompute_num_layers or 1
+    kept = -(-len(layers) // group) * boundary
+    return round(tokens * (kept * micro_batches_in_flight + min(group, len(layers)) * max(layers)))
+
+
+def logit_bytes(model: GPTModelProvider, *, micro_batch_size: int) -> int:
+    """What the last stage holds for the loss of one micro-batch."""
+    rows = model.padded_vocab_size() // model.tensor_model_parallel_size
+    return BYTES_PER_LOGIT * micro_batch_size * model.seq_length * rows

@@ -1,0 +1,114 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""How many bytes a model and its optimizer hold on the device and on the host, counted from the objects themselves."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.utils import unwrap_model
+
+from megatron.bridge.utils.device import is_on_device
+
+MOMENTS = {"adam": 2, "sgd": 1}
+"""Tensors of its own that an optimizer keeps for each parameter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateBytes:
+    """Bytes of one rank, from the first step on."""
+
+    weights: int
+    """Trained and frozen weights and buffers, as the model computes with them."""
+    gradients: int
+    """The data-parallel wrapper's buffers, and FP32 copies of a 16-bit buffer's shard."""
+    masters: int
+    """FP32 weights on the device."""
+    moments: int
+    """The optimizer's own state on the device."""
+    host_masters: int
+    host_moments: int
+    host_gradients: int
+    num_parameters: int
+    """Parameters of this rank."""
+    num_trained: int
+    """Those of them that have a gradient."""
+
+
+def count_state(model: list[Any], optimizer: Any, *, kind: str = "adam") -> StateBytes:
+    """Count what a rank holds once it has taken a step.
+
+    Tensors are counted by their storages, so padding counts and views don't. Moments, which appear at the first step,
+    are counted from what they are made for. Works on meta tensors too, which have no memory.
+
+    Args:
+        model: The chunks, wrapped for data parallelism.
+        optimizer: What `setup_optimizer` returned for them.
+        kind: The optimizer's name, see `MOMENTS`.
+    """
+    params = [param for chunk in model for param in chunk.parameters()]
+    weights = _Storages([*params, *(buffer for chunk in model for buffer in unwrap_model(chunk).buffers())])
+    gradients = _Storages(_gradient_buffers(model))
+    masters = _Storages((), known=weights)
+    host = dict.fromkeys(("moments", "gradients"), 0)
+    device = dict.fromkeys(("moments", "gradients"), 0)
+    for torch_optimizer in _torch_optimizers(optimizer):
+        outer = [param for group in torch_optimizer.param_groups for param in group["params"]]
+        is_hybrid = isinstance(torch_optimizer, HybridDeviceOptimizer)
+        stepped_on = list(torch_optimizer.param_to_inner_param.values()) if is_hybrid else outer
+        masters.add([*outer, *stepped_on])
+        for param in stepped_on:
+            side = device if is_on_device(param) else host
+            side["moments"] += MOMENTS[kind] * param.numel() * param.element_size()
+            if side is host or (gradients.are_16_bit and param.dtype == torch.float32):
+                side["gradients"] += param.numel() * param.element_size()
+    return StateBytes(
+        weights=weights.num_bytes(on_device=True),
+        gradients=gradients.num_bytes(on_device=True) + device["gradients"],
+        masters=masters.num_bytes(on_device=True),
+        moments=device["moments"],
+        host_masters=masters.num_bytes(on_device=False),
+        host_moments=host["moments"],
+        host_gradients=host["gradients"],
+        num_parameters=sum(param.numel() for param in params),
+        num_trained=sum(param.numel() for param in params if param.requires_grad),
+    )
+
+
+class _Storages:
+    """The storages under some tensors, each once."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor], known: "_Storages | None" = None) -> None:
+        self._known = known._found if known else {}
+        self._found: dict[int, tuple[bool, int]] = {}
+        self.are_16_bit = False
+        self.add(tensors)
+
+    def add(self, tensors: Iterable[torch.Tensor]) -> None:
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._known:  # meta storages have no address
+                self._found[storage._cdata] = (is_on_device(tensor), storage.nbytes())
+            self.are_16_bit |= tensor.element_size() == 2
+
+    def num_bytes(self, *, on_device: bool) -> int:
+        return sum(num_bytes for is_on_device, num_bytes in self._found.values() if is_on_device == on_device)
+
+
+def _gradient_buffers(model: list[Any]) -> Iterator[torch.Tensor]:
+    for chunk in model:
+        if isinstance(chunk, DistributedDataParallel):
+            for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
+                yield buffer.grad_data
+
+
+def _torch_optimizers(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
+    """What steps, inside of Core's optimizers; nothing for a rank without trained parameters."""
+    children = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else []
+    for child in children:
+        yield from _torch_optimizers(child)
+    if not children and getattr(optimizer, "optimizer", None) is not None:
+        yield optimizer.optimizer

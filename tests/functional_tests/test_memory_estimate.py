@@ -1,0 +1,105 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""The memory estimate against what two ranks really hold after a step, on the device and on the host."""
+
+import gc
+
+import pytest
+import torch
+
+from megatron.bridge.training.memory_estimate import plan_memory
+from tests.ranks import run_on_ranks
+from tests.tiny import tiny_config
+
+SIZES = {
+    "num_layers": 4,
+    "hidden_size": 128,
+    "ffn_hidden_size": 384,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "vocab_size": 512,
+}
+EXPERTS = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 96, "expert_model_parallel_size": 2}
+
+
+def _offload(fraction, **options):
+    return {"optimizer": {"optimizer_cpu_offload": True, "optimizer_offload_fraction": fraction, **options}}
+
+
+CASES = {
+    "no offload": {},
+    "nothing offloaded": _offload(0.0),
+    "half": _offload(0.5),
+    "all": _offload(1.0),
+    "half, precision-aware": _offload(0.5, use_precision_aware_optimizer=True),
+    "all, precision-aware": _offload(1.0, use_precision_aware_optimizer=True),
+    "gradients in 16 bits": {"ddp": {"grad_reduce_in_fp32": False}, "bf16_gradients": True},
+    "not distributed": {"optimizer": {"use_distributed_optimizer": False}, "ddp": {"use_distributed_optimizer": False}},
+    "TP 2": {"model": {"tensor_model_parallel_size": 2, "sequence_parallel": True}, **_offload(0.5)},
+    "PP 2": {"model": {"pipeline_model_parallel_size": 2}, **_offload(0.5)},
+    "EP 2": {"model": EXPERTS, **_offload(0.5)},
+    "LoRA": {"lora": True, **_offload(0.5)},
+}
+
+
+def _config(case):
+    from megatron.bridge.peft.lora import LoRA
+    from megatron.bridge.training.mixed_precision import get_mixed_precision_config
+
+    case = dict(CASES[case])
+    lora, in_16_bits = case.pop("lora", False), case.pop("bf16_gradients", False)
+    cfg = tiny_config("unused", **{**case, "model": {**SIZES, **case.get("model", {})}})
+    cfg.tokenizer.vocab_size = SIZES["vocab_size"]
+    cfg.checkpoint.save = None
+    if in_16_bits:
+        cfg.mixed_precision = get_mixed_precision_config("bf16_mixed")
+        cfg.mixed_precision.grad_reduce_in_fp32 = False
+    if lora:
+        cfg.peft, cfg.checkpoint.pretrained_checkpoint = LoRA(dim=8), "."
+    return cfg
+
+
+def _held_after_a_step(case):
+    """Bytes of all tensors that a run made and still holds after a step: on the device, and on the host."""
+    from megatron.bridge.training.config import runtime_config_update
+    from megatron.bridge.training.initialize import destroy_global_state, initialize_megatron
+    from megatron.bridge.training.optim import setup_optimizer
+
+    cfg = _config(case)
+    gc.collect()
+    before = _tensors()
+    known = {tensor.untyped_storage()._cdata for tensor in before}
+    runtime_config_update(cfg)
+    groups = initialize_megatron(cfg)
+    adapt = None if cfg.peft is None else lambda chunks: cfg.peft(chunks, training=True)
+    model = cfg.model.provide_distributed_model(ddp_config=cfg.ddp, pg_collection=groups, pre_wrap_hook=adapt)
+    optimizer, _ = setup_optimizer(cfg.optimizer, cfg.scheduler, model, cfg.dist.use_gloo_process_groups)
+    for chunk in model:
+        for param in chunk.parameters():
+            if param.requires_grad:
+                param.main_grad.fill_(1e-3)
+        chunk.finish_grad_sync()
+    optimizer.step()
+    gc.collect()
+    held = {}
+    for tensor in _tensors():
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            is_on_device, num_bytes = held.get(storage._cdata, (True, 0))
+            held[storage._cdata] = (is_on_device and tensor.is_cuda, storage.nbytes())
+    sides = [sum(size for on_device, size in held.values() if on_device == side) for side in (True, False)]
+    destroy_global_state()
+    return sides
+
+
+def _tensors():
+    return [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_estimate_is_what_ranks_hold(case):
+    for rank, (on_device, on_host) in enumerate(run_on_ranks(_held_after_a_step, 2, case)):
+        state = plan_memory(_config(case), world_size=2, rank=rank, budget_bytes=1 << 60).as_configured.state
+        estimated_device = state.weights + state.gradients + state.masters + state.moments
+        estimated_host = state.host_masters + state.host_moments + state.host_gradients
+        assert estimated_device == pytest.approx(on_device, rel=0.03), "device"
+        assert estimated_host == pytest.approx(on_host, rel=0.03, abs=1 << 14), "host"
