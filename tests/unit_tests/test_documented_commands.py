@@ -20,6 +20,7 @@ pytestmark = pytest.mark.any_core
 
 FINETUNE, RESUME = "functional_tests/test_finetune_smollm2.py", "functional_tests/test_resume_matrix.py"
 CONVERT, ADAPTERS = "functional_tests/test_conversion_command.py", "functional_tests/test_lora_export.py"
+RECIPE = "functional_tests/test_run_recipe.py"
 HELP = "--help"
 """Takes minutes, and what it measures is printed, not tested: only its start is."""
 
@@ -42,6 +43,8 @@ RUN_BY = {
     r"python -m megatron\.bridge\.checkpoint .*": ("functional_tests/test_bad_input.py", "inspect_checkpoint("),
     r"python -m megatron\.bridge\.convert (import|export|roundtrip)\b(?!-).*": (CONVERT, "megatron.bridge.convert"),
     r"python -m megatron\.bridge\.convert (export-adapter|merge) .*": (ADAPTERS, "export-adapter"),
+    r"(python|torchrun --nproc-per-node 8) scripts/training/run_recipe\.py .*": (RECIPE, "run_recipe.py"),
+    r"python -m megatron\.bridge\.memory .*": ("unit_tests/recipes/test_recipes.py", "megatron.bridge.memory"),
     r"pip install \"megatron-bridge\[local\]\"": ("unit_tests/test_workflows.py", "local"),
     r"python benchmarks/\w+\.py": (HELP, ""),
 }
@@ -56,7 +59,8 @@ def commands() -> tuple[tuple[str, str], ...]:
     found = []
     for document in DOCUMENTS:
         text = document.read_text(encoding="utf-8")
-        blocks = re.findall(r"^```(?:bash|sh)?\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+        fenced = re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+        blocks = [block for language, block in fenced if language in ("", "bash", "sh")]
         lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
         lines += re.findall(r"`([^`\n]+)`", without_fences(text))
         for line in lines:

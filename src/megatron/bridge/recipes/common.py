@@ -3,7 +3,7 @@
 
 from typing import Any
 
-from megatron.bridge.data.config import GPTSFTDatasetConfig, TokenizerConfig
+from megatron.bridge.data.config import GPTSFTDatasetConfig, MockGPTDatasetConfig, TokenizerConfig
 from megatron.bridge.peft.base import PEFT
 from megatron.bridge.peft.dora import DoRA
 from megatron.bridge.peft.lora import LoRA
@@ -80,3 +80,41 @@ def sft_common(model: Any, *, seq_length: int, run_directory: str = "./nemo_expe
         rng=RNGConfig(seed=5678),
         mixed_precision="bf16_mixed",
     )
+
+
+def peft_common(
+    model: Any, *, seq_length: int, peft_scheme: str | PEFT = "lora", run_directory: str = "./nemo_experiments/default"
+) -> ConfigContainer:
+    """As `sft_common`, with adapters beside frozen weights, and their higher learning rate.
+
+    Args:
+        model: The model provider.
+        seq_length: Longest sample, in tokens.
+        peft_scheme: As for `default_peft_config`.
+        run_directory: As for `sft_common`.
+    """
+    cfg = sft_common(model, seq_length=seq_length, run_directory=run_directory)
+    cfg.peft = default_peft_config(peft_scheme)
+    cfg.optimizer.lr = 1e-4
+    return cfg
+
+
+def pretrain_common(
+    model: Any, *, seq_length: int, run_directory: str = "./nemo_experiments/default"
+) -> ConfigContainer:
+    """Training from random weights in bf16, on Core's mock data until `dataset` names a blend of your own.
+
+    Args:
+        model: The model provider.
+        seq_length: Length of every sample, in tokens.
+        run_directory: As for `sft_common`.
+    """
+    cfg = sft_common(model, seq_length=seq_length, run_directory=run_directory)
+    cfg.dataset = MockGPTDatasetConfig(seq_length=seq_length)
+    cfg.tokenizer = TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=model.vocab_size)
+    cfg.optimizer.lr, cfg.optimizer.min_lr, cfg.optimizer.adam_beta2 = 3e-4, 3e-5, 0.95
+    cfg.scheduler.lr_warmup_iters = 500
+    cfg.train.train_iters, cfg.train.global_batch_size = 100_000, 512
+    cfg.checkpoint.save_interval, cfg.validation.eval_interval = 1000, 1000
+    cfg.rng = RNGConfig(seed=1234)
+    return cfg

@@ -1,0 +1,126 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Train as a recipe says.
+
+    torchrun --nproc-per-node 8 scripts/training/run_recipe.py --recipe llama32_1b_sft_config \
+        --hf-path models/Llama-3.2-1B dataset.dataset_root=data/mine
+    python scripts/training/run_recipe.py --list
+    python scripts/training/run_recipe.py --recipe llama31_405b_sft_config --dry-run --world-size 1024
+
+The recipe comes first, then the Hugging Face directory, the options, the YAML file, and key=value, which has the last
+word.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from megatron.bridge.recipes import all_recipes
+from megatron.bridge.recipes.build import MODES, PEFT_SCHEMES, RecipeRequest
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; options are taken with underscores too, as in Megatron Bridge 0.3."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="show all recipes and end")
+    parser.add_argument("--recipe", help="a name from --list, its first part with --mode, or module:function")
+    parser.add_argument("--mode", choices=tuple(MODES), help="default: as the recipe's name says")
+    _add(parser, "--peft-scheme", choices=PEFT_SCHEMES, help="kind of adapters (default: lora)")
+    _add(parser, "--hf-path", help="take sizes, weights and tokenizer from this Hugging Face directory")
+    _add(parser, "--seq-length", type=int, help="longest sample in tokens (default: the recipe's)")
+    _add(parser, "--packed-sequence", action="store_true", help="pack several samples into each row")
+    _add(parser, "--step-func", default="gpt_step", help="gpt_step, or module:function (default: %(default)s)")
+    _add(parser, "--config-file", help="YAML with options to set before the overrides")
+    _add(parser, "--dry-run", action="store_true", help="show the resolved configuration and its memory, and end")
+    _add(parser, "--world-size", type=int, help="with --dry-run: plan for this many ranks")
+    parser.add_argument("--rank", type=int, help="with --dry-run: plan this rank (default: the one that needs most)")
+    _add(parser, "--gpu-gib", type=float, default=80.0, help="with --dry-run: memory of a device (default: 80)")
+    _add(parser, "--reserve-gib", type=float, default=4.0, help="of it, for CUDA and NCCL (default: 4)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options, e.g. train.train_iters=50")
+    return parser
+
+
+def _add(parser: argparse.ArgumentParser, option: str, **settings: Any) -> None:
+    parser.add_argument(option, f"--{option[2:].replace('-', '_')}", **settings)
+
+
+def load_step(name: str) -> Callable:
+    """The forward step of a name.
+
+    Raises:
+        ValueError: There is none.
+    """
+    module, colon, function = name.partition(":")
+    if not colon:
+        module, function = f"megatron.bridge.training.{name}", "forward_step"
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"--step-func {name}: {error}; expected gpt_step, or module:function") from None
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Build the configuration, and train or plan."""
+    request = RecipeRequest(
+        recipe=arguments.recipe,
+        mode=arguments.mode,
+        peft_scheme=arguments.peft_scheme,
+        hf_path=arguments.hf_path,
+        seq_length=arguments.seq_length,
+        packed_sequence=arguments.packed_sequence,
+        config_file=arguments.config_file,
+        overrides=arguments.overrides,
+    )
+    _, mode = request.resolve()  # a wrong name is said before torch is imported
+    if arguments.dry_run:
+        if os.environ.get("RANK", "0") == "0":
+            plan(request, arguments)
+        return
+    step = load_step(arguments.step_func)
+    if mode == "pretrain":
+        from megatron.bridge.training.pretrain import pretrain as train
+    else:
+        from megatron.bridge.training.finetune import finetune as train
+    train(request.build(), step)
+
+
+def plan(request: RecipeRequest, arguments: argparse.Namespace) -> None:
+    """Show what a run would be told, and the memory it would need."""
+    from megatron.bridge.recipes.build import smallest_world_size
+    from megatron.bridge.training.memory_estimate import GIB, as_table, plan_memory, resolve
+
+    cfg = request.build()
+    world_size = arguments.world_size or int(os.environ.get("WORLD_SIZE", smallest_world_size(cfg)))
+    resolved, left_open = resolve(cfg, world_size=world_size)
+    print(resolved.to_yaml())
+    budget = int((arguments.gpu_gib - arguments.reserve_gib) * GIB)
+    print(as_table(plan_memory(cfg, world_size=world_size, budget_bytes=budget, rank=arguments.rank)))
+    if left_open:
+        print(f"still to set: {', '.join(left_open)}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        The exit status: 0, or 1 after an error, which is reported in one line.
+    """
+    parser = build_parser()
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.list:
+        print("\n".join(sorted(all_recipes())))
+        return 0
+    if arguments.recipe is None:
+        parser.error("--recipe is missing: --list shows all")
+    try:
+        run(arguments)
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        print(f"run_recipe: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,153 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""From what a command line says to a configuration: the recipe, a Hugging Face directory, options, overrides."""
+
+import dataclasses
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megatron.bridge.recipes import all_recipes, find_recipe
+
+if TYPE_CHECKING:
+    from megatron.bridge.training.config import ConfigContainer
+
+MODES = {
+    "pretrain": "pretrain",
+    "sft": "sft",
+    "peft": "peft",
+    "finetune": "sft",  # Megatron Bridge 0.3's name
+    "lora": "peft",
+    "dora": "peft",
+}
+"""What `--mode` may say, and the mode of recipes that it means."""
+
+PEFT_SCHEMES = ("lora", "dora")
+
+_KEPT_WITH_A_DIRECTORY = (
+    "seq_length",
+    "calculate_per_token_loss",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "sequence_parallel",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "recompute_granularity",
+    "recompute_method",
+    "recompute_num_layers",
+)
+"""Fields of the model that say how it is trained, not what it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeRequest:
+    """What is asked for."""
+
+    recipe: str
+    """A recipe's name; with `mode` its first part will do; or `module:function` of your own."""
+    mode: str | None = None
+    """One of `MODES`. None: as the recipe's name says."""
+    peft_scheme: str | None = None
+    """One of `PEFT_SCHEMES`. None: as the mode says, or LoRA."""
+    hf_path: str | None = None
+    """Directory of a Hugging Face model: its sizes, weights and tokenizer are taken. None: the recipe's sizes."""
+    seq_length: int | None = None
+    """Longest sample in tokens. None: the recipe's."""
+    packed_sequence: bool = False
+    """Whether to pack several samples into rows of `seq_length`."""
+    config_file: str | None = None
+    """YAML with options to set. None: no file."""
+    overrides: Sequence[str] = ()
+    """`train.train_iters=50` and the like; they have the last word."""
+
+    def resolve(self) -> tuple[str, str]:
+        """The recipe's full name, and its mode: "pretrain", "sft" or "peft".
+
+        Raises:
+            ValueError: There is none such, or its name and the mode contradict each other.
+        """
+        if self.mode is not None and self.mode not in MODES:
+            raise ValueError(f"--mode {self.mode!r}: expected one of {', '.join(MODES)}")
+        asked = MODES[self.mode] if self.mode else None
+        name = self.recipe
+        if asked and f"{name}_{asked}_config" in all_recipes():
+            name = f"{name}_{asked}_config"
+        found = next((mode for mode in ("pretrain", "sft", "peft") if name.endswith(f"_{mode}_config")), None)
+        is_finetune_of_adapters = self.mode == "finetune" and found == "peft"
+        if found and asked and found != asked and not is_finetune_of_adapters:
+            right = name.removesuffix(f"_{found}_config") + f"_{asked}_config"
+            raise ValueError(f"--mode {self.mode} with recipe {name}: expected --mode {found}, or --recipe {right}")
+        if not (found or asked):
+            find_recipe(name)
+            raise ValueError(f"recipe {name!r} doesn't say what it does: add --mode pretrain, sft or peft")
+        return name, found or asked
+
+    def build(self) -> "ConfigContainer":
+        """The configuration that was asked for.
+
+        Raises:
+            ValueError, FileNotFoundError: Something asked for isn't there or can't work.
+        """
+        from megatron.bridge.training.utils.omegaconf_utils import process_config_with_overrides
+
+        name, mode = self.resolve()
+        recipe = find_recipe(name)
+        scheme = self.peft_scheme or (self.mode if self.mode in PEFT_SCHEMES else None)
+        if scheme and mode != "peft":
+            raise ValueError(
+                f"--peft-scheme {scheme} with recipe {name}, which trains all weights: use its peft recipe"
+            )
+        takes_scheme = "peft_scheme" in inspect.signature(recipe).parameters
+        if scheme and not takes_scheme:
+            raise ValueError(f"--peft-scheme {scheme}: recipe {name} takes no peft_scheme; set peft in it")
+        cfg = recipe(peft_scheme=scheme) if scheme else recipe()
+        if self.hf_path is not None:
+            use_hf_directory(cfg, self.hf_path)
+        if self.seq_length is not None:
+            cfg.model.seq_length = cfg.dataset.seq_length = self.seq_length
+        if self.packed_sequence:
+            if not hasattr(cfg.dataset, "enable_offline_packing"):
+                raise ValueError(f"--packed-sequence: recipe {name} trains on whole rows already; leave it out")
+            cfg.dataset.enable_offline_packing = True
+        return process_config_with_overrides(cfg, self.config_file, list(self.overrides))
+
+
+def use_hf_directory(cfg: "ConfigContainer", hf_path: str) -> None:
+    """Take a model's sizes, weights and tokenizer from a Hugging Face directory; how it is trained stays.
+
+    Args:
+        cfg: Any configuration; it is changed.
+        hf_path: The directory, or a hub name that can be fetched.
+
+    Raises:
+        FileNotFoundError: No such model.
+        ValueError: Its architecture or configuration can't be expressed.
+    """
+    from megatron.bridge.models.conversion.auto_bridge import AutoBridge
+
+    bridge = AutoBridge.from_hf_pretrained(hf_path)
+    provider = bridge.to_megatron_provider(load_weights=False)
+    known = {field.name for field in dataclasses.fields(provider)}
+    for name in _KEPT_WITH_A_DIRECTORY:
+        if name in known:
+            setattr(provider, name, getattr(cfg.model, name))
+    cfg.model = provider
+    if cfg.tokenizer.tokenizer_type == "HuggingFaceTokenizer":  # else it is for data that is numbers already
+        cfg.checkpoint.pretrained_checkpoint = str(bridge.directory)
+        cfg.tokenizer.tokenizer_model = str(bridge.directory)
+    else:
+        cfg.tokenizer.vocab_size = provider.vocab_size
+
+
+def smallest_world_size(cfg: "ConfigContainer") -> int:
+    """The fewest ranks that one copy of a configuration's model takes."""
+    import math
+
+    model = cfg.model
+    stages = model.pipeline_model_parallel_size
+    dense = model.tensor_model_parallel_size * stages * model.context_parallel_size
+    expert_tensor = model.expert_tensor_parallel_size or model.tensor_model_parallel_size
+    return math.lcm(dense, expert_tensor * model.expert_model_parallel_size * stages)

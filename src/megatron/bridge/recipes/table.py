@@ -1,0 +1,135 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""A family of recipes as a table: one row a size, three recipes a row.
+
+Nothing heavy is imported before a recipe is called, so that all names are known at once.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron.bridge.models.gpt_provider import GPTModelProvider
+    from megatron.bridge.peft.base import PEFT
+    from megatron.bridge.training.config import ConfigContainer
+
+Recipe = Callable[..., "ConfigContainer"]
+"""A function that returns a ready configuration; one for adapters takes `peft_scheme`."""
+
+_FIELDS = {
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "ep": "expert_model_parallel_size",
+    "etp": "expert_tensor_parallel_size",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How ranks share a model, and how many of them a recipe is meant for."""
+
+    gpus: int = 1
+    """Devices of 80 GB, at least; a multiple of it trains on more data at a time."""
+    tp: int = 1
+    """Ranks that share each matrix."""
+    pp: int = 1
+    """Ranks that share the layers."""
+    ep: int = 1
+    """Ranks that share the experts."""
+    etp: int | None = None
+    """Ranks that share each expert's matrices; None: as many as share the others."""
+    counts_embeddings: bool = False
+    """Whether embedding and output layer count as a layer each when layers are dealt to stages."""
+
+    def fields(self) -> dict[str, Any]:
+        """The provider's fields."""
+        fields: dict[str, Any] = {name: getattr(self, axis) for axis, name in _FIELDS.items()}
+        fields["sequence_parallel"] = self.tp > 1
+        if self.counts_embeddings:
+            fields["account_for_embedding_in_pipeline_split"] = True
+            fields["account_for_loss_in_pipeline_split"] = True
+        return fields
+
+    def __str__(self) -> str:
+        """Such as `TP 8, PP 4`."""
+        sizes = {axis.upper(): getattr(self, axis) for axis in _FIELDS}
+        return ", ".join(f"{axis} {size}" for axis, size in sizes.items() if size not in (None, 1)) or "one device"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSize:
+    """One published model."""
+
+    hf_name: str
+    """Its name on the Hugging Face hub; nothing is fetched."""
+    parameters: int
+    """How many it is known to have."""
+    fields: Mapping[str, Any]
+    """Fields of the provider that differ from its class's."""
+    full: Layout = field(default_factory=Layout)
+    """To train all weights."""
+    adapters: Layout = field(default_factory=Layout)
+    """To train adapters."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A table of sizes of one provider class."""
+
+    provider: str
+    """The provider's class, as `module.Class`."""
+    sizes: Mapping[str, ModelSize]
+    """By the first part of the recipe's name."""
+
+    def build_provider(self, size: str, layout: Layout) -> "GPTModelProvider":
+        """The model of a size, shared by ranks as a layout says."""
+        from megatron.bridge.models.conversion.hf_config import vocabulary_fields
+
+        module, _, name = self.provider.rpartition(".")
+        fields = self.sizes[size].fields
+        provider_class = getattr(importlib.import_module(module), name)
+        return provider_class(**vocabulary_fields(fields["vocab_size"]), **fields, **layout.fields())
+
+    def pretrain(self, size: str) -> "ConfigContainer":
+        """All weights, from random ones, on Core's mock data."""
+        from megatron.bridge.recipes.common import pretrain_common
+
+        return pretrain_common(self.build_provider(size, self.sizes[size].full), seq_length=4096)
+
+    def sft(self, size: str) -> "ConfigContainer":
+        """All weights, from pretrained ones."""
+        from megatron.bridge.recipes.common import sft_common
+
+        return sft_common(self.build_provider(size, self.sizes[size].full), seq_length=2048)
+
+    def peft(self, size: str, peft_scheme: "str | PEFT" = "lora") -> "ConfigContainer":
+        """Adapters beside frozen pretrained weights."""
+        from megatron.bridge.recipes.common import peft_common
+
+        provider = self.build_provider(size, self.sizes[size].adapters)
+        return peft_common(provider, seq_length=2048, peft_scheme=peft_scheme)
+
+    def recipes(self, module: str) -> dict[str, Recipe]:
+        """`<size>_{pretrain,sft,peft}_config` for every size, to be put into the namespace of `module`."""
+        found: dict[str, Recipe] = {}
+        for size in self.sizes:
+            for build in (self.pretrain, self.sft, self.peft):
+                recipe = _bound(build, size, module)
+                found[recipe.__name__] = recipe
+        return found
+
+
+def _bound(build: Recipe, size: str, module: str) -> Recipe:
+    """A function of the module, with a name and a text of its own, that builds one size."""
+    mode = build.__name__
+
+    def recipe(*args: Any, **kwargs: Any) -> "ConfigContainer":
+        return build(size, *args, **kwargs)
+
+    recipe.__module__, recipe.__name__, recipe.__qualname__ = module, *2 * (f"{size}_{mode}_config",)
+    recipe.__doc__ = f"{size}, {mode}: {build.__doc__}"
+    signature = inspect.signature(build)
+    recipe.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
+    return recipe

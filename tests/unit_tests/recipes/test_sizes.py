@@ -1,0 +1,176 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Each row of a recipe's table is the model that was published: by its parameters, and by its configuration."""
+
+import dataclasses
+from importlib import import_module
+from typing import Any
+
+import pytest
+import transformers
+
+from megatron.bridge import AutoBridge
+from megatron.bridge.recipes import FAMILIES
+from megatron.bridge.recipes.table import Layout
+from megatron.bridge.utils.planned_world import planned_world
+
+SIZES = {
+    size: family
+    for family in (import_module(f"megatron.bridge.recipes.{name}").FAMILY for name in FAMILIES)
+    for size in family.sizes
+}
+
+PUBLISHED_PARAMETERS = {
+    "llama32_1b": 1_235_814_400,
+    "llama32_3b": 3_212_749_824,
+    "llama3_8b": 8_030_261_248,
+    "llama31_8b": 8_030_261_248,
+    "llama3_70b": 70_553_706_496,
+    "llama31_70b": 70_553_706_496,
+    "llama31_405b": 405_853_388_800,
+    "qwen25_500m": 494_032_768,
+    "qwen25_1p5b": 1_543_714_304,
+    "qwen25_7b": 7_615_616_512,
+    "qwen25_14b": 14_770_033_664,
+    "qwen25_32b": 32_763_876_352,
+    "qwen25_72b": 72_706_203_648,
+    "qwen3_600m": 596_049_920,
+    "qwen3_1p7b": 1_720_574_976,
+    "qwen3_4b": 4_022_468_096,
+    "qwen3_8b": 8_190_735_360,
+    "qwen3_14b": 14_768_307_200,
+    "qwen3_32b": 32_762_123_264,
+    "qwen3_30b_a3b": 30_532_122_624,
+    "qwen3_235b_a22b": 235_093_634_560,
+    "mistral_7b": 7_248_023_552,
+    "mixtral_8x7b": 46_702_792_704,
+    "smollm2_135m": 134_515_008,
+    "smollm2_360m": 361_821_120,
+    "smollm2_1p7b": 1_711_376_384,
+}
+"""As the weights' own indexes count them."""
+
+
+def _llama(layers: int, hidden: int, ffn: int, heads: int, **others: Any) -> Any:
+    llama3 = {"vocab_size": 128256, "num_key_value_heads": 8, "rope_theta": 500000.0}
+    return transformers.LlamaConfig, (layers, hidden, ffn, heads), {"rms_norm_eps": 1e-5, **llama3, **others}
+
+
+def _stretched(factor: float) -> dict[str, Any]:
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+
+
+def _smollm2(layers: int, hidden: int, ffn: int, heads: int, groups: int, *, base: float, std: float) -> Any:
+    others = {"vocab_size": 49152, "rope_theta": base, "initializer_range": std, "tie_word_embeddings": True}
+    return _llama(layers, hidden, ffn, heads, num_key_value_heads=groups, **others)
+
+
+def _qwen2(layers: int, hidden: int, ffn: int, heads: int, groups: int, *, eps: float = 1e-6, **others: Any) -> Any:
+    fields = {"num_key_value_heads": groups, "rms_norm_eps": eps, "rope_theta": 1e6, "use_sliding_window": False}
+    return transformers.Qwen2Config, (layers, hidden, ffn, heads), {**fields, **others}
+
+
+_QWEN_TIED = {"vocab_size": 151936, "tie_word_embeddings": True}
+_QWEN_UNTIED = {"vocab_size": 152064, "tie_word_embeddings": False}
+
+
+def _qwen3(layers: int, hidden: int, ffn: int, heads: int, *, tied: bool) -> Any:
+    fields = {"num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "vocab_size": 151936}
+    return transformers.Qwen3Config, (layers, hidden, ffn, heads), {**fields, "tie_word_embeddings": tied}
+
+
+def _qwen3_moe(layers: int, hidden: int, ffn: int, heads: int, *, expert_ffn: int) -> Any:
+    experts = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": expert_ffn}
+    fields = {"num_key_value_heads": 4, "head_dim": 128, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "vocab_size": 151936}
+    others = {"norm_topk_prob": True, "router_aux_loss_coef": 0.001, "tie_word_embeddings": False}
+    return transformers.Qwen3MoeConfig, (layers, hidden, ffn, heads), {**experts, **fields, **others}
+
+
+PUBLISHED_CONFIGS = {
+    "llama32_1b": _llama(16, 2048, 8192, 32, head_dim=64, rope_scaling=_stretched(32.0), tie_word_embeddings=True),
+    "llama32_3b": _llama(28, 3072, 8192, 24, head_dim=128, rope_scaling=_stretched(32.0), tie_word_embeddings=True),
+    "llama3_8b": _llama(32, 4096, 14336, 32),
+    "llama31_8b": _llama(32, 4096, 14336, 32, rope_scaling=_stretched(8.0)),
+    "llama3_70b": _llama(80, 8192, 28672, 64),
+    "llama31_70b": _llama(80, 8192, 28672, 64, rope_scaling=_stretched(8.0)),
+    "llama31_405b": _llama(126, 16384, 53248, 128, rope_scaling=_stretched(8.0)),
+    "qwen25_500m": _qwen2(24, 896, 4864, 14, 2, **_QWEN_TIED),
+    "qwen25_1p5b": _qwen2(28, 1536, 8960, 12, 2, **_QWEN_TIED),
+    "qwen25_7b": _qwen2(28, 3584, 18944, 28, 4, **_QWEN_UNTIED),
+    "qwen25_14b": _qwen2(48, 5120, 13824, 40, 8, eps=1e-5, **_QWEN_UNTIED),
+    "qwen25_32b": _qwen2(64, 5120, 27648, 40, 8, eps=1e-5, **_QWEN_UNTIED),
+    "qwen25_72b": _qwen2(80, 8192, 29568, 64, 8, eps=1e-5, **_QWEN_UNTIED),
+    "qwen3_600m": _qwen3(28, 1024, 3072, 16, tied=True),
+    "qwen3_1p7b": _qwen3(28, 2048, 6144, 16, tied=True),
+    "qwen3_4b": _qwen3(36, 2560, 9728, 32, tied=True),
+    "qwen3_8b": _qwen3(36, 4096, 12288, 32, tied=False),
+    "qwen3_14b": _qwen3(40, 5120, 17408, 40, tied=False),
+    "qwen3_32b": _qwen3(64, 5120, 25600, 64, tied=False),
+    "qwen3_30b_a3b": _qwen3_moe(48, 2048, 6144, 32, expert_ffn=768),
+    "qwen3_235b_a22b": _qwen3_moe(94, 4096, 12288, 64, expert_ffn=1536),
+    "mistral_7b": (
+        transformers.MistralConfig,
+        (32, 4096, 14336, 32),
+        {"vocab_size": 32768, "rope_theta": 1e6, "sliding_window": None, "rms_norm_eps": 1e-5},
+    ),
+    "mixtral_8x7b": (
+        transformers.MixtralConfig,
+        (32, 4096, 14336, 32),
+        {
+            "vocab_size": 32000,
+            "rope_theta": 1e6,
+            "sliding_window": None,
+            "rms_norm_eps": 1e-5,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "router_aux_loss_coef": 0.02,
+        },
+    ),
+    "smollm2_135m": _smollm2(30, 576, 1536, 9, 3, base=100000.0, std=0.041666666666666664),
+    "smollm2_360m": _smollm2(32, 960, 2560, 15, 5, base=100000.0, std=0.02),
+    "smollm2_1p7b": _smollm2(24, 2048, 8192, 32, 32, base=130000.0, std=0.02),
+}
+"""The fields of each published config.json that make its architecture."""
+
+NOT_THE_ARCHITECTURE = {"seq_length", "params_dtype", "pipeline_dtype", "bf16", "fp16", "sequence_parallel"}
+
+
+def test_every_size_is_known_here():
+    assert set(SIZES) == set(PUBLISHED_PARAMETERS) == set(PUBLISHED_CONFIGS)
+
+
+@pytest.mark.parametrize("size", sorted(SIZES))
+def test_a_size_has_the_published_number_of_parameters(size):
+    with planned_world(1):
+        provider = SIZES[size].build_provider(size, Layout())
+        num_layers, provider.num_layers = provider.num_layers, 1  # all layers are alike, and one is built faster
+        provider.initialize_model_parallel(create_gloo_process_groups=False)
+        (model,) = provider.provide_distributed_model(wrap_with_ddp=False)
+        of_layer = sum(param.numel() for param in model.decoder.layers.parameters())
+        of_all = sum(param.numel() for param in model.parameters())
+    counted = of_all + (num_layers - 1) * of_layer
+    assert counted == PUBLISHED_PARAMETERS[size] == SIZES[size].sizes[size].parameters
+
+
+@pytest.mark.parametrize("size", sorted(SIZES))
+def test_a_size_is_what_the_conversion_makes_of_its_configuration(size):
+    config_class, (layers, hidden, ffn, heads), others = PUBLISHED_CONFIGS[size]
+    shape = {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": ffn, "num_attention_heads": heads}
+    config = config_class(**shape, **others)
+    converted = AutoBridge.from_hf_config(config).to_megatron_provider(load_weights=False)
+    of_recipe = SIZES[size].build_provider(size, Layout())
+    assert type(of_recipe) is type(converted)
+    if isinstance(converted.moe_layer_freq, list):
+        assert set(converted.moe_layer_freq) == {of_recipe.moe_layer_freq} == {1}
+        converted.moe_layer_freq = 1
+    differing = {
+        field.name: (getattr(of_recipe, field.name), getattr(converted, field.name))
+        for field in dataclasses.fields(converted)
+        if field.name not in NOT_THE_ARCHITECTURE and getattr(of_recipe, field.name) != getattr(converted, field.name)
+    }
+    assert differing == {}
