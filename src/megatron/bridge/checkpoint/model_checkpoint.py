@@ -25,6 +25,7 @@ from megatron.bridge.utils.distributed import barrier, is_rank_0, on_all_ranks
 from megatron.bridge.utils.files import atomic_write, check_writable_directory, fsync_directory, move_directory
 
 _SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_SafeDumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 """libyaml's, where PyYAML was built with it: ten times as fast."""
 
 
@@ -174,7 +175,7 @@ def commit_checkpoint(
     with on_all_ranks(f"completing {directory}"):
         if is_rank_0():
             with atomic_write(unfinished / layout.CONFIG_FILE) as file:
-                yaml.safe_dump(run_config, file, sort_keys=False)
+                yaml.dump(run_config, file, Dumper=_SafeDumper, sort_keys=False)
             if train_state is not None:
                 _write_train_state(unfinished / layout.TRAIN_STATE_FILE, train_state)
             write_manifest(unfinished)

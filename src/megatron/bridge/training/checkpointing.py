@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import update_num_microbatches
 
@@ -120,7 +119,7 @@ def save_checkpoint(
             content,
             step,
             algorithm=cfg.checkpoint.non_persistent_local_ckpt_algo,
-            run_config=yaml.safe_load(cfg.to_yaml()),
+            run_config=cfg.to_dict(),
             train_state=state.train_state.state_dict(),
         )
     between = cfg.checkpoint.non_persistent_root(cfg.checkpoint.save)
@@ -171,7 +170,7 @@ def _save_iteration(
         step,
         keep=keep,
         retain_interval=cfg.checkpoint.save_retain_interval,
-        run_config=yaml.safe_load(cfg.to_yaml()),
+        run_config=cfg.to_dict(),
         train_state=state.train_state.state_dict(),
         afterwards=afterwards,
     )
