@@ -10,8 +10,9 @@ Exit code: 0 when the job succeeded (or was submitted, with --detach), 1 when it
 """
 
 import argparse
-import difflib
+import inspect
 import os
+import runpy
 import signal
 import sys
 from pathlib import Path
@@ -31,7 +32,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     what = parser.add_argument_group("what runs")
     what.add_argument("--recipe", help="name of a recipe")
-    what.add_argument("--mode", choices=("sft", "peft", "pretrain"), help="handed to the script")
+    what.add_argument("--mode", help="sft, peft or pretrain, as for run_recipe.py")
     what.add_argument("--script", help="another script than scripts/training/run_recipe.py")
     what.add_argument(
         "--task", choices=("script", "partial"), default="script", help="partial: a function of the package, no script"
@@ -129,23 +130,20 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     if arguments.script and arguments.task == "partial":
         raise ValueError("--script and --task partial: one of them says what runs; leave one out")
     if not arguments.script:
-        check_recipe(arguments.recipe)
+        check_recipe(arguments.recipe, arguments.mode)
 
 
-def check_recipe(recipe: str | None) -> None:
-    """The recipe exists.
+def check_recipe(recipe: str | None, mode: str | None) -> None:
+    """The recipe exists, and has such a mode.
 
     Raises:
         ValueError: It doesn't, or none is named.
     """
-    from megatron.bridge import recipes
+    from megatron.bridge.recipes.build import RecipeRequest
 
     if recipe is None:
         raise ValueError("--recipe is missing: name a recipe, or a --script of your own")
-    if recipe not in recipes.__all__:
-        close = difflib.get_close_matches(recipe, recipes.__all__, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise ValueError(f"--recipe {recipe} is unknown: {hint}there are {', '.join(recipes.__all__)}")
+    RecipeRequest(recipe=recipe, mode=mode).resolve()
 
 
 def build_executor(arguments: argparse.Namespace) -> Any:
@@ -181,16 +179,38 @@ def build_task(arguments: argparse.Namespace, rest: list[str], executor: Any) ->
     from megatron.bridge.recipes.nemo_run_import import import_nemo_run
     from megatron.bridge.recipes.nemo_run_tasks import script_path_for, script_task
 
-    if arguments.task == "partial":
-        from megatron.bridge.recipes.launch import run_recipe
-
-        return import_nemo_run().Partial(run_recipe, recipe=arguments.recipe, overrides=rest)
     named = [("--recipe", arguments.recipe), ("--mode", arguments.mode)]
     options = [text for name, value in named if value for text in (name, value)]
+    if arguments.task == "partial":
+        return import_nemo_run().Partial(run_recipe_function(), **request_of([*options, *rest]))
     script = str(Path(arguments.script or DEFAULT_SCRIPT).resolve())
     if arguments.executor == "slurm":
         script = script_path_for(slurm_options(arguments), script)
     return script_task(script, [*options, *rest], executor=executor)
+
+
+def run_recipe_function() -> Any:
+    """The function that workers call; importing it doesn't import torch."""
+    from megatron.bridge.recipes.launch import run_recipe
+
+    return run_recipe
+
+
+def request_of(options: list[str]) -> dict[str, Any]:
+    """What run_recipe.py's options say, by the names of the function's parameters.
+
+    Raises:
+        ValueError: An option that only the script has.
+    """
+    parser = runpy.run_path(str(DEFAULT_SCRIPT))["build_parser"]()
+    given = vars(parser.parse_intermixed_args(options))
+    taken = inspect.signature(run_recipe_function()).parameters
+    for name, value in given.items():
+        if name not in taken and value != parser.get_default(name):
+            raise ValueError(
+                f"--{name.replace('_', '-')} is an option of run_recipe.py alone: leave --task partial out"
+            )
+    return {name: value for name, value in given.items() if name in taken}
 
 
 def build_plugins(arguments: argparse.Namespace) -> list[Any]:

@@ -18,6 +18,8 @@ import psutil
 import pytest
 
 from tests.slurm_stub import slurm_on_path
+from tests.unit_tests.data.conftest import write_tokenizer
+from tests.unit_tests.models.tiny_llama import save_tiny_llama
 
 if importlib.util.find_spec("nemo_run") is None:
     pytest.skip("nemo_run is not installed: pip install 'megatron-bridge[recipes]'", allow_module_level=True)
@@ -96,6 +98,39 @@ def jobs(tmp_path_factory):
         process.kill()
         for left in processes_of(folder):
             left.kill()
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A tiny model with a tokenizer, and data."""
+    directory = tmp_path_factory.mktemp("inputs")
+    save_tiny_llama(directory / "my-model", vocab_size=328)
+    write_tokenizer(directory / "my-model")
+    (directory / "my-data").mkdir()
+    row = json.dumps({"input": "the cat sat on", "output": "the mat"})
+    for split in ("training", "validation"):
+        (directory / "my-data" / f"{split}.jsonl").write_text(f"{row}\n" * 8)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def recipes(inputs, tmp_path_factory):
+    """A real finetune, as a script and as a function of the package: (launcher, its folder)."""
+    started = []
+    for task in ("script", "partial"):
+        folder = tmp_path_factory.mktemp(task)
+        arguments = ["--task", task, "--nproc-per-node", "2", "--recipe", "smollm2_135m", "--mode", "sft"]
+        arguments += ["--hf-path", str(inputs / "my-model"), "--seq-length", "32", "train.train_iters=2"]
+        arguments += [
+            f"dataset.dataset_root={inputs / 'my-data'}",
+            "train.global_batch_size=4",
+            "scheduler.lr_warmup_iters=1",
+        ]
+        arguments += ["checkpoint.save=out", "checkpoint.load=out", "logger.tensorboard_dir=null"]
+        started.append((start(folder, *arguments), folder))
+    yield started
+    for process, _ in started:
+        process.kill()
 
 
 def wait_for(path, process):
@@ -178,6 +213,13 @@ def test_a_stopped_launcher_cancels_its_slurm_job(jobs):
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "STOPPED by SIGINT: 4242" in output, (output, errors)
     assert calls_of("scancel", folder) == [["4242"]]
+
+
+def test_a_recipe_trains_on_two_processes_as_a_script_and_as_a_function(recipes):
+    for process, folder in recipes:
+        output, errors = process.communicate(timeout=SECONDS)
+        assert process.returncode == 0 and "SUCCEEDED" in output, (output[-3000:], errors[-3000:])
+        assert (folder / "out" / "latest_checkpointed_iteration.txt").read_text() == "2"
 
 
 @pytest.mark.parametrize(
