@@ -52,16 +52,16 @@ class Soaked:
 class Run:
     """One run's directory and the processes of its newest start."""
 
-    def __init__(self, directory: Path, checkpoint: dict[str, Any]) -> None:
-        self.directory, self.checkpoint, self.attempt = directory, checkpoint, 0
+    def __init__(self, directory: Path, **sections: dict[str, Any]) -> None:
+        self.directory, self.sections, self.attempt = directory, sections, 0
         self.processes: list[Any] = []
         self._lines_before = [0] * RANKS
         directory.mkdir()
 
     def start(self) -> None:
         """Start both ranks."""
-        self._lines_before = self._log_lines()
-        arguments = [(str(self.directory), self.attempt, rank, self.checkpoint) for rank in range(RANKS)]
+        self._lines_before = self.log_lines()
+        arguments = [(str(self.directory), self.attempt, rank, self.sections) for rank in range(RANKS)]
         self.processes = [_context().Process(target=train_one_rank, args=each) for each in arguments]
         for process in self.processes:
             process.start()
@@ -83,9 +83,9 @@ class Run:
 
     def trains(self) -> bool:
         """Whether this start has taken a step on each rank."""
-        return all(now > before for now, before in zip(self._log_lines(), self._lines_before, strict=True))
+        return all(now > before for now, before in zip(self.log_lines(), self._lines_before, strict=True))
 
-    def _log_lines(self) -> list[int]:
+    def log_lines(self) -> list[int]:
         logs = [self.directory / f"losses_{rank}.txt" for rank in range(RANKS)]
         return [len(log.read_bytes().splitlines()) if log.exists() else 0 for log in logs]
 
@@ -125,22 +125,23 @@ def soak(kills: int, seed: int, *, show: Callable[[Soaked], None] = lambda soake
     """
     choose, soaked = random.Random(seed), Soaked()
     with tempfile.TemporaryDirectory(prefix="soak_") as directory:
-        whole = Run(Path(directory, "whole"), {})
-        _warm_up()
+        whole = Run(Path(directory, "whole"))
+        warm_up()
         began = time.monotonic()
         whole.start()
         assert whole.join(RUN_SECONDS) and whole.has_ended_well(), whole.errors()
         duration = time.monotonic() - began
         while sum(soaked.kills.values()) < kills:
-            run = Run(Path(directory, f"run_{soaked.runs}"), {"async_save": choose.random() < 0.5})
+            checkpoint = {"async_save": choose.random() < 0.5}
+            run = Run(Path(directory, f"run_{soaked.runs}"), checkpoint=checkpoint)
             _kill_until_it_ends(run, kills, choose, soaked, duration=duration, show=show)
-            _check_equal(run, whole)
+            check_equal(run, whole)
             shutil.rmtree(run.directory)
             soaked.runs += 1
     return soaked
 
 
-def _warm_up() -> None:
+def warm_up() -> None:
     """Let the server that ranks are forked from do its imports, which are no part of a run."""
     process = _context().Process(target=int)
     process.start()
@@ -179,10 +180,10 @@ def _kill_once(run: Run, choose: random.Random, soaked: Soaked, *, duration: flo
     victims = choose.choice([[0], [1], [0, 1]])
     when = choose.choice(["at any moment", "during a save"])
     if when == "at any moment":
-        _sleep_while(run, choose.uniform(0, duration))
+        sleep_while(run, choose.uniform(0, duration))
     else:
-        _wait_for_saves(run, choose.randint(1, 4))
-        _sleep_while(run, choose.uniform(0, 0.15))
+        wait_for_saves(run, choose.randint(1, 4))
+        sleep_while(run, choose.uniform(0, 0.15))
     if not run.is_running():
         return
     trains, killed = run.trains(), time.monotonic()
@@ -196,13 +197,13 @@ def _kill_once(run: Run, choose: random.Random, soaked: Soaked, *, duration: flo
         run.join(1)  # ranks that still wait to meet can't notice: whoever started them ends them
 
 
-def _sleep_while(run: Run, seconds: float) -> None:
+def sleep_while(run: Run, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while run.is_running() and time.monotonic() < deadline:
         time.sleep(0.001)
 
 
-def _wait_for_saves(run: Run, number: int) -> None:
+def wait_for_saves(run: Run, number: int) -> None:
     """Until that many saves have begun to write, or the run ends."""
     seen: set[Path] = set((run.directory / "checkpoints").glob(".iter_*.saving"))
     begun = 0
@@ -220,7 +221,8 @@ def _newest(run: Run) -> int:
     return 0 if tracker is None else tracker.iteration
 
 
-def _check_equal(run: Run, whole: Run) -> None:
+def check_equal(run: Run, whole: Run) -> None:
+    """Every loss of every start and each tensor of the last checkpoint are the uninterrupted run's, to the bit."""
     from megatron.bridge.checkpoint import layout
     from tests.stored import stored_content, unequal
 

@@ -20,7 +20,7 @@ STEPS = 14
 RANKS = 2
 
 
-class _Log(Callback):
+class Log(Callback):
     """Writes each step's loss down before the next one starts, so that a killed run's are known too."""
 
     def __init__(self, path: Path) -> None:
@@ -31,14 +31,14 @@ class _Log(Callback):
             file.write(f"{context.state.train_state.step} {context.loss_dict['lm loss'].hex()}\n")
 
 
-def train_one_rank(directory: str, attempt: int, rank: int, checkpoint: dict[str, Any]) -> None:
+def train_one_rank(directory: str, attempt: int, rank: int, sections: dict[str, dict[str, Any]]) -> None:
     """Train on from what `directory` holds to the last step, with an optimizer half of which is offloaded.
 
     Args:
         directory: Of the run: checkpoints, logs, the meeting point of the ranks.
         attempt: How many times the run was started before.
         rank: This process's.
-        checkpoint: Fields of the section.
+        sections: Fields of the configuration's sections that aren't as usual.
     """
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
     errors = os.open(f"{directory}/errors_{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -49,12 +49,18 @@ def train_one_rank(directory: str, attempt: int, rank: int, checkpoint: dict[str
     choice = enter_device(choose_device("cpu"))
     meeting_point = f"file://{directory}/store_{attempt}"
     dist.init_process_group(choice.backend, init_method=meeting_point, rank=rank, world_size=RANKS)
-    cfg = tiny_config(
+    pretrain(soak_config(directory, **sections), forward_step, callbacks=[Log(Path(directory, f"losses_{rank}.txt"))])
+    dist.destroy_process_group()
+
+
+def soak_config(directory: str, **sections: dict[str, Any]) -> Any:
+    """A run that saves every second step and resumes by itself, with an optimizer half of which is offloaded."""
+    checkpoint = {"load": f"{directory}/checkpoints", "save_interval": 2, "most_recent_k": 2}
+    return tiny_config(
         directory,
         train_iters=STEPS,
         model={"hidden_dropout": 0.1},  # makes the random states matter
         optimizer={"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.5},
-        checkpoint={"load": f"{directory}/checkpoints", "save_interval": 2, "most_recent_k": 2, **checkpoint},
+        checkpoint={**checkpoint, **sections.pop("checkpoint", {})},
+        **sections,
     )
-    pretrain(cfg, forward_step, callbacks=[_Log(Path(directory, f"losses_{rank}.txt"))])
-    dist.destroy_process_group()

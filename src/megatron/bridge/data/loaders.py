@@ -8,6 +8,7 @@ so that all its micro-batches are alike on every rank, or from those of each mic
 rank: ranks of one data-parallel rank make identical batches.
 """
 
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -328,6 +329,16 @@ def _stack_rows(rows: list[dict[str, torch.Tensor]]) -> MicroBatch:
     return batch | {"attention_mask": None}
 
 
+def _take_signals_as_the_run_does(_: int) -> None:
+    """In a worker: live on at SIGTERM where the run catches it; torch's own answer ends worker and run.
+
+    torchrun and schedulers send it to a run's workers too, whose batch the last step before the save still needs.
+    """
+    handler = signal.getsignal(signal.SIGTERM)  # forked: the run's
+    if callable(handler):
+        signal.signal(signal.SIGTERM, handler)
+
+
 def _load_steps(
     rows: _PaddedRows, steps: Iterable[list[list[tuple[int, int]]]], *, num_workers: int, pin_memory: bool
 ) -> Iterator[list[MicroBatch]]:
@@ -345,6 +356,7 @@ def _load_steps(
         collate_fn=_stack_rows,
         num_workers=num_workers,
         pin_memory=pin_memory and not is_simulated() and current_device().type != "cpu",
+        worker_init_fn=_take_signals_as_the_run_does,
         # Its own generator: without one, the loader draws from the run's random numbers.
         generator=torch.Generator(device="cpu").manual_seed(0),
     )

@@ -43,10 +43,10 @@ class DistributedInitConfig:
     """How ranks talk to each other. auto: nccl on cuda, gloo on cpu."""
 
     distributed_timeout_minutes: int = 10
-    """Minutes after which a rank that waits for another gives up."""
+    """Minutes after which a rank that waits for another, or takes no part of a step, shows its stacks and ends."""
 
     distributed_timeout_seconds_after_init: int | None = None
-    """Seconds for the same once the run is set up. Not built yet. None: the timeout above stays."""
+    """Seconds for the same from the second step on. None: the timeout above stays."""
 
     local_rank: int = field(default_factory=lambda: int(os.getenv("LOCAL_RANK", "0")))
     """This process's number on its machine; torchrun sets it through LOCAL_RANK."""
@@ -96,7 +96,11 @@ class DistributedInitConfig:
         Raises:
             ValueError: naming the field, what it holds and what it may hold.
         """
-        require_positive("dist", distributed_timeout_minutes=self.distributed_timeout_minutes)
+        require_positive(
+            "dist",
+            distributed_timeout_minutes=self.distributed_timeout_minutes,
+            distributed_timeout_seconds_after_init=self.distributed_timeout_seconds_after_init,
+        )
         if self.device == "cpu" and self.distributed_backend == "nccl":
             raise ValueError(
                 "dist.distributed_backend=nccl with dist.device=cpu: NCCL only talks between GPUs; "

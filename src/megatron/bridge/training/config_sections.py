@@ -62,13 +62,13 @@ class TrainingConfig:
     """Save and stop after this many minutes. None: don't."""
 
     exit_signal_handler: bool = False
-    """Save and stop when `exit_signal` arrives."""
+    """Save and stop when `exit_signal` arrives on any rank, and end with exit code 75."""
 
     exit_signal: signal.Signals = signal.SIGTERM
     """The signal that asks for a save and a stop (with exit_signal_handler)."""
 
     exit_signal_handler_for_dataloader: bool = False
-    """Let data loader workers receive the exit signal too."""
+    """Accepted from Megatron Bridge: data loader workers always live on at the exit signal."""
 
     manual_gc: bool = False
     """Collect Python garbage at fixed steps instead of whenever Python likes, so that ranks don't wait."""
@@ -120,6 +120,10 @@ class TrainingConfig:
             manual_gc_interval=self.manual_gc_interval,
             eval_iters=self.eval_iters,
         )
+        if self.exit_signal in (signal.SIGKILL, signal.SIGSTOP):
+            raise ValueError(
+                f"train.exit_signal={self.exit_signal.name}: no process can catch it; set SIGTERM, SIGINT or SIGUSR1"
+            )
         if self.train_iters is None and self.train_samples is None:
             raise ValueError("train.train_iters and train.train_samples are both unset: set one of them")
         if self.train_iters is not None and self.train_samples is not None:

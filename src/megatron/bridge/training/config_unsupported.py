@@ -50,10 +50,6 @@ UNSUPPORTED = (
     Unsupported("train.check_weight_hash_across_dp_replicas_interval"),
     Unsupported("train.train_sync_interval"),
     Unsupported("train.empty_unused_memory_level", (0,)),
-    Unsupported(
-        "train.exit_signal_handler", (False,), "set train.exit_duration_in_mins or train.exit_interval instead"
-    ),
-    Unsupported("train.exit_signal_handler_for_dataloader"),
     Unsupported("train.decrease_batch_size_if_needed"),
     Unsupported("validation.multiple_validation_sets"),
     Unsupported("validation.validation_set_names"),
@@ -81,7 +77,6 @@ UNSUPPORTED = (
     Unsupported("dist.sharp_enabled_group"),
     Unsupported("dist.nccl_communicator_config_path"),
     Unsupported("dist.high_priority_stream_groups", (None, [])),
-    Unsupported("dist.distributed_timeout_seconds_after_init"),
     # the model
     Unsupported("model.context_parallel_size", (1,), "shorten model.seq_length or raise tensor parallelism instead"),
     Unsupported("model.fp8_quantizer_factory", (None,), "choose a model.fp8_recipe of Transformer Engine's instead"),

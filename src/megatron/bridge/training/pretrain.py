@@ -8,8 +8,10 @@ import torch.distributed as dist
 from megatron.bridge.training.callbacks import Callback, CallbackManager, normalize_callbacks
 from megatron.bridge.training.config import ConfigContainer, runtime_config_update
 from megatron.bridge.training.eval import evaluate
+from megatron.bridge.training.hang_watchdog import start_watchdog
 from megatron.bridge.training.initialize import destroy_global_state, enter_run
 from megatron.bridge.training.micro_batches import bind_forward_step
+from megatron.bridge.training.preemption import catch_exit_signal
 from megatron.bridge.training.progress import ProgressBar, TensorBoard
 from megatron.bridge.training.setup import maybe_log_and_save_config, setup
 from megatron.bridge.training.state import GlobalState
@@ -34,6 +36,7 @@ def pretrain(
     Raises:
         ValueError, FileNotFoundError: The configuration, the data or a checkpoint can't work; on all ranks, before
             training starts.
+        Preempted: A signal stopped the run (`train.exit_signal_handler`); a SystemExit with its own exit code.
     """
     owns_process_group = enter_run(config)
     try:
@@ -41,7 +44,8 @@ def pretrain(
             runtime_config_update(config)
             manager = CallbackManager([ProgressBar(), TensorBoard(), *normalize_callbacks(callbacks).callbacks])
         maybe_log_and_save_config(config)
-        _run(GlobalState(config), forward_step_func, manager)
+        with catch_exit_signal(config.train) as exit_signal:
+            _run(GlobalState(config, exit_signal=exit_signal), forward_step_func, manager)
     finally:
         destroy_global_state()
         if owns_process_group and dist.is_initialized():
@@ -52,6 +56,7 @@ def _run(state: GlobalState, forward_step_func: Callable, callbacks: CallbackMan
     """Set up, train, and evaluate at the end."""
     run = setup(state)
     forward_step = bind_forward_step(forward_step_func, state)
+    start_watchdog(state)
     try:
         if state.cfg.validation.eval_at_start and state.train_state.do_valid:
             evaluate(run, forward_step, callbacks)

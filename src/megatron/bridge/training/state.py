@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megatron.bridge.training.hang_watchdog import HangWatchdog
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
     from megatron.bridge.training.background_save import BackgroundSave
     from megatron.bridge.training.config import ConfigContainer
     from megatron.bridge.training.config_derived import DerivedConfig
+    from megatron.bridge.training.preemption import ExitSignal
 
 
 @dataclass
@@ -76,6 +79,12 @@ class GlobalState:
     background_save: BackgroundSave | None = field(default=None, repr=False)
     """The save that is being written while the training goes on; None: there is none."""
 
+    exit_signal: ExitSignal | None = field(default=None, repr=False)
+    """The signal that stops the run; None: none is caught."""
+
+    watchdog: HangWatchdog = field(default_factory=HangWatchdog, repr=False)
+    """Ends this rank when it hangs, once it is started."""
+
     _tensorboard: SummaryWriter | None = field(default=None, repr=False)
 
     @property
@@ -93,6 +102,7 @@ class GlobalState:
 
     def close(self) -> None:
         """Flush and close what was opened; a save that is still being written is given up."""
+        self.watchdog.stop()
         if self.background_save is not None:
             self.background_save.abandon()
             self.background_save = None

@@ -17,7 +17,9 @@ from megatron.bridge.training.callbacks import CallbackContext, CallbackManager
 from megatron.bridge.training.checkpointing import finish_background_save, save_checkpoint
 from megatron.bridge.training.eval import evaluate
 from megatron.bridge.training.flops import train_step_flops
+from megatron.bridge.training.hang_watchdog import shorten_timeouts
 from megatron.bridge.training.micro_batches import bind_forward_step, means, run_micro_batches
+from megatron.bridge.training.preemption import Preempted
 from megatron.bridge.training.setup import SetupOutput
 from megatron.bridge.utils.device import current_device
 
@@ -48,6 +50,9 @@ def train(run: SetupOutput, forward_step_func: Callable, callbacks: CallbackMana
         run: What `setup` built.
         forward_step_func: See `bind_forward_step`.
         callbacks: Called around the run and each step.
+
+    Raises:
+        Preempted: A signal stopped the run; all that is to be saved is on disk.
     """
     state, cfg = run.state, run.state.cfg
     forward_step = bind_forward_step(forward_step_func, state)
@@ -56,18 +61,25 @@ def train(run: SetupOutput, forward_step_func: Callable, callbacks: CallbackMana
         chunk.train()
     started = time.monotonic()
     saved_step = state.train_state.step  # nothing to save before the first step
+    first_step = saved_step + 1
     callbacks.fire("on_train_start", context)
+    is_preempted = _is_preempted(run)
     with _garbage_collection(cfg.train):
-        while state.train_state.step < state.derived.train_iters:
+        while state.train_state.step < state.derived.train_iters and not is_preempted:
             _take_step(run, forward_step, context, callbacks)
-            _complete_background_save(run, context, callbacks, wait=False)
             step = state.train_state.step
+            state.watchdog.sign(step)
+            if step == first_step:
+                shorten_timeouts(state)
+            _complete_background_save(run, context, callbacks, wait=False)
             if _is_due(step, state.derived.eval_interval) and state.train_state.do_valid:
                 evaluate(run, forward_step, callbacks)
-            asked_to_stop = _is_asked_to_stop(cfg.train, step, started)
+            is_preempted = _is_preempted(run)
+            asked_to_stop = is_preempted or _is_asked_to_stop(cfg.train, step, started)
             if cfg.checkpoint.save and (_is_due(step, cfg.checkpoint.save_interval) or asked_to_stop):
                 _save(run, context, callbacks)
                 saved_step = step
+                is_preempted = is_preempted or _is_preempted(run)
             elif _is_due(step, cfg.checkpoint.non_persistent_save_interval):
                 _complete_background_save(run, context, callbacks, wait=True)
                 _save_checkpoint(run, non_persistent=True)
@@ -78,6 +90,8 @@ def train(run: SetupOutput, forward_step_func: Callable, callbacks: CallbackMana
     if cfg.checkpoint.save and saved_step != state.train_state.step:
         _save(run, context, callbacks)
     _complete_background_save(run, context, callbacks, wait=True)
+    if is_preempted:
+        raise Preempted(state.train_state.step)
 
 
 def train_step(run: SetupOutput, forward_step: Callable, micro_batches: list[dict[str, Any]]) -> TrainStepResult:
@@ -143,21 +157,25 @@ def _save(run: SetupOutput, context: CallbackContext, callbacks: CallbackManager
 def _complete_background_save(
     run: SetupOutput, context: CallbackContext, callbacks: CallbackManager, *, wait: bool
 ) -> None:
-    directory = finish_background_save(run.state, wait=wait)
+    if run.state.background_save is None:
+        return
+    with run.state.watchdog.paused():
+        directory = finish_background_save(run.state, wait=wait)
     if directory is not None and directory.parent == Path(run.state.cfg.checkpoint.save):
         callbacks.fire("on_checkpoint_save", context)
 
 
 def _save_checkpoint(run: SetupOutput, *, non_persistent: bool = False) -> None:
-    save_checkpoint(
-        run.state,
-        run.model,
-        run.optimizer,
-        run.scheduler,
-        run.state.train_state.floating_point_operations_so_far,
-        run.checkpointing_context,
-        non_persistent_ckpt=non_persistent,
-    )
+    with run.state.watchdog.paused():
+        save_checkpoint(
+            run.state,
+            run.model,
+            run.optimizer,
+            run.scheduler,
+            run.state.train_state.floating_point_operations_so_far,
+            run.checkpointing_context,
+            non_persistent_ckpt=non_persistent,
+        )
 
 
 def _is_due(step: int, interval: int | None) -> bool:
@@ -173,6 +191,11 @@ def _is_asked_to_stop(train_config: Any, step: int, started: float) -> bool:
     minutes = [(time.monotonic() - started) / 60]
     torch.distributed.broadcast_object_list(minutes, src=0)
     return minutes[0] > train_config.exit_duration_in_mins
+
+
+def _is_preempted(run: SetupOutput) -> bool:
+    """Whether the exit signal has arrived on any rank; asks nobody where it isn't caught."""
+    return run.state.exit_signal is not None and run.state.exit_signal.has_arrived_anywhere()
 
 
 def _on_every_model_parallel_rank(updated: bool) -> bool:

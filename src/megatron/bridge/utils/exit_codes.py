@@ -1,0 +1,11 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""What a rank's exit code says beside 0 (done) and 1 (an error, in the last line of its traceback)."""
+
+PREEMPTED = 75
+"""A signal stopped the run, and what it learned is saved: start it again (EX_TEMPFAIL of sysexits.h).
+
+Megatron-LM ends with 0 here, which a script that starts it again can't tell from a run that is done.
+"""
+
+HUNG = 124
+"""A rank took no step and no part of one within the timeout; its stacks are in its log (as `timeout` of coreutils)."""
