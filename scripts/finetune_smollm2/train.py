@@ -14,7 +14,6 @@ from megatron.bridge.recipes.smollm2 import smollm2_135m_peft_config, smollm2_13
 from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.training.finetune import finetune
 from megatron.bridge.training.gpt_step import forward_step
-from megatron.bridge.training.progress import MetricsFile
 from megatron.bridge.utils.distributed import world_size
 from megatron.bridge.utils.overrides import apply_overrides
 
@@ -25,6 +24,7 @@ def build_config(arguments: argparse.Namespace) -> ConfigContainer:
     cfg.checkpoint.pretrained_checkpoint = str(arguments.pretrained_checkpoint)
     cfg.checkpoint.save = cfg.checkpoint.load = str(arguments.output / "checkpoints")
     cfg.logger.tensorboard_dir = str(arguments.output / "tensorboard")
+    cfg.logger.metrics_file = str(arguments.output / "metrics.jsonl")
     cfg.dataset.dataset_root = str(arguments.data)
     # Batches of 8 are noisy. Under this seed the first ones are typical of the data (the base model's loss on them is
     # near its mean), so that the curve's first steps show the model and not the draw.
@@ -56,7 +56,7 @@ def main() -> None:
 
         switch_off_sync()
     try:
-        finetune(build_config(arguments), forward_step, callbacks=[MetricsFile(arguments.output / "metrics.jsonl")])
+        finetune(build_config(arguments), forward_step)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -22,6 +22,7 @@ FLOORS = {
     "convert": 5,
     "generate": 5,
     "memory": 6,  # a command that knows the recipes
+    "plot": 5,
 }
 """Each room imports from lower floors and from itself; rooms on one floor don't know each other."""
 

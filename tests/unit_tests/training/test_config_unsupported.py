@@ -38,5 +38,5 @@ def test_a_communication_overlap_that_is_off_is_accepted():
 
 def test_options_that_only_show_more_are_accepted_and_named(caplog):
     caplog.set_level(logging.INFO)
-    make_config("logger.log_params_norm=true", "logger.wandb_project=mine").validate(1)
-    assert "without effect, not built yet: logger.log_params_norm, logger.wandb_project" in caplog.text
+    make_config("logger.log_params_norm=true", "logger.log_energy=true").validate(1)
+    assert "without effect, not built yet: logger.log_params_norm, logger.log_energy" in caplog.text

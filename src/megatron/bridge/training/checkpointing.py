@@ -6,6 +6,7 @@ weights. It is decided by what the load did (`LoadPlan.optimizer`), never by a f
 """
 
 import logging
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -152,6 +153,7 @@ def _save_iteration(
     cfg, step = state.cfg, state.train_state.step
     if root is None:
         raise ValueError(f"save_checkpoint needs {option}: set it to a directory")
+    started = time.monotonic()
     unfinished = prepare_save(root, step, option=option)
     save = plan_save(
         content,
@@ -172,6 +174,7 @@ def _save_iteration(
         retain_interval=cfg.checkpoint.save_retain_interval,
         run_config=cfg.to_dict(),
         train_state=state.train_state.state_dict(),
+        started=started,
         afterwards=afterwards,
     )
     if cfg.checkpoint.async_save:
@@ -190,17 +193,23 @@ def _close_save(
     retain_interval: int | None,
     run_config: dict[str, Any],
     train_state: dict[str, torch.Tensor],
+    started: float,
     afterwards: Callable[[], None],
 ) -> Path:
     """What every save ends with, when all tensors are on disk: commit, prune, `afterwards`."""
     directory = commit_checkpoint(unfinished, step, run_config=run_config, train_state=train_state)
     with on_all_ranks(f"removing what is older than {directory}"):
         if is_rank_0():
-            logger.info("saved step %d to %s", step, directory)
+            size, seconds = _size_gb(directory), time.monotonic() - started
+            logger.info("saved step %d to %s (%.3f GB in %.1f s)", step, directory, size, seconds)
             for old in layout.prune(directory.parent, keep, retain_interval=retain_interval):
                 logger.info("removed %s (the newest %d are kept)", old, keep)
     afterwards()
     return directory
+
+
+def _size_gb(directory: Path) -> float:
+    return sum(entry.stat().st_size for entry in directory.rglob("*") if entry.is_file()) / 1e9
 
 
 def _forget_abandoned(cfg: ConfigContainer, context: dict[str, Any], step: int) -> None:
@@ -263,6 +272,7 @@ def load_checkpoint(
     if plan is None:
         return 0, 0
     logger.info("loading %s", plan)
+    started = time.monotonic()
     if plan.source is Source.HUGGING_FACE:
         _load_hf_weights(model, plan.path)
         loaded = {}
@@ -275,6 +285,7 @@ def load_checkpoint(
             state, loaded["train_state"] if plan.source is Source.LOCAL else _read_train_state(plan.path)
         )
     barrier()
+    logger.info("loaded in %.1f s", time.monotonic() - started)
     return state.train_state.step, state.train_state.floating_point_operations_so_far
 
 

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""The sections that say what a run reports: logs, TensorBoard and profiles.
+"""The sections that say what a run reports: logs, figures and profiles.
 
 Scripts import these classes from `megatron.bridge.training.config`.
 """
@@ -40,7 +40,7 @@ class LoggerConfig:
     """Directory for TensorBoard's files. None: no TensorBoard."""
 
     tensorboard_log_interval: int = 1
-    """Steps between points in TensorBoard."""
+    """Steps between points in TensorBoard, Weights & Biases, MLflow and the metrics file."""
 
     tensorboard_queue_size: int = 1000
     """Points that may wait before they are written."""
@@ -87,6 +87,12 @@ class LoggerConfig:
     log_world_size_to_tensorboard: bool = False
     """Write the number of ranks to TensorBoard."""
 
+    metrics_file: str | None = None
+    """File of JSON lines. None: metrics.jsonl in tensorboard_dir, else in checkpoint.save, else none."""
+
+    rank_log_dir: str | None = None
+    """Directory for one log file of each rank, rank_00000.log and so on. None: rank 0 alone logs."""
+
     wandb_project: str | None = None
     """Weights & Biases project. None: no Weights & Biases."""
 
@@ -94,10 +100,22 @@ class LoggerConfig:
     """Name of the run there. None: a name made by the service."""
 
     wandb_save_dir: str | None = None
-    """Directory for its local files. None: its own default."""
+    """Directory for its local files. None: ./wandb."""
 
     wandb_entity: str | None = None
     """User or team there. None: the account's own."""
+
+    mlflow_experiment: str | None = None
+    """MLflow experiment. None: no MLflow."""
+
+    mlflow_run_name: str | None = None
+    """Name of the run there. None: a name made by MLflow."""
+
+    mlflow_tracking_uri: str | None = None
+    """Server, or file:///directory or sqlite:///file. None: MLFLOW_TRACKING_URI, else MLflow's own default."""
+
+    mlflow_tags: dict[str, str] | None = None
+    """Tags of the run there. None: no tags."""
 
     logging_level: int | None = None
     """Python logging level of the package, e.g. 20 for INFO. None: as the process set it."""

@@ -122,7 +122,7 @@ _INERT = tuple(
         "log_params_norm log_throughput log_throughput_to_tensorboard log_progress log_timers_to_tensorboard "
         "log_validation_ppl_to_tensorboard log_memory_to_tensorboard memory_keys log_memory_interval "
         "log_device_memory_used log_l2_norm_grad_to_tensorboard log_num_zeros_in_grad log_max_attention_logit "
-        "log_runtime_to_tensorboard log_world_size_to_tensorboard log_energy wandb_project modules_to_filter "
+        "log_runtime_to_tensorboard log_world_size_to_tensorboard log_energy modules_to_filter "
         "set_level_for_all_loggers timing_log_level"
     ).split()
 )

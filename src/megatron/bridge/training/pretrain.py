@@ -10,13 +10,17 @@ from megatron.bridge.training.config import ConfigContainer, runtime_config_upda
 from megatron.bridge.training.eval import evaluate
 from megatron.bridge.training.hang_watchdog import start_watchdog
 from megatron.bridge.training.initialize import destroy_global_state, enter_run
+from megatron.bridge.training.metrics import opened
 from megatron.bridge.training.micro_batches import bind_forward_step
 from megatron.bridge.training.preemption import catch_exit_signal
-from megatron.bridge.training.progress import ProgressBar, TensorBoard
+from megatron.bridge.training.progress import ProgressBar
 from megatron.bridge.training.setup import maybe_log_and_save_config, setup
 from megatron.bridge.training.state import GlobalState
+from megatron.bridge.training.summary import RunSummary, log_start
+from megatron.bridge.training.trackers import build_loggers
 from megatron.bridge.training.train import train
 from megatron.bridge.utils.distributed import on_all_ranks
+from megatron.bridge.utils.logging import log_to_rank_file
 
 
 def pretrain(
@@ -31,7 +35,7 @@ def pretrain(
     Args:
         config: What to train on what, and how; its sections may be changed by `runtime_config_update`.
         forward_step_func: One micro-batch forward, e.g. `gpt_step.forward_step`.
-        callbacks: Called after the progress bar's and TensorBoard's.
+        callbacks: Called after the progress bar and the loggers.
 
     Raises:
         ValueError, FileNotFoundError: The configuration, the data or a checkpoint can't work; on all ranks, before
@@ -41,21 +45,27 @@ def pretrain(
     owns_process_group = enter_run(config)
     try:
         with on_all_ranks("checking the configuration"):
+            log_to_rank_file(config.logger.rank_log_dir)
             runtime_config_update(config)
-            manager = CallbackManager([ProgressBar(), TensorBoard(), *normalize_callbacks(callbacks).callbacks])
+            loggers = build_loggers(config)
+            summary = RunSummary()
+            manager = CallbackManager([ProgressBar(), summary, *loggers, *normalize_callbacks(callbacks).callbacks])
         maybe_log_and_save_config(config)
         with catch_exit_signal(config.train) as exit_signal:
-            _run(GlobalState(config, exit_signal=exit_signal), forward_step_func, manager)
+            state = GlobalState(config, exit_signal=exit_signal)
+            with opened(loggers, state):
+                _run(state, forward_step_func, manager, summary)
     finally:
         destroy_global_state()
         if owns_process_group and dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _run(state: GlobalState, forward_step_func: Callable, callbacks: CallbackManager) -> None:
+def _run(state: GlobalState, forward_step_func: Callable, callbacks: CallbackManager, summary: RunSummary) -> None:
     """Set up, train, and evaluate at the end."""
     run = setup(state)
     forward_step = bind_forward_step(forward_step_func, state)
+    log_start(run)
     start_watchdog(state)
     try:
         if state.cfg.validation.eval_at_start and state.train_state.do_valid:
@@ -68,3 +78,4 @@ def _run(state: GlobalState, forward_step_func: Callable, callbacks: CallbackMan
             evaluate(run, forward_step, callbacks, split="test")
     finally:
         state.close()
+        summary.log_end(state)

@@ -159,6 +159,9 @@ def _build_data(state: GlobalState, provider: Callable[..., Any]) -> _Data:
         tokenizer=state.tokenizer,
     )
     train, valid, test = provider(cfg.dataset, context)
+    for name, dataset in (("training", train), ("validation", valid), ("test", test)):
+        if dataset is not None:
+            state.data_report[f"{name} data"] = _report_on(dataset)
     divisor = cfg.model.tensor_model_parallel_size if cfg.model.sequence_parallel else 1
     padding = padding_for(
         cfg.dataset,
@@ -168,6 +171,12 @@ def _build_data(state: GlobalState, provider: Callable[..., Any]) -> _Data:
         per_micro_batch=cfg.model.pipeline_model_parallel_size == 1,
     )
     return _Data(train, valid, test, padding)
+
+
+def _report_on(dataset: Any) -> str:
+    """What a dataset says of itself: a packed one of its rows, and of the samples in them."""
+    reports = [getattr(part, "report", None) for part in (dataset, getattr(dataset, "samples", None))]
+    return "; ".join(str(report) for report in reports if report is not None) or f"{len(dataset)} samples"
 
 
 def _check_attention(state: GlobalState, data: _Data, model: list[Any]) -> None:

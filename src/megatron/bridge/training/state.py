@@ -76,6 +76,9 @@ class GlobalState:
     train_state: TrainState = field(default_factory=TrainState)
     tokenizer: Any = None
     derived: DerivedConfig | None = None
+    data_report: dict[str, str] = field(default_factory=dict)
+    """What became of the data, by split, in words."""
+
     background_save: BackgroundSave | None = field(default=None, repr=False)
     """The save that is being written while the training goes on; None: there is none."""
 
@@ -84,6 +87,12 @@ class GlobalState:
 
     watchdog: HangWatchdog = field(default_factory=HangWatchdog, repr=False)
     """Ends this rank when it hangs, once it is started."""
+
+    wandb_logger: Any = field(default=None, repr=False)
+    """The run in Weights & Biases, on rank 0; None elsewhere or without it."""
+
+    mlflow_logger: Any = field(default=None, repr=False)
+    """The module mlflow with an active run, on rank 0; None elsewhere or without it."""
 
     _tensorboard: SummaryWriter | None = field(default=None, repr=False)
 

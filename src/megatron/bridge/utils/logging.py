@@ -1,9 +1,14 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Logging for a run of many ranks: one voice by default."""
+"""Logging for a run of many ranks: one voice by default, and a file for each rank where it is asked for."""
 
 import logging
+from pathlib import Path
 
 from megatron.bridge.utils.distributed import rank
+from megatron.bridge.utils.files import check_writable_directory
+
+_RANK_FILE = "rank file"
+"""Name of the handler, so that the next run in a process replaces it."""
 
 
 class _RankFilter(logging.Filter):
@@ -36,3 +41,25 @@ def setup_logging(level: int = logging.INFO, *, all_ranks: bool = False) -> None
     stream.addFilter(_RankFilter(all_ranks=all_ranks))
     ours.addHandler(stream)
     ours.propagate = False
+
+
+def log_to_rank_file(directory: str | Path | None) -> None:
+    """Write all of this rank's records to a file of its own too, whatever else shows them; a new run appends.
+
+    Args:
+        directory: Gets `rank_00000.log` and so on. None: no file, nor an earlier run's any more.
+
+    Raises:
+        ValueError: It can't be written.
+    """
+    ours = logging.getLogger("megatron.bridge")
+    for handler in [handler for handler in ours.handlers if handler.name == _RANK_FILE]:
+        ours.removeHandler(handler)
+        handler.close()
+    if directory is None:
+        return
+    check_writable_directory(directory, "logger.rank_log_dir")
+    file = logging.FileHandler(Path(directory) / f"rank_{rank():05d}.log", encoding="utf-8")
+    file.name = _RANK_FILE
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s"))
+    ours.addHandler(file)

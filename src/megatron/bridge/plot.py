@@ -1,0 +1,90 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Draw the losses of runs from their metrics files (needs matplotlib).
+
+python -m megatron.bridge.plot results/metrics.jsonl another/metrics.jsonl --output loss.png
+"""
+
+import argparse
+import importlib.util
+from pathlib import Path
+
+from megatron.bridge.training.metrics import read_metrics
+
+NOT_LOSSES = {
+    "step",
+    "num_tokens",
+    "grad_norm",
+    "learning_rate",
+    "step_seconds",
+    "tokens_per_second",
+    "elapsed_seconds",
+    "peak_memory_bytes",
+    "skipped",
+}
+
+
+def draw(paths: list[Path], output: Path, *, wanted: list[str] | None = None) -> int:
+    """Draw each run's numbers against the step: evaluations dashed, training thin.
+
+    Args:
+        paths: Metrics files.
+        output: The picture; its ending says the format.
+        wanted: Names in the files. None: the losses.
+
+    Returns:
+        How many curves there are.
+
+    Raises:
+        ValueError: There is nothing to draw.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
+    for path in paths:
+        for (name, split), points in curves(path, wanted).items():
+            style = {"alpha": 0.6} if split == "train" else {"linestyle": "--", "marker": "s"}
+            label = f"{name} {split}" if len(paths) == 1 else f"{path}: {name} {split}"
+            axes.plot(*zip(*points, strict=True), label=label, **style)
+    if not axes.lines:
+        raise ValueError(f"{', '.join(map(str, paths))}: no numbers named {wanted or 'as a loss'}: nothing to draw")
+    axes.set_xlabel("optimizer step")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(output)
+    pyplot.close(figure)
+    return len(axes.lines)
+
+
+def curves(path: Path, wanted: list[str] | None = None) -> dict[tuple[str, str], list[tuple[int, float]]]:
+    """(step, value) points by name and split."""
+    found: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for line in read_metrics(path):
+        for name, value in line.items():
+            is_wanted = name in wanted if wanted else name not in NOT_LOSSES
+            if is_wanted and isinstance(value, int | float):
+                found.setdefault((name, line["split"]), []).append((line["step"], value))
+    return found
+
+
+def main() -> None:
+    """Parse and draw."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("metrics", type=Path, nargs="+", help="metrics.jsonl of a run, or of several")
+    parser.add_argument("--output", type=Path, default=Path("loss.png"), help="the picture (default: loss.png)")
+    parser.add_argument("--name", action="append", help="draw this instead of the losses, e.g. grad_norm")
+    arguments = parser.parse_args()
+    if importlib.util.find_spec("matplotlib") is None:
+        parser.error("matplotlib is not installed: pip install matplotlib")
+    try:
+        number = draw(arguments.metrics, arguments.output, wanted=arguments.name)
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+    print(f"{arguments.output}: {number} curves")
+
+
+if __name__ == "__main__":
+    main()

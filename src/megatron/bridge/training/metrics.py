@@ -1,0 +1,184 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Where a run's figures go: one small interface, and a file of JSON lines that is always written.
+
+TensorBoard, Weights & Biases and MLflow stand behind the same interface in trackers.py.
+"""
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from megatron.bridge.training.callbacks import Callback, CallbackContext
+from megatron.bridge.training.preemption import Preempted
+from megatron.bridge.utils.device import peak_memory_bytes
+from megatron.bridge.utils.distributed import is_rank_0, on_all_ranks
+from megatron.bridge.utils.files import check_writable_directory
+
+if TYPE_CHECKING:
+    from megatron.bridge.training.config import ConfigContainer
+    from megatron.bridge.training.state import GlobalState
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def learning_rate(context: CallbackContext) -> float:
+    """The learning rate of the next step, from the first group that follows the plain schedule."""
+    groups = context.optimizer.param_groups
+    return float(next((group["lr"] for group in groups if group.get("default_config", True)), groups[0]["lr"]))
+
+
+def step_values(context: CallbackContext) -> dict[str, Any]:
+    """What is logged of a training step: losses by name, and figures of the step."""
+    return {
+        **context.loss_dict,
+        "learning_rate": learning_rate(context),
+        "grad_norm": context.grad_norm,
+        "num_tokens": context.num_tokens,
+        "step_seconds": round(context.step_seconds, 4),
+        "tokens_per_second": round(context.tokens_per_second, 1),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "skipped": context.skipped_iter,
+    }
+
+
+class MetricsLogger(Callback):
+    """A place for figures. Override `write`, and `open` and `close` where there is something to; rank 0 calls them."""
+
+    def open(self, state: "GlobalState") -> None:
+        """Get ready, before anything is built: what can't work must be said now."""
+
+    def write(self, state: "GlobalState", split: str, values: dict[str, Any]) -> None:
+        """Take the figures of the step in `state.train_state`.
+
+        Args:
+            state: The run.
+            split: `train`, `validation` or `test`.
+            values: Numbers by name; None where there is none.
+        """
+        raise NotImplementedError
+
+    def close(self, *, failed: bool) -> None:
+        """The run ends."""
+
+    def on_train_step_end(self, context: CallbackContext) -> None:
+        state = context.state
+        if is_rank_0() and state.train_state.step % state.cfg.logger.tensorboard_log_interval == 0:
+            self.write(state, "train", step_values(context))
+
+    def on_eval_end(self, context: CallbackContext) -> None:
+        if is_rank_0():
+            self.write(context.state, "validation", {**context.loss_dict, "num_tokens": context.num_tokens})
+
+    def on_test_end(self, context: CallbackContext) -> None:
+        if is_rank_0():
+            self.write(context.state, "test", {**context.loss_dict, "num_tokens": context.num_tokens})
+
+
+class MetricsFile(MetricsLogger):
+    """One JSON line for each logged step and each evaluation, flushed as it is written.
+
+    A resumed run appends; the lines of steps that it takes again come again, and the last one counts.
+
+    Args:
+        path: The file.
+        option: The option that named it or its directory, for an error.
+    """
+
+    def __init__(self, path: str | Path, *, option: str = "MetricsFile") -> None:
+        self.path, self._option = Path(path), option
+        self._file: IO[str] | None = None
+        self._started = time.monotonic()
+
+    def open(self, state: "GlobalState") -> None:
+        """Raises ValueError where the file can't be written."""
+        check_writable_directory(self.path.parent, self._option)
+        _cut_torn_line(self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def write(self, state: "GlobalState", split: str, values: dict[str, Any]) -> None:
+        """Append a line; a number that isn't finite becomes null, for which JSON has no other word."""
+        if self._file is None:
+            self.open(state)
+        finite = {name: None if _is_not_finite(value) else value for name, value in values.items()}
+        elapsed = round(time.monotonic() - self._started, 3)
+        line = {"step": state.train_state.step, "split": split, **finite, "elapsed_seconds": elapsed}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def close(self, *, failed: bool) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _is_not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _cut_torn_line(path: Path) -> None:
+    """A process that was killed while it wrote leaves a line without an end."""
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file in order of their steps: of each step and split the one written last.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A line other than the last is no JSON.
+    """
+    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    newest: dict[tuple[int, str], dict[str, Any]] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith("\n"):
+            break  # torn, or being written
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: {error}; expected a JSON object on each line") from error
+        newest[values["step"], values["split"]] = values
+    return [newest[key] for key in sorted(newest)]
+
+
+def metrics_file_of(cfg: "ConfigContainer") -> MetricsFile | None:
+    """The metrics file of a run; None where the run writes nothing anywhere."""
+    if cfg.logger.metrics_file is not None:
+        return MetricsFile(cfg.logger.metrics_file, option="logger.metrics_file")
+    for option, directory in (
+        ("logger.tensorboard_dir", cfg.logger.tensorboard_dir),
+        ("checkpoint.save", cfg.checkpoint.save),
+    ):
+        if directory is not None:
+            return MetricsFile(Path(directory) / METRICS_FILE, option=option)
+    return None
+
+
+@contextlib.contextmanager
+def opened(loggers: Sequence[MetricsLogger], state: "GlobalState") -> Iterator[None]:
+    """Loggers that take figures while the body runs. Call on all ranks; rank 0 opens and closes.
+
+    Raises:
+        ValueError: One can't be opened; on all ranks.
+    """
+    with on_all_ranks("opening the loggers"):
+        for logger in loggers if is_rank_0() else ():
+            logger.open(state)
+    failed = True
+    try:
+        yield
+        failed = False
+    except Preempted:
+        failed = False
+        raise
+    finally:
+        for logger in loggers if is_rank_0() else ():
+            logger.close(failed=failed)

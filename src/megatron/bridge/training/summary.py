@@ -1,0 +1,192 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""One block of text at the start of a run, and one at its end: what runs where, and what came of it. On rank 0."""
+
+import logging
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import mpu
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
+
+from megatron.bridge.checkpoint import layout
+from megatron.bridge.training.callbacks import Callback, CallbackContext
+from megatron.bridge.training.cpu_offload.param_copies import find_hybrid_optimizers
+from megatron.bridge.training.metrics import metrics_file_of
+from megatron.bridge.utils.device import current_device, peak_memory_bytes
+from megatron.bridge.utils.exit_codes import PREEMPTED
+
+if TYPE_CHECKING:
+    from megatron.bridge.training.config import ConfigContainer
+    from megatron.bridge.training.setup import SetupOutput
+    from megatron.bridge.training.state import GlobalState
+
+logger = logging.getLogger(__name__)
+
+_MOMENT_BYTES = {"adam": 8, "sgd": 4}
+"""Bytes of optimizer state for each element that is stepped on in FP32, beside its FP32 master."""
+
+
+class RunSummary(Callback):
+    """Adds up the steps of this start, for the block at the end."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._steps = 0
+        self._step_seconds = self._tokens = 0.0
+        self._losses: dict[str, float] = {}
+
+    def on_train_step_end(self, context: CallbackContext) -> None:
+        self._steps += 1
+        self._step_seconds += context.step_seconds
+        self._tokens += context.tokens_per_second * context.step_seconds
+        self._losses = context.loss_dict
+
+    def log_end(self, state: "GlobalState") -> None:
+        """Say what came of the run, also where it ends with an error: how far it came, and what is saved."""
+        step, last = state.train_state.step, state.derived.train_iters
+        rows = {"steps": f"{step} of {last}, {self._steps} of them since this start"}
+        if self._steps:
+            rows["last loss"] = ", ".join(f"{name} {value:.4f}" for name, value in self._losses.items())
+            rows["speed"] = (
+                f"{self._step_seconds / self._steps:.3f} s a step, {self._tokens / self._step_seconds:,.0f} tokens/s"
+            )
+        rows["time"] = f"{time.monotonic() - self._began:.1f} s since the start, set-up and saves included"
+        rows["peak memory"] = f"{peak_memory_bytes() / 1e9:.2f} GB (rank 0)"
+        if state.cfg.checkpoint.save is not None:
+            tracker = layout.read_tracker(state.cfg.checkpoint.save)
+            rows["checkpoint"] = "none" if tracker is None else f"{state.cfg.checkpoint.save}, step {tracker.iteration}"
+        _log_block("run ended" if step >= last else "run stopped", rows)
+
+
+def log_start(run: "SetupOutput") -> None:
+    """Say what runs where. Call on all ranks: they count parameters together."""
+    cfg, state = run.state.cfg, run.state
+    total, trained = count_parameters(run.model)
+    rows = {
+        "model": _model(cfg, total, trained),
+        "ranks": _ranks(cfg, state.derived.world_size, state.derived.data_parallel_size),
+        "precision": _precision(cfg),
+        "optimizer": _optimizer(cfg, run.optimizer),
+        "steps": f"{state.train_state.step} -> {state.derived.train_iters}, {state.derived.global_batch_size} samples "
+        f"each: {state.derived.num_microbatches} micro-batches of {state.derived.micro_batch_size} on each data rank",
+        **state.data_report,
+        "checkpoints": _checkpoints(cfg),
+        "figures": _figures(cfg),
+        "stops": _stops(cfg),
+    }
+    _log_block("run starts", rows)
+
+
+def count_parameters(model: list[Any]) -> tuple[int, int]:
+    """(all, trained) parameters of the whole model, each counted once. Collective."""
+    dense, experts = [0, 0], [0, 0]
+    for param in (param for chunk in model for param in chunk.parameters()):
+        if not getattr(param, "allreduce", True):  # how Core marks an expert's
+            counts = experts
+        elif param_is_not_shared(param) and param_is_not_tensor_parallel_duplicate(param):
+            counts = dense
+        else:
+            continue
+        counts[0] += param.numel()
+        counts[1] += param.numel() * param.requires_grad
+    sums = torch.tensor([dense, experts], device=current_device())
+    dist.all_reduce(sums[0], group=mpu.get_model_parallel_group())
+    dist.all_reduce(sums[1], group=mpu.get_expert_tensor_model_pipeline_parallel_group())
+    total, trained = sums.sum(0).tolist()
+    return total, trained
+
+
+def optimizer_bytes(cfg: "ConfigContainer", optimizer: Any) -> tuple[int, int]:
+    """(device, host) bytes of this rank's FP32 masters and moments, once the first step has made the moments."""
+    each = 4 + _MOMENT_BYTES.get(cfg.optimizer.optimizer, 8)
+    elements = sum(param.numel() for group in optimizer.param_groups for param in group["params"])
+    hybrids = [found.optimizer for found in find_hybrid_optimizers(optimizer)]
+    offloaded = sum(param.numel() for hybrid in hybrids for param in hybrid.gpu_params_map_cpu_copy)
+    # Without the precision-aware mode an offloaded parameter keeps its FP32 shard on the device too.
+    shard = 0 if cfg.optimizer.use_precision_aware_optimizer else 4
+    return (elements - offloaded) * each + offloaded * shard, offloaded * each
+
+
+def _model(cfg: "ConfigContainer", total: int, trained: int) -> str:
+    model = cfg.model
+    experts = f", {model.num_moe_experts} experts" if model.num_moe_experts else ""
+    name = type(model).__name__.removesuffix("ModelProvider")
+    return (
+        f"{name}, {model.num_layers} layers of {model.hidden_size}{experts}, vocabulary {model.vocab_size}; "
+        f"{total:,} parameters, {trained:,} trained"
+    )
+
+
+def _ranks(cfg: "ConfigContainer", world_size: int, data_parallel_size: int) -> str:
+    sizes = {
+        "data": data_parallel_size,
+        "tensor": cfg.model.tensor_model_parallel_size,
+        "pipeline": cfg.model.pipeline_model_parallel_size,
+        "context": cfg.model.context_parallel_size,
+        "expert": cfg.model.expert_model_parallel_size,
+    }
+    return (
+        f"{world_size}: "
+        + " x ".join(f"{name} {size}" for name, size in sizes.items() if name != "expert")
+        + (f", experts over {sizes['expert']}" if sizes["expert"] > 1 else "")
+    )
+
+
+def _precision(cfg: "ConfigContainer") -> str:
+    kind = "bf16" if cfg.model.bf16 else "fp16" if cfg.model.fp16 else "fp32"
+    gradients = "fp32" if cfg.ddp.grad_reduce_in_fp32 or kind == "fp32" else kind
+    return f"weights {kind}{', fp8 products' if cfg.model.fp8 else ''}, gradients reduced in {gradients}"
+
+
+def _optimizer(cfg: "ConfigContainer", optimizer: Any) -> str:
+    on_device, on_host = optimizer_bytes(cfg, optimizer)
+    text = f"{cfg.optimizer.optimizer}, lr {cfg.optimizer.lr:g} {cfg.scheduler.lr_decay_style}; state on rank 0: "
+    text += f"{on_device / 1e9:.3f} GB on the device"
+    if cfg.optimizer.optimizer_cpu_offload:
+        text += f", {on_host / 1e9:.3f} GB on the host ({cfg.optimizer.optimizer_offload_fraction:.0%} offloaded)"
+    return text
+
+
+def _checkpoints(cfg: "ConfigContainer") -> str:
+    options = cfg.checkpoint
+    if options.save is None:
+        return "none are saved (checkpoint.save)"
+    text = f"{options.save}, " + (f"every {options.save_interval} steps and " if options.save_interval else "") + "last"
+    if options.most_recent_k and options.most_recent_k > 0:
+        text += f"; the newest {options.most_recent_k} are kept"
+    text += "; written in the background" if options.async_save else ""
+    resumes = "a new start goes on from there" if options.load == options.save else "checkpoint.load is elsewhere"
+    return f"{text}; {resumes}"
+
+
+def _figures(cfg: "ConfigContainer") -> str:
+    def places() -> Iterator[str]:
+        file, options = metrics_file_of(cfg), cfg.logger
+        if file is not None:
+            yield str(file.path)
+        if options.tensorboard_dir:
+            yield f"TensorBoard in {options.tensorboard_dir}"
+        if options.wandb_project:
+            yield f"Weights & Biases, project {options.wandb_project}"
+        if options.mlflow_experiment:
+            yield f"MLflow, experiment {options.mlflow_experiment}"
+
+    return ", ".join(places()) or "the log alone (set checkpoint.save or logger.metrics_file)"
+
+
+def _stops(cfg: "ConfigContainer") -> str:
+    train = cfg.train
+    reasons = [f"after {train.exit_duration_in_mins} minutes"] if train.exit_duration_in_mins else []
+    if train.exit_signal_handler:
+        reasons.append(f"at {train.exit_signal.name}, saved, with exit code {PREEMPTED}")
+    reasons.append(f"after {cfg.dist.distributed_timeout_minutes} minutes without a sign of life from a rank")
+    return "; ".join(reasons)
+
+
+def _log_block(title: str, rows: dict[str, str]) -> None:
+    width = max(map(len, rows))
+    logger.info("%s\n%s", title, "\n".join(f"  {name:{width}}  {text}" for name, text in rows.items()))

@@ -1,0 +1,125 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""TensorBoard, Weights & Biases and MLflow. The last two are optional extras, imported where they are asked for."""
+
+import importlib.util
+import math
+import os
+from typing import TYPE_CHECKING, Any
+
+from megatron.bridge.training.metrics import MetricsLogger, metrics_file_of
+
+if TYPE_CHECKING:
+    from megatron.bridge.training.config import ConfigContainer
+    from megatron.bridge.training.state import GlobalState
+
+
+def _names(split: str, values: dict[str, Any]) -> dict[str, float]:
+    """Numbers under the names that Megatron's curves have: `lm loss`, `learning-rate`, `lm loss validation`."""
+    suffix = "" if split == "train" else f" {split}"
+    numbers = {name: float(value) for name, value in values.items() if value is not None}
+    return {name.replace("_", "-") + suffix: value for name, value in numbers.items()}
+
+
+class TensorBoard(MetricsLogger):
+    """All figures against the step, in `logger.tensorboard_dir`."""
+
+    def write(self, state: "GlobalState", split: str, values: dict[str, Any]) -> None:
+        """Add a point to each curve."""
+        for name, value in _names(split, values).items():
+            state.tensorboard_logger.add_scalar(name, value, state.train_state.step)
+
+
+class WeightsAndBiases(MetricsLogger):
+    """All figures against the step, in `logger.wandb_project`; `WANDB_MODE=offline` needs no network and no account."""
+
+    def open(self, state: "GlobalState") -> None:
+        """Begin a run there. Raises ValueError where wandb refuses."""
+        import wandb
+
+        options = state.cfg.logger
+        try:
+            state.wandb_logger = wandb.init(
+                project=options.wandb_project,
+                name=options.wandb_exp_name,
+                entity=options.wandb_entity,
+                dir=options.wandb_save_dir,
+                config=state.cfg.to_dict(),
+            )
+        except wandb.errors.Error as error:
+            said = " ".join(str(error).split())
+            raise ValueError(
+                f"logger.wandb_project={options.wandb_project!r}: wandb can't start a run ({said}): log in, or set "
+                "WANDB_MODE=offline in the environment, or logger.wandb_project=null"
+            ) from error
+        self._run = state.wandb_logger
+
+    def write(self, state: "GlobalState", split: str, values: dict[str, Any]) -> None:
+        """Add a point to each curve."""
+        self._run.log(_names(split, values), step=state.train_state.step)
+
+    def close(self, *, failed: bool) -> None:
+        """End the run there."""
+        self._run.finish(exit_code=int(failed))
+
+
+class MLflow(MetricsLogger):
+    """All figures against the step, in `logger.mlflow_experiment`; without a server, in a directory.
+
+    The directory is `logger.mlflow_tracking_uri`, e.g. file:///home/me/runs.
+    """
+
+    def open(self, state: "GlobalState") -> None:
+        """Begin a run there. Raises ValueError where mlflow refuses."""
+        import mlflow
+
+        options = state.cfg.logger
+        if options.mlflow_tracking_uri is not None:
+            if options.mlflow_tracking_uri.startswith(("file:", "/", ".")):
+                os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow 3.17 wants it said twice
+            mlflow.set_tracking_uri(options.mlflow_tracking_uri)
+        try:
+            mlflow.set_experiment(options.mlflow_experiment)
+            mlflow.start_run(run_name=options.mlflow_run_name, tags=options.mlflow_tags)
+            mlflow.log_text(state.cfg.to_yaml(), "run_config.yaml")
+        except mlflow.exceptions.MlflowException as error:
+            said = " ".join(str(error).split())
+            raise ValueError(
+                f"logger.mlflow_experiment={options.mlflow_experiment!r}: mlflow can't start a run ({said}): set "
+                "logger.mlflow_tracking_uri to a server, or logger.mlflow_experiment=null"
+            ) from error
+        self._mlflow = state.mlflow_logger = mlflow
+
+    def write(self, state: "GlobalState", split: str, values: dict[str, Any]) -> None:
+        """Add a point to each curve; MLflow's stores take no number that isn't finite."""
+        finite = {name: value for name, value in _names(split, values).items() if math.isfinite(value)}
+        self._mlflow.log_metrics(finite, step=state.train_state.step)
+
+    def close(self, *, failed: bool) -> None:
+        """End the run there."""
+        self._mlflow.end_run("FAILED" if failed else "FINISHED")
+
+
+def build_loggers(cfg: "ConfigContainer") -> list[MetricsLogger]:
+    """Where the configuration sends figures."""
+    file = metrics_file_of(cfg)
+    loggers: list[MetricsLogger] = [] if file is None else [file]
+    loggers += [TensorBoard()] if cfg.logger.tensorboard_dir else []
+    loggers += [WeightsAndBiases()] if cfg.logger.wandb_project else []
+    loggers += [MLflow()] if cfg.logger.mlflow_experiment else []
+    return loggers
+
+
+def check_trackers_are_installed(cfg: "ConfigContainer", world_size: int) -> None:
+    """What is asked for is there; the packages are extras."""
+    for option, module, extra in (
+        ("wandb_project", "wandb", "wandb"),
+        ("mlflow_experiment", "mlflow", "mlflow"),
+    ):
+        if not getattr(cfg.logger, option):
+            continue
+        spec = importlib.util.find_spec(module)
+        if spec is None or spec.origin is None:  # a folder of that name, such as wandb leaves behind, is no package
+            raise ValueError(
+                f"logger.{option}={getattr(cfg.logger, option)!r} needs the package {module}, which is not installed: "
+                f"pip install 'megatron-bridge[{extra}]', or set logger.{option}=null"
+            )

@@ -1,0 +1,142 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Where figures go: the file that is always written, and the services that are extras."""
+
+import json
+import os
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from megatron.bridge.training.metrics import MetricsFile, metrics_file_of, opened, read_metrics
+from megatron.bridge.training.state import GlobalState, TrainState
+from megatron.bridge.training.trackers import build_loggers, check_trackers_are_installed
+from tests.unit_tests.training.config_examples import make_config
+
+
+def _state(*overrides, step=0):
+    return GlobalState(make_config(*overrides), train_state=TrainState(step=step))
+
+
+def _write(loggers, state, steps, **values):
+    with opened(loggers, state):
+        for step in steps:
+            state.train_state.step = step
+            for logger in loggers:
+                logger.write(state, "train", {"lm loss": 2.0 / step, "grad_norm": None, **values})
+
+
+def test_a_resumed_file_has_the_last_line_of_each_step_and_no_torn_one(tmp_path):
+    path = tmp_path / "new" / "metrics.jsonl"
+    _write([MetricsFile(path)], _state(), [1, 2, 3], start=1)
+    with path.open("a") as file:
+        file.write('{"step": 4, "spl')  # killed while it wrote
+    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3]
+    _write([MetricsFile(path)], _state(), [3, 4], start=2)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["step"], line["start"]) for line in lines] == [(1, 1), (2, 1), (3, 1), (3, 2), (4, 2)]
+    assert [(line["step"], line["start"]) for line in read_metrics(path)] == [(1, 1), (2, 1), (3, 2), (4, 2)]
+
+
+def test_a_number_that_is_not_finite_is_null(tmp_path):
+    _write([MetricsFile(tmp_path / "metrics.jsonl")], _state(), [1], infinite=float("inf"), nothing=float("nan"))
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["infinite"] is None
+
+
+def test_a_line_in_the_middle_that_is_no_json_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "train"}\nnonsense\n{"step": 2, "split": "train"}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2: .*expected a JSON object on each line"):
+        read_metrics(tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "path"),
+    [
+        ([], None),
+        (["checkpoint.save=a"], "a/metrics.jsonl"),
+        (["checkpoint.save=a", "logger.tensorboard_dir=b"], "b/metrics.jsonl"),
+        (["checkpoint.save=a", "logger.tensorboard_dir=b", "logger.metrics_file=c/d"], "c/d"),
+    ],
+)
+def test_where_the_file_lies(overrides, path):
+    file = metrics_file_of(make_config(*overrides))
+    assert (None if file is None else str(file.path)) == path
+
+
+def test_a_file_that_cannot_be_written_names_the_option(tmp_path):
+    (tmp_path / "file").touch()
+    state = _state(f"checkpoint.save={tmp_path}/file/below")
+    with (
+        pytest.raises(ValueError, match=r"checkpoint.save='.*file/below' can't be written"),
+        opened(build_loggers(state.cfg), state),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("option", "package", "extra"), [("wandb_project", "wandb", "wandb"), ("mlflow_experiment", "mlflow", "mlflow")]
+)
+def test_a_service_whose_package_is_missing_is_refused_with_the_command(tmp_path, monkeypatch, option, package, extra):
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, package, raising=False)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="is not installed") as error:
+            check_trackers_are_installed(make_config(f"logger.{option}=mine"), 1)
+        expected = f"logger.{option}='mine' needs the package {package}, which is not installed: pip install "
+        assert str(error.value).startswith(f"{expected}'megatron-bridge[{extra}]'") and "\n" not in str(error.value)
+        (tmp_path / package).mkdir(exist_ok=True)  # what an offline run leaves behind is no package
+    check_trackers_are_installed(make_config(), 1)
+
+
+def test_weights_and_biases_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="the extra wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    state = _state("logger.wandb_project=mine", "logger.wandb_exp_name=tiny", f"logger.wandb_save_dir={tmp_path}")
+    [logger] = build_loggers(state.cfg)
+    with opened([logger], state):
+        state.train_state.step = 1
+        logger.write(state, "train", {"lm loss": 2.0, "grad_norm": None})
+        logger.write(state, "validation", {"lm loss": 3.0})
+        run = state.wandb_logger
+        assert (run.summary["lm loss"], run.summary["lm loss validation"]) == (2.0, 3.0)
+        assert run.name == "tiny" and run.config["optimizer"]["lr"] == 1e-4
+    assert [path for path in (tmp_path / "wandb").glob("offline-run-*/*.wandb") if path.stat().st_size > 0]
+
+
+def test_mlflow_in_a_file(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow", reason="the extra mlflow is not installed")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "")  # put back what the run sets
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE")
+    uri = (tmp_path / "runs").as_uri()
+    options = ["logger.mlflow_experiment=mine", f"logger.mlflow_tracking_uri={uri}", "logger.mlflow_tags={team: a}"]
+    state = _state(*options, "logger.mlflow_run_name=tiny")
+    _write(build_loggers(state.cfg), state, [1, 2], grad_norm=float("inf"))
+    [run] = mlflow.search_runs(experiment_names=["mine"], output_format="list")
+    assert run.data.metrics["lm loss"] == 1.0 and run.info.status == "FINISHED"
+    assert (run.data.tags["team"], run.info.run_name) == ("a", "tiny")
+
+
+def test_a_run_that_fails_is_told_so(tmp_path):
+    told = []
+    logger = SimpleNamespace(open=lambda state: None, close=lambda *, failed: told.append(failed))
+    with pytest.raises(RuntimeError), opened([logger], None):
+        raise RuntimeError
+    with opened([logger], None):
+        pass
+    assert told == [True, False] and os.environ.get("RANK", "0") == "0"
+
+
+def test_a_picture_of_the_losses(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib, of the extra demo, is not installed")
+    from megatron.bridge.plot import curves, draw
+
+    path = tmp_path / "metrics.jsonl"
+    state, file = _state(), MetricsFile(path)
+    _write([file], state, [1, 2])
+    with opened([file], state):
+        file.write(state, "validation", {"lm loss": 1.5, "num_tokens": 3})
+    assert curves(path) == {("lm loss", "train"): [(1, 2.0), (2, 1.0)], ("lm loss", "validation"): [(2, 1.5)]}
+    assert draw([path], tmp_path / "loss.png") == 2 and (tmp_path / "loss.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match=r"no numbers named \['grad_norm'\]: nothing to draw"):
+        draw([path], tmp_path / "none.png", wanted=["grad_norm"])
