@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron.bridge.training.gpt_step import forward_step
 from tests.soak_rank import RANKS, STEPS, train_one_rank
 
 ALONE_SECONDS = 60
@@ -52,16 +53,18 @@ class Soaked:
 class Run:
     """One run's directory and the processes of its newest start."""
 
-    def __init__(self, directory: Path, **sections: dict[str, Any]) -> None:
+    def __init__(self, directory: Path, *, forward_step_func: Callable = forward_step, **sections: Any) -> None:
         self.directory, self.sections, self.attempt = directory, sections, 0
+        self.forward_step_func = forward_step_func
         self.processes: list[Any] = []
         self._lines_before = [0] * RANKS
-        directory.mkdir()
+        directory.mkdir(exist_ok=True)
 
     def start(self) -> None:
         """Start both ranks."""
         self._lines_before = self.log_lines()
-        arguments = [(str(self.directory), self.attempt, rank, self.sections) for rank in range(RANKS)]
+        common = (self.sections, self.forward_step_func)
+        arguments = [(str(self.directory), self.attempt, rank, *common) for rank in range(RANKS)]
         self.processes = [_context().Process(target=train_one_rank, args=each) for each in arguments]
         for process in self.processes:
             process.start()

@@ -4,6 +4,7 @@
 import faulthandler
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,13 @@ class Log(Callback):
             file.write(f"{context.state.train_state.step} {context.loss_dict['lm loss'].hex()}\n")
 
 
-def train_one_rank(directory: str, attempt: int, rank: int, sections: dict[str, dict[str, Any]]) -> None:
+def train_one_rank(
+    directory: str,
+    attempt: int,
+    rank: int,
+    sections: dict[str, dict[str, Any]],
+    forward_step_func: Callable = forward_step,
+) -> None:
     """Train on from what `directory` holds to the last step, with an optimizer half of which is offloaded.
 
     Args:
@@ -39,6 +46,7 @@ def train_one_rank(directory: str, attempt: int, rank: int, sections: dict[str, 
         attempt: How many times the run was started before.
         rank: This process's.
         sections: Fields of the configuration's sections that aren't as usual.
+        forward_step_func: One micro-batch forward.
     """
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
     errors = os.open(f"{directory}/errors_{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -49,7 +57,8 @@ def train_one_rank(directory: str, attempt: int, rank: int, sections: dict[str, 
     choice = enter_device(choose_device("cpu"))
     meeting_point = f"file://{directory}/store_{attempt}"
     dist.init_process_group(choice.backend, init_method=meeting_point, rank=rank, world_size=RANKS)
-    pretrain(soak_config(directory, **sections), forward_step, callbacks=[Log(Path(directory, f"losses_{rank}.txt"))])
+    log = Log(Path(directory, f"losses_{rank}.txt"))
+    pretrain(soak_config(directory, **sections), forward_step_func, callbacks=[log])
     dist.destroy_process_group()
 
 

@@ -3,8 +3,11 @@
 
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -12,10 +15,12 @@ from megatron.bridge.checkpoint import layout
 from megatron.bridge.training.config import TrainingConfig
 from megatron.bridge.training.preemption import Preempted, catch_exit_signal
 from megatron.bridge.utils.exit_codes import PREEMPTED
+from tests.restarted_rank import KILLED_AT
 from tests.soak import RANKS, Run, check_equal, wait_for_saves, warm_up
 from tests.soak_rank import STEPS
 
 SECONDS = 60
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +83,34 @@ def test_a_run_stopped_again_and_again_ends_as_the_uninterrupted_one(tmp_path, w
     assert run.join(SECONDS), run.errors()
     _assert_preempted(run, saved=max(run.losses()[0]))
     assert first < max(run.losses()[0])
+
+    run.start()
+    assert run.join(SECONDS) and run.has_ended_well(), run.errors()
+    check_equal(run, whole)
+
+
+def test_torchrun_starts_a_killed_rank_again_and_hands_the_signal_on(tmp_path, whole):
+    run = Run(tmp_path / "run")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    with open(tmp_path / "torchrun.txt", "w") as output:
+        torchrun = subprocess.Popen(
+            [*command, "-m", "tests.restarted_rank", str(run.directory)], stdout=output, stderr=output, cwd=ROOT
+        )
+    deadline = time.monotonic() + 2 * SECONDS
+    try:
+        while run.log_lines()[0] < KILLED_AT + 3:
+            said = (tmp_path / "torchrun.txt").read_text()
+            assert torchrun.poll() is None and time.monotonic() < deadline, said
+            time.sleep(0.01)
+        torchrun.terminate()
+        assert torchrun.wait(SECONDS) == 1  # whatever its ranks ended with
+    finally:
+        torchrun.kill()
+    said = (tmp_path / "torchrun.txt").read_text()
+    assert (run.directory / "killed").exists() and "failed (exitcode: -9) local_rank: 1" in said
+    assert "SIGTERM has arrived on rank 1" in said and "stopped by a signal after step" in said
+    tracker = layout.read_tracker(run.directory / "checkpoints")
+    assert KILLED_AT <= tracker.iteration == max(run.losses()[0]) < STEPS
 
     run.start()
     assert run.join(SECONDS) and run.has_ended_well(), run.errors()

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.any_core
 FINETUNE, RESUME = "functional_tests/test_finetune_smollm2.py", "functional_tests/test_resume_matrix.py"
 CONVERT, ADAPTERS = "functional_tests/test_conversion_command.py", "functional_tests/test_lora_export.py"
 RECIPE = "functional_tests/test_run_recipe.py"
+PREEMPTION = "functional_tests/test_preemption.py"
 HELP = "--help"
 """Takes minutes, and what it measures is printed, not tested: only its start is."""
 
@@ -40,6 +41,8 @@ RUN_BY = {
     r"IMAGE=.* sbatch .*\.slurm": ("unit_tests/test_slurm_scripts.py", "run_checkpointing_sync_test.slurm"),
     r"torchrun --nproc-per-node \d my_script\.py": (FINETUNE, "scripts/finetune_smollm2/run.py"),
     r"python -m megatron\.bridge\.generate.*": ("functional_tests/test_generate.py", "megatron.bridge.generate"),
+    r"torchrun --nproc-per-node \d --max-restarts \d my_script\.py": (PREEMPTION, "--max-restarts"),
+    r"python -m megatron\.bridge\.plot .*": ("unit_tests/training/test_metrics.py", "draw("),
     r"python -m megatron\.bridge\.checkpoint .*": ("functional_tests/test_bad_input.py", "inspect_checkpoint("),
     r"python -m megatron\.bridge\.convert (import|export|roundtrip)\b(?!-).*": (CONVERT, "megatron.bridge.convert"),
     r"python -m megatron\.bridge\.convert (export-adapter|merge) .*": (ADAPTERS, "export-adapter"),

@@ -70,12 +70,18 @@ def curves(path: Path, wanted: list[str] | None = None) -> dict[tuple[str, str],
     return found
 
 
-def main() -> None:
-    """Parse and draw."""
+def build_parser() -> argparse.ArgumentParser:
+    """The command's options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("metrics", type=Path, nargs="+", help="metrics.jsonl of a run, or of several")
     parser.add_argument("--output", type=Path, default=Path("loss.png"), help="the picture (default: loss.png)")
     parser.add_argument("--name", action="append", help="draw this instead of the losses, e.g. grad_norm")
+    return parser
+
+
+def main() -> None:
+    """Parse and draw."""
+    parser = build_parser()
     arguments = parser.parse_args()
     if importlib.util.find_spec("matplotlib") is None:
         parser.error("matplotlib is not installed: pip install matplotlib")

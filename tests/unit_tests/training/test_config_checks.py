@@ -390,7 +390,8 @@ def test_local_checkpoints_without_their_package_are_refused_in_one_line(monkeyp
 
 
 def test_the_table_has_a_bad_config_for_every_rule():
-    assert BAD.keys() == BY_NAME.keys()
+    elsewhere = {"check_trackers_are_installed"}  # in test_metrics.py, which hides the packages
+    assert BAD.keys() == BY_NAME.keys() - elsewhere
 
 
 @pytest.mark.parametrize(("rule", "overrides", "world_size", "message"), CASES)

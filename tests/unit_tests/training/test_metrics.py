@@ -84,7 +84,7 @@ def test_a_service_whose_package_is_missing_is_refused_with_the_command(tmp_path
         with pytest.raises(ValueError, match="is not installed") as error:
             check_trackers_are_installed(make_config(f"logger.{option}=mine"), 1)
         expected = f"logger.{option}='mine' needs the package {package}, which is not installed: pip install "
-        assert str(error.value).startswith(f"{expected}'megatron-bridge[{extra}]'") and "\n" not in str(error.value)
+        assert str(error.value).startswith(f'{expected}"megatron-bridge[{extra}]"') and "\n" not in str(error.value)
         (tmp_path / package).mkdir(exist_ok=True)  # what an offline run leaves behind is no package
     check_trackers_are_installed(make_config(), 1)
 

@@ -200,16 +200,16 @@ def _close_save(
     directory = commit_checkpoint(unfinished, step, run_config=run_config, train_state=train_state)
     with on_all_ranks(f"removing what is older than {directory}"):
         if is_rank_0():
-            size, seconds = _size_gb(directory), time.monotonic() - started
-            logger.info("saved step %d to %s (%.3f GB in %.1f s)", step, directory, size, seconds)
+            size, seconds = _num_bytes(directory) / 1e6, time.monotonic() - started
+            logger.info("saved step %d to %s (%.1f MB in %.1f s)", step, directory, size, seconds)
             for old in layout.prune(directory.parent, keep, retain_interval=retain_interval):
                 logger.info("removed %s (the newest %d are kept)", old, keep)
     afterwards()
     return directory
 
 
-def _size_gb(directory: Path) -> float:
-    return sum(entry.stat().st_size for entry in directory.rglob("*") if entry.is_file()) / 1e9
+def _num_bytes(directory: Path) -> int:
+    return sum(entry.stat().st_size for entry in directory.rglob("*") if entry.is_file())
 
 
 def _forget_abandoned(cfg: ConfigContainer, context: dict[str, Any], step: int) -> None:

@@ -55,7 +55,7 @@ class RunSummary(Callback):
                 f"{self._step_seconds / self._steps:.3f} s a step, {self._tokens / self._step_seconds:,.0f} tokens/s"
             )
         rows["time"] = f"{time.monotonic() - self._began:.1f} s since the start, set-up and saves included"
-        rows["peak memory"] = f"{peak_memory_bytes() / 1e9:.2f} GB (rank 0)"
+        rows["peak memory"] = f"{_size(peak_memory_bytes())} (rank 0)"
         if state.cfg.checkpoint.save is not None:
             tracker = layout.read_tracker(state.cfg.checkpoint.save)
             rows["checkpoint"] = "none" if tracker is None else f"{state.cfg.checkpoint.save}, step {tracker.iteration}"
@@ -76,7 +76,7 @@ def log_start(run: "SetupOutput") -> None:
         **state.data_report,
         "checkpoints": _checkpoints(cfg),
         "figures": _figures(cfg),
-        "stops": _stops(cfg),
+        "stops": _stops(cfg, state.derived.world_size),
     }
     _log_block("run starts", rows)
 
@@ -145,10 +145,14 @@ def _precision(cfg: "ConfigContainer") -> str:
 def _optimizer(cfg: "ConfigContainer", optimizer: Any) -> str:
     on_device, on_host = optimizer_bytes(cfg, optimizer)
     text = f"{cfg.optimizer.optimizer}, lr {cfg.optimizer.lr:g} {cfg.scheduler.lr_decay_style}; state on rank 0: "
-    text += f"{on_device / 1e9:.3f} GB on the device"
+    text += f"{_size(on_device)} on the device"
     if cfg.optimizer.optimizer_cpu_offload:
-        text += f", {on_host / 1e9:.3f} GB on the host ({cfg.optimizer.optimizer_offload_fraction:.0%} offloaded)"
+        text += f", {_size(on_host)} on the host (offload fraction {cfg.optimizer.optimizer_offload_fraction:g})"
     return text
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
 
 
 def _checkpoints(cfg: "ConfigContainer") -> str:
@@ -178,12 +182,14 @@ def _figures(cfg: "ConfigContainer") -> str:
     return ", ".join(places()) or "the log alone (set checkpoint.save or logger.metrics_file)"
 
 
-def _stops(cfg: "ConfigContainer") -> str:
-    train = cfg.train
-    reasons = [f"after {train.exit_duration_in_mins} minutes"] if train.exit_duration_in_mins else []
+def _stops(cfg: "ConfigContainer", world_size: int) -> str:
+    train, reasons = cfg.train, ["after its last step"]
+    if train.exit_duration_in_mins:
+        reasons.append(f"after {train.exit_duration_in_mins} minutes")
     if train.exit_signal_handler:
         reasons.append(f"at {train.exit_signal.name}, saved, with exit code {PREEMPTED}")
-    reasons.append(f"after {cfg.dist.distributed_timeout_minutes} minutes without a sign of life from a rank")
+    if world_size > 1:
+        reasons.append(f"after {cfg.dist.distributed_timeout_minutes} minutes without a sign of life from a rank")
     return "; ".join(reasons)
 
 

@@ -121,5 +121,5 @@ def check_trackers_are_installed(cfg: "ConfigContainer", world_size: int) -> Non
         if spec is None or spec.origin is None:  # a folder of that name, such as wandb leaves behind, is no package
             raise ValueError(
                 f"logger.{option}={getattr(cfg.logger, option)!r} needs the package {module}, which is not installed: "
-                f"pip install 'megatron-bridge[{extra}]', or set logger.{option}=null"
+                f'pip install "megatron-bridge[{extra}]", or set logger.{option}=null'
             )

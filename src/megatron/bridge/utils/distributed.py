@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.bridge.utils.device import DeviceChoice, current_device, enter_device
+from megatron.bridge.utils.rendezvous import is_shared_by_starts, store_of_this_start
 
 T = TypeVar("T")
 
@@ -73,7 +74,7 @@ def init_process_group(choice: DeviceChoice, timeout_minutes: float = 10) -> boo
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         try:
-            dist.init_process_group(choice.backend, timeout=timeout)
+            _join_torchrun(choice.backend, timeout)
         except RuntimeError as error:
             raise RuntimeError(
                 f"rank {rank()} could not meet all {world_size()} ranks within {timeout_minutes:g} minutes "
@@ -83,6 +84,15 @@ def init_process_group(choice: DeviceChoice, timeout_minutes: float = 10) -> boo
     else:
         dist.init_process_group(choice.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return True
+
+
+def _join_torchrun(backend: str, timeout: datetime.timedelta) -> None:
+    if not is_shared_by_starts():
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    store, own_rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    store = store_of_this_start(store, own_rank, size, timeout)
+    dist.init_process_group(backend, store=store, rank=own_rank, world_size=size, timeout=timeout)
 
 
 def initialize_model_parallel(

@@ -1,0 +1,72 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""A rank that never comes: every rank shows where it is, and the job ends within the timeout."""
+
+import re
+import time
+
+from megatron.bridge.training.gpt_step import forward_step
+from megatron.bridge.training.hang_watchdog import HangWatchdog
+from megatron.bridge.training.state import GlobalState
+from megatron.bridge.utils.distributed import rank
+from megatron.bridge.utils.exit_codes import HUNG
+from tests.soak import RANKS, Run, warm_up
+
+TIMEOUT_SECONDS = 6
+HANGS_AFTER = 2
+
+
+def sleep_on_rank_1(state: GlobalState, data_iterator, model):
+    """A forward step that never comes back, on one rank."""
+    if rank() == 1 and state.train_state.step == HANGS_AFTER:
+        time.sleep(600)
+    return forward_step(state, data_iterator, model)
+
+
+def test_a_rank_that_hangs_and_the_one_that_waits_for_it_show_their_stacks_and_end(tmp_path):
+    warm_up()
+    timeout = {"distributed_timeout_seconds_after_init": TIMEOUT_SECONDS}
+    run = Run(tmp_path / "run", forward_step_func=sleep_on_rank_1, dist=timeout, checkpoint={"save_interval": None})
+    run.start()
+    while run.is_running() and min(run.log_lines()) < HANGS_AFTER:
+        time.sleep(0.001)
+    began = time.monotonic()
+    assert run.join(60), run.errors()
+    assert 0.8 * TIMEOUT_SECONDS < time.monotonic() - began < TIMEOUT_SECONDS + 2, "within the timeout"
+    assert [process.exitcode for process in run.processes] == [HUNG] * RANKS, run.errors()
+    waits, hangs = ((run.directory / f"errors_{number}.txt").read_text() for number in range(RANKS))
+    for number, text in enumerate((waits, hangs)):
+        head = f"[rank {number}] rank {number} hangs: no sign of life for 5.4 s after step {HANGS_AFTER};"
+        assert head in text, text
+    assert "in sleep_on_rank_1" in hangs and "in sleep_on_rank_1" not in waits
+    assert "in train_step" in waits and "in train_step" in hangs
+
+
+def test_signs_of_life_pauses_and_the_end_keep_it_quiet(capfd, monkeypatch):
+    """A thread of its own, so that what would end this process can be seen instead."""
+    monkeypatch.setattr("megatron.bridge.training.hang_watchdog.world_size", lambda: 2)
+    ended = []
+    monkeypatch.setattr("megatron.bridge.training.hang_watchdog.os._exit", ended.append)
+    watchdog = HangWatchdog()
+    watchdog.start(0.5)
+    for step in range(4):
+        time.sleep(0.2)
+        watchdog.sign(step)
+    with watchdog.paused():
+        time.sleep(0.8)
+    time.sleep(0.2)
+    watchdog.stop()
+    time.sleep(0.6)
+    assert not ended and "hangs" not in capfd.readouterr().err
+
+    watchdog = HangWatchdog()
+    watchdog.start(60)
+    watchdog.sign(7)
+    watchdog.start(0.3)  # shortened after the first step
+    time.sleep(1.2)
+    watchdog.stop()
+    assert ended and set(ended) == {HUNG}
+    said = capfd.readouterr().err
+    assert re.search(
+        r"rank 0 hangs: no sign of life for [\d.]+ s after step 7; it ends after 0.3 s with exit code 124", said
+    )
+    assert "in test_signs_of_life_pauses" in said
