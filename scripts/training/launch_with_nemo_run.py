@@ -85,6 +85,7 @@ def add_plugin_options(plugins: Any) -> None:
     plugins.add_argument("--torch-profiler", metavar="START:END", help="record these steps with torch's profiler")
     plugins.add_argument("--nsys", metavar="START:END", help="record these steps with Nsight Systems")
     plugins.add_argument("--wandb-project", help="log to Weights & Biases")
+    plugins.add_argument("--mlflow-experiment", help="log to MLflow")
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str], list[str]]:
@@ -241,6 +242,8 @@ def build_plugins(arguments: argparse.Namespace) -> list[Any]:
             plugins.append(plugin(profile_step_start=int(start), profile_step_end=int(end)))
     if arguments.wandb_project:
         plugins.append(run_plugins.WandbPlugin(project=arguments.wandb_project))
+    if arguments.mlflow_experiment:
+        plugins.append(run_plugins.MLFlowPlugin(experiment=arguments.mlflow_experiment))
     return plugins
 
 

@@ -66,8 +66,8 @@ JOBS = {
     "write": ["--max-restarts", "1", "--nproc-per-node", "2", "what=write", *ARGUMENTS, "--", "--mode", "z"],
     "fail": ["--nproc-per-node", "2", "--quiet", "what=fail"],
     "stop": ["--nproc-per-node", "2", "--quiet", "what=sleep"],
-    "slurm-resume": [*SLURM, "--sbatch", "signal=TERM@60", "--job-retries", "1", "what=resume", *ARGUMENTS],
-    "slurm-fail": [*SLURM, "--nproc-per-node", "2", "--quiet", "what=fail"],
+    "slurm-resume": [*SLURM, "--preempt-seconds", "60", "what=resume", *ARGUMENTS],
+    "slurm-fail": [*SLURM, "--nproc-per-node", "2", "--quiet", "--preempt-seconds", "60", "what=fail"],
     "slurm-stop": [*SLURM, "--quiet", "what=sleep"],
 }
 
@@ -193,7 +193,7 @@ def test_a_slurm_job_saves_before_its_time_is_over_and_goes_on_from_the_queue(jo
     assert process.returncode == 0 and "SUCCEEDED: 4242" in output, (output, errors, logs)
     assert (folder / "saved-0").exists() and (folder / "resumed-0").exists()
     assert calls_of("scontrol", folder).count(["requeue", "4242"]) == 1
-    assert (folder / "arguments-0").read_text() == repr(["what=resume", *ARGUMENTS])
+    assert (folder / "arguments-0").read_text() == repr(["what=resume", *ARGUMENTS, "train.exit_signal_handler=true"])
     assert (folder / "environment-0").read_text() == "two words"
 
 
@@ -216,10 +216,13 @@ def test_a_stopped_launcher_cancels_its_slurm_job(jobs):
 
 
 def test_a_recipe_trains_on_two_processes_as_a_script_and_as_a_function(recipes):
+    losses = []
     for process, folder in recipes:
         output, errors = process.communicate(timeout=SECONDS)
         assert process.returncode == 0 and "SUCCEEDED" in output, (output[-3000:], errors[-3000:])
         assert (folder / "out" / "latest_checkpointed_iteration.txt").read_text() == "2"
+        losses.append([step["lm loss"] for step in map(json.loads, (folder / "out" / "metrics.jsonl").open())])
+    assert len(losses[0]) >= 2 and losses[0] == losses[1]
 
 
 @pytest.mark.parametrize(

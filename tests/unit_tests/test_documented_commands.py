@@ -49,6 +49,11 @@ RUN_BY = {
     r"(python|torchrun --nproc-per-node 8) scripts/training/run_recipe\.py .*": (RECIPE, "run_recipe.py"),
     r"python -m megatron\.bridge\.memory .*": ("unit_tests/recipes/test_recipes.py", "megatron.bridge.memory"),
     r"pip install \"megatron-bridge\[local\]\"": ("unit_tests/test_workflows.py", "local"),
+    r"python scripts/training/launch_with_nemo_run\.py .*": (
+        "unit_tests/recipes/test_launching_docs.py",
+        "launch_with_nemo_run",
+    ),
+    r"pip install 'megatron-bridge\[recipes\]'": ("unit_tests/test_workflows.py", "recipes"),
     r"python benchmarks/\w+\.py": (HELP, ""),
 }
 """Commands, and the file that runs such a command, with a text that shows it."""

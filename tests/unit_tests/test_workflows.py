@@ -73,7 +73,7 @@ def test_pre_commit_runs_what_make_lint_runs():
 def test_what_make_installs_is_declared():
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     extras = set(re.findall(r"^(\w+) = \[", project.partition("[project.optional-dependencies]")[2], re.MULTILINE))
-    assert "local" in extras
+    assert {"local", "recipes"} <= set(extras)
     assert set(re.search(r"--editable \"\.\[(.*)\]\"", MAKEFILE)[1].split(",")) <= extras
 
 

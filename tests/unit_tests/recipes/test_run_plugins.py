@@ -6,14 +6,12 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 
 if importlib.util.find_spec("nemo_run") is None:
     pytest.skip("nemo_run is not installed: pip install 'megatron-bridge[recipes]'", allow_module_level=True)
-os.environ.setdefault("NEMORUN_HOME", tempfile.mkdtemp(prefix="experiments_"))  # read once, by the import
 
 import nemo_run as run
 
@@ -22,6 +20,7 @@ from megatron.bridge.recipes.nemo_run_jobs import dry_run
 from megatron.bridge.recipes.nemo_run_tasks import SlurmOptions, local_executor, script_task, slurm_executor
 from megatron.bridge.recipes.run_plugins import (
     FaultTolerancePlugin,
+    MLFlowPlugin,
     NsysPlugin,
     PreemptionPlugin,
     PyTorchProfilerPlugin,
@@ -45,14 +44,6 @@ def without_overrides(recipe: str) -> None:
 def as_flags(arguments) -> list[str]:
     """A script's own spelling."""
     return [f"--{name.replace('_', '-')}={value}" for name, value in vars(arguments).items()]
-
-
-@pytest.fixture(autouse=True)
-def empty_input(monkeypatch):
-    """NeMo-Run's commands read this process's input, which pytest forbids."""
-    with open(os.devnull) as nothing:
-        monkeypatch.setattr(sys, "stdin", nothing)
-        yield
 
 
 @pytest.fixture
@@ -88,6 +79,10 @@ PLUGINS = [
         + ["profiling.memory_snapshot_path=snapshot.pickle", "profiling.record_shapes=true"],
     ),
     (WandbPlugin(project="p", name="n"), ["logger.wandb_project=p", "logger.wandb_exp_name=n"]),
+    (
+        MLFlowPlugin(experiment="e", tracking_uri="file:///runs"),
+        ["logger.mlflow_experiment=e", "logger.mlflow_tracking_uri=file:///runs"],
+    ),
 ]
 
 

@@ -292,6 +292,38 @@ class WandbPlugin(run.Plugin):
         _extend(task, executor, self, values, WandbPluginScriptArgs(**fields))
 
 
+@dataclass(kw_only=True)
+class MLFlowPluginScriptArgs:
+    """What a script is told."""
+
+    experiment: str
+    run_name: str | None
+    tracking_uri: str | None
+
+
+@dataclass(kw_only=True)
+class MLFlowPlugin(run.Plugin):
+    """Log to MLflow."""
+
+    experiment: str
+    """Experiment there."""
+
+    run_name: str | None = None
+    """Name of the run. None: MLflow makes one."""
+
+    tracking_uri: str | None = None
+    """Server or folder. None: MLFLOW_TRACKING_URI, else MLflow's default."""
+
+    script_args_converter_fn: Converter | None = None
+    """None: key=value overrides."""
+
+    def setup(self, task: Any, executor: Any) -> None:
+        """Extend the task; NeMo-Run calls it."""
+        fields = {"experiment": self.experiment, "run_name": self.run_name, "tracking_uri": self.tracking_uri}
+        values = {f"logger.mlflow_{name}": value for name, value in fields.items() if value is not None}
+        _extend(task, executor, self, values, MLFlowPluginScriptArgs(**fields))
+
+
 def _profiling(values: Mapping[str, Any], ranks: list[int] | None) -> dict[str, Any]:
     """Options of the section `profiling`, those that are on."""
     asked = {**values, "profile_ranks": ranks}
