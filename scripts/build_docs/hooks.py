@@ -67,6 +67,7 @@ def _api_pages() -> dict[str, str]:
     for room, text in ROOMS.items():
         modules = [path for path in sorted((PACKAGE / room).rglob("*.py")) if _defines_something(path)]
         names = [".".join(path.relative_to(PACKAGE.parents[1]).with_suffix("").parts) for path in modules]
+        names = [name.removesuffix(".__init__") for name in names]
         sections = (f"## {name}\n\n::: {name}\n    options:\n      show_root_heading: false\n" for name in names)
         pages[f"reference/api-{room}.md"] = "\n".join([f"# megatron.bridge.{room}\n", f"{text}\n", *sections])
     return pages
