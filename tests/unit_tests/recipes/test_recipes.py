@@ -213,3 +213,15 @@ def test_the_documented_recipe_works(tmp_path, monkeypatch):
     importlib.invalidate_caches()
     cfg = RecipeRequest(recipe="my_recipes:support_bot_sft_config").build()
     assert cfg.dataset.dataset_root == "data/support" and cfg.model.num_layers == 36
+
+
+def test_the_public_pieces_of_a_recipe():
+    from megatron.bridge.recipes.utils.finetune_utils import default_peft_config
+    from megatron.bridge.recipes.utils.optimizer_utils import distributed_fused_adam_with_cosine_annealing
+
+    optimizer, scheduler = distributed_fused_adam_with_cosine_annealing(max_lr=3e-4, lr_warmup_iters=10)
+    assert (optimizer.lr, optimizer.min_lr, scheduler.lr_warmup_iters) == (3e-4, pytest.approx(3e-5), 10)
+    assert optimizer.use_distributed_optimizer and scheduler.lr_decay_style == "cosine"
+    assert default_peft_config("lora", dim=4).dim == 4
+    with pytest.raises(ValueError, match="peft_scheme='qlora': expected one of lora, dora"):
+        default_peft_config("qlora")

@@ -22,11 +22,12 @@ from megatron.bridge.training.config import (
 PEFT_SCHEMES: dict[str, type[PEFT]] = {"lora": LoRA, "dora": DoRA}
 
 
-def default_peft_config(peft_scheme: str | PEFT) -> PEFT:
+def default_peft_config(peft_scheme: str | PEFT, **options: Any) -> PEFT:
     """Adapters of a kind, on every linear layer of attention and MLP.
 
     Args:
         peft_scheme: "lora" or "dora"; adapters with options of your own are taken as they are.
+        options: Fields of the kind, such as `dim=16`.
 
     Raises:
         ValueError: Another name.
@@ -35,7 +36,7 @@ def default_peft_config(peft_scheme: str | PEFT) -> PEFT:
         return peft_scheme
     if peft_scheme not in PEFT_SCHEMES:
         raise ValueError(f"peft_scheme={peft_scheme!r}: expected one of {', '.join(PEFT_SCHEMES)}, or a PEFT")
-    return PEFT_SCHEMES[peft_scheme]()
+    return PEFT_SCHEMES[peft_scheme](**options)
 
 
 def sft_common(model: Any, *, seq_length: int, run_directory: str = "./nemo_experiments/default") -> ConfigContainer:
