@@ -22,10 +22,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from tests import mutant_rows, mutant_rows_data, mutant_rows_files, mutant_rows_peft
+from tests import mutant_rows, mutant_rows_data, mutant_rows_files, mutant_rows_peft, mutant_rows_recipes
 from tests.mutant_rows import Mutant
 
-MUTANTS = (*mutant_rows.MUTANTS, *mutant_rows_peft.ADAPTERS, *mutant_rows_data.THE_DATA, *mutant_rows_files.THE_FILES)
+MUTANTS = (
+    *mutant_rows.MUTANTS,
+    *mutant_rows_peft.ADAPTERS,
+    *mutant_rows_data.THE_DATA,
+    *mutant_rows_files.THE_FILES,
+    *mutant_rows_recipes.MEMORY,
+)
 ROOT = Path(__file__).resolve().parents[1]
 KILLED = "killed"
 VERDICTS = {0: "survived", 1: KILLED, 2: "interrupted or not collected", 4: "no such test", 5: "no test selected"}
