@@ -16,6 +16,7 @@ from megatron.bridge.training.config_checks_optimizer import OPTIMIZER_RULES
 from megatron.bridge.training.config_checks_parallel import PARALLEL_RULES, check_virtual_pipeline_fits
 from megatron.bridge.training.config_derived import data_parallel_size, derive, global_batch_size
 from megatron.bridge.training.config_unsupported import check_comm_overlap_is_off, check_options_are_built
+from megatron.bridge.training.profiling import check_profiles_have_a_place
 from megatron.bridge.training.trackers import check_trackers_are_installed
 
 if TYPE_CHECKING:
@@ -224,5 +225,6 @@ RULES: tuple[Callable[["ConfigContainer", int], None], ...] = (
     check_non_persistent_checkpoints_have_a_place,
     check_background_writer_is_a_thread,
     check_trackers_are_installed,
+    check_profiles_have_a_place,
 )
 """Every rule, in the order in which they speak: what is wrong first is said first."""

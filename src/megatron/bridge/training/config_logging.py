@@ -156,13 +156,13 @@ class ProfilingConfig:
     """Mark the steps for Nsight Systems (start the run under nsys)."""
 
     profile_step_start: int = 10
-    """First step that is profiled."""
+    """First step that is profiled; they count from 0."""
 
     profile_step_end: int = 12
     """Step before which the profile ends."""
 
     use_pytorch_profiler: bool = False
-    """Record the steps with torch's own profiler."""
+    """Record the steps with torch's own profiler, into logger.tensorboard_dir/profile."""
 
     pytorch_profiler_collect_shapes: bool = False
     """Record tensor shapes (torch's profiler)."""
@@ -183,7 +183,7 @@ class ProfilingConfig:
     """File for the record of allocations."""
 
     record_shapes: bool = False
-    """Record tensor shapes in the markers (Nsight Systems)."""
+    """Record tensor shapes, with either profiler."""
 
     nvtx_ranges: bool = False
     """Mark Core's own phases (Nsight Systems)."""

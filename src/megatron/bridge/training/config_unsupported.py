@@ -55,8 +55,8 @@ UNSUPPORTED = (
     Unsupported("validation.validation_set_names"),
     Unsupported("validation.start_eval_at_iter"),
     Unsupported("validation.test_mode"),
-    Unsupported("profiling.use_nsys_profiler"),
-    Unsupported("profiling.use_pytorch_profiler"),
+    Unsupported("profiling.use_nsys_profiler", (False, None), "set profiling.use_pytorch_profiler=true"),
+    Unsupported("profiling.pytorch_profiler_collect_chakra"),
     Unsupported("profiling.record_memory_history"),
     # the optimizer
     Unsupported("scheduler.max_steps", (None,), "set scheduler.lr_decay_iters instead"),

@@ -13,6 +13,7 @@ from megatron.bridge.training.initialize import destroy_global_state, enter_run
 from megatron.bridge.training.metrics import opened
 from megatron.bridge.training.micro_batches import bind_forward_step
 from megatron.bridge.training.preemption import catch_exit_signal
+from megatron.bridge.training.profiling import build_profilers
 from megatron.bridge.training.progress import ProgressBar
 from megatron.bridge.training.setup import maybe_log_and_save_config, setup
 from megatron.bridge.training.state import GlobalState
@@ -49,7 +50,8 @@ def pretrain(
             runtime_config_update(config)
             loggers = build_loggers(config)
             summary = RunSummary()
-            manager = CallbackManager([ProgressBar(), summary, *loggers, *normalize_callbacks(callbacks).callbacks])
+            own = [ProgressBar(), summary, *loggers, *build_profilers(config)]
+            manager = CallbackManager([*own, *normalize_callbacks(callbacks).callbacks])
         maybe_log_and_save_config(config)
         with catch_exit_signal(config.train) as exit_signal:
             state = GlobalState(config, exit_signal=exit_signal)

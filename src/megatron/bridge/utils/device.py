@@ -128,6 +128,12 @@ def set_device_rng_state(state: torch.Tensor) -> None:
     torch.cuda.set_rng_state(state)
 
 
+def profiled_activities() -> list[torch.profiler.ProfilerActivity]:
+    """What torch's profiler records here: the host's work, and the device's where there is a real one."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    return activities if is_simulated() else [*activities, torch.profiler.ProfilerActivity.CUDA]
+
+
 def peak_memory_bytes() -> int:
     """Peak device memory allocated so far, in bytes; under simulation the process's peak resident memory."""
     if is_simulated() or not torch.cuda.is_available():

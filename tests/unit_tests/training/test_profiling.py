@@ -1,0 +1,59 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""The steps that were asked for are recorded, on the ranks that were asked for; the run's bits stay what they are."""
+
+import json
+
+import pytest
+
+from megatron.bridge.training.config import ProfilingConfig
+from megatron.bridge.training.profiling import check_profiles_have_a_place
+from tests.on_ranks import make_pretrained, run_finetune
+from tests.ranks import run_on_ranks
+from tests.tiny import tiny_config
+
+STEPS = 4
+
+
+def _finetune(directory, name, profiling):
+    cfg = tiny_config(
+        directory,
+        train_iters=STEPS,
+        logger={"tensorboard_dir": f"{directory}/{name}"},
+        checkpoint={"save": None, "pretrained_checkpoint": f"{directory}/pretrained"},
+    )
+    cfg.profiling = ProfilingConfig(use_pytorch_profiler=True, **profiling) if profiling else None
+    return run_finetune(cfg).losses
+
+
+def _finetune_twice(directory):
+    make_pretrained(f"{directory}/pretrained")
+    options = {"profile_step_start": 1, "profile_step_end": 3, "profile_ranks": [1], "record_shapes": True}
+    return [_finetune(directory, "plain", {}), _finetune(directory, "profiled", options)]
+
+
+def test_two_steps_of_one_rank(tmp_path):
+    for plain, profiled in run_on_ranks(_finetune_twice, 2, tmp_path):
+        assert plain == profiled and len(plain) == STEPS
+    assert not (tmp_path / "plain" / "profile").exists()
+    (trace,) = (tmp_path / "profiled" / "profile").iterdir()
+    assert trace.name.startswith("rank_00001.") and trace.name.endswith(".pt.trace.json")
+    events = json.loads(trace.read_text())["traceEvents"]
+    steps = [event for event in events if event.get("name", "").startswith("Optimizer.step#")]
+    assert len(steps) == 2
+    assert any(event.get("args", {}).get("Input Dims") for event in events)
+
+
+@pytest.mark.parametrize(
+    ("options", "tensorboard_dir", "message"),
+    [
+        ({}, None, "profiling.use_pytorch_profiler=true needs logger.tensorboard_dir"),
+        ({"profile_ranks": [0, 2]}, "logs", "profiling.profile_ranks holds 2: the run has ranks 0 to 1"),
+    ],
+)
+def test_what_cannot_be_recorded_is_refused(tmp_path, options, tensorboard_dir, message):
+    cfg = tiny_config(tmp_path, train_iters=1)
+    cfg.profiling = ProfilingConfig(use_pytorch_profiler=True, **options)
+    cfg.logger.tensorboard_dir = tensorboard_dir
+    with pytest.raises(ValueError, match=message) as error:
+        check_profiles_have_a_place(cfg, 2)
+    assert "\n" not in str(error.value)
