@@ -223,6 +223,16 @@ def test_a_package_of_the_repository_goes_along(tmp_path, monkeypatch):
     assert f"--chdir {directory}/training/code " in text and "--chdir=" not in text
 
 
+def test_over_ssh_the_paths_are_the_clusters():
+    """Nothing is connected to for it."""
+    executor = slurm(ssh="me@login.nowhere", remote_directory="/remote/experiments", workdir="/remote/code")
+    directory, _ = dry_run(script(), executor, title="ssh")
+    text = (directory / "training_sbatch.sh").read_text()
+    place = f"/remote/experiments/ssh/{directory.name}/training"
+    assert f"#SBATCH --output={place}/sbatch_" in text and f"srun --output {place}/log-" in text
+    assert "--chdir=/remote/code " in text and "export PATH=" not in text
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

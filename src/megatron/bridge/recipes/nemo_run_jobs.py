@@ -88,7 +88,7 @@ def run_job(
     tail_logs: bool = True,
     stop_seconds: float = 60.0,
 ) -> JobOutcome:
-    """Start a job, wait for its end, and leave no process behind.
+    """Start a job, wait for its end, and leave no process behind. For the main thread: it takes signals.
 
     SIGINT or SIGTERM ends the job: on this machine torchrun gets SIGTERM and passes it on (a run with
     `train.exit_signal_handler=true` saves), and what is left after `stop_seconds` is killed, or at once when the signal
@@ -108,7 +108,9 @@ def run_job(
     """
     mark = uuid.uuid4().hex
     if isinstance(executor, import_nemo_run().LocalExecutor):
-        executor.env_vars = {**executor.env_vars, _MARK: mark}
+        # Newer torchruns kill their workers that many seconds after a signal; 30, unless told otherwise.
+        torchrun_seconds = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(int(stop_seconds))}
+        executor.env_vars = {**torchrun_seconds, **executor.env_vars, _MARK: mark}
     stopper = _Stopper(mark, stop_seconds)
     experiment = _experiment(title)
     with stopper.listening():
@@ -161,8 +163,8 @@ class _Stopper:
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Take SIGINT and SIGTERM; give them back at the end."""
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        self._listen()
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
             yield
         finally:
@@ -170,13 +172,8 @@ class _Stopper:
                 signal.signal(number, handler)
 
     def started(self, experiment: Any) -> None:
-        """The job runs: torchx has put handlers of its own in place, which leave it running."""
+        """The job runs: from here on a signal ends it, and the wait for it goes on."""
         self._experiment = experiment
-        self._listen()
-
-    def _listen(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self._experiment is None:
@@ -189,14 +186,17 @@ class _Stopper:
         threading.Thread(target=self._stop, daemon=True).start()
 
     def _stop(self) -> None:
+        import psutil
+
         if not isinstance(self._experiment.jobs[0].executor, import_nemo_run().LocalExecutor):
             self._experiment._runner.cancel(self._experiment.jobs[0].handle)
             return
         marked = processes_of(self._mark)
-        parents = {process.pid for process in marked}
+        pids = {process.pid for process in marked}
         for process in marked:
-            if process.ppid() not in parents:  # torchrun, which passes it on
-                process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.ppid() not in pids:  # torchrun, which passes it on
+                    process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + self._stop_seconds
         while time.monotonic() < deadline and processes_of(self._mark):
             time.sleep(0.2)
