@@ -72,7 +72,7 @@ class MemoryPlan:
 
 
 def plan_memory(cfg: ConfigContainer, *, world_size: int, budget_bytes: int, rank: int | None = None) -> MemoryPlan:
-    """Plan one rank's memory. For a process of its own: nothing of a run may be up.
+    """Plan one rank's memory. For a process of its own: nothing of a run may be up, and none on a GPU may follow.
 
     Args:
         cfg: What a recipe returns; data, tokenizer and checkpoint may be left open. It isn't changed.
