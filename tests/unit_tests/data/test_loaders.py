@@ -1,5 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+import multiprocessing
 import random
+import signal
 from itertools import islice
 
 import numpy as np
@@ -138,6 +140,24 @@ def test_worker_processes_change_nothing():
         equal(one, other)
         for one, other in zip(steps(Counting(20), 4), steps(Counting(20), 4, num_workers=2), strict=True)
     )
+
+
+@pytest.mark.parametrize("is_caught", [True, False])
+def test_a_worker_lives_on_at_a_signal_that_the_run_catches(is_caught):
+    before = signal.signal(signal.SIGTERM, (lambda *_: None) if is_caught else signal.SIG_DFL)
+    try:
+        iterator = build_step_iterator(Counting(40), **arguments(consumed_samples=0, seed=1, shuffle=False, num_workers=1))
+        next(iterator)
+        for worker in multiprocessing.active_children():  # as torchrun and schedulers do
+            worker.terminate()
+            worker.join(0.5)
+        if is_caught:
+            assert len([next(iterator) for _ in range(4)]) == 4
+        else:
+            with pytest.raises(RuntimeError, match="DataLoader worker"):
+                [next(iterator) for _ in range(4)]
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_reading_leaves_the_random_numbers_of_the_run_alone():
