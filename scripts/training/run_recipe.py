@@ -11,14 +11,14 @@ word.
 """
 
 import argparse
-import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from megatron.bridge.recipes import all_recipes
 from megatron.bridge.recipes.build import MODES, PEFT_SCHEMES, RecipeRequest
+from megatron.bridge.recipes.launch import train_recipe
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -46,21 +46,6 @@ def _add(parser: argparse.ArgumentParser, option: str, **settings: Any) -> None:
     parser.add_argument(option, f"--{option[2:].replace('-', '_')}", **settings)
 
 
-def load_step(name: str) -> Callable:
-    """The forward step of a name.
-
-    Raises:
-        ValueError: There is none.
-    """
-    module, colon, function = name.partition(":")
-    if not colon:
-        module, function = f"megatron.bridge.training.{name}", "forward_step"
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"--step-func {name}: {error}; expected gpt_step, or module:function") from None
-
-
 def run(arguments: argparse.Namespace) -> None:
     """Build the configuration, and train or plan."""
     request = RecipeRequest(
@@ -73,17 +58,11 @@ def run(arguments: argparse.Namespace) -> None:
         config_file=arguments.config_file,
         overrides=arguments.overrides,
     )
-    _, mode = request.resolve()  # a wrong name is said before torch is imported
-    if arguments.dry_run:
-        if os.environ.get("RANK", "0") == "0":
-            plan(request, arguments)
-        return
-    step = load_step(arguments.step_func)
-    if mode == "pretrain":
-        from megatron.bridge.training.pretrain import pretrain as train
-    else:
-        from megatron.bridge.training.finetune import finetune as train
-    train(request.build(), step)
+    request.resolve()  # a wrong name is said before torch is imported
+    if not arguments.dry_run:
+        train_recipe(request, step_func=arguments.step_func)
+    elif os.environ.get("RANK", "0") == "0":
+        plan(request, arguments)
 
 
 def plan(request: RecipeRequest, arguments: argparse.Namespace) -> None:

@@ -331,6 +331,18 @@ BAD = {
             "checkpoint.pretrained_checkpoint=no/such/dir: there is no",
         )
     ],
+    "check_profiles_have_a_place": [
+        (
+            ["profiling={use_pytorch_profiler: true}", "logger.tensorboard_dir=null"],
+            1,
+            "profiling.use_pytorch_profiler=true needs logger.tensorboard_dir: set it",
+        ),
+        (
+            ["profiling={use_pytorch_profiler: true, profile_ranks: [0, 2]}", "logger.tensorboard_dir=logs"],
+            2,
+            "profiling.profile_ranks holds 2: the run has ranks 0 to 1",
+        ),
+    ],
     "check_peft": [
         (["peft={dim: 8}"], 1, "peft={'dim': 8} is a dict: expected adapters, such as"),
         (["peft={_target_: megatron.bridge.peft.lora.LoRA}"], 1, "peft is set without checkpoint.pretrained"),

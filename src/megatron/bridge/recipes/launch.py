@@ -1,7 +1,8 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """A recipe by its name, as a function of plain values: what a `run.Partial` carries to the workers."""
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from megatron.bridge.recipes.build import RecipeRequest
@@ -16,6 +17,7 @@ def run_recipe(
     packed_sequence: bool = False,
     config_file: str | None = None,
     overrides: Sequence[str] = (),
+    step_func: str = "gpt_step",
 ) -> None:
     """Train as a recipe says: what scripts/training/run_recipe.py does with the same options. Each rank calls it.
 
@@ -28,6 +30,7 @@ def run_recipe(
         packed_sequence: Whether to pack samples.
         config_file: YAML with options.
         overrides: ["train.train_iters=50"].
+        step_func: As for `train_recipe`.
 
     Raises:
         ValueError, FileNotFoundError: Something asked for isn't there or can't work; as for `finetune`.
@@ -42,11 +45,33 @@ def run_recipe(
         config_file=config_file,
         overrides=overrides,
     )
-    _, resolved = request.resolve()
-    from megatron.bridge.training.gpt_step import forward_step
+    train_recipe(request, step_func=step_func)
 
-    if resolved == "pretrain":
+
+def train_recipe(request: RecipeRequest, *, step_func: str = "gpt_step") -> None:
+    """Train as asked for. Each rank calls it.
+
+    Args:
+        request: The recipe, its options and overrides.
+        step_func: "gpt_step", or "module:function" of your own.
+
+    Raises:
+        ValueError, FileNotFoundError: As for `run_recipe`.
+    """
+    _, mode = request.resolve()
+    forward_step = _step_named(step_func)
+    if mode == "pretrain":
         from megatron.bridge.training.pretrain import pretrain as train
     else:
         from megatron.bridge.training.finetune import finetune as train
     train(request.build(), forward_step)
+
+
+def _step_named(name: str) -> Callable:
+    module, colon, function = name.partition(":")
+    if not colon:
+        module, function = f"megatron.bridge.training.{name}", "forward_step"
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"step_func={name}: {error}; expected gpt_step, or module:function") from None
