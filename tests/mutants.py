@@ -22,7 +22,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from tests import mutant_rows, mutant_rows_data, mutant_rows_files, mutant_rows_peft, mutant_rows_recipes
+from tests import (
+    mutant_rows,
+    mutant_rows_data,
+    mutant_rows_files,
+    mutant_rows_peft,
+    mutant_rows_recipes,
+    mutant_rows_runs,
+)
 from tests.mutant_rows import Mutant
 
 MUTANTS = (
@@ -31,6 +38,7 @@ MUTANTS = (
     *mutant_rows_data.THE_DATA,
     *mutant_rows_files.THE_FILES,
     *mutant_rows_recipes.MEMORY,
+    *mutant_rows_runs.RUNS,
 )
 ROOT = Path(__file__).resolve().parents[1]
 KILLED = "killed"

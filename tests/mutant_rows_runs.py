@@ -1,0 +1,70 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""The mutants of how a run stops, restarts and hangs; see `tests/mutant_rows.py`."""
+
+from tests.mutant_rows import Mutant
+
+_PREEMPTION = "tests/functional_tests/test_preemption.py::test_"
+_HANG = "tests/functional_tests/test_hang.py::test_"
+SOURCE = "src/megatron/bridge/"
+
+RUNS = (
+    Mutant(
+        name="a signal of one rank",
+        breaks="the rank that got it stops alone",
+        file=f"{SOURCE}training/preemption.py",
+        text="        dist.all_reduce(last_rank, op=dist.ReduceOp.MAX)\n",
+        replacement="",
+        tests=(f"{_PREEMPTION}a_run_stopped_again_and_again_ends_as_the_uninterrupted_one",),
+    ),
+    Mutant(
+        name="a stop without its code",
+        breaks="a run that must go on looks like one that is done",
+        file=f"{SOURCE}training/train.py",
+        text="    if is_preempted:\n        raise Preempted(state.train_state.step)\n",
+        replacement="",
+        tests=(f"{_PREEMPTION}a_run_stopped_again_and_again_ends_as_the_uninterrupted_one",),
+    ),
+    Mutant(
+        name="a restart among the dead",
+        breaks="the ranks of a restart look for those of the start before",
+        file=f"{SOURCE}utils/rendezvous.py",
+        text='            if store.check([f"{name}/all"]) and word in store.get(f"{name}/all").decode().split():\n',
+        replacement='            if store.check([f"{name}/all"]):\n',
+        tests=("tests/unit_tests/utils/test_rendezvous.py::test_ranks_of_a_start_meet_behind_one_that_is_over",),
+    ),
+    Mutant(
+        name="nobody watches",
+        breaks="a rank that is stuck never ends and never says where",
+        file=f"{SOURCE}training/hang_watchdog.py",
+        text="        if self._thread is None and world_size() > 1:\n",
+        replacement="        if False:\n",
+        tests=(f"{_HANG}a_rank_that_hangs_and_the_one_that_waits_for_it_show_their_stacks_and_end",),
+    ),
+    Mutant(
+        name="workers die at the signal",
+        breaks="the last step before the save has no batch",
+        file=f"{SOURCE}data/loaders.py",
+        text="        worker_init_fn=_take_signals_as_the_run_does,\n",
+        replacement="",
+        tests=("tests/unit_tests/data/test_loaders.py::test_a_worker_lives_on_at_a_signal_that_the_run_catches",),
+    ),
+    Mutant(
+        name="a parameter counted twice",
+        breaks="the summary's number of parameters grows with tensor parallelism",
+        file=f"{SOURCE}training/summary.py",
+        text="param_is_not_shared(param) and param_is_not_tensor_parallel_duplicate(param)",
+        replacement="param_is_not_shared(param)",
+        tests=("tests/functional_tests/test_run_report.py::test_each_parameter_is_counted_once_in_every_layout",),
+    ),
+    Mutant(
+        name="a torn line stays",
+        breaks="the metrics file of a killed run can't be read any more",
+        file=f"{SOURCE}training/metrics.py",
+        text="        _cut_torn_line(self.path)\n",
+        replacement="",
+        tests=(
+            "tests/unit_tests/training/test_metrics.py::"
+            "test_a_resumed_file_has_the_last_line_of_each_step_and_no_torn_one",
+        ),
+    ),
+)
