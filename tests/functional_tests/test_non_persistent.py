@@ -262,6 +262,8 @@ def test_the_newest_of_local_and_persistent_wins(both):
     if not (both / "two").exists():
         shutil.copytree(both / "full", both / "two")
         layout.write_tracker(both / "two", 2)
+        for later in (3, 4):
+            shutil.rmtree(both / "two" / f"iter_{later:07d}")
     cases = {name: {"checkpoint": checkpoint} for name, (checkpoint, _) in PLANS.items()}
     for rank, answers in enumerate(run_on_ranks(_plans, 2, both, cases)):
         for name, (_, expected) in PLANS.items():

@@ -205,3 +205,14 @@ def test_prune_touches_only_complete_iterations(tmp_path):
     layout.prune(tmp_path, 1)
     assert iterations_left(tmp_path) == [4, 6], "a broken save does not count as one to keep"
     assert copy.is_dir() and (tmp_path / "release").is_dir()
+
+
+def test_a_tracker_that_names_an_earlier_iteration_than_the_newest(tmp_path):
+    assert layout.newer_than_tracker(tmp_path) == []
+    directories = [write_iteration(tmp_path, iteration) for iteration in (2, 4, 6)]
+    write_iteration(tmp_path, 8, without=[".metadata"])
+    for named, later in ((8, []), (6, []), (2, directories[1:])):
+        layout.write_tracker(tmp_path, named)
+        assert layout.newer_than_tracker(tmp_path) == later
+    layout.write_tracker(tmp_path, 0, release=True)
+    assert layout.newer_than_tracker(tmp_path) == []

@@ -36,6 +36,13 @@ def test_a_whole_checkpoint_passes_and_all_of_it_is_read(directory):
     assert check_files_of(directory, is_small_file) == 300 + 90 + 700 + 2
 
 
+def test_all_bytes_are_reported_as_they_are_read(directory):
+    seen = []
+    name = "__0_0.distcp"
+    assert manifest.damage_of(directory / name, manifest.read_manifest(directory)[name], progress=seen.append) is None
+    assert sum(seen) == 5000
+
+
 def test_ranks_share_the_files(directory):
     parts = [check_files_of(directory, is_tensor_file, share=share, shares=2) for share in range(2)]
     assert sorted(parts) == [4097, 5000]

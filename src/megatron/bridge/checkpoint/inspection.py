@@ -115,10 +115,9 @@ def verify(path: str | Path, ckpt_step: int | None = None) -> tuple[list[str], i
     damaged = []
     with tqdm(total=sum(size for size, _ in listed.values()), unit="B", unit_scale=True, desc="verify") as bar:
         for name, entry in sorted(listed.items()):
-            found = damage_of(directory / name, entry)
+            found = damage_of(directory / name, entry, progress=bar.update)
             if found is not None:
                 damaged.append(f"{directory / name} {found}")
-            bar.update(entry[0])
     whole = f"{directory}: {len(listed) - len(damaged)} of {len(listed)} files are what their {ALGORITHM} says"
     return [*damaged, whole], len(damaged)
 

@@ -13,7 +13,9 @@ import os
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+from tqdm import tqdm
 
 from megatron.bridge.utils.files import atomic_write
 
@@ -117,21 +119,30 @@ def check_files_of(
         logger.debug("%s has no %s: its files are not checked", directory, MANIFEST_FILE)
         return 0
     names = sorted(name for name in listed if is_wanted(name))[share::shares]
-    for name in names:
-        found = damage_of(Path(directory) / name, listed[name])
-        if found is not None:
-            raise ValueError(f"{Path(directory) / name} {found}; {_WAY_OUT}")
-    return sum(listed[name][0] for name in names)
+    num_bytes = sum(listed[name][0] for name in names)
+    is_hidden = None if share == 0 else True  # None: where there is no terminal
+    with tqdm(total=num_bytes, desc="checking files", unit="B", unit_scale=True, leave=False, disable=is_hidden) as bar:
+        for name in names:
+            found = damage_of(Path(directory) / name, listed[name], progress=bar.update)
+            if found is not None:
+                raise ValueError(f"{Path(directory) / name} {found}; {_WAY_OUT}")
+    return num_bytes
 
 
-def damage_of(path: Path, entry: tuple[int, str]) -> str | None:
-    """What is wrong with a file, in words; None where it is what the manifest says."""
+def damage_of(path: Path, entry: tuple[int, str], *, progress: Callable[[int], Any] = lambda _: None) -> str | None:
+    """What is wrong with a file, in words; None where it is what the manifest says.
+
+    Args:
+        path: The file.
+        entry: The size and the checksum that it should have.
+        progress: Told of the bytes that are read.
+    """
     size, checksum = entry
     if not path.is_file():
         return f"is missing: expected {size} bytes"
     if path.stat().st_size != size:
         return f"has {path.stat().st_size} bytes: expected {size}"
-    found = _entry_of(path)[1]
+    found = _entry_of(path, progress)[1]
     return None if found == checksum else f"is damaged: its {ALGORITHM} is {found}, expected {checksum}"
 
 
@@ -145,12 +156,13 @@ def is_small_file(name: str) -> bool:
     return not is_tensor_file(name)
 
 
-def _entry_of(path: Path) -> tuple[int, str]:
+def _entry_of(path: Path, progress: Callable[[int], Any] = lambda _: None) -> tuple[int, str]:
     size = checksum = 0
     with open(path, "rb") as file:
         for block in _blocks_of(file):
             size += len(block)
             checksum = zlib.crc32(block, checksum)
+            progress(len(block))
     return size, _as_text(checksum)
 
 

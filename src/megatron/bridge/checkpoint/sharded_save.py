@@ -30,6 +30,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint import filesystem as torch_filesystem
 from torch.distributed.checkpoint.metadata import Metadata
+from tqdm import tqdm
 
 from megatron.bridge.checkpoint.layout import METADATA_FILE
 from megatron.bridge.checkpoint.manifest import Checksums, ChecksumWriter, write_manifest
@@ -56,7 +57,7 @@ def save_sharded(
         OSError: This rank can't write; on the other ranks a RuntimeError that carries its text.
     """
     save = plan_save(sharded_state_dict, directory, content_metadata=content_metadata, parallel_group=parallel_group)
-    save.write()
+    save.write(show_progress=True)
     save.complete()
 
 
@@ -126,17 +127,24 @@ class ShardedSave:
             for index, (item, tensor) in enumerate(tensors):
                 tensors[index] = (item, tensor.to("cpu", copy=True))
 
-    def write(self) -> None:
-        """Write this rank's files and flush them to disk. Doesn't raise: see `error`."""
+    def write(self, *, show_progress: bool = False) -> None:
+        """Write this rank's files and flush them to disk. Doesn't raise: see `error`.
+
+        Args:
+            show_progress: Show a bar, on rank 0 and a terminal.
+        """
+        count = sum(len(blobs) + len(tensors) for _, _, (blobs, tensors) in self._writer.write_buckets)
+        is_hidden = None if show_progress and is_rank_0() else True  # None: where there is no terminal
         try:
             with _errors_of_the_disk(self.directory):
-                self._write_files()
+                with tqdm(total=count, desc="saving", unit="tensor", leave=False, disable=is_hidden) as bar:
+                    self._write_files(bar)
         except Exception as error:
             self.error = error
         finally:
             self._writer.write_buckets = []  # let go of the copies
 
-    def _write_files(self) -> None:
+    def _write_files(self, bar: tqdm) -> None:
         for path, name, (blobs, tensors) in self._writer.write_buckets:
             with open(path, "wb") as file:
                 checksummed = ChecksumWriter(file)
@@ -145,6 +153,7 @@ class ShardedSave:
                         return
                     on_host = data.cpu() if isinstance(data, torch.Tensor) else data
                     self._results.append(self._write_item(checksummed, on_host, item, name))
+                    bar.update()
                 self._checksums[name] = checksummed.entry
                 file.flush()
                 os.fsync(file.fileno())

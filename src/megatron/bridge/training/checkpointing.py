@@ -180,7 +180,7 @@ def _save_iteration(
     if cfg.checkpoint.async_save:
         state.background_save = BackgroundSave(save, close)
         return layout.checkpoint_name(root, step)
-    save.write()
+    save.write(show_progress=True)
     save.complete()
     return close()
 

@@ -43,10 +43,14 @@ def get_rng_state(
 
 
 def current_states() -> dict[str, Any]:
-    """Each generator's state, by the key that Megatron-LM uses."""
+    """Each generator's state, by the key that Megatron-LM uses.
+
+    NumPy's as a list: torch reads no array unless Core has told it to.
+    """
+    name, keys, *rest = np.random.get_state()
     return {
         "random_rng_state": random.getstate(),
-        "np_rng_state": np.random.get_state(),
+        "np_rng_state": (name, keys.tolist(), *rest),
         "torch_rng_state": torch.get_rng_state(),
         "cuda_rng_state": device_rng_state(),
         "rng_tracker_states": tensor_parallel.get_cuda_rng_tracker().get_states(),

@@ -14,8 +14,8 @@ from megatron.core.transformer.module import param_is_not_shared
 
 from megatron.bridge.checkpoint import layout
 from megatron.bridge.training.callbacks import Callback, CallbackContext
-from megatron.bridge.training.cpu_offload.param_copies import find_hybrid_optimizers
 from megatron.bridge.training.metrics import metrics_file_of
+from megatron.bridge.training.state_memory import StateBytes, count_state
 from megatron.bridge.utils.device import current_device, peak_memory_bytes
 from megatron.bridge.utils.exit_codes import PREEMPTED
 
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from megatron.bridge.training.state import GlobalState
 
 logger = logging.getLogger(__name__)
-
-_MOMENT_BYTES = {"adam": 8, "sgd": 4}
-"""Bytes of optimizer state for each element that is stepped on in FP32, beside its FP32 master."""
 
 
 class RunSummary(Callback):
@@ -70,7 +67,8 @@ def log_start(run: "SetupOutput") -> None:
         "model": _model(cfg, total, trained),
         "ranks": _ranks(cfg, state.derived.world_size, state.derived.data_parallel_size),
         "precision": _precision(cfg),
-        "optimizer": _optimizer(cfg, run.optimizer),
+        "optimizer": _optimizer(cfg),
+        "memory": _memory(count_state(run.model, run.optimizer, kind=cfg.optimizer.optimizer)),
         "steps": f"{state.train_state.step} -> {state.derived.train_iters}, {state.derived.global_batch_size} samples "
         f"each: {state.derived.num_microbatches} micro-batches of {state.derived.micro_batch_size} on each data rank",
         **state.data_report,
@@ -98,17 +96,6 @@ def count_parameters(model: list[Any]) -> tuple[int, int]:
     dist.all_reduce(sums[1], group=mpu.get_expert_tensor_model_pipeline_parallel_group())
     total, trained = sums.sum(0).tolist()
     return total, trained
-
-
-def optimizer_bytes(cfg: "ConfigContainer", optimizer: Any) -> tuple[int, int]:
-    """(device, host) bytes of this rank's FP32 masters and moments, once the first step has made the moments."""
-    each = 4 + _MOMENT_BYTES.get(cfg.optimizer.optimizer, 8)
-    elements = sum(param.numel() for group in optimizer.param_groups for param in group["params"])
-    hybrids = [found.optimizer for found in find_hybrid_optimizers(optimizer)]
-    offloaded = sum(param.numel() for hybrid in hybrids for param in hybrid.gpu_params_map_cpu_copy)
-    # Without the precision-aware mode an offloaded parameter keeps its FP32 shard on the device too.
-    shard = 0 if cfg.optimizer.use_precision_aware_optimizer else 4
-    return (elements - offloaded) * each + offloaded * shard, offloaded * each
 
 
 def _model(cfg: "ConfigContainer", total: int, trained: int) -> str:
@@ -142,13 +129,24 @@ def _precision(cfg: "ConfigContainer") -> str:
     return f"weights {kind}{', fp8 products' if cfg.model.fp8 else ''}, gradients reduced in {gradients}"
 
 
-def _optimizer(cfg: "ConfigContainer", optimizer: Any) -> str:
-    on_device, on_host = optimizer_bytes(cfg, optimizer)
-    text = f"{cfg.optimizer.optimizer}, lr {cfg.optimizer.lr:g} {cfg.scheduler.lr_decay_style}; state on rank 0: "
-    text += f"{_size(on_device)} on the device"
-    if cfg.optimizer.optimizer_cpu_offload:
-        text += f", {_size(on_host)} on the host (offload fraction {cfg.optimizer.optimizer_offload_fraction:g})"
-    return text
+def _optimizer(cfg: "ConfigContainer") -> str:
+    text = f"{cfg.optimizer.optimizer}, lr {cfg.optimizer.lr:g} {cfg.scheduler.lr_decay_style}"
+    is_offloaded = cfg.optimizer.optimizer_cpu_offload
+    return f"{text}, offload fraction {cfg.optimizer.optimizer_offload_fraction:g}" if is_offloaded else text
+
+
+def _memory(state: StateBytes) -> str:
+    """What rank 0 holds from the first step on; activations come on top."""
+    on_device = {
+        "weights": state.weights,
+        "gradients": state.gradients,
+        "masters": state.masters,
+        "moments": state.moments,
+    }
+    on_host = state.host_masters + state.host_moments + state.host_gradients
+    parts = ", ".join(f"{name} {_size(size)}" for name, size in on_device.items() if size)
+    host = f"; on the host {_size(on_host)}" if on_host else ""
+    return f"rank 0 holds {_size(sum(on_device.values()))} on the device ({parts}) and activations{host}"
 
 
 def _size(num_bytes: int) -> str:
