@@ -24,6 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--hf-path", help="take the sizes from this Hugging Face directory")
     parser.add_argument("--world-size", type=int, help="ranks (default: as few as hold the model)")
     parser.add_argument("--rank", type=int, help="plan this rank (default: the one that needs most)")
+    parser.add_argument("--shapes", action="store_true", help="list the rank's part of each weight too")
     parser.add_argument("--gpu-gib", type=float, default=80.0, help="memory of a device (default: 80)")
     parser.add_argument("--reserve-gib", type=float, default=4.0, help="of it, for CUDA and NCCL (default: 4)")
     return parser
@@ -44,7 +45,12 @@ def run(args: argparse.Namespace) -> str:
         budget_bytes=int((args.gpu_gib - args.reserve_gib) * GIB),
         rank=args.rank,
     )
-    return as_table(plan)
+    if not args.shapes:
+        return as_table(plan)
+    from megatron.bridge.training import planned_shards
+
+    shards = planned_shards.plan_shards(cfg, world_size=plan.world_size, rank=plan.rank)
+    return f"{planned_shards.as_table(shards)}\n\n{as_table(plan)}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

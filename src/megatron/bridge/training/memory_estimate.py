@@ -93,7 +93,7 @@ def plan_memory(cfg: ConfigContainer, *, world_size: int, budget_bytes: int, ran
 
 
 def _plan_rank(cfg: ConfigContainer, world_size: int, rank: int, budget_bytes: int) -> MemoryPlan:
-    with _planned_run(cfg, world_size, rank) as run:
+    with planned_run(cfg, world_size, rank) as run:
         without = run.estimate(optimizer_cpu_offload=False, use_precision_aware_optimizer=False)
         if run.cfg.optimizer.use_distributed_optimizer:
             offloaded = run.estimate(optimizer_cpu_offload=True, optimizer_offload_fraction=1.0)
@@ -155,19 +155,19 @@ def as_plannable(cfg: ConfigContainer) -> ConfigContainer:
     return plan
 
 
-class _PlannedRun:
+class PlannedRun:
     """A model on a planned rank, and as many optimizers for it as one likes to compare."""
 
     def __init__(self, cfg: ConfigContainer, model: list[Any]) -> None:
         self.cfg = cfg
-        self._model = model
+        self.model = model
 
     def estimate(self, **optimizer_options: Any) -> MemoryEstimate:
         """Bytes, as configured or with other options of the optimizer."""
         options = dataclasses.replace(self.cfg.optimizer, **optimizer_options)
         options.finalize()
-        optimizer, _ = setup_optimizer(options, self.cfg.scheduler, self._model, use_gloo_process_groups=False)
-        chunks = [unwrap_model(chunk) for chunk in self._model]
+        optimizer, _ = setup_optimizer(options, self.cfg.scheduler, self.model, use_gloo_process_groups=False)
+        chunks = [unwrap_model(chunk) for chunk in self.model]
         activations = activation_bytes(
             self.cfg.model,
             moe_layers=[hasattr(layer.mlp, "router") for chunk in chunks for layer in chunk.decoder.layers],
@@ -176,7 +176,7 @@ class _PlannedRun:
         )
         has_logits = any(chunk.post_process for chunk in chunks)
         return MemoryEstimate(
-            state=count_state(self._model, optimizer, kind=options.optimizer),
+            state=count_state(self.model, optimizer, kind=options.optimizer),
             activations=activations,
             logits=logit_bytes(self.cfg.model, micro_batch_size=self.cfg.train.micro_batch_size) if has_logits else 0,
         )
@@ -227,7 +227,7 @@ class _PlannedRun:
 
 
 @contextmanager
-def _planned_run(cfg: ConfigContainer, world_size: int, rank: int) -> Iterator[_PlannedRun]:
+def planned_run(cfg: ConfigContainer, world_size: int, rank: int) -> Iterator[PlannedRun]:
     """The rank's model, wrapped for data parallelism, with shapes and no memory."""
     plan = as_plannable(cfg)
     with planned_world(world_size, rank), _quiet():
@@ -238,7 +238,7 @@ def _planned_run(cfg: ConfigContainer, world_size: int, rank: int) -> Iterator[_
             pg_collection=pg_collection,
             pre_wrap_hook=None if plan.peft is None else lambda chunks: plan.peft(chunks, training=True),
         )
-        yield _PlannedRun(plan, model)
+        yield PlannedRun(plan, model)
 
 
 @contextmanager
