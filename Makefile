@@ -12,7 +12,7 @@ NVRX := $(if $(filter 0.16.1,$(CORE)),0.4.1,0.6.0)
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: help install finetune finetune-lora model test unit functional test-gpu test-resume resume-matrix soak mutants \
-	coverage docs wheel lint format clean
+	fuzz coverage docs wheel lint format clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -69,6 +69,9 @@ soak: install ## kill a training run at 50 random moments, resume each time, com
 
 mutants: install ## break the sync, the guard, the load and the repairs, and see that tests notice
 	$(BIN)/python -m tests.mutants $(ARGS)
+
+fuzz: install ## 100,000 damaged and invented inputs: only documented errors may come
+	$(BIN)/python -W ignore -m tests.fuzz $(ARGS)
 
 coverage: install model ## all tests, and which lines they ran: build/coverage/index.html
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --cov --cov-report=html:build/coverage \

@@ -80,12 +80,12 @@ def read_tracker(root: str | os.PathLike) -> Tracker | None:
     """
     path = Path(root) / TRACKER_FILE
     try:
-        text = path.read_text(encoding="utf-8").strip()
+        text = path.read_text(encoding="utf-8", errors="replace").strip()
     except FileNotFoundError:
         return None
     if text == "release":
         return Tracker(0, release=True)
-    if not text.isdigit():
+    if not (text.isascii() and text.isdigit()):
         raise ValueError(f"{path} holds {text[:40]!r}: expected an iteration number or 'release'")
     return Tracker(int(text))
 
@@ -125,7 +125,7 @@ def what_is_missing(directory: str | os.PathLike) -> str | None:
             return f"{name} is missing: the save that wrote it did not finish"
     try:
         backend = json.loads((directory / METADATA_FILE).read_text(encoding="utf-8"))["sharded_backend"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return f"{METADATA_FILE} is damaged: expected JSON with 'sharded_backend'"
     if backend != "torch_dist":
         return f"its format is {backend!r}: expected 'torch_dist'"

@@ -12,7 +12,7 @@ import logging
 import os
 import zlib
 from collections.abc import Callable, Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from tqdm import tqdm
@@ -86,12 +86,16 @@ def read_manifest(directory: str | os.PathLike) -> Checksums | None:
         content = json.loads(path.read_bytes())
         if content["algorithm"] != ALGORITHM:
             raise ValueError(f"its algorithm is {str(content['algorithm'])[:20]!r}")
-        return {str(name): (int(size), str(checksum)) for name, (size, checksum) in content["files"].items()}
+        listed = {str(name): (int(size), str(checksum)) for name, (size, checksum) in content["files"].items()}
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0][:80]
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:80]
         raise ValueError(f"{path} is damaged ({reason}): expected {ALGORITHM} checksums; {_WAY_OUT}") from error
+    outside = next((name for name in listed if PurePosixPath(name).is_absolute() or ".." in name.split("/")), None)
+    if outside is not None:
+        raise ValueError(f"{path} names {outside[:80]!r}: expected files below {path.parent}; {_WAY_OUT}")
+    return listed
 
 
 _WAY_OUT = "load another iteration (checkpoint.ckpt_step); if the files were changed on purpose, remove manifest.json"

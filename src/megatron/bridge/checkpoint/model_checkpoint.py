@@ -238,7 +238,7 @@ def read_run_config(directory: str | Path) -> dict[str, Any]:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_SafeLoader)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing: expected the configuration of the run that saved it") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a date that isn't one
         reason = json.dumps(str(error).replace("\n", " "))
         raise ValueError(f"{path} can't be read: expected plain YAML, found {reason}") from error
     if not isinstance(content, dict):

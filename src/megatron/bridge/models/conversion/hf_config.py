@@ -63,7 +63,7 @@ def read_hf_config(directory: str | Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing: expected the directory of a Hugging Face model") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): restore the file from another copy") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds a {type(config).__name__}: expected a JSON object")

@@ -84,7 +84,7 @@ class HFWeights:
 def _read_index(path: Path) -> dict[str, str]:
     try:
         weight_map = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): expected JSON with a weight_map") from None
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or file == "..":
