@@ -15,6 +15,7 @@ import signal
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -43,6 +44,10 @@ def run_on_ranks(fn: Callable, world_size: int, *args: Any, timeout_seconds: flo
         RankError: A rank raised or died, or the time ran out.
     """
     pool = _pools.get(world_size)
+    if pool is not None and (codes := pool.exit_codes()):
+        warnings.warn(f"ranks ended between two tasks, with exit codes {codes}: new ones start", RuntimeWarning, 2)
+        end_ranks(world_size)
+        pool = None
     if pool is None:
         pool = _pools[world_size] = _Pool(world_size)
     try:
@@ -74,6 +79,10 @@ class _Pool:
             self._processes.append(process)
         self._collect(START_TIMEOUT_SECONDS)
 
+    def exit_codes(self) -> dict[int, int]:
+        """Of the ranks that have ended, which they should do at the end of the session only."""
+        return {rank: process.exitcode for rank, process in enumerate(self._processes) if process.exitcode is not None}
+
     def run(self, task: tuple, timeout_seconds: float) -> list[Any]:
         for connection in self._connections:
             connection.send(task)
@@ -93,7 +102,9 @@ class _Pool:
                 try:
                     failure, result = connection.recv()
                 except EOFError:
-                    raise RankError(f"rank {rank} died without a traceback") from None
+                    self._processes[rank].join(1)
+                    code = self._processes[rank].exitcode
+                    raise RankError(f"rank {rank} died without a traceback, exit code {code}") from None
                 if failure is not None:
                     raise RankError(f"rank {rank} failed:\n{failure}")
                 results[rank] = result

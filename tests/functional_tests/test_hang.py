@@ -11,7 +11,8 @@ from megatron.bridge.utils.distributed import rank
 from megatron.bridge.utils.exit_codes import HUNG
 from tests.soak import RANKS, Run, warm_up
 
-TIMEOUT_SECONDS = 6
+TIMEOUT_SECONDS = 24
+"""Of which a twentieth is the time that all ranks have to show their stacks; on a busy machine they need it."""
 HANGS_AFTER = 2
 
 
@@ -30,12 +31,12 @@ def test_a_rank_that_hangs_and_the_one_that_waits_for_it_show_their_stacks_and_e
     while run.is_running() and min(run.log_lines()) < HANGS_AFTER:
         time.sleep(0.001)
     began = time.monotonic()
-    assert run.join(30), run.errors()
+    assert run.join(60), run.errors()
     assert 0.8 * TIMEOUT_SECONDS < time.monotonic() - began < TIMEOUT_SECONDS + 2, "within the timeout"
     assert [process.exitcode for process in run.processes] == [HUNG] * RANKS, run.errors()
     waits, hangs = ((run.directory / f"errors_{number}.txt").read_text() for number in range(RANKS))
     for number, text in enumerate((waits, hangs)):
-        head = f"[rank {number}] rank {number} hangs: no sign of life for 5.4 s after step {HANGS_AFTER};"
+        head = f"[rank {number}] rank {number} hangs: no sign of life for 21.6 s after step {HANGS_AFTER};"
         assert head in text, text
     assert "in sleep_on_rank_1" in hangs and "in sleep_on_rank_1" not in waits
     assert "in train_step" in waits and "in train_step" in hangs
