@@ -103,6 +103,14 @@ def test_a_manifest_of_another_form_is_refused(directory, content):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["/etc/passwd", "../other/file", "a/../../b", "x" * 300, "a\0b", "\ud800", ""])
+def test_a_manifest_that_names_files_elsewhere_is_refused(directory, name):
+    (directory / MANIFEST_FILE).write_text(json.dumps({"algorithm": "crc32", "files": {name: [3, "352441c2"]}}))
+    with pytest.raises(ValueError, match="manifest.json names .*: expected files below") as error:
+        check_everything(directory)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
 def test_what_was_summed_while_it_was_written_is_not_read_again(tmp_path):
     path = tmp_path / "__0_0.distcp"
     with open(path, "wb") as file:

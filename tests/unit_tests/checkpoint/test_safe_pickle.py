@@ -120,3 +120,11 @@ def test_a_description_that_is_none(tmp_path, content):
     (tmp_path / ".metadata").write_bytes(content)
     with pytest.raises(ValueError, match="expected torch's description of a distributed checkpoint"):
         read_dcp_metadata(tmp_path / ".metadata")
+
+
+@pytest.mark.parametrize("content", [b"\x80\x02Nr\xff\xff\xff\x7f.", b"\x80\x02Np2147483647\n."])
+def test_a_description_that_asks_for_all_memory(tmp_path, content):
+    """Pickle's own reader would make room for 2 ** 32 objects, and the system would end the process."""
+    (tmp_path / ".metadata").write_bytes(content)
+    with pytest.raises(ValueError, match="is damaged .it numbers an object 2147483647, more than it can hold"):
+        read_dcp_metadata(tmp_path / ".metadata")

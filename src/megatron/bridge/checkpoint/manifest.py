@@ -29,6 +29,8 @@ Checksums = dict[str, tuple[int, str]]
 """Size in bytes and checksum of each file, by its path below the iteration's directory."""
 
 _READ_AT_ONCE = 1 << 22
+_LONGEST_NAME = 255
+"""Bytes of a file's name, on the file systems that are in use."""
 
 
 class ChecksumWriter:
@@ -92,10 +94,17 @@ def read_manifest(directory: str | os.PathLike) -> Checksums | None:
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         reason = " ".join(str(error).split())[:80]
         raise ValueError(f"{path} is damaged ({reason}): expected {ALGORITHM} checksums; {_WAY_OUT}") from error
-    outside = next((name for name in listed if PurePosixPath(name).is_absolute() or ".." in name.split("/")), None)
-    if outside is not None:
-        raise ValueError(f"{path} names {outside[:80]!r}: expected files below {path.parent}; {_WAY_OUT}")
+    wrong = next((name for name in listed if not _is_below(name)), None)
+    if wrong is not None:
+        raise ValueError(f"{path} names {wrong[:80]!r}: expected files below {path.parent}; {_WAY_OUT}")
     return listed
+
+
+def _is_below(name: str) -> bool:
+    """Whether a name leads to a file of the directory, on any system's disk."""
+    path = PurePosixPath(name)
+    is_short = all(len(part.encode("utf-8", errors="replace")) <= _LONGEST_NAME for part in path.parts)
+    return is_short and name.isprintable() and not path.is_absolute() and ".." not in path.parts and name != ""
 
 
 _WAY_OUT = "load another iteration (checkpoint.ckpt_step); if the files were changed on purpose, remove manifest.json"

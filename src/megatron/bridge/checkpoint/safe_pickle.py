@@ -10,9 +10,11 @@ Any other name is refused.
 
 import argparse
 import contextlib
+import functools
 import io
 import pathlib
 import pickle
+import pickletools
 import re
 import signal
 import types
@@ -180,7 +182,9 @@ def read_dcp_metadata(path: Path) -> dcp_metadata.Metadata:
     expected = "expected torch's description of a distributed checkpoint"
     try:
         with open(path, "rb") as file:
-            content = _MetadataUnpickler(file).load()
+            stored = file.read()
+        _check_memo(stored)
+        content = _MetadataUnpickler(io.BytesIO(stored)).load()
     except _ForeignNameError as error:
         raise ValueError(_refusal(path, str(error))) from None
     except OSError:
@@ -191,6 +195,17 @@ def read_dcp_metadata(path: Path) -> dcp_metadata.Metadata:
     if not isinstance(content, dcp_metadata.Metadata):
         raise ValueError(f"{path} holds a {type(content).__name__}: {expected}; {way_out}")
     return content
+
+
+@functools.lru_cache(maxsize=2)  # a load reads the same description several times
+def _check_memo(stored: bytes) -> None:
+    """Refuse a pickle that numbers an object beyond its own length: the reader makes room for all numbers below.
+
+    Ten bytes could ask for 64 GB so.
+    """
+    for opcode, argument, _ in pickletools.genops(stored):
+        if opcode.name in ("PUT", "LONG_BINPUT") and argument > len(stored):
+            raise pickle.UnpicklingError(f"it numbers an object {argument}, more than it can hold")
 
 
 class _ForeignNameError(pickle.UnpicklingError):
