@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Every command in the documents runs: which test runs it, that its options exist, that make knows its targets.
+"""Every command in the documents: which test or workflow runs it, that its options exist, that make knows its targets.
 
 A new command in a document needs a row in `RUN_BY`; a row that fits no command any more must go.
 """
@@ -27,7 +27,7 @@ HELP = "--help"
 
 RUN_BY = {
     r"make( PYTHON=python3.12)? (install|finetune|model|test)": (FINETUNE, "scripts/finetune_smollm2/run.py"),
-    r"make finetune-lora": (ADAPTERS, "lora"),
+    r"make finetune-lora": (".github/workflows/nightly.yml", "finetune-lora"),  # no test: each of its stages has one
     r"make test( ARGS=.*| CORE=0.19.2 VENV=.*)?": (".ci/run", "make test"),
     r"make lint|make format": (".ci/run", "make lint"),
     r"make docs": (".ci/run", "make docs"),
@@ -57,7 +57,7 @@ RUN_BY = {
     r"pip install 'megatron-bridge\[recipes\]'": ("unit_tests/test_workflows.py", "recipes"),
     r"python benchmarks/\w+\.py": (HELP, ""),
 }
-"""Commands, and the file that runs such a command, with a text that shows it."""
+"""Commands, and the test or workflow that runs such a command, with a text that shows it."""
 
 STARTS = r"(?:[A-Z_]+=\S+ )*(?:make|python|torchrun|pip|sbatch|\.venv/bin/\S+|scripts/\S+)(?= )"
 
