@@ -44,10 +44,12 @@ class Figure:
 
     @property
     def median(self) -> float:
+        """Of the values."""
         return median(self.values)
 
     @property
     def limit(self) -> float:
+        """Above this median `make bench` fails."""
         return self.fails_above or 1.5 * self.at_most
 
     def spread(self) -> str:
