@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Whether the tests would notice: break the sync, the guard, the load or a repair, and see a test fail.
 
-`make mutants` (python -m tests.mutants) applies each row of `tests/mutant_rows*.py` to a copy of src/ and tests/ and
+`make mutants` (python -m tests.mutants) applies each row of `tests/mutant_rows/` to a copy of src/ and tests/ and
 runs the row's tests there. A mutant is killed when a test fails; one that survives is a hole in the tests. The unbroken
 copy must pass all of these tests first. A row whose text is no longer there, once, is an error.
 """
@@ -22,24 +22,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from tests import (
-    mutant_rows,
-    mutant_rows_data,
-    mutant_rows_files,
-    mutant_rows_peft,
-    mutant_rows_recipes,
-    mutant_rows_runs,
-)
-from tests.mutant_rows import Mutant
+from tests.mutant_rows import MUTANTS
+from tests.mutant_rows.mutant import Mutant
 
-MUTANTS = (
-    *mutant_rows.MUTANTS,
-    *mutant_rows_peft.ADAPTERS,
-    *mutant_rows_data.THE_DATA,
-    *mutant_rows_files.THE_FILES,
-    *mutant_rows_recipes.MEMORY,
-    *mutant_rows_runs.RUNS,
-)
 ROOT = Path(__file__).resolve().parents[1]
 KILLED = "killed"
 VERDICTS = {0: "survived", 1: KILLED, 2: "interrupted or not collected", 4: "no such test", 5: "no test selected"}
@@ -82,7 +67,7 @@ def mutated(mutant: Mutant, root: Path) -> str:
     if found != 1:
         raise StaleRow(
             f"mutant {mutant.name!r}: its text occurs {found} times in {mutant.file}, not once: bring its row in "
-            "tests/mutant_rows.py in line with the code"
+            "tests/mutant_rows in line with the code"
         )
     changed = source.replace(mutant.text, mutant.replacement)
     try:

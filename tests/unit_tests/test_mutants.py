@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 
-from tests.mutant_rows import Mutant
+from tests.mutant_rows.mutant import Mutant
 from tests.mutants import MUTANTS, ROOT, StaleRow, main, mutated
 
 SOURCE = """def add(first, second):

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""The mutants of the data and of generation; see `tests/mutant_rows.py`."""
+"""The mutants of the data and of generation."""
 
-from tests.mutant_rows import Mutant
+from tests.mutant_rows.mutant import Mutant
 
 _PACKED = "tests/functional_tests/test_packing.py::test_"
 _CACHE = "tests/unit_tests/data/test_cache.py::test_"

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""The mutants of checkpoints' files: what is damaged must be found; see `tests/mutant_rows.py`."""
+"""The mutants of checkpoints' files: what is damaged must be found."""
 
-from tests.mutant_rows import Mutant
+from tests.mutant_rows.mutant import Mutant
 
 _BAD_INPUT = "tests/functional_tests/test_bad_input.py::test_"
 _MANIFEST = "tests/unit_tests/checkpoint/test_manifest.py::test_"

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""The mutants of the memory estimate; see `tests/mutant_rows.py`."""
+"""The mutants of the memory estimate."""
 
-from tests.mutant_rows import Mutant
+from tests.mutant_rows.mutant import Mutant
 
 _STATE = "src/megatron/bridge/training/state_memory.py"
 _HELD = "tests/functional_tests/test_memory_estimate.py::test_the_estimate_is_what_ranks_hold"

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""The mutants of how a run stops, restarts and hangs; see `tests/mutant_rows.py`."""
+"""The mutants of how a run stops, restarts and hangs."""
 
-from tests.mutant_rows import Mutant
+from tests.mutant_rows.mutant import Mutant
 
 _PREEMPTION = "tests/functional_tests/test_preemption.py::test_"
 _HANG = "tests/functional_tests/test_hang.py::test_"

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""The mutants of adapters. See `mutant_rows`."""
+"""The mutants of adapters."""
 
-from tests.mutant_rows import Mutant
+from tests.mutant_rows.mutant import Mutant
 
 _LAYERS = "src/megatron/bridge/peft/lora_layers.py"
 _LORA = "tests/functional_tests/test_lora.py::test_"

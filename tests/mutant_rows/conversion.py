@@ -1,0 +1,102 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""The mutants of the conversion to and from Hugging Face."""
+
+from tests.mutant_rows.mutant import Mutant
+
+_CELL = "tests/functional_tests/test_conversion_families.py::test_family_at_layout"
+_COMMAND = "tests/functional_tests/test_conversion_command.py::test_"
+
+
+def _converted_wrongly(name: str, breaks: str, file: str, text: str, replacement: str, test: str) -> Mutant:
+    return Mutant(
+        name=f"conversion: {name}",
+        breaks=breaks,
+        file=f"src/megatron/bridge/models/{file}",
+        text=text,
+        replacement=replacement,
+        tests=(test,),
+    )
+
+
+THE_CONVERSION = (
+    _converted_wrongly(
+        "window",
+        "each token sees one more",
+        "decoder.py",
+        "(window - 1, 0)",
+        "(window, 0)",
+        f"{_CELL}[mistral-one_process]",
+    ),
+    _converted_wrongly(
+        "windows in some layers",
+        "the others have one too",
+        "decoder.py",
+        "None if all(slides) else slides",
+        "None",
+        f"{_CELL}[qwen2_window-one_process]",
+    ),
+    _converted_wrongly(
+        "query and key norms",
+        "the wrong one gets the weight",
+        "decoder.py",
+        'q_layernorm.weight", f"{HF_LAYER}self_attn.q_norm',
+        'q_layernorm.weight", f"{HF_LAYER}self_attn.k_norm',
+        f"{_CELL}[qwen3-one_process]",
+    ),
+    _converted_wrongly(
+        "weights of the chosen experts",
+        "always add up to 1",
+        "qwen3_moe.py",
+        'not hf.get("norm_topk_prob", False)',
+        "False",
+        f"{_CELL}[qwen3_moe_mixed-one_process]",
+    ),
+    _converted_wrongly(
+        "layers with an MLP",
+        "the next one gets it",
+        "qwen3_moe.py",
+        "int(layer not in dense",
+        "int(layer - 1 not in dense",
+        f"{_CELL}[qwen3_moe_mixed-one_process]",
+    ),
+    _converted_wrongly(
+        "gate and up of an expert",
+        "change places",
+        "mixtral.py",
+        'gate="w1", up="w3"',
+        'gate="w3", up="w1"',
+        f"{_CELL}[mixtral-one_process]",
+    ),
+    _converted_wrongly(
+        "expert parallelism",
+        "each rank loads the first experts",
+        "conversion/tasks.py",
+        "per_rank * parallel_state.get_expert_model_parallel_rank()",
+        "0",
+        f"{_CELL}[mixtral-EP2]",
+    ),
+    _converted_wrongly(
+        "expert tensor parallelism",
+        "experts are cut as the other matrices",
+        "conversion/tasks.py",
+        "        return parallel_state.get_expert_tensor_parallel_group()\n",
+        "        return parallel_state.get_tensor_model_parallel_group()\n",
+        f"{_CELL}[mixtral-TP1_ETP2]",
+    ),
+    _converted_wrongly(
+        "NaN",
+        "is imported",
+        "conversion/load.py",
+        "not found.isfinite().all()",
+        "False",
+        f"{_COMMAND}what_cannot_be_imported_is_named_and_leaves_nothing[nan]",
+    ),
+    _converted_wrongly(
+        "index that names a file elsewhere",
+        "it is opened",
+        "conversion/hf_weights.py",
+        'Path(file).name != file or file == ".."',
+        "False",
+        "tests/unit_tests/models/test_hf_weights.py::test_wrong_index_is_named",
+    ),
+)

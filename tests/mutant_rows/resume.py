@@ -1,0 +1,126 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""The mutants of a resume: repairs of Core's optimizers left out, and states that are not restored."""
+
+from tests.mutant_rows.mutant import EXPERTS, NOT_OFFLOADED, OFFLOADED, RESHARDED, RESUME, Mutant
+
+INSTALL = "src/megatron/bridge/training/cpu_offload/install.py"
+
+_REPAIRED = "tests/functional_tests/test_repairs.py::test_"
+_DEVICE = "tests/functional_tests/test_device_step.py::test_"
+_COUNTS = f"{_DEVICE}a_device_optimizer_that_counts_in_its_groups_counts_on"
+
+
+def _without(repair: str, row: str, *tests: str, kept: str = "") -> Mutant:
+    """A repair left out; `kept` is what of its file stays in."""
+    return Mutant(
+        name=f"without {repair}",
+        breaks=f"Core's defect is back: {repair}",
+        file=INSTALL,
+        text=f"    *{row}.REPAIRS,\n",
+        replacement=kept and f"    *{row}.REPAIRS{kept},\n",
+        tests=tests,
+    )
+
+
+THE_REPAIRS = (
+    _without("load template", "load_template", NOT_OFFLOADED, kept="[1:]"),
+    _without("no dummy step", "load_template", f"{_REPAIRED}an_empty_optimizer_is_filled_without_a_step", kept="[:1]"),
+    _without("master lookup", "master_lookup", OFFLOADED),
+    _without("state device", "state_device", f"{_REPAIRED}state_is_on_the_side_of_its_parameter"),
+    _without("step counter", "step_counter", f"{_COUNTS}[nothing]", f"{_COUNTS}[half]"),
+    _without("gradient wait", "gradient_wait", f"{_DEVICE}the_device_steps_when_its_gradients_are_cast"),
+    _without("exact resume", "exact_resume", OFFLOADED),
+    _without("one master", "one_master", f"{RESUME}[dense-DP2-bf16-shards-0.0-serial-fully-offload_on]"),
+    _without("plain param groups", "plain_param_groups", f"{_REPAIRED}saved_param_groups_are_plain_data"),
+    _without(
+        "native FP32 parameters", "native_fp32", f"{_REPAIRED}state_is_found_under_its_own_parameter", kept="[1:]"
+    ),
+    _without(
+        "native FP32 gradients",
+        "native_fp32",
+        f"{_REPAIRED}fp32_weights_on_the_device_move",
+        kept="[:1]",
+    ),
+    _without("group order", "group_order", f"{_REPAIRED}state_is_found_under_its_own_parameter"),
+    _without("reshardable state", "reshardable_state", RESHARDED),
+    Mutant(
+        name="native FP32 parameters, views",
+        breaks="a run with FP32 parameters can't be resumed: a view whose base was changed",
+        file="src/megatron/bridge/training/cpu_offload/native_fp32.py",
+        text="    leaf = shard.detach()\n",
+        replacement="    with torch.no_grad():\n        leaf = shard.view(-1)\n",
+        tests=(f"{RESUME}[FP32norms-DP2-bf16-shards-0.5-serial-fully-as_it_was]",),
+    ),
+)
+
+
+def _not_restored(what: str, breaks: str, file: str, text: str, replacement: str, test: str) -> Mutant:
+    return Mutant(f"{what} not restored", breaks, f"src/megatron/bridge/training/{file}", text, replacement, (test,))
+
+
+THE_RESUME = (
+    _not_restored(
+        "step",
+        "Adam's bias correction starts anew",
+        "cpu_offload/exact_resume.py",
+        'state["step"] = torch.tensor(float(next(iter(steps))))',
+        "pass",
+        OFFLOADED,
+    ),
+    _not_restored(
+        "masters",
+        "they keep what the optimizer was built on",
+        "cpu_offload/reshardable_state.py",
+        'for key, tensor in tensors.items() if key != "step"}',
+        'for key, tensor in tensors.items() if key.startswith("exp_avg")}',
+        RESHARDED,
+    ),
+    _not_restored(
+        "moments",
+        "Adam's second moment starts at 0",
+        "cpu_offload/reshardable_state.py",
+        'for key, tensor in tensors.items() if key != "step"}',
+        'for key, tensor in tensors.items() if key not in ("step", "exp_avg_sq")}',
+        RESHARDED,
+    ),
+    _not_restored(
+        "random states",
+        "dropout follows another course",
+        "checkpointing.py",
+        'restore_rng_state(loaded["rng_state"], data_parallel_random_init=cfg.rng.data_parallel_random_init)',
+        "pass",
+        NOT_OFFLOADED,
+    ),
+    _not_restored(
+        "random states of each expert-parallel rank",
+        "all take the first rank's",
+        "rng_state.py",
+        "if data_parallel_random_init or is_of_each else 0",
+        "if data_parallel_random_init else 0",
+        EXPERTS,
+    ),
+    _not_restored(
+        "place in the data",
+        "samples are seen again",
+        "setup.py",
+        "consumed_samples=state.train_state.consumed_train_samples,",
+        "consumed_samples=0,",
+        NOT_OFFLOADED,
+    ),
+    _not_restored(
+        "schedule",
+        "the warm-up starts anew",
+        "resumed_schedule.py",
+        "    scheduler.load_state_dict(saved_schedule)\n",
+        "",
+        NOT_OFFLOADED,
+    ),
+    _not_restored(
+        "another number of optimizers",
+        "experts can't be spread over other ranks",
+        "resumed_schedule.py",
+        'in_this_chain(optimizer, loaded["optimizer"])',
+        'loaded["optimizer"]',
+        f"{RESUME}[experts-EP2-bf16-aware-0.5-overlap-fully-DP_2]",
+    ),
+)
