@@ -1,14 +1,14 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Run a test's function on several ranks: a pool of processes that start once and serve many tests.
 
-A rank costs 5 to 10 seconds of imports, so the pools of a test session are kept: each size (1, 2, 4, …) once. Every
-rank has entered its device and joined the default process group; Megatron-Core's model-parallel state is taken down
-between tasks. A rank that fails shows its traceback; a task that overruns its time kills the pool, so nothing hangs.
+The imports cost 5 to 10 seconds, so they are done once a session, by a server that the ranks are forked from, and the
+pools are kept: each size (1, 2, 4, …) once. Every rank has entered its device and joined the default process group;
+Megatron-Core's model-parallel state is taken down after each task, because the threads of groups wake all the time. A
+rank that fails shows its traceback; a task that overruns its time kills the pool, so nothing hangs.
 """
 
 import atexit
 import contextlib
-import gc
 import multiprocessing
 import os
 import signal
@@ -62,9 +62,20 @@ def end_ranks(world_size: int) -> None:
     _pools.pop(world_size).kill()
 
 
+def _context() -> Any:
+    """What starts the ranks: a server that has imported everything and done nothing; a fork doesn't bear CUDA."""
+    import torch
+
+    if torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preloaded"])
+    return context
+
+
 class _Pool:
     def __init__(self, world_size: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = _context()
         self._rendezvous = tempfile.mkdtemp(prefix="ranks_")
         self._connections: list[Connection] = []
         self._processes = []
@@ -132,6 +143,7 @@ def _serve(connection: Connection, rank: int, world_size: int, store: str) -> No
     """A rank's life: join the group, then run what is sent, until the pipe closes."""
     os.setsid()  # a group of its own: what a rank starts, as stock Core's checkpoint writer does, must end with it
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
+    os.environ["TORCH_GLOO_LAZY_INIT"] = "1"  # Core builds 31 groups a run, and few are ever used
     try:
         import torch
         import torch.distributed as dist
@@ -143,10 +155,8 @@ def _serve(connection: Connection, rank: int, world_size: int, store: str) -> No
         enough_gpus = torch.cuda.device_count() >= world_size
         choice = enter_device(choose_device("cuda" if enough_gpus else "cpu"))
         dist.init_process_group(choice.backend, init_method=f"file://{store}", rank=rank, world_size=world_size)
-        import megatron.bridge.training.finetune  # noqa: F401  # the pool pays for the imports, not the first test
+        import tests.preloaded  # noqa: F401  # where the rank was not forked
 
-        gc.collect()
-        gc.freeze()  # Core collects garbage in every save and load, and would look through all modules each time
         connection.send((None, None))
     except BaseException:
         connection.send((traceback.format_exc(), None))
@@ -157,7 +167,8 @@ def _serve(connection: Connection, rank: int, world_size: int, store: str) -> No
         except EOFError:
             return
         try:
+            result = fn(*args, **kwargs)
             destroy_model_parallel()
-            connection.send((None, fn(*args, **kwargs)))
+            connection.send((None, result))
         except BaseException:
             connection.send((traceback.format_exc(), None))
