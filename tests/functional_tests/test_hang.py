@@ -4,6 +4,8 @@
 import re
 import time
 
+import pytest
+
 from megatron.bridge.training.gpt_step import forward_step
 from megatron.bridge.training.hang_watchdog import HangWatchdog
 from megatron.bridge.training.state import GlobalState
@@ -42,6 +44,7 @@ def test_a_rank_that_hangs_and_the_one_that_waits_for_it_show_their_stacks_and_e
     assert "in train_step" in waits and "in train_step" in hangs
 
 
+@pytest.mark.any_core
 def test_signs_of_life_pauses_and_the_end_keep_it_quiet(capfd, monkeypatch):
     """A thread of its own, so that what would end this process can be seen instead."""
     monkeypatch.setattr("megatron.bridge.training.hang_watchdog.world_size", lambda: 2)

@@ -8,6 +8,8 @@ import pytest
 from tests.mutant_rows.mutant import Mutant
 from tests.mutants import MUTANTS, ROOT, StaleRow, main, mutated
 
+pytestmark = pytest.mark.any_core
+
 SOURCE = """def add(first, second):
     return first + second
 

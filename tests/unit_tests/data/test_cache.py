@@ -13,6 +13,8 @@ from megatron.bridge.data.sft import load_sft_dataset
 from megatron.bridge.data.tokenizer import build_tokenizer
 from tests.ranks import run_on_ranks
 
+pytestmark = pytest.mark.any_core
+
 ROWS = [{"input": f"the cat {number}", "output": "sat " * (1 + number % 9)} for number in range(40)]
 
 
