@@ -7,14 +7,18 @@ tensor that is not the very one a sub-optimizer has, as a local checkpoint bring
 precision-aware master stays what it was before the load, and moments stay on the host.
 """
 
-import inspect
 from typing import Any
 
 import torch
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron.bridge.training.cpu_offload.repair import Repair, stepping_optimizers, steps_by_torch_adam_or_hybrid
+from megatron.bridge.training.cpu_offload.repair import (
+    Repair,
+    source_of,
+    stepping_optimizers,
+    steps_by_torch_adam_or_hybrid,
+)
 
 
 def _restore_step_and_masters(base: type) -> type:
@@ -43,8 +47,8 @@ def _restore_step_and_masters(base: type) -> type:
 
 
 def _forgets_step_or_masters(distributed_optimizer: DistributedOptimizer) -> bool:
-    saved = inspect.getsource(DistributedOptimizer.sharded_param_state_dp_reshardable)
-    loaded = inspect.getsource(DistributedOptimizer.load_parameter_state_from_dp_reshardable)
+    saved = source_of(DistributedOptimizer.sharded_param_state_dp_reshardable)
+    loaded = source_of(DistributedOptimizer.load_parameter_state_from_dp_reshardable)
     keeps_both = "if key == 'step'" not in saved and "_sync_hdo_state_to_sub_optimizers" in loaded
     return steps_by_torch_adam_or_hybrid(distributed_optimizer) and not keeps_both
 

@@ -6,12 +6,11 @@ that copies the others to the host, and the device's optimizer steps on another 
 (NVIDIA/Megatron-LM PR 7449). In the default mode nothing is cast there, and nothing needs to wait.
 """
 
-import inspect
 from typing import Any
 
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
-from megatron.bridge.training.cpu_offload.repair import Repair
+from megatron.bridge.training.cpu_offload.repair import Repair, source_of
 from megatron.bridge.utils.device import wait_for_stream
 
 
@@ -36,7 +35,7 @@ def _steps_without_waiting(optimizer: HybridDeviceOptimizer) -> bool:
     is_precision_aware = bool(optimizer.param_to_fp32_param)
     if not (optimizer.overlap_cpu_optimizer_d2h_h2d and is_precision_aware and optimizer.gpu_optimizer):
         return False
-    source = inspect.getsource(HybridDeviceOptimizer.step)
+    source = source_of(HybridDeviceOptimizer.step)
     between = source.partition("self._set_sub_optimizer_grads()")[2].partition("self.gpu_optimizer.step(")[0]
     return "wait" not in between
 

@@ -6,14 +6,13 @@ the weights that were just loaded (Megatron-LM #1842). Without Transformer Engin
 torch Adam at all, and building the load template (or saving before the first step) dies on `assert len(steps) == 1`.
 """
 
-import inspect
 from typing import Any
 
 import torch
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron.bridge.training.cpu_offload.repair import Repair, steps_by_torch_adam_or_hybrid
+from megatron.bridge.training.cpu_offload.repair import Repair, source_of, steps_by_torch_adam_or_hybrid
 
 
 def allocate_state(optimizer: torch.optim.Optimizer) -> None:
@@ -62,12 +61,12 @@ def _allocate_instead_of_step(base: type) -> type:
 
 
 def _asserts_a_step(distributed_optimizer: DistributedOptimizer) -> bool:
-    source = inspect.getsource(DistributedOptimizer.state_dict)
+    source = source_of(DistributedOptimizer.state_dict)
     return steps_by_torch_adam_or_hybrid(distributed_optimizer) and "assert len(steps) == 1" in source
 
 
 def _dummy_step_steps(optimizer: HybridDeviceOptimizer) -> bool:
-    return "self.step()" in inspect.getsource(HybridDeviceOptimizer.dummy_step)
+    return "self.step()" in source_of(HybridDeviceOptimizer.dummy_step)
 
 
 THREADS = ("NVIDIA/Megatron-LM #1842",)

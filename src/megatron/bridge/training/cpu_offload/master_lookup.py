@@ -5,11 +5,9 @@ Core looks every parameter up in `param_to_fp32_param`, which is empty unless pr
 while it builds the load template (NovaSky-AI/SkyRL PR 1401, Megatron-LM PR 6124).
 """
 
-import inspect
-
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
-from megatron.bridge.training.cpu_offload.repair import Repair
+from megatron.bridge.training.cpu_offload.repair import Repair, source_of
 
 
 def _masters_where_they_are(base: type) -> type:
@@ -30,9 +28,7 @@ def _masters_where_they_are(base: type) -> type:
 
 
 def _looks_up_every_parameter(optimizer: HybridDeviceOptimizer) -> bool:
-    return "self.param_to_fp32_param[param]" in inspect.getsource(
-        HybridDeviceOptimizer._update_fp32_params_by_new_state
-    )
+    return "self.param_to_fp32_param[param]" in source_of(HybridDeviceOptimizer._update_fp32_params_by_new_state)
 
 
 REPAIRS = (

@@ -7,14 +7,13 @@ gradients arrive as `decoupled_grad`, which the hybrid optimizer reads for 16-bi
 but not for an FP32 one that stays on the device: it would never move (NVIDIA/Megatron-LM PR 7449).
 """
 
-import inspect
 from typing import Any
 
 import torch
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron.bridge.training.cpu_offload.repair import Repair, ToBuild
+from megatron.bridge.training.cpu_offload.repair import Repair, ToBuild, source_of
 
 
 def _shards_outside_autograd(base: type) -> type:
@@ -43,7 +42,7 @@ def _detached(shard: torch.Tensor) -> torch.Tensor:
 
 
 def _views_are_in_the_graph(to_build: ToBuild) -> bool:
-    source = inspect.getsource(DistributedOptimizer._build_model_and_main_param_groups)
+    source = source_of(DistributedOptimizer._build_model_and_main_param_groups)
     is_offloaded = to_build.config.optimizer_cpu_offload
     return is_offloaded and to_build.trains_fp32() and "shard_model_param = model_param.view(-1)" in source
 
@@ -65,7 +64,7 @@ def _read_decoupled_gradients(base: type) -> type:
 def _steps_on_fp32_weights_without_their_gradients(optimizer: HybridDeviceOptimizer) -> bool:
     is_precision_aware = bool(optimizer.param_to_fp32_param)
     in_place = any(inner is param for param, inner in optimizer.param_to_inner_param.items())
-    source = inspect.getsource(HybridDeviceOptimizer._set_sub_optimizer_grads)
+    source = source_of(HybridDeviceOptimizer._set_sub_optimizer_grads)
     return is_precision_aware and in_place and "for param in self.param_to_fp32_param:" in source
 
 

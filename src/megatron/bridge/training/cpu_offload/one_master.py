@@ -6,13 +6,12 @@ distributed optimizer saves it beside the FP32 shard that holds the same values:
 that a run without offload doesn't have, so that one can't resume the other's checkpoint.
 """
 
-import inspect
 from typing import Any
 
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron.bridge.training.cpu_offload.repair import Repair
+from megatron.bridge.training.cpu_offload.repair import Repair, source_of
 
 
 def _save_the_shard_alone(base: type) -> type:
@@ -32,7 +31,7 @@ def _save_the_shard_alone(base: type) -> type:
 
 def _saves_the_master_twice(optimizer: DistributedOptimizer) -> bool:
     is_hybrid = isinstance(optimizer.optimizer, HybridDeviceOptimizer)
-    takes_all_state = inspect.getsource(DistributedOptimizer._get_main_param_and_optimizer_states)
+    takes_all_state = source_of(DistributedOptimizer._get_main_param_and_optimizer_states)
     knows_only_the_other_mode = takes_all_state.count('"master_param"') == 1
     is_precision_aware = optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
     return is_hybrid and not is_precision_aware and knows_only_the_other_mode

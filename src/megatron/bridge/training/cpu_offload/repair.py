@@ -1,6 +1,8 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """A repair of Megatron-Core's optimizers: what it mends, since when, and the override that does it."""
 
+import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -51,6 +53,12 @@ class ToBuild(NamedTuple):
         """Whether some trainable parameter is FP32."""
         params = (param for chunk in self.model for param in chunk.parameters())
         return any(param.requires_grad and param.dtype == torch.float32 for param in params)
+
+
+@functools.cache
+def source_of(function: Callable) -> str:
+    """A function's source, read once a process: it is asked for each optimizer that is built."""
+    return inspect.getsource(function)
 
 
 def stepping_optimizers(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:

@@ -9,7 +9,6 @@ of a parameter, a range of its flat elements, is a few boxes of the parameter's 
 in place. What is on disk is the same. This serves the distributed optimizer without offload as well.
 """
 
-import inspect
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,7 +21,7 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron.bridge.training.cpu_offload.repair import Repair
+from megatron.bridge.training.cpu_offload.repair import Repair, source_of
 
 Boxes = dict[int, Any]
 """`ShardedTensor`s of one tensor, or what was loaded into them, by number: Core merges dicts of any size."""
@@ -167,7 +166,7 @@ def _boxes_of_range(shape: tuple[int, ...], start: int, end: int) -> Iterator[_B
 
 
 def _gathers_the_whole_state(optimizer: DistributedOptimizer) -> bool:
-    source = inspect.getsource(DistributedOptimizer.sharded_param_state_fully_reshardable)
+    source = source_of(DistributedOptimizer.sharded_param_state_fully_reshardable)
     return "self.get_parameter_state_dp_zero(" in source
 
 

@@ -5,12 +5,10 @@ Core tells the CPU's optimizers from the device's by their class. Without Transf
 AdamW, and after any load the state of the part that stays on the device is moved to the host.
 """
 
-import inspect
-
 import torch
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
-from megatron.bridge.training.cpu_offload.repair import Repair
+from megatron.bridge.training.cpu_offload.repair import Repair, source_of
 
 
 def _follow_the_parameter(base: type) -> type:
@@ -28,7 +26,7 @@ def _follow_the_parameter(base: type) -> type:
 
 
 def _classes_are_alike(optimizer: HybridDeviceOptimizer) -> bool:
-    source = inspect.getsource(HybridDeviceOptimizer._move_new_state_to_right_device)
+    source = source_of(HybridDeviceOptimizer._move_new_state_to_right_device)
     goes_by_class = 'isinstance(optimizer, self.defaults["cpu_optimizer_cls"])' in source
     return goes_by_class and isinstance(optimizer.gpu_optimizer, optimizer.cpu_optimizer_cls)
 

@@ -7,12 +7,10 @@ N + 1. And what is saved is the hybrid's own copy, which never heard of a step; 
 0), a checkpoint then holds no step at all, and a resume begins at 1 (NVIDIA/Megatron-LM PR 7449).
 """
 
-import inspect
-
 import torch
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
-from megatron.bridge.training.cpu_offload.repair import Repair
+from megatron.bridge.training.cpu_offload.repair import Repair, source_of
 
 
 def _take_the_count_back(base: type) -> type:
@@ -47,8 +45,8 @@ def _take_the_count_back(base: type) -> type:
 def _counts_in_its_groups(optimizer: HybridDeviceOptimizer) -> bool:
     if optimizer.gpu_optimizer is None or isinstance(optimizer.gpu_optimizer, (torch.optim.Adam, torch.optim.AdamW)):
         return False
-    given = inspect.getsource(HybridDeviceOptimizer._sync_hdo_param_groups_to_sub_optimizers)
-    taken_back = inspect.getsource(HybridDeviceOptimizer._sync_sub_optimizers_state_to_hdo)
+    given = source_of(HybridDeviceOptimizer._sync_hdo_param_groups_to_sub_optimizers)
+    taken_back = source_of(HybridDeviceOptimizer._sync_sub_optimizers_state_to_hdo)
     return not any(_speaks_of_the_step(source) for source in (given, taken_back))
 
 
