@@ -1,6 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Counts of matrix cells, printed at the end of a test run; the checkpoints that a matrix loads."""
+"""Counts of matrix cells, printed at the end of a test run; what several modules load: checkpoints, a model, data."""
 
+import json
 from collections import Counter
 
 import pytest
@@ -57,6 +58,22 @@ def written_model(tmp_path_factory):
         return written[model, world_size]
 
     return directory_of
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory):
+    """What a script is given: my-model, a tiny one with its tokenizer, and my-data, a few samples."""
+    from tests.unit_tests.data.conftest import write_tokenizer
+    from tests.unit_tests.models.tiny_llama import save_tiny_llama
+
+    directory = tmp_path_factory.mktemp("inputs")
+    save_tiny_llama(directory / "my-model", vocab_size=328)
+    write_tokenizer(directory / "my-model")
+    (directory / "my-data").mkdir()
+    row = json.dumps({"input": "the cat sat on", "output": "the mat"})
+    for split in ("training", "validation"):
+        (directory / "my-data" / f"{split}.jsonl").write_text(f"{row}\n" * 8)
+    return directory
 
 
 @pytest.fixture(scope="module")

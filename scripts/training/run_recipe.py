@@ -12,13 +12,13 @@ word.
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 from megatron.bridge.recipes import all_recipes
 from megatron.bridge.recipes.build import MODES, PEFT_SCHEMES, RecipeRequest
 from megatron.bridge.recipes.launch import train_recipe
+from megatron.bridge.utils.exit_codes import exit_code_of
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -93,12 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if arguments.recipe is None:
         parser.error("--recipe is missing: --list shows all")
-    try:
-        run(arguments)
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
-        print(f"run_recipe: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code_of("run_recipe", lambda: run(arguments))
 
 
 if __name__ == "__main__":

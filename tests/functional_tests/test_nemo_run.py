@@ -18,8 +18,6 @@ import psutil
 import pytest
 
 from tests.slurm_stub import slurm_on_path
-from tests.unit_tests.data.conftest import write_tokenizer
-from tests.unit_tests.models.tiny_llama import save_tiny_llama
 
 if importlib.util.find_spec("nemo_run") is None:
     pytest.skip("nemo_run is not installed: pip install 'megatron-bridge[recipes]'", allow_module_level=True)
@@ -98,19 +96,6 @@ def jobs(tmp_path_factory):
         process.kill()
         for left in processes_of(folder):
             left.kill()
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    """A tiny model with a tokenizer, and data."""
-    directory = tmp_path_factory.mktemp("inputs")
-    save_tiny_llama(directory / "my-model", vocab_size=328)
-    write_tokenizer(directory / "my-model")
-    (directory / "my-data").mkdir()
-    row = json.dumps({"input": "the cat sat on", "output": "the mat"})
-    for split in ("training", "validation"):
-        (directory / "my-data" / f"{split}.jsonl").write_text(f"{row}\n" * 8)
-    return directory
 
 
 @pytest.fixture(scope="module")

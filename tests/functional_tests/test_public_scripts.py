@@ -5,15 +5,12 @@ One takes a recipe, a YAML file and overrides, as scripts of Megatron Bridge 0.3
 together, imports and exports, and has a forward step and a callback of its own, as those of 0.6 do.
 """
 
-import json
 import runpy
 import sys
 
 import pytest
 
 from tests.ranks import run_on_ranks
-from tests.unit_tests.data.conftest import write_tokenizer
-from tests.unit_tests.models.tiny_llama import save_tiny_llama
 
 RECIPE = """
 import argparse
@@ -121,14 +118,8 @@ AutoBridge.from_hf_pretrained(hf_model).export_ckpt(megatron_path, hf_path, show
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("public")
-    save_tiny_llama(directory / "model", vocab_size=328)
-    write_tokenizer(directory / "model")
-    (directory / "data").mkdir()
-    row = json.dumps({"input": "the cat sat on", "output": "the mat"})
-    for split in ("training", "validation"):
-        (directory / "data" / f"{split}.jsonl").write_text(f"{row}\n" * 8)
+def scripts(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("scripts")
     for name, text in (("recipe", RECIPE), ("by_hand", BY_HAND), ("export", EXPORT)):
         (directory / f"{name}.py").write_text(text)
     return directory
@@ -142,7 +133,7 @@ def _run(script, *arguments):
         sys.argv = before
 
 
-def test_a_recipe_a_file_and_overrides(inputs, tmp_path):
+def test_a_recipe_a_file_and_overrides(inputs, scripts, tmp_path):
     (tmp_path / "more.yaml").write_text(
         "model: {num_layers: 4, hidden_size: 32, ffn_hidden_size: 48, num_attention_heads: 4, num_query_groups: 2,\n"
         "        kv_channels: 8, vocab_size: 328, rotary_base: 10000, rope_scaling: false, seq_length: 32,\n"
@@ -150,16 +141,16 @@ def test_a_recipe_a_file_and_overrides(inputs, tmp_path):
         "train: {train_iters: 2, global_batch_size: 4}\n"
         "scheduler: {lr_warmup_iters: 1}\n"
     )
-    places = ["--pretrained-checkpoint", inputs / "model", "--dataset-root", inputs / "data"]
-    overrides = [f"tokenizer.tokenizer_model={inputs / 'model'}", "logger.tensorboard_dir=null"]
+    places = ["--pretrained-checkpoint", inputs / "my-model", "--dataset-root", inputs / "my-data"]
+    overrides = [f"tokenizer.tokenizer_model={inputs / 'my-model'}", "logger.tensorboard_dir=null"]
     overrides += [f"checkpoint.{name}={tmp_path / 'saved'}" for name in ("save", "load")]
     overrides += ["optimizer.optimizer_cpu_offload=true", "optimizer.optimizer_offload_fraction=1.0"]
-    run_on_ranks(_run, 2, inputs / "recipe.py", "--config-file", tmp_path / "more.yaml", *places, *overrides)
+    run_on_ranks(_run, 2, scripts / "recipe.py", "--config-file", tmp_path / "more.yaml", *places, *overrides)
     assert (tmp_path / "saved" / "latest_checkpointed_iteration.txt").read_text() == "2"
 
 
-def test_a_configuration_by_hand_and_the_way_back(inputs, tmp_path):
-    run_on_ranks(_run, 2, inputs / "by_hand.py", inputs / "model", inputs / "data", tmp_path)
+def test_a_configuration_by_hand_and_the_way_back(inputs, scripts, tmp_path):
+    run_on_ranks(_run, 2, scripts / "by_hand.py", inputs / "my-model", inputs / "my-data", tmp_path)
     assert (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "2"
-    run_on_ranks(_run, 2, inputs / "export.py", inputs / "model", tmp_path / "checkpoints", tmp_path / "hf")
+    run_on_ranks(_run, 2, scripts / "export.py", inputs / "my-model", tmp_path / "checkpoints", tmp_path / "hf")
     assert (tmp_path / "hf" / "model.safetensors").is_file() and (tmp_path / "hf" / "tokenizer.json").is_file()

@@ -1,7 +1,6 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """scripts/training/run_recipe.py trains: all weights under torchrun, adapters and from random weights on ranks."""
 
-import json
 import os
 import runpy
 import subprocess
@@ -11,8 +10,6 @@ from pathlib import Path
 import pytest
 
 from tests.ranks import run_on_ranks
-from tests.unit_tests.data.conftest import write_tokenizer
-from tests.unit_tests.models.tiny_llama import save_tiny_llama
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "scripts" / "training" / "run_recipe.py")
@@ -22,18 +19,6 @@ SHORT = [
     "scheduler.lr_warmup_iters=1",
     "logger.tensorboard_dir=null",
 ]
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("run_recipe")
-    save_tiny_llama(directory / "my-model", vocab_size=328)
-    write_tokenizer(directory / "my-model")
-    (directory / "my-data").mkdir()
-    row = json.dumps({"input": "the cat sat on", "output": "the mat"})
-    for split in ("training", "validation"):
-        (directory / "my-data" / f"{split}.jsonl").write_text(f"{row}\n" * 8)
-    return directory
 
 
 def run_recipe(*arguments):

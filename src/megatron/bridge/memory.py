@@ -8,8 +8,9 @@ No GPU is needed: the rank's model and optimizer are built on tensors that have 
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
+
+from megatron.bridge.utils.exit_codes import exit_code_of
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -60,12 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, or 1 after an error, which is reported in one line.
     """
     args = build_parser().parse_intermixed_args(argv)
-    try:
-        print(run(args))
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
-        print(f"memory: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code_of("memory", lambda: print(run(args)))
 
 
 if __name__ == "__main__":

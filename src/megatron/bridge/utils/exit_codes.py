@@ -1,6 +1,9 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """What a rank's exit code says beside 0 (done) and 1 (an error, in the last line of its traceback)."""
 
+import sys
+from collections.abc import Callable
+
 PREEMPTED = 75
 """A signal stopped the run, and what it learned is saved: start it again (EX_TEMPFAIL of sysexits.h).
 
@@ -9,3 +12,13 @@ Megatron-LM ends with 0 here, which a script that starts it again can't tell fro
 
 HUNG = 124
 """A rank took no step and no part of one within the timeout; its stacks are in its log (as `timeout` of coreutils)."""
+
+
+def exit_code_of(command: str, run: Callable[[], None]) -> int:
+    """Run a command: 0, or 1 after an error that a user can mend, which is one line on stderr."""
+    try:
+        run()
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        sys.stderr.write(f"{command}: {error}\n")
+        return 1
+    return 0
