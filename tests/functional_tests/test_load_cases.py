@@ -1,144 +1,30 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Each way to start a run, on two ranks with the optimizer offloaded: what is restored, what is fresh, what is refused.
 
-A run's facts are digests of exact bits, so "restored" is equality with the run that saved, and "fresh" is difference.
+`tests/load_rig.py` says what is compared.
 """
 
-import hashlib
 import shutil
-import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from megatron.bridge.checkpoint import layout
-from tests.on_ranks import Recorder, make_pretrained
+from tests.load_rig import (
+    SAVED_SEED,
+    STATE,
+    STILL,
+    digest,
+    parts_equal,
+    refusals,
+    run_case,
+    run_cases,
+    run_config,
+    start_config,
+)
+from tests.on_ranks import make_pretrained
 from tests.ranks import run_on_ranks
-from tests.tiny import tiny_config
 from tests.unit_tests.models.tiny_llama import save_tiny_llama
-
-OFFLOAD = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 1.0}
-STILL = {"lr": 0.0, "min_lr": 0.0, "weight_decay": 0.0}
-SAVED_SEED, RESUMED_SEED = 4321, 1234
-
-
-class Witness(Recorder):
-    """What a run has in hand before its first step and after its last, as digests."""
-
-    def __init__(self):
-        super().__init__()
-        self.start, self.end, self.steps = {}, {}, []
-
-    def on_train_start(self, context):
-        super().on_train_start(context)
-        self.start = _facts(context)
-
-    def on_train_step_end(self, context):
-        super().on_train_step_end(context)
-        self.steps.append(context.state.train_state.step)
-
-    def on_train_end(self, context):
-        super().on_train_end(context)
-        self.end = _facts(context)
-
-
-def _facts(context):
-    from megatron.bridge.training.progress import learning_rate
-    from megatron.bridge.training.rng_state import current_states
-
-    train_state = context.state.train_state
-    return {
-        "weights": {
-            f"{index}.{name}": _digest(param)
-            for index, chunk in enumerate(context.model)
-            for name, param in chunk.named_parameters()
-        },
-        "masters": [_digest(master) for master, _ in _masters(context.optimizer)],
-        "moments": [_digest(state.get("exp_avg")) for _, state in _masters(context.optimizer)],
-        "adam_steps": sorted({float(state.get("step", 0)) for _, state in _masters(context.optimizer)}),
-        "rng": _digest(current_states()["torch_rng_state"]),
-        "learning_rate": learning_rate(context),
-        "schedule": context.scheduler.num_steps,
-        "step": train_state.step,
-        "consumed": train_state.consumed_train_samples,
-    }
-
-
-def _masters(optimizer):
-    """Each FP32 copy that is stepped on, with its Adam state, in order."""
-    from megatron.bridge.training.cpu_offload.param_copies import find_hybrid_optimizers
-
-    found = []
-    for distributed_optimizer in find_hybrid_optimizers(optimizer):
-        for sub_optimizer in distributed_optimizer.optimizer.sub_optimizers:
-            for group in sub_optimizer.param_groups:
-                found += [(param, sub_optimizer.state.get(param, {})) for param in group["params"]]
-    assert found, "nothing is offloaded: this test looks at the offloaded optimizer"
-    return found
-
-
-def _digest(tensor):
-    if tensor is None or not bool(torch.count_nonzero(tensor)):
-        return "zeros"  # Adam's state before its first step: absent or zero
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    return hashlib.sha256(data).hexdigest()[:16]
-
-
-def _config(directory, *, train_iters, seed=RESUMED_SEED, optimizer=None, checkpoint=None, **sections):
-    checkpoint = {
-        name: f"{directory}/{value}" if name in ("save", "load", "pretrained_checkpoint") and value else value
-        for name, value in {"save": None, **(checkpoint or {})}.items()
-    }
-    optimizer = {**OFFLOAD, **(optimizer or {})}
-    return tiny_config(
-        directory,
-        train_iters=train_iters,
-        optimizer=optimizer,
-        checkpoint=checkpoint,
-        rng={"seed": seed},
-        **sections,
-    )
-
-
-def _run(directory, *, by="finetune", **options):
-    return _run_config(_config(directory, **options), by=by)
-
-
-def _run_config(cfg, *, by="finetune"):
-    """Run and return the facts, as plain data."""
-    from megatron.bridge.training.finetune import finetune
-    from megatron.bridge.training.gpt_step import forward_step
-    from megatron.bridge.training.pretrain import pretrain
-
-    witness = Witness()
-    {"finetune": finetune, "pretrain": pretrain}[by](cfg, forward_step, callbacks=[witness])
-    return {
-        "start": witness.start,
-        "end": witness.end,
-        "losses": witness.losses,
-        "learning_rates": witness.learning_rates,
-        "steps": witness.steps,
-    }
-
-
-def _runs(directory, options_by_name):
-    return {name: _run(directory, **options) for name, options in options_by_name.items()}
-
-
-def _refusal(directory, **options):
-    """(error, seconds) of a run that must end before it takes a step."""
-    started = time.monotonic()
-    try:
-        facts = _run(directory, **options)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}", time.monotonic() - started
-    return f"no error: it took the steps {facts['steps']}", time.monotonic() - started
-
-
-def _refusals(directory, options_by_name):
-    return {name: _refusal(directory, **options) for name, options in options_by_name.items()}
-
 
 PRETRAINED = {"pretrained_checkpoint": "pretrained"}
 SAVING_RUNS = {
@@ -160,7 +46,9 @@ def directory(tmp_path_factory):
 @pytest.fixture(scope="module")
 def saved(directory):
     """The facts of the runs that wrote checkpoints, for each rank."""
-    return run_on_ranks(_runs, 2, directory, {name: {"seed": SAVED_SEED, **run} for name, run in SAVING_RUNS.items()})
+    return run_on_ranks(
+        run_cases, 2, directory, {name: {"seed": SAVED_SEED, **run} for name, run in SAVING_RUNS.items()}
+    )
 
 
 CASES = {
@@ -190,20 +78,12 @@ STILL_CASES = {
 @pytest.fixture(scope="module")
 def runs(directory, saved):
     """The facts of every case, for each rank."""
-    return run_on_ranks(_runs, 2, directory, CASES)
+    return run_on_ranks(run_cases, 2, directory, CASES)
 
 
 @pytest.fixture(params=[0, 1], ids=["rank 0", "rank 1"])
 def rank(request):
     return request.param
-
-
-def parts_equal(first, second):
-    """Which parts of two sets of facts are equal to the bit."""
-    return {name for name in first if first[name] == second[name]}
-
-
-STATE = {"weights", "masters", "moments", "adam_steps", "rng", "learning_rate", "schedule", "step", "consumed"}
 
 
 def test_resume_restores_everything_and_goes_on(runs, saved, rank):
@@ -287,7 +167,7 @@ def test_pretraining_starts_from_scratch_where_load_is_where_it_will_save(runs, 
 
 
 def test_a_still_step_after_each_load_leaves_every_weight(directory, saved):
-    for facts in run_on_ranks(_runs, 2, directory, STILL_CASES):
+    for facts in run_on_ranks(run_cases, 2, directory, STILL_CASES):
         for case, run in facts.items():
             assert run["learning_rates"] == [0.0] * len(run["steps"]) and run["steps"], case
             assert run["end"]["weights"] == run["start"]["weights"], case
@@ -299,18 +179,18 @@ def _hf_runs(directory):
 
     results = []
     for optimizer in ({}, STILL):
-        cfg = _config(directory, train_iters=1, optimizer=optimizer, checkpoint={"pretrained_checkpoint": "hf"})
+        cfg = start_config(directory, train_iters=1, optimizer=optimizer, checkpoint={"pretrained_checkpoint": "hf"})
         provider = AutoBridge.from_hf_pretrained(f"{directory}/hf").to_megatron_provider(load_weights=False)
         provider.seq_length, provider.calculate_per_token_loss = 16, True
         cfg.model, cfg.tokenizer.vocab_size = provider, provider.vocab_size
-        results.append(_run_config(cfg))
+        results.append(run_config(cfg))
     return results, _embedding_in(f"{directory}/hf")
 
 
 def _embedding_in(hf_directory):
     from safetensors.torch import load_file
 
-    return _digest(load_file(f"{hf_directory}/model.safetensors")["model.embed_tokens.weight"].bfloat16())
+    return digest(load_file(f"{hf_directory}/model.safetensors")["model.embed_tokens.weight"].bfloat16())
 
 
 def test_a_hugging_face_directory_starts_a_new_run(directory):
@@ -360,7 +240,7 @@ REFUSED = {
 
 def test_each_wrong_start_is_refused_before_the_first_step(directory, saved):
     cases = {name: options for name, (options, _) in REFUSED.items()}
-    for answers in run_on_ranks(_refusals, 2, directory, cases):
+    for answers in run_on_ranks(refusals, 2, directory, cases):
         for case, (error, seconds) in answers.items():
             for text in REFUSED[case][1]:
                 assert text in error, (case, error)
@@ -378,7 +258,7 @@ SCHEDULES = {
 
 def test_a_resume_takes_the_schedule_that_it_is_told_to_take(directory, saved):
     cases = {name: dict(train_iters=6, checkpoint={"load": "full"}, **options) for name, options in SCHEDULES.items()}
-    for facts in run_on_ranks(_runs, 2, directory, cases):
+    for facts in run_on_ranks(run_cases, 2, directory, cases):
         ours = [5e-4 * (1 - step / 100) for step in (4, 5, 6)]
         saved_ones = [1e-4 + 9e-4 * (1 - step / 100) for step in (4, 5, 6)]
         for case, expected in (("this run's", ours), ("the checkpoint's", saved_ones)):
@@ -388,14 +268,16 @@ def test_a_resume_takes_the_schedule_that_it_is_told_to_take(directory, saved):
 
 
 def _saved_twice_keeping_one(directory):
-    _run(directory, train_iters=2, checkpoint={"save": "kept", "save_interval": 1, "most_recent_k": 1, **PRETRAINED})
+    run_case(
+        directory, train_iters=2, checkpoint={"save": "kept", "save_interval": 1, "most_recent_k": 1, **PRETRAINED}
+    )
     return _what_is_left(Path(directory, "kept"))
 
 
 def _saved_below_a_newer_iteration(directory):
     """Step 3 is saved where an abandoned step 4 lies: the tracker names 3, and 3 must stay."""
     checkpoint = {"save": "forked", "load": "forked", "ckpt_step": 2, "most_recent_k": 1}
-    _run(directory, train_iters=3, checkpoint=checkpoint)
+    run_case(directory, train_iters=3, checkpoint=checkpoint)
     return _what_is_left(Path(directory, "forked"))
 
 

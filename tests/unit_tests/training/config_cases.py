@@ -1,0 +1,363 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Configurations that work, and at least one for each rule that doesn't."""
+
+OFFLOAD = ("optimizer.optimizer_cpu_offload=true", "optimizer.optimizer_offload_fraction=1.0")
+
+GOOD = {
+    "plain": ((), 1),
+    "two ranks": ((), 2),
+    "batch from the ranks": (("train.global_batch_size=null",), 4),
+    "offload": (("mixed_precision=bf16_mixed", *OFFLOAD), 2),
+    "half offload, overlapped": (
+        ("mixed_precision=bf16_mixed", OFFLOAD[0], "optimizer.optimizer_offload_fraction=0.5")
+        + ("optimizer.overlap_cpu_optimizer_d2h_h2d=true",),
+        2,
+    ),
+    "offload of nothing": ((OFFLOAD[0],), 1),
+    "offload of SGD": ((*OFFLOAD, "optimizer.optimizer=sgd"), 1),
+    "fp16": (("mixed_precision=fp16_mixed",), 1),
+    "tensor and sequence parallel": (("model.tensor_model_parallel_size=2", "model.sequence_parallel=true"), 2),
+    "more tensor parallel ranks than groups": (("model.tensor_model_parallel_size=8",), 8),
+    "padded vocabulary": (
+        ("model.tensor_model_parallel_size=2", "model.vocab_size=97", "model.should_pad_vocab=true"),
+        2,
+    ),
+    "pipeline": (("model.pipeline_model_parallel_size=2", "mixed_precision=bf16_mixed"), 2),
+    "uneven pipeline": (
+        ("model.pipeline_model_parallel_size=2", "model.num_layers=5", "model.num_layers_in_first_pipeline_stage=2")
+        + ("mixed_precision=bf16_mixed",),
+        2,
+    ),
+    "virtual pipeline": (
+        ("model.pipeline_model_parallel_size=2", "model.virtual_pipeline_model_parallel_size=2")
+        + ("model.overlap_p2p_comm=true", "model.batch_p2p_comm=false", "mixed_precision=bf16_mixed"),
+        2,
+    ),
+    "counted in samples": (
+        ("train.train_iters=null", "train.train_samples=160", "scheduler.lr_warmup_iters=0")
+        + ("scheduler.lr_warmup_samples=16",),
+        1,
+    ),
+    "WSD": (("scheduler.lr_decay_style=WSD", "scheduler.lr_wsd_decay_iters=5"), 1),
+    "growing weight decay": (
+        ("scheduler.start_weight_decay=0.0", "scheduler.end_weight_decay=0.1")
+        + ("scheduler.weight_decay_incr_style=linear",),
+        1,
+    ),
+    "full recomputation": (
+        ("model.recompute_granularity=full", "model.recompute_method=uniform", "model.recompute_num_layers=1"),
+        1,
+    ),
+    "overlap": (("ddp.overlap_grad_reduce=true", "ddp.overlap_param_gather=true"), 2),
+    "evaluation only": (("validation.skip_train=true", "train.train_iters=0"), 1),
+    "a communication overlap that is all off": (("comm_overlap={tp_comm_overlap: false}",), 1),
+}
+"""Overrides and ranks."""
+
+BAD = {
+    "check_model_has_a_size": [(["model.num_layers=0"], 1, "model.num_layers is not set")],
+    "check_parallel_sizes_are_positive": [
+        (["model.pipeline_model_parallel_size=0"], 1, "model.pipeline_model_parallel_size is 0")
+    ],
+    "check_parallel_sizes_divide_world": [
+        (["model.tensor_model_parallel_size=2"], 3, "3 ranks can't be shared by model.tensor_model_parallel_size=2")
+    ],
+    "check_tensor_parallel_divides_heads": [
+        (["model.tensor_model_parallel_size=3"], 3, "set model.tensor_model_parallel_size to one of [1, 2, 4, 8]")
+    ],
+    "check_query_groups_fit": [
+        (["model.num_query_groups=3"], 1, "model.num_query_groups=3 doesn't divide model.num_attention_heads=8"),
+        (
+            ["model.num_attention_heads=12", "model.num_query_groups=6", "model.tensor_model_parallel_size=4"],
+            4,
+            "one must divide the other",
+        ),
+    ],
+    "check_tensor_parallel_divides_ffn": [
+        (
+            ["model.tensor_model_parallel_size=2", "model.ffn_hidden_size=129"],
+            2,
+            "doesn't divide model.ffn_hidden_size=129",
+        )
+    ],
+    "check_tensor_parallel_divides_vocabulary": [
+        (["model.tensor_model_parallel_size=2", "model.vocab_size=97"], 2, "set model.should_pad_vocab=true")
+    ],
+    "check_pipeline_parallel_divides_layers": [
+        (["model.pipeline_model_parallel_size=3"], 3, "model.num_layers=4 can't be shared"),
+        (
+            ["model.pipeline_model_parallel_size=2", "model.virtual_pipeline_model_parallel_size=3"],
+            2,
+            "expected a multiple of 6",
+        ),
+    ],
+    "check_two_virtual_stages_keep_messages_apart": [
+        (
+            ["model.pipeline_model_parallel_size=2", "model.virtual_pipeline_model_parallel_size=2", *overlap],
+            2,
+            "set model.overlap_p2p_comm=true and model.batch_p2p_comm=false",
+        )
+        for overlap in ([], ["model.overlap_p2p_comm=true"], ["model.batch_p2p_comm=false"])
+    ],
+    "check_sequence_parallel_needs_tensor_parallel": [
+        (["model.sequence_parallel=true"], 1, "model.sequence_parallel=true with model.tensor_model_parallel_size=1"),
+        (
+            ["model.sequence_parallel=true", "model.tensor_model_parallel_size=2", "model.seq_length=33"],
+            2,
+            "expected a multiple of model.tensor_model_parallel_size=2",
+        ),
+    ],
+    "check_experts_are_shared_evenly": [
+        (["model.expert_model_parallel_size=2"], 2, "with model.num_moe_experts=None"),
+        (["model.expert_model_parallel_size=4", "model.num_moe_experts=4"], 2, "2 ranks can't be shared"),
+    ],
+    "check_recomputation_is_complete": [
+        (["model.recompute_granularity=full"], 1, "set model.recompute_method=uniform"),
+        (
+            ["model.recompute_granularity=selective", "model.recompute_num_layers=2"],
+            1,
+            "model.recompute_num_layers=2 with model.recompute_granularity=selective",
+        ),
+        (
+            [
+                "model.distribute_saved_activations=true",
+                "model.sequence_parallel=true",
+                "model.tensor_model_parallel_size=2",
+            ],
+            2,
+            "set model.distribute_saved_activations=false",
+        ),
+    ],
+    "check_activation_offload_stands_alone": [
+        (
+            ["model.cpu_offloading=true", "model.pipeline_model_parallel_size=2"],
+            2,
+            "model.cpu_offloading=true with model.pipeline_model_parallel_size=2",
+        ),
+        (
+            [
+                "model.cpu_offloading=true",
+                "model.recompute_granularity=full",
+                "model.recompute_method=uniform",
+                "model.recompute_num_layers=1",
+            ],
+            1,
+            "model.cpu_offloading=true with model.recompute_granularity=full",
+        ),
+    ],
+    "check_tensor_parallel_overlap_can_run": [(["model.tp_comm_overlap=true"], 1, "model.tp_comm_overlap=true")],
+    "check_global_batch_is_divisible": [
+        (["train.global_batch_size=9"], 1, "train.global_batch_size=9 is no multiple of train.micro_batch_size=2"),
+        ([], 3, "data-parallel size 3 = 6"),
+    ],
+    "check_evaluation_batch_is_divisible": [
+        (["validation.eval_global_batch_size=3"], 1, "validation.eval_global_batch_size=3 is no multiple of")
+    ],
+    "check_virtual_pipeline_fits": [
+        (["model.virtual_pipeline_model_parallel_size=2"], 1, "virtual stages cut real ones"),
+        (
+            [
+                "model.pipeline_model_parallel_size=2",
+                "model.virtual_pipeline_model_parallel_size=2",
+                "train.global_batch_size=6",
+            ],
+            2,
+            "3 micro-batches in a step",
+        ),
+    ],
+    "check_sequence_lengths_agree": [
+        (["dataset.seq_length=16"], 1, "dataset.seq_length=16 and model.seq_length=32: they must agree")
+    ],
+    "check_offload_fraction_is_a_part": [
+        (["optimizer.optimizer_offload_fraction=1.5"], 1, "optimizer.optimizer_offload_fraction is 1.5"),
+        (["optimizer.optimizer_offload_fraction=-0.1"], 1, "set 0 to 1"),
+        (["optimizer.optimizer_offload_fraction=.nan"], 1, "optimizer.optimizer_offload_fraction is nan"),
+    ],
+    "check_offload_has_distributed_optimizer": [
+        (
+            [*OFFLOAD, "optimizer.use_distributed_optimizer=false", "ddp.use_distributed_optimizer=false"],
+            1,
+            "optimizer.optimizer_cpu_offload=true without the distributed optimizer",
+        ),
+        ([*OFFLOAD, "ddp.use_distributed_optimizer=false"], 1, "set optimizer.use_distributed_optimizer=true"),
+    ],
+    "check_offload_has_no_fp8_weights": [
+        ([*OFFLOAD, "model.fp8=hybrid", "model.fp8_recipe=tensorwise", "model.fp8_param=true"], 1, "recipe tensorwise"),
+        (
+            [*OFFLOAD, "model.fp8=e4m3", "model.fp8_recipe=mxfp8", "ddp.fp8_param_gather=true"],
+            1,
+            "ddp.fp8_param_gather=false",
+        ),
+        ([*OFFLOAD, "model.fp8=e4m3", "model.fp8_recipe=blockwise", "model.fp8_param=true"], 1, "recipe blockwise"),
+        ([*OFFLOAD, "model.fp4=e2m1", "model.fp4_param=true"], 1, "recipe nvfp4"),
+    ],
+    "check_offload_has_no_fsdp": [
+        ([*OFFLOAD, "ddp.use_megatron_fsdp=true"], 1, "set ddp.use_megatron_fsdp=false"),
+        ([*OFFLOAD, "dist.use_megatron_fsdp=true"], 1, "set dist.use_megatron_fsdp=false"),
+        ([*OFFLOAD, "dist.use_torch_fsdp2=true"], 1, "set dist.use_torch_fsdp2=false"),
+    ],
+    "check_offload_knows_the_optimizer": [
+        ([*OFFLOAD, "optimizer.optimizer=muon"], 1, "only adam and sgd can be offloaded")
+    ],
+    "check_offload_decouples_weight_decay": [
+        ([*OFFLOAD, "optimizer.decoupled_weight_decay=false"], 1, "set optimizer.decoupled_weight_decay=true")
+    ],
+    "check_offload_keeps_state_in_fp32": [
+        ([*OFFLOAD, "optimizer.exp_avg_dtype=bf16"], 1, "optimizer.exp_avg_dtype=torch.bfloat16"),
+        ([*OFFLOAD, "optimizer.exp_avg_sq_dtype=fp16"], 1, "the offloaded optimizer ignores it"),
+        ([*OFFLOAD, "optimizer.main_grads_dtype=bfloat16"], 1, "set optimizer.main_grads_dtype=float32"),
+        ([*OFFLOAD, "optimizer.main_params_dtype=float16"], 1, "set optimizer.main_params_dtype=float32"),
+    ],
+    "check_optimizer_is_known": [(["optimizer.optimizer=muon"], 1, "optimizer.optimizer=muon is not built yet")],
+    "check_precision_aware_mode_can_run": [
+        (
+            ["optimizer.use_precision_aware_optimizer=true", "optimizer.optimizer=sgd"],
+            1,
+            "set optimizer.optimizer=adam",
+        ),
+        (
+            ["optimizer.use_precision_aware_optimizer=true", "optimizer.use_distributed_optimizer=false"],
+            1,
+            "without the distributed optimizer",
+        ),
+    ],
+    "check_precision_aware_mode_clips_fp32_gradients": [
+        (
+            [*OFFLOAD, "optimizer.use_precision_aware_optimizer=true", "model.fp16=true", "optimizer.fp16=true"],
+            1,
+            "set ddp.grad_reduce_in_fp32=true or optimizer.clip_grad=0",
+        )
+    ],
+    "check_state_dtypes_need_precision_aware_mode": [
+        (["optimizer.exp_avg_dtype=bf16"], 1, "or optimizer.use_precision_aware_optimizer=true")
+    ],
+    "check_fp8_has_transformer_engine": [
+        (["model.fp8_param=true"], 1, "model.fp8_param=true with model.fp8=null"),
+        (["model.fp4_param=true"], 1, "model.fp4_param=true with model.fp4=null"),
+    ],
+    "check_model_and_optimizer_agree_on_precision": [
+        (["model.bf16=true"], 1, "set mixed_precision=bf16_mixed"),
+        (["model.bf16=true", "model.fp16=true"], 1, "weights have one format"),
+    ],
+    "check_ddp_and_optimizer_agree": [
+        (["ddp.use_distributed_optimizer=false"], 1, "ddp.use_distributed_optimizer=False and optimizer.")
+    ],
+    "check_overlaps_can_run": [
+        (
+            [
+                "ddp.overlap_param_gather=true",
+                "ddp.use_distributed_optimizer=false",
+                "optimizer.use_distributed_optimizer=false",
+            ],
+            1,
+            "which has nothing to gather",
+        ),
+        (["ddp.overlap_param_gather=true"], 1, "set ddp.overlap_grad_reduce=true"),
+        (["ddp.align_param_gather=true"], 1, "there is nothing to align"),
+        (
+            ["ddp.average_in_collective=true", "model.calculate_per_token_loss=true"],
+            1,
+            "set ddp.average_in_collective=false",
+        ),
+    ],
+    "check_schedule_counts_as_the_run_does": [
+        (["scheduler.lr_decay_samples=10"], 1, "set scheduler.lr_decay_iters instead"),
+        (["train.train_iters=null", "train.train_samples=80"], 1, "set scheduler.lr_warmup_samples instead"),
+    ],
+    "check_schedule_fits_the_run": [
+        (["train.train_iters=0"], 1, "a run takes at least one step"),
+        (
+            ["scheduler.lr_warmup_iters=20"],
+            1,
+            "scheduler.lr_warmup_iters=20 but the learning rate decays over 20 iters",
+        ),
+        (["scheduler.lr_decay_style=WSD"], 1, "without scheduler.lr_wsd_decay_iters"),
+        (["scheduler.lr_decay_style=WSD", "scheduler.lr_wsd_decay_iters=30"], 1, "is longer than"),
+    ],
+    "check_learning_rates_are_ordered": [
+        (["optimizer.lr=null"], 1, "optimizer.lr is not set"),
+        (["optimizer.lr=-1.0"], 1, "optimizer.lr is -1.0"),
+        (["optimizer.min_lr=0.1"], 1, "optimizer.min_lr=0.1 with optimizer.lr=0.0001"),
+        (["scheduler.lr_warmup_init=0.1"], 1, "scheduler.lr_warmup_init=0.1 with optimizer.lr=0.0001"),
+    ],
+    "check_weight_decay_grows": [
+        (["scheduler.start_weight_decay=0.0"], 1, "equal values with weight_decay_incr_style=constant"),
+        (
+            ["scheduler.start_weight_decay=0.1", "scheduler.weight_decay_incr_style=linear"],
+            1,
+            "expected 0 <= start <= end",
+        ),
+    ],
+    "check_options_are_built": [
+        (["checkpoint.replication=true"], 1, "checkpoint.replication=true is not built yet"),
+        (
+            ["checkpoint.non_persistent_ckpt_type=in_memory"],
+            1,
+            "checkpoint.non_persistent_ckpt_type=in_memory is not built yet: set it to local or global",
+        ),
+    ],
+    "check_comm_overlap_is_off": [
+        (["comm_overlap.tp_comm_overlap=true"], 1, "comm_overlap.tp_comm_overlap=True is not built yet")
+    ],
+    "check_pretrained_checkpoint_exists": [
+        (
+            ["checkpoint.pretrained_checkpoint=no/such/dir"],
+            1,
+            "checkpoint.pretrained_checkpoint=no/such/dir: there is no",
+        )
+    ],
+    "check_profiles_have_a_place": [
+        (
+            ["profiling={use_pytorch_profiler: true}", "logger.tensorboard_dir=null"],
+            1,
+            "profiling.use_pytorch_profiler=true needs logger.tensorboard_dir: set it",
+        ),
+        (
+            ["profiling={use_pytorch_profiler: true, profile_ranks: [0, 2]}", "logger.tensorboard_dir=logs"],
+            2,
+            "profiling.profile_ranks holds 2: the run has ranks 0 to 1",
+        ),
+    ],
+    "check_peft": [
+        (["peft={dim: 8}"], 1, "peft={'dim': 8} is a dict: expected adapters, such as"),
+        (["peft={_target_: megatron.bridge.peft.lora.LoRA}"], 1, "peft is set without checkpoint.pretrained"),
+    ],
+    "check_non_persistent_checkpoints_have_a_place": [
+        (
+            ["checkpoint.non_persistent_save_interval=2"],
+            1,
+            "checkpoint.non_persistent_save_interval=2 with checkpoint.non_persistent_ckpt_type=null: "
+            "set checkpoint.non_persistent_ckpt_type=local or global",
+        ),
+        (
+            ["checkpoint.non_persistent_ckpt_type=global", "checkpoint.non_persistent_local_ckpt_dir=run"],
+            1,
+            "set checkpoint.non_persistent_ckpt_type=local, or leave it unset",
+        ),
+        (
+            ["checkpoint.non_persistent_global_ckpt_dir=run"],
+            1,
+            "set checkpoint.non_persistent_ckpt_type=global, or leave it unset",
+        ),
+        (["checkpoint.non_persistent_ckpt_type=local"], 1, "without checkpoint.non_persistent_local_ckpt_dir: set it"),
+        (
+            ["checkpoint.non_persistent_ckpt_type=global", "checkpoint.save=null"],
+            1,
+            "with neither checkpoint.save nor checkpoint.non_persistent_global_ckpt_dir",
+        ),
+        (
+            ["checkpoint.non_persistent_ckpt_type=global", "checkpoint.save=run"]
+            + ["checkpoint.non_persistent_global_ckpt_dir=a/../run"],
+            1,
+            "is checkpoint.save too, whose iterations would be removed",
+        ),
+    ],
+    "check_background_writer_is_a_thread": [
+        (
+            ["checkpoint.async_save=true", "checkpoint.save=run", "checkpoint.async_ckpt_use_cpu_shm=true"],
+            1,
+            "checkpoint.async_ckpt_use_cpu_shm=True with checkpoint.async_save=true: a thread of each rank writes",
+        ),
+    ],
+}
+"""By rule: overrides that break it, ranks, what the error must contain."""
