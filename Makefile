@@ -66,8 +66,8 @@ resume-matrix: install # one half of it
 	$(BIN)/python -m pytest tests/functional_tests/test_resume_matrix.py --resume-matrix=whole -q \
 		--numprocesses $(JOBS) --dist loadgroup $(ARGS)
 
-soak: install ## kill a training run at 50 random moments, resume each time, compare with the uninterrupted run
-	$(BIN)/python -W ignore -m tests.soak $(ARGS)
+soak: install ## 200 random faults over a training run: resumed each time, it must end as the uninterrupted one
+	$(BIN)/python -W ignore -m tests.soak --write $(ARGS)
 
 mutants: install ## break the sync, the guard, the load and the repairs, and see that tests notice
 	$(BIN)/python -m tests.mutants $(ARGS)

@@ -1,29 +1,26 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """What save_checkpoint and load_checkpoint cost beside Core's own save and load of the same state, in one process.
 
-    python benchmarks/checkpoint_speed.py                     # 74 million parameters, all of the optimizer offloaded
-    python benchmarks/checkpoint_speed.py --num-layers 30     # SmolLM2-135M's shape
+    python -m benchmarks.checkpoint_speed                     # 74 million parameters, all of the optimizer offloaded
+    python -m benchmarks.checkpoint_speed --num-layers 30     # SmolLM2-135M's shape
 
-Each repeat takes every row once, one after the other; medians, with the smallest and the largest. Files are in the page
-cache when they are read. "Core" plans, writes and reads alone: no checksums, train state, tracker or names that come
-last, no look at shapes, no guard.
+"Core" plans, writes and reads alone: no checksums, train state, tracker or names that come last, no look at shapes, no
+guard. Both write into a new directory, flush it to disk, and remove the one before when the new one is complete. Files
+lie in memory (/dev/shm, where there is one), so that no disk's moods are measured and nothing hides the work.
 """
 
 import argparse
 import logging
-import os
 import shutil
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from megatron.core import __version__ as core_version
 from megatron.core import dist_checkpointing
 
+from benchmarks.figures import Figure, interleaved, ratios, run
 from megatron.bridge.recipes.smollm2 import smollm2_135m_sft_config
 from megatron.bridge.training import checkpointing
 from megatron.bridge.training.config import runtime_config_update
@@ -32,32 +29,52 @@ from megatron.bridge.training.optim import setup_optimizer
 from megatron.bridge.training.state import GlobalState
 from megatron.bridge.utils import device
 
+AT_MOST = 1.05
+MEMORY = Path("/dev/shm")
 
-def main() -> None:
-    """Build one run, time its saves and loads, print a row for each."""
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--num-layers", type=int, default=13)
     parser.add_argument("--repeats", type=int, default=7)
-    arguments = parser.parse_args()
+    parser.add_argument(
+        "--directory", type=Path, default=MEMORY if MEMORY.is_dir() else None, help="where files lie (default: memory)"
+    )
+    return parser
+
+
+def measure(arguments: argparse.Namespace) -> list[Figure]:
+    """Build one run, and time its saves and loads in turn with Core's."""
     logging.disable(logging.INFO)
     device.enter_device()
-    with tempfile.TemporaryDirectory() as directory:
-        run = _Run(Path(directory), arguments.num_layers)
+    with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
+        job = _Run(Path(directory), arguments.num_layers)
         rows = {
-            "Core's save": run.core_save,
-            "save_checkpoint": run.save,
-            "Core's load": run.core_load,
-            "load_checkpoint": run.load,
-            "load_checkpoint, verify_integrity=false": run.load_unverified,
+            "Core's save": job.core_save,
+            "save_checkpoint": job.save,
+            "Core's load": job.core_load,
+            "load_checkpoint": job.load,
+            "load_checkpoint, verify_integrity=false": job.load_unverified,
         }
-        seconds = _interleaved(rows, arguments.repeats)
+        seconds = interleaved({name: _to_the_end(work) for name, work in rows.items()}, arguments.repeats)
         size = sum(file.stat().st_size for file in (Path(directory) / "ours").rglob("*") if file.is_file())
-    print(f"torch {torch.__version__}, megatron-core {core_version}, {size / 1e6:.0f} MB on disk")
-    print("what | median, s | smallest | largest | / Core's")
+    figures = []
     for name, taken in seconds.items():
-        core = seconds["Core's save" if "save" in name else "Core's load"]
-        ratio = median(mine / cores for mine, cores in zip(taken, core, strict=True))
-        print(f"{name} | {median(taken):.3f} | {min(taken):.3f} | {max(taken):.3f} | {ratio:.2f}")
+        if not name.startswith("Core's"):
+            core = "Core's save" if "save" in name else "Core's load"
+            note = f"{size / 1e6:.0f} MB, megatron-core {core_version}, torch {torch.__version__}"
+            against = f"dist_checkpointing.{core.split()[-1]} of the same state"
+            figures.append(Figure(name, against, ratios(taken, seconds[core]), AT_MOST, note=note))
+    return figures
+
+
+def _to_the_end(work: Any) -> Any:
+    def timed() -> None:
+        work()
+        device.synchronize()
+
+    return timed
 
 
 class _Run:
@@ -75,7 +92,7 @@ class _Run:
         initialize_megatron(cfg)
         self.model = cfg.model.provide_distributed_model(ddp_config=cfg.ddp)
         self.optimizer, self.scheduler = setup_optimizer(cfg.optimizer, cfg.scheduler, self.model)
-        self.state, self.cores = GlobalState(cfg), directory / "core"
+        self.state, self.cores, self.number = GlobalState(cfg), directory / "core", 0
 
     def save(self) -> None:
         """Ours, of the next step; the one before goes when it is complete."""
@@ -93,15 +110,17 @@ class _Run:
         self.state.cfg.checkpoint.verify_integrity = True
 
     def core_save(self) -> None:
-        """Core's, of the same state."""
-        shutil.rmtree(self.cores, ignore_errors=True)
-        self.cores.mkdir()
-        dist_checkpointing.save(self._content(), str(self.cores))
+        """Core's, of the same state, of the next step; the one before goes when it is complete."""
+        self.number += 1
+        before, directory = self.cores / str(self.number - 1), self.cores / str(self.number)
+        directory.mkdir(parents=True)
+        dist_checkpointing.save(self._content(), str(directory))
+        shutil.rmtree(before, ignore_errors=True)
 
     def core_load(self) -> None:
         """Core's, of the same state, put in place by the same methods."""
         template = self._content(is_loading=True)
-        loaded = dist_checkpointing.load(template, str(self.cores))
+        loaded = dist_checkpointing.load(template, str(self.cores / str(self.number)))
         self.model[0].module.load_state_dict(loaded["model"], strict=False)
         self.optimizer.load_state_dict(loaded["optimizer"])
 
@@ -113,21 +132,5 @@ class _Run:
         return {**weights, "optimizer": optimizer}
 
 
-def _interleaved(rows: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each row, each repeat taking all of them in turn, and writing back what one has written
-    before the next begins. A first repeat isn't counted.
-    """
-    taken: dict[str, list[float]] = {name: [] for name in rows}
-    for _ in range(repeats + 1):
-        for name, work in rows.items():
-            device.synchronize()
-            os.sync()
-            started = time.perf_counter()
-            work()
-            device.synchronize()
-            taken[name].append(time.perf_counter() - started)
-    return {name: seconds[1:] for name, seconds in taken.items()}
-
-
 if __name__ == "__main__":
-    main()
+    run(measure, build_parser())

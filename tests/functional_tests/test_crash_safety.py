@@ -18,10 +18,12 @@ from megatron.bridge.checkpoint import layout
 from megatron.bridge.checkpoint.model_checkpoint import commit_checkpoint, prepare_save
 from tests.on_ranks import Recorder, differing, make_pretrained
 from tests.ranks import RankError, run_on_ranks
-from tests.soak import soak
+from tests.soak import soak, write
+from tests.soak_faults import FAULTS
 from tests.tiny import tiny_config
 
 STEPS = 4
+SEED = 6
 CORE_FORKS_WRITERS = core_version.startswith("0.16.")
 
 
@@ -223,16 +225,25 @@ def test_what_killed_processes_left_is_named_on_a_load(directory, caplog):
     assert ".iter_0000006.saving is passed over: the process that wrote or removed it was killed" in caplog.text
 
 
-SEED = 6
-"""The first two kills come during the second save of a start or a later one, so that there is something to resume."""
-
-
 @pytest.mark.timeout(200)
-def test_a_run_killed_at_random_moments_ends_as_the_uninterrupted_one():
-    soaked = soak(3, seed=SEED)
-    assert sum(soaked.kills.values()) == 3 and soaked.starts >= 4
+def test_a_run_struck_by_faults_ends_as_the_uninterrupted_one():
+    """One of each sort; `make soak` has 200 of all kinds."""
+    sorts = ("one rank, in a save", "all ranks, in a load", "no space within", "read-only", "torn file", "torn tracker")
+    kinds = [kind for kind in FAULTS if any(sort in kind.name for sort in sorts)]
+    soaked = soak(len(kinds), seed=SEED, kinds=kinds)
+    assert soaked.struck == {kind.name: 1 for kind in kinds} and len(kinds) == len(sorts)
     assert any(step > 0 for step in soaked.resumed_at), "no start found a checkpoint: nothing was resumed"
-    assert soaked.slowest_survivor_seconds < 60
+
+
+def test_the_table_goes_between_its_marks(tmp_path):
+    document = tmp_path / "reliability.md"
+    marks = [f"<!-- {word} of make soak, megatron-core {core_version} -->" for word in ("begin", "end")]
+    document.write_text(f"before\n{marks[0]}\nold\n{marks[1]}\nafter\n")
+    write("new", document)
+    assert document.read_text() == f"before\n{marks[0]}\nnew\n{marks[1]}\nafter\n"
+    document.write_text("before")
+    with pytest.raises(ValueError, match="has no '<!-- begin of make soak, megatron-core"):
+        write("new", document)
 
 
 def _save_with_stock_core(directory, *, trouble):

@@ -11,7 +11,7 @@ from megatron.bridge.training.hang_watchdog import HangWatchdog
 from megatron.bridge.training.state import GlobalState
 from megatron.bridge.utils.distributed import rank
 from megatron.bridge.utils.exit_codes import HUNG
-from tests.soak import RANKS, Run, warm_up
+from tests.soak_run import RANKS, Run, warm_up
 
 TIMEOUT_SECONDS = 24
 """Of which a twentieth is the time that all ranks have to show their stacks; on a busy machine they need it."""

@@ -16,8 +16,8 @@ from megatron.bridge.training.config import TrainingConfig
 from megatron.bridge.training.preemption import Preempted, catch_exit_signal
 from megatron.bridge.utils.exit_codes import PREEMPTED
 from tests.restarted_rank import KILLED_AT
-from tests.soak import RANKS, Run, check_equal, wait_for_saves, warm_up
 from tests.soak_rank import STEPS
+from tests.soak_run import RANKS, Run, check_equal, wait_for_saves, warm_up
 
 SECONDS = 60
 ROOT = Path(__file__).parents[2]

@@ -86,7 +86,9 @@ def read_tracker(root: str | os.PathLike) -> Tracker | None:
     if text == "release":
         return Tracker(0, release=True)
     if not (text.isascii() and text.isdigit()):
-        raise ValueError(f"{path} holds {text[:40]!r}: expected an iteration number or 'release'")
+        whole = _complete_iterations(root)
+        way_out = f"write the newest complete one into it: {whole[-1]}" if whole else "no complete iteration is there"
+        raise ValueError(f"{path} holds {text[:40]!r}: expected an iteration number or 'release'; {way_out}")
     return Tracker(int(text))
 
 
@@ -144,6 +146,10 @@ def iterations(root: str | os.PathLike) -> Iterator[tuple[int, Path]]:
     root = Path(root)
     found = [(iteration_of(path), path) for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
     yield from sorted((iteration, path) for iteration, path in found if iteration is not None)
+
+
+def _complete_iterations(root: str | os.PathLike) -> list[int]:
+    return [iteration for iteration, path in iterations(root) if is_complete(path)]
 
 
 def newer_than_tracker(root: str | os.PathLike) -> list[Path]:
@@ -214,9 +220,10 @@ def find_checkpoint(path: str | os.PathLike, ckpt_step: int | None = None, *, op
         directory = _standing(root, tracker.iteration, release=tracker.release)
     missing = what_is_missing(directory)
     if missing is not None:
-        whole = [str(iteration) for iteration, candidate in iterations(directory.parent) if is_complete(candidate)]
-        way_out = f"; complete iterations there: {', '.join(whole)} (checkpoint.ckpt_step)" if whole else ""
-        raise ValueError(f"{directory} ({option}) is not a complete checkpoint: {missing}{way_out}")
+        whole = ", ".join(map(str, _complete_iterations(directory.parent)))
+        named_by = "" if directory.is_dir() else f", though {TRACKER_FILE} names it"
+        way_out = f"; complete iterations there: {whole} (checkpoint.ckpt_step)" if whole else ""
+        raise ValueError(f"{directory} ({option}) is not a complete checkpoint: {missing}{named_by}{way_out}")
     return directory
 
 
