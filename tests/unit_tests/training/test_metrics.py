@@ -50,6 +50,15 @@ def test_a_line_in_the_middle_that_is_no_json_is_named(tmp_path):
         read_metrics(tmp_path / "metrics.jsonl")
 
 
+def test_a_disk_that_fills_up_is_said_in_one_line_that_names_the_file(tmp_path):
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", option="checkpoint.save")
+    said = r"metrics.jsonl \(checkpoint.save\) can't be written \(No space left on device\)"
+    with pytest.raises(OSError, match=said):
+        with opened([metrics], state := _state(step=1)):
+            metrics._file = open("/dev/full", "a", encoding="utf-8")
+            metrics.write(state, "train", {"lm loss": 2.0})
+
+
 @pytest.mark.parametrize(
     ("overrides", "path"),
     [

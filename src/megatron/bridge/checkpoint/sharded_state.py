@@ -66,11 +66,11 @@ def load_sharded(
     """
     with on_all_ranks(f"matching the model with {directory}"):
         reader = PlainReader(directory)
-        check_files(directory)
+        check_files(directory, reader)
         if verify:
             check_files_of(directory, is_tensor_file, share=rank(), shares=world_size())
-        common_state = read_common_state(directory)
-        check_shapes(sharded_state_dict, directory)
+        common_state = read_common_state(directory, reader)
+        check_shapes(sharded_state_dict, directory, reader)
         for wanted in _sharded_objects(sharded_state_dict):
             reader.read_object(wanted.unique_key)
     directory = str(directory)
@@ -154,8 +154,12 @@ def _keeps_common_state_apart() -> bool:
     return "common_strategy" in inspect.signature(dist_checkpointing.load).parameters
 
 
-def read_common_state(directory: str | Path) -> dict[str, Any]:
+def read_common_state(directory: str | Path, reader: PlainReader | None = None) -> dict[str, Any]:
     """Read what a checkpoint holds for all ranks: everything but tensors and single ranks' objects.
+
+    Args:
+        directory: An iteration's.
+        reader: Has read its description; None: one that reads it anew.
 
     Raises:
         ValueError: A later Core wrote it than this one can read, it is damaged, or it holds more than plain data.
@@ -174,7 +178,7 @@ def read_common_state(directory: str | Path) -> dict[str, Any]:
             f"{directory} has no common.pt: a later Megatron-Core wrote it than the installed {core_version} can read; "
             "install that version"
         )
-    stored = PlainReader(directory).read_object(COMMON_STATE)
+    stored = (reader or PlainReader(directory)).read_object(COMMON_STATE)
     if stored is None:
         raise ValueError(
             f"{directory} holds no common state, neither in common.pt nor as {COMMON_STATE}: the checkpoint is not "
@@ -185,7 +189,7 @@ def read_common_state(directory: str | Path) -> dict[str, Any]:
 
 def stored_shapes(directory: str | Path) -> dict[str, tuple[int, ...]]:
     """The global shape of each tensor that a checkpoint holds, by key."""
-    return {key: tuple(tensor.global_shape) for key, tensor in _stored_tensors(str(directory)).items()}
+    return {key: tuple(tensor.global_shape) for key, tensor in _stored_tensors(PlainReader(directory)).items()}
 
 
 def stored_content_metadata(directory: str | Path) -> dict[str, Any]:
@@ -199,15 +203,19 @@ def stored_content_metadata(directory: str | Path) -> dict[str, Any]:
     return read_common_state(directory).get("content_metadata") or {}
 
 
-def check_files(directory: str | Path) -> None:
+def check_files(directory: str | Path, reader: PlainReader | None = None) -> None:
     """Refuse a checkpoint of which a file is missing or cut off, before anything is read from the others.
+
+    Args:
+        directory: An iteration's.
+        reader: As for `read_common_state`.
 
     Raises:
         ValueError: Names the first such file.
     """
     directory = Path(directory)
     needed_bytes: dict[str, int] = {}
-    for part in PlainReader(directory).read_metadata().storage_data.values():
+    for part in (reader or PlainReader(directory)).read_metadata().storage_data.values():
         needed_bytes[part.relative_path] = max(needed_bytes.get(part.relative_path, 0), part.offset + part.length)
     for name, needed in sorted(needed_bytes.items()):
         path = directory / name
@@ -219,13 +227,20 @@ def check_files(directory: str | Path) -> None:
             )
 
 
-def check_shapes(sharded_state_dict: ShardedStateDict, directory: str | Path) -> None:
+def check_shapes(
+    sharded_state_dict: ShardedStateDict, directory: str | Path, reader: PlainReader | None = None
+) -> None:
     """Refuse a checkpoint whose tensors are not the ones the template asks for, before anything is read.
+
+    Args:
+        sharded_state_dict: The template.
+        directory: An iteration's.
+        reader: As for `read_common_state`.
 
     Raises:
         ValueError: Names the first tensor that differs, how many others do, and both shapes.
     """
-    stored = _stored_tensors(str(directory))
+    stored = _stored_tensors(reader or PlainReader(directory))
     wrong = []
     for wanted in _sharded_tensors(sharded_state_dict):
         if wanted.allow_shape_mismatch:
@@ -244,9 +259,9 @@ def check_shapes(sharded_state_dict: ShardedStateDict, directory: str | Path) ->
         )
 
 
-def _stored_tensors(directory: str) -> dict[str, ShardedTensor]:
-    metadata = PlainReader(directory).read_metadata()
-    return torch_strategies.TorchDistLoadShardedStrategy().load_tensors_metadata(Path(directory), metadata)
+def _stored_tensors(reader: PlainReader) -> dict[str, ShardedTensor]:
+    strategy = torch_strategies.TorchDistLoadShardedStrategy()
+    return strategy.load_tensors_metadata(reader.directory, reader.read_metadata())
 
 
 def _sharded_objects(state: ShardedStateDict) -> Iterator[ShardedObject]:

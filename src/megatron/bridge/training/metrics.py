@@ -100,20 +100,42 @@ class MetricsFile(MetricsLogger):
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, state: "GlobalState", split: str, values: dict[str, Any]) -> None:
-        """Append a line; a number that isn't finite becomes null, for which JSON has no other word."""
+        """Append a line; a number that isn't finite becomes null, for which JSON has no other word.
+
+        Raises:
+            OSError: The disk is full, say.
+        """
         if self._file is None:
             self.open(state)
         finite = {name: None if _is_not_finite(value) else value for name, value in values.items()}
         elapsed = round(time.monotonic() - self._started, 3)
         line = {"step": state.train_state.step, "split": split, **finite, "elapsed_seconds": elapsed}
         self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with self._named_errors():
+            self._file.flush()
 
     def close(self, *, failed: bool) -> None:
         """Close the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            with self._named_errors():
+                file.close()
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """The system doesn't say which file it couldn't write; a torn line is cut off by the next run.
+
+        Raises:
+            OSError: In the body.
+        """
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{self.path} ({self._option}) can't be written ({error.strerror}): make it writable or free space "
+                "there, and start again: the run goes on from the last complete checkpoint",
+            ) from error
 
 
 def _is_not_finite(value: Any) -> bool:
