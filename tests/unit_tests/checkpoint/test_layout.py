@@ -64,7 +64,10 @@ def test_there_may_be_no_tracker(tmp_path):
 @pytest.mark.parametrize("text", ["", "-3", "iter_3", "3.5"])
 def test_a_damaged_tracker_is_refused(tmp_path, text):
     (tmp_path / layout.TRACKER_FILE).write_text(text)
-    with pytest.raises(ValueError, match="latest_checkpointed_iteration.txt holds .*: expected an iteration number"):
+    with pytest.raises(ValueError, match=r"latest_\w+.txt holds .*: expected an iteration number.*; no complete"):
+        layout.read_tracker(tmp_path)
+    write_iteration(tmp_path, 2)
+    with pytest.raises(ValueError, match="expected an iteration number .*; write the newest complete one into it: 2"):
         layout.read_tracker(tmp_path)
 
 
@@ -88,7 +91,8 @@ def test_resolve_says_what_is_there_instead(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no iteration 3 \(checkpoint.ckpt_step\); there: 2; name one"):
         layout.resolve_checkpoint(tmp_path, 3)
     layout.write_tracker(tmp_path, 5)
-    with pytest.raises(ValueError, match=r"iter_0000005 .*: there is no such directory; complete iterations there: 2"):
+    named = r"iter_0000005 .*: there is no such directory, though latest.*txt names it; complete iterations there: 2"
+    with pytest.raises(ValueError, match=named):
         layout.resolve_checkpoint(tmp_path)
 
 

@@ -6,6 +6,8 @@ handed readers of ours, which let plain data pass and nothing else (`safe_pickle
 """
 
 import contextlib
+import dataclasses
+import functools
 import inspect
 import io
 import zipfile
@@ -13,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import __version__ as core_version
 from megatron.core import dist_checkpointing
@@ -30,6 +33,8 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
 
 from megatron.bridge.checkpoint.layout import DCP_METADATA_FILE
 from megatron.bridge.checkpoint.manifest import check_files_of, is_tensor_file
@@ -101,6 +106,34 @@ class PlainReader(FileSystemReader):
             self._metadata.storage_meta.load_id = self.load_id
         return self._metadata
 
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read what a rank needs: a tensor straight into its place where that is possible, else as torch does.
+
+        Torch reads the whole of each stored tensor into memory of its own, and copies from there what is needed.
+        """
+        left = [item for item in plan.items if not self._read_in_place(item, planner)]
+        return super().read_data(dataclasses.replace(plan, items=left), planner)
+
+    def _read_in_place(self, item: ReadItem, planner: LoadPlanner) -> bool:
+        """Whether what is wanted of a stored tensor lies in one piece, and so does its place, in host memory."""
+        if item.type is LoadItemType.BYTE_IO or not _torch_tells_offsets():
+            return False
+        part = self.storage_data[item.storage_index]
+        with open(self.directory / part.relative_path, "rb") as file:
+            stored = torch.load(self._slice_file(file, part), map_location="meta", weights_only=True)
+            is_in_one_piece = stored.ndim > 0 and stored.is_contiguous() and stored.shape[1:] == item.lengths[1:]
+            place = planner.resolve_tensor(item).detach()
+            is_alike = place.device.type == "cpu" and place.dtype == stored.dtype and place.shape == item.lengths
+            if not (is_in_one_piece and is_alike and place.is_contiguous() and place.numel() > 0):
+                return False
+            start = (stored.storage_offset() + item.storage_offsets[0] * stored.stride(0)) * stored.itemsize
+            file.seek(part.offset + stored.untyped_storage()._checkpoint_offset + start)
+            bytes_of_place = place.view(-1).view(torch.uint8).numpy()
+            if file.readinto(bytes_of_place) != bytes_of_place.nbytes:
+                return False
+        planner.commit_tensor(item, place)
+        return True
+
     def read_object(self, key: str) -> Any:
         """Read an object that is stored among the tensors.
 
@@ -117,6 +150,15 @@ class PlainReader(FileSystemReader):
             file.seek(part.offset)
             stored = io.BytesIO(file.read(part.length))
         return read_blob(stored, named=f"{self.directory / part.relative_path} ({key})")
+
+
+@functools.cache
+def _torch_tells_offsets() -> bool:
+    """Whether this torch reads an archive without its tensors' data and says where that lies; early ones don't."""
+    file = io.BytesIO()
+    torch.save(torch.zeros(1), file)
+    file.seek(0)
+    return hasattr(torch.load(file, map_location="meta", weights_only=True).untyped_storage(), "_checkpoint_offset")
 
 
 @contextlib.contextmanager
