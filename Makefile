@@ -14,7 +14,7 @@ NVRX := $(if $(filter 0.16.1,$(CORE)),0.4.1,0.6.0)
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: help install finetune finetune-lora model test unit functional test-gpu test-resume resume-matrix soak mutants \
-	fuzz coverage docs wheel lint format clean
+	fuzz bench coverage docs wheel lint format clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -74,6 +74,9 @@ mutants: install ## break the sync, the guard, the load and the repairs, and see
 
 fuzz: install ## 100,000 damaged and invented inputs: only documented errors may come
 	$(BIN)/python -W ignore -m tests.fuzz $(ARGS)
+
+bench: install model ## measure speed and memory beside what they must reach: docs/performance.md
+	$(BIN)/python -W ignore -m benchmarks $(ARGS)
 
 coverage: install model ## all tests, and which lines they ran: build/coverage/index.html
 	$(BIN)/python -m pytest $(PARALLEL) --cov --cov-report=html:build/coverage \

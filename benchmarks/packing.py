@@ -2,8 +2,8 @@
 r"""What packing is worth: tokens a second of the same training, one sample a row and several.
 
     make model                                    # SmolLM2's tokenizer and the data
-    python benchmarks/packing.py                  # SmolLM2-135M's shape, 4 of its layers
-    python benchmarks/packing.py --num-layers 30 --seq-length 512
+    python -m benchmarks.packing                  # SmolLM2-135M's shape, 2 of its layers
+    python -m benchmarks.packing --num-layers 30 --seq-length 512 --steps 12
 
 One process, random weights. A step takes about as many samples in both runs; tokens of padding don't count. The first
 step of each run is left out.
@@ -12,9 +12,7 @@ step of each run is left out.
 import argparse
 import logging
 
-import torch
-from megatron.core import __version__ as core_version
-
+from benchmarks.figures import Figure, run
 from megatron.bridge.data.config import DatasetBuildContext, PackedSequenceSpecs
 from megatron.bridge.data.loaders import build_datasets
 from megatron.bridge.data.sampler import sample_indices
@@ -38,24 +36,28 @@ class Clock(Callback):
         self.seconds.append(context.step_seconds)
 
 
-def main() -> None:
-    """Time both runs and print one row for each."""
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--num-layers", type=int, default=4)
+    parser.add_argument("--num-layers", type=int, default=2)
     parser.add_argument("--seq-length", type=int, default=256, help="positions of a packed row")
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--dataset-root", default="data/chatterbot")
     parser.add_argument("--tokenizer", default="data/smollm2-135m-instruct")
-    arguments = parser.parse_args()
+    return parser
+
+
+def measure(arguments: argparse.Namespace) -> list[Figure]:
+    """Both runs, one after the other."""
     logging.disable(logging.INFO)
-    print(f"torch {torch.__version__}, megatron-core {core_version}, {torch.get_num_threads()} threads")
-    print("rows | rows x micro-batches | samples a step | padding | s a step | tokens a second")
-    alone = _row(arguments, "one sample each", rows=4, batch=16, packed=False)
-    packed = _row(arguments, "packed", rows=1, batch=4, packed=True)
-    print(f"packed / one sample each: {packed / alone:.2f}")
+    alone, alone_padding = _seconds_per_token(arguments, rows=4, batch=16, packed=False)
+    packed, padding = _seconds_per_token(arguments, rows=1, batch=4, packed=True)
+    note = f"{padding:.0%} of the packed positions are padding, {alone_padding:.0%} of the others'"
+    return [Figure("time of a token, packed", "one sample a row", (packed / alone,), 1.0, note=note)]
 
 
-def _row(arguments: argparse.Namespace, name: str, *, rows: int, batch: int, packed: bool) -> float:
+def _seconds_per_token(arguments: argparse.Namespace, *, rows: int, batch: int, packed: bool) -> tuple[float, float]:
+    """Seconds of a run for each of its tokens, and the part of its positions that is padding."""
     cfg = _config(arguments, rows=rows, batch=batch, packed=packed)
     context = DatasetBuildContext(0, 0, 0, build_tokenizer(cfg.tokenizer))
     dataset, _, _ = build_datasets(cfg.dataset, context)
@@ -70,16 +72,8 @@ def _row(arguments: argparse.Namespace, name: str, *, rows: int, batch: int, pac
         return forward_step(state, iter([micro_batch]), model)
 
     pretrain(cfg, watched, callbacks=[clock])
-    seconds = sum(clock.seconds[1:])
     tokens, positions = int(dataset.lengths[drawn].sum()), sum(shapes[batch // rows :])
-    samples = sum(len(dataset.packs[row]) for row in drawn) if packed else len(drawn)
-    step = seconds / (arguments.steps - 1)
-    print(
-        f"{name} | {rows} x {batch // rows} | {samples / (arguments.steps - 1):.1f} | {1 - tokens / positions:.0%} | "
-        f"{step:.2f} | {tokens / seconds:.0f}",
-        flush=True,
-    )
-    return tokens / seconds
+    return sum(clock.seconds[1:]) / tokens, 1 - tokens / positions
 
 
 def _config(arguments: argparse.Namespace, *, rows: int, batch: int, packed: bool) -> ConfigContainer:
@@ -100,4 +94,4 @@ def _config(arguments: argparse.Namespace, *, rows: int, batch: int, packed: boo
 
 
 if __name__ == "__main__":
-    main()
+    run(measure, build_parser())

@@ -1,8 +1,8 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """How much memory a resume takes, against the run that it continues: two ranks, each job in processes of its own.
 
-    python benchmarks/resume_memory.py                     # 73 million parameters, all of the optimizer offloaded
-    python benchmarks/resume_memory.py --fraction 0.5 --precision-aware
+    python -m benchmarks.resume_memory                     # 73 million parameters, all of the optimizer offloaded
+    python -m benchmarks.resume_memory --fraction 0.5 --precision-aware
 
 Peak resident memory of the larger rank, with what importing takes shown beside it. On a machine without CUDA "device"
 memory is host memory too and counted with it.
@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import __version__ as core_version
 
+from benchmarks.figures import Figure, run
 from megatron.bridge.data.config import DatasetProvider
 from megatron.bridge.recipes.smollm2 import smollm2_135m_sft_config
 from megatron.bridge.training.gpt_step import forward_step
@@ -29,7 +29,6 @@ from megatron.bridge.utils import device
 
 RANKS, SEQ_LENGTH, SAVED_AT = 2, 32, 2
 FORMATS = {"dp_reshardable": False, "fully_reshardable": True}
-COLUMNS = ("format", "imports, MB", "run, MB", "run that saves, MB", "resume, MB", "resume/run", "without imports")
 
 
 @dataclass
@@ -48,25 +47,31 @@ class RandomTokens(DatasetProvider):
         )
 
 
-def main() -> None:
-    """Run the jobs of each format and print one row for it."""
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--num-layers", type=int, default=13)
     parser.add_argument("--fraction", type=float, default=1.0, help="of the optimizer on the CPU; 0: no offload")
     parser.add_argument("--precision-aware", action="store_true")
-    arguments = parser.parse_args()
-    parameters = 49152 * 576 + arguments.num_layers * 3_541_248
-    print(f"torch {torch.__version__}, megatron-core {core_version}, {parameters / 1e6:.0f} million parameters")
-    print(" | ".join(COLUMNS))
-    for name, fully_reshardable in FORMATS.items():
+    parser.add_argument("--format", nargs="+", choices=tuple(FORMATS), default=["dp_reshardable"])
+    return parser
+
+
+def measure(arguments: argparse.Namespace) -> list[Figure]:
+    """Run the jobs of each format."""
+    figures = []
+    for name in arguments.format:
         with tempfile.TemporaryDirectory() as directory:
-            options = {"save": directory, "dist_ckpt_optim_fully_reshardable": fully_reshardable}
-            imports, run = _peaks(arguments, SAVED_AT + 2, {"save": None})
+            options = {"save": directory, "dist_ckpt_optim_fully_reshardable": FORMATS[name]}
+            imports, run_peak = _peaks(arguments, SAVED_AT + 2, {"save": None})
             _, saving = _peaks(arguments, SAVED_AT, options)
             _, resumed = _peaks(arguments, SAVED_AT + 2, {"save": None, "load": directory})
-        sizes = [f"{size:.0f}" for size in (imports, run, saving, resumed)]
-        ratios = [f"{resumed / run:.2f}", f"{(resumed - imports) / (run - imports):.2f}"]
-        print(" | ".join([name, *sizes, *ratios]), flush=True)
+        note = f"{resumed:.0f} MB against {run_peak:.0f} MB, of each {imports:.0f} MB after the imports"
+        figures += [
+            Figure(f"memory of a resume, {name}", "the run it continues", (resumed / run_peak,), 1.2, note=note),
+            Figure(f"memory of a run that saves, {name}", "one that doesn't", (saving / run_peak,), 1.2),
+        ]
+    return figures
 
 
 def _peaks(arguments: argparse.Namespace, steps: int, checkpoint: dict[str, Any]) -> tuple[float, float]:
@@ -117,4 +122,4 @@ def _peak_megabytes() -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run(measure, build_parser())

@@ -34,6 +34,7 @@ RUN_BY = {
     r"make test-resume": (RESUME, "resume_matrix.cut"),
     r"make soak": ("functional_tests/test_crash_safety.py", "soak"),
     r"make fuzz": ("functional_tests/test_fuzz.py", "tests.fuzz"),
+    r"make bench( ARGS=.*)?": ("unit_tests/test_benchmarks.py", "bench.main("),
     r"make mutants": ("unit_tests/test_mutants.py", "mutants"),
     r"make (unit|functional|test-gpu|coverage|wheel)": (".github/workflows/tests.yml", "make"),
     r"\.venv/bin/pre-commit install": ("unit_tests/test_workflows.py", "pre-commit"),

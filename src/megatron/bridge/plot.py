@@ -8,8 +8,6 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from megatron.bridge.training.metrics import read_metrics
-
 NOT_LOSSES = {
     "step",
     "num_tokens",
@@ -61,6 +59,8 @@ def draw(paths: list[Path], output: Path, *, wanted: list[str] | None = None) ->
 
 def curves(path: Path, wanted: list[str] | None = None) -> dict[tuple[str, str], list[tuple[int, float]]]:
     """(step, value) points by name and split."""
+    from megatron.bridge.training.metrics import read_metrics  # brings torch, which --help doesn't need
+
     found: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for line in read_metrics(path):
         for name, value in line.items():

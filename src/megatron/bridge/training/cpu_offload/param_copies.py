@@ -302,7 +302,7 @@ def _write(copies: tuple[torch.Tensor, ...], values: torch.Tensor) -> None:
     """Write each copy once, from where the values already are on its side of the host link, if they are."""
     written = [values]
     for copy in copies:
-        nearest = next((tensor for tensor in reversed(written) if tensor.device == copy.device), written[-1])
+        nearest = next((tensor for tensor in written if tensor.device == copy.device), written[-1])
         copy.data.copy_(nearest, non_blocking=copy.is_pinned())
         written.append(copy)
 
