@@ -67,6 +67,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 def plan(request: RecipeRequest, arguments: argparse.Namespace) -> None:
     """Show what a run would be told, and the memory it would need."""
+    from megatron.bridge.utils.uncompiled import import_core_uncompiled
+
+    import_core_uncompiled()
     from megatron.bridge.recipes.build import smallest_world_size
     from megatron.bridge.training.memory_estimate import GIB, as_table, plan_memory, resolve
 

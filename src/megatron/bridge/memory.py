@@ -37,6 +37,9 @@ def run(args: argparse.Namespace) -> str:
 
     request = RecipeRequest(recipe=args.recipe, hf_path=args.hf_path, overrides=args.overrides)
     request.resolve()
+    from megatron.bridge.utils.uncompiled import import_core_uncompiled
+
+    import_core_uncompiled()
     from megatron.bridge.training.memory_estimate import GIB, as_table, plan_memory
 
     cfg = request.build()
