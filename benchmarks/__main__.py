@@ -51,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = build_parser().parse_args(argv)
     chosen = [benchmark for benchmark in BENCHMARKS if benchmark.name in (arguments.only or NAMES)]
-    measured, problems = measure_all(chosen, timeout_seconds=arguments.timeout)
+    with tempfile.TemporaryDirectory() as unused:
+        pictures = Path(unused) if arguments.check else document.PICTURES
+        measured, problems = measure_all(chosen, timeout_seconds=arguments.timeout, pictures=pictures)
     if measured and not arguments.check:
         measured = document.read() | measured
         document.write(measured)
@@ -63,13 +65,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure_all(
-    chosen: Sequence[Benchmark], *, timeout_seconds: float, package: str = "benchmarks"
+    chosen: Sequence[Benchmark], *, timeout_seconds: float, pictures: Path, package: str = "benchmarks"
 ) -> tuple[dict[str, Measured], list[str]]:
     """Run benchmarks one after the other.
 
     Args:
         chosen: Which.
         timeout_seconds: For each; then it and all that it started are ended.
+        pictures: Where they draw.
         package: Where their modules are.
 
     Returns:
@@ -79,7 +82,8 @@ def measure_all(
     for number, benchmark in enumerate(chosen, start=1):
         print(f"{number}/{len(chosen)} {benchmark.name}", end=" ", flush=True)
         started = time.monotonic()
-        figures, error = _run(f"{package}.{benchmark.name}", timeout_seconds)
+        options = ["--plot", str(pictures / benchmark.picture)] if benchmark.picture else []
+        figures, error = _run([f"{package}.{benchmark.name}", *options], timeout_seconds)
         seconds = time.monotonic() - started
         if error:
             print(f"{seconds:.0f} s, failed", flush=True)
@@ -101,11 +105,11 @@ def about_of(module: str) -> str:
     return " ".join(text.split("\n\n")[0].split())
 
 
-def _run(module: str, timeout_seconds: float) -> tuple[tuple[document.Figure, ...], str]:
+def _run(command: list[str], timeout_seconds: float) -> tuple[tuple[document.Figure, ...], str]:
     """A benchmark's figures, or none and why."""
     with tempfile.TemporaryDirectory() as directory:
         figures, log = Path(directory, "figures.json"), Path(directory, "log")
-        command = [sys.executable, "-W", "ignore", "-m", module, "--json", str(figures)]
+        command = [sys.executable, "-W", "ignore", "-m", *command, "--json", str(figures)]
         with log.open("wb") as output:
             # A session of its own, so that ranks that it leaves behind can be ended with it.
             process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True)

@@ -42,7 +42,7 @@ def measured(tmp_path, monkeypatch):
         for name, (body, values) in modules.items():
             (tmp_path / "made" / f"{name}.py").write_text(MODULE.format(body=body, values=values))
         chosen = [Benchmark(name, name) for name in modules]
-        return bench.measure_all(chosen, timeout_seconds=timeout_seconds, package="made")
+        return bench.measure_all(chosen, timeout_seconds=timeout_seconds, pictures=tmp_path, package="made")
 
     return run
 
@@ -89,7 +89,7 @@ def one_of(what, value):
 
 
 def outcome(monkeypatch, results, problems, *arguments):
-    monkeypatch.setattr(bench, "measure_all", lambda chosen, timeout_seconds: (results, problems))
+    monkeypatch.setattr(bench, "measure_all", lambda chosen, **options: (results, problems))
     return bench.main(arguments)
 
 
