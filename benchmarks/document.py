@@ -28,6 +28,8 @@ class Benchmark:
 BENCHMARKS = (
     Benchmark("offload_sync", "Sync after a load"),
     Benchmark("checkpoint_speed", "Saving and loading"),
+    Benchmark("training_step", "A training step, offload off"),
+    Benchmark("resume_memory", "Memory of a resume"),
     Benchmark("start_up", "Start-up"),
 )
 """All of them, in the document's order."""

@@ -152,9 +152,10 @@ def check_hybrid_optimizer_param_copies(optimizer: Any, *, exact: bool, sample_s
             compared += 1
             stride = max(1, owned.size // sample_size)
             weight = whole.view(-1)[owned.start : owned.end : stride]
+            dtype = weight.dtype
             for copy in entry.copies or (entry.stepped_on,):
                 # One comparison for all that are alike: a launch and a wait for each parameter would cost far more.
-                alike = samples.setdefault((weight.dtype, copy.device), [])
+                alike = samples.setdefault((dtype, copy.device), [])
                 alike.append(_Sample(entry.param, stride, weight, copy[::stride]))
         for alike in samples.values():
             _compare(distributed_optimizer, alike, exact=exact)
