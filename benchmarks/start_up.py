@@ -57,7 +57,7 @@ def measure(arguments: argparse.Namespace) -> list[Figure]:
     """Start each command some times, in turn."""
     quick, slow = _seconds(QUICK, arguments.repeats), _seconds(SLOW, arguments.repeats)
     imports = median(slow.pop("imports"))
-    note = f"of it, {imports:.1f} s are `import torch` and of megatron-core's model, optimizer and data parallelism"
+    note = f"a process that only imports torch and megatron-core took {imports:.1f} s, in turn with it"
     return [
         *(Figure(name, "", taken, at_most=1.0, unit="s") for name, taken in quick.items()),
         # Seconds are the machine's: a regression is certain only where they are many.
