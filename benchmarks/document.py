@@ -30,6 +30,8 @@ BENCHMARKS = (
     Benchmark("checkpoint_speed", "Saving and loading"),
     Benchmark("training_step", "A training step, offload off"),
     Benchmark("resume_memory", "Memory of a resume"),
+    Benchmark("optimizer_step", "A step of the offloaded optimizer"),
+    Benchmark("host_memory", "Host memory of the offloaded optimizer"),
     Benchmark("start_up", "Start-up"),
 )
 """All of them, in the document's order."""

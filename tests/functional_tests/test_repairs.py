@@ -4,6 +4,7 @@
 import io
 
 import torch
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
 from tests.on_ranks import (
     build_training,
@@ -12,6 +13,7 @@ from tests.on_ranks import (
     weights_of,
 )
 from tests.ranks import run_on_ranks
+from tests.resume_rig import without_repairs
 from tests.tiny import fp32_norm_layer_spec, tiny_config
 
 
@@ -122,3 +124,41 @@ def _weights_that_stay(directory):
 def test_fp32_weights_on_the_device_move(tmp_path):
     for unmoved in run_on_ranks(_weights_that_stay, 2, tmp_path):
         assert unmoved == []
+
+
+def _elements_copied(directory):
+    """Of the model, of this rank's part of it, and of each hybrid optimizer that makes its copies."""
+    copied, make_copies = [], HybridDeviceOptimizer._init_sub_optimizers
+
+    def count(hybrid):
+        copied.append(sum(param.numel() for group in hybrid.param_groups for param in group["params"]))
+        make_copies(hybrid)
+
+    HybridDeviceOptimizer._init_sub_optimizers = count
+    try:
+        model, optimizer = _offloaded(directory)
+    finally:
+        HybridDeviceOptimizer._init_sub_optimizers = make_copies
+    of_model = sum(param.numel() for chunk in model for param in chunk.parameters())
+    return of_model, sum(param.numel() for param, _ in _stepped_on(optimizer)), copied
+
+
+def test_only_what_a_rank_owns_is_copied(tmp_path):
+    for _, owned, copied in run_on_ranks(_elements_copied, 2, tmp_path):
+        assert copied == [owned]
+    for of_model, owned, copied in run_on_ranks(without_repairs, 2, ("built once",), _elements_copied, tmp_path):
+        assert copied == [of_model, owned], "Core copies the whole model first"
+
+
+def _parts_and_parameters(directory):
+    """Of the host: how many optimizers step there, on how many parameters."""
+    _, optimizer = _offloaded(directory, overlap_cpu_optimizer_d2h_h2d=True, optimizer_offload_fraction=1.0)
+    (hybrid,) = _hybrids(optimizer)
+    return len(hybrid.cpu_optimizers), len(hybrid.gpu_params_map_cpu_copy)
+
+
+def test_parameters_share_an_optimizer_on_the_host(tmp_path):
+    for parts, parameters in run_on_ranks(_parts_and_parameters, 2, tmp_path):
+        assert 0 < 2 * parts < parameters
+    for parts, parameters in run_on_ranks(without_repairs, 2, ("flat step",), _parts_and_parameters, tmp_path):
+        assert parts == parameters, "Core gives each its own"

@@ -36,7 +36,7 @@ RUNS = {
 """Options of the optimizer and of the model, and whether Core finds an optimizer as Transformer Engine's is."""
 
 ALL = ("load template", "exact resume", "reshardable state")
-HYBRID = ("no dummy step", "master lookup", "plain param groups")
+HYBRID = ("no dummy step", "master lookup", "plain param groups", "flat step", "built once")
 IN_EFFECT = {
     "no offload": {*ALL},
     "offload": {*ALL, *HYBRID, "state device", "one master"},
@@ -144,6 +144,8 @@ MENDED = {
         staticmethod(_fp32_first),
     ),
     "reshardable state": ("no offload", DistributedOptimizer, "sharded_param_state_fully_reshardable", _nothing),
+    "flat step": ("offload", HybridDeviceOptimizer, "_get_sub_optimizer_param_groups", _nothing),
+    "built once": ("offload", DistributedOptimizer, "__init__", _nothing),
 }
 """By repair: a run that needs it, and the method of Core's that it looks at, mended."""
 

@@ -11,6 +11,7 @@ MUTANTS = (
     *sync.THE_GUARD,
     *load.THE_LOAD,
     *resume.THE_REPAIRS,
+    *resume.THE_FLAT_STEP,
     *resume.THE_RESUME,
     *conversion.THE_CONVERSION,
     *adapters.ADAPTERS,

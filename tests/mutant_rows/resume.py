@@ -43,6 +43,8 @@ THE_REPAIRS = (
     ),
     _without("group order", "group_order", f"{_REPAIRED}state_is_found_under_its_own_parameter"),
     _without("reshardable state", "reshardable_state", RESHARDED),
+    _without("flat step", "flat_step", f"{_REPAIRED}parameters_share_an_optimizer_on_the_host"),
+    _without("built once", "built_once", f"{_REPAIRED}only_what_a_rank_owns_is_copied"),
     Mutant(
         name="native FP32 parameters, views",
         breaks="a run with FP32 parameters can't be resumed: a view whose base was changed",
@@ -50,6 +52,40 @@ THE_REPAIRS = (
         text="    leaf = shard.detach()\n",
         replacement="    with torch.no_grad():\n        leaf = shard.view(-1)\n",
         tests=(f"{RESUME}[FP32norms-DP2-bf16-shards-0.5-serial-fully-as_it_was]",),
+    ),
+)
+
+
+def _flat(what: str, breaks: str, text: str, replacement: str) -> Mutant:
+    file = "src/megatron/bridge/training/cpu_offload/flat_adam.py"
+    test = "tests/functional_tests/test_flat_step.py::test_the_bits_are_those_of_cores_own_step[precision-aware-serial]"
+    return Mutant(f"flat step, {what}", breaks, file, text, replacement, (test,))
+
+
+THE_FLAT_STEP = (
+    _flat(
+        "tails in the run",
+        "gaps are stepped on as parameters, and last elements round otherwise",
+        "        self._in_run = sum(param.numel() % ALIGNMENT == 0 for param in params)\n",
+        "        self._in_run = len(params)\n",
+    ),
+    _flat(
+        "counters of the run",
+        "all but its first parameter stay at step 0",
+        "        self._counters_of_run()[1:] += 1\n",
+        "",
+    ),
+    _flat(
+        "counters that differ",
+        "parameters at different steps are stepped on as if at one",
+        " and bucket.counters_agree()",
+        "",
+    ),
+    _flat(
+        "state that a load left elsewhere",
+        "steps go on with the moments from before the load",
+        "                    place.copy_(tensor)\n",
+        "                    pass\n",
     ),
 )
 

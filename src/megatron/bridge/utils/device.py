@@ -1,12 +1,14 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """The device a process computes on: the one place that chooses between CUDA and a host without it."""
 
+import contextlib
 import logging
 import os
 import resource
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -114,6 +116,61 @@ def synchronize() -> None:
 def wait_for_stream(stream: torch.Stream) -> None:
     """Let what the current stream is given from now on wait for what `stream` was given so far."""
     torch.cuda.current_stream().wait_stream(stream)
+
+
+@contextlib.contextmanager
+def queued_on(stream: torch.Stream) -> Iterator[None]:
+    """Inside, work is given to `stream`, after all that the current one was given; afterwards that one waits for it."""
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    stream.record_event().wait(torch.cuda.current_stream())
+
+
+def unobserved() -> contextlib.AbstractContextManager:
+    """Inside, the simulated accelerator doesn't look at torch calls: for loops over many tensors that only read."""
+    return torch._C.DisableTorchFunction()
+
+
+def host_tensor(memory: Any, place: int, size: int) -> torch.Tensor:
+    """A flat FP32 tensor in host memory that is there, with a storage of its own size. It keeps the memory alive.
+
+    Args:
+        memory: Anything with Python's buffer protocol.
+        place: The first element, counted in elements.
+        size: In elements; not 0.
+    """
+    tensor = torch.frombuffer(memory, dtype=torch.float32, offset=4 * place, count=size)
+    return simulated_accelerator.on_host(tensor) if is_simulated() else tensor
+
+
+def lock_pages(memory: Any) -> int | None:
+    """Lock memory so that copies from and to the device need not wait for the host; None where it is simulated.
+
+    Unlike torch's pinned tensors it keeps its size. Never run on a GPU so far.
+
+    Returns:
+        What `unlock_pages` takes.
+
+    Raises:
+        RuntimeError: The system doesn't lock as much.
+    """
+    if is_simulated() or not torch.cuda.is_available():
+        return None
+    address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+    failure = int(torch.cuda.cudart().cudaHostRegister(address, len(memory), 0))
+    if failure:
+        raise RuntimeError(
+            f"{len(memory):,} bytes of host memory can't be pinned (CUDA error {failure}): raise the limit on locked "
+            "memory, or set optimizer.pin_cpu_params=False and optimizer.pin_cpu_grads=False"
+        )
+    return address
+
+
+def unlock_pages(address: int) -> None:
+    """Undo `lock_pages`."""
+    if not sys.is_finalizing():
+        torch.cuda.cudart().cudaHostUnregister(address)
 
 
 def device_rng_state() -> torch.Tensor:

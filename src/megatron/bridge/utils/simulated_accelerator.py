@@ -267,6 +267,11 @@ def _replace() -> None:
         setattr(owner, name, stand_in)
 
 
+def on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Say of a tensor, made of memory that torch didn't allocate, that it lies on the host."""
+    return _mark_host(tensor)
+
+
 @contextlib.contextmanager
 def without_data() -> Iterator[None]:
     """Inside, the tensors of the device and of the host have shape, dtype and side, and no memory.

@@ -13,12 +13,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import megatron.core.optimizer as core_optimizer
+from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from megatron.bridge.training.cpu_offload import (
+    built_once,
     exact_resume,
+    flat_step,
     gradient_wait,
     group_order,
     load_template,
@@ -46,24 +49,36 @@ REPAIRS: tuple[Repair, ...] = (
     *native_fp32.REPAIRS,
     *group_order.REPAIRS,
     *reshardable_state.REPAIRS,
+    *flat_step.REPAIRS,
+    *built_once.REPAIRS,
 )
+
+BUILT = (
+    (core_optimizer, DistributedOptimizer),
+    (core_optimizer, HybridDeviceOptimizer),
+    (distrib_optimizer, HybridDeviceOptimizer),
+)
+"""The modules of Core that build optimizers, each with a class that it finds there."""
 
 
 @contextlib.contextmanager
 def repaired_construction(config: core_optimizer.OptimizerConfig, model: list[Any]) -> Iterator[None]:
-    """Inside, `get_megatron_optimizer` builds distributed optimizers whose constructor is mended, where it must be.
+    """Inside, `get_megatron_optimizer` builds optimizers whose constructors are mended, where they must be.
 
     Args:
         config: The optimizer's configuration.
         model: This rank's chunks, wrapped in DDP.
     """
     to_build = ToBuild(config, model)
-    needed = tuple(repair for repair in REPAIRS if repair.while_building and repair.is_needed(to_build))
-    core_optimizer.DistributedOptimizer = _repaired_class(DistributedOptimizer, needed)
+    needed = [repair for repair in REPAIRS if repair.while_building and repair.is_needed(to_build)]
+    for module, built in BUILT:
+        of_class = tuple(repair for repair in needed if repair.target is built)
+        setattr(module, built.__name__, _repaired_class(built, of_class))
     try:
         yield
     finally:
-        core_optimizer.DistributedOptimizer = DistributedOptimizer
+        for module, built in BUILT:
+            setattr(module, built.__name__, built)
 
 
 def install_repairs(optimizer: Any) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from megatron.bridge.training.cpu_offload.flat_adam import FlatAdam
 from megatron.bridge.training.cpu_offload.repair import Repair, source_of, steps_by_torch_adam_or_hybrid
 
 
@@ -25,6 +26,9 @@ def allocate_state(optimizer: torch.optim.Optimizer) -> None:
         for sub_optimizer in optimizer.sub_optimizers:
             allocate_state(sub_optimizer)
         optimizer._sync_sub_optimizers_state_to_hdo()
+        return
+    if isinstance(optimizer, FlatAdam):
+        optimizer.allocate_state()
         return
     keeps_step_in_state = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
     for group in optimizer.param_groups:
