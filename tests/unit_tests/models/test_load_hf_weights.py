@@ -103,7 +103,7 @@ def test_wrong_tensor_is_named_and_the_model_untouched(llama, changed, edit, mes
     assert differing == []
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_values_that_are_no_numbers_are_named(llama, changed, value):
     def spoil(tensors):
         tensors["model.layers.2.self_attn.k_proj.weight"][3, 4] = value
@@ -199,6 +199,7 @@ def elements_read_on_rank(llama, tensor_parallel_size, pipeline_parallel_size):
     chunks = provider.provide_distributed_model(wrap_with_ddp=False)
     weights = CountingWeights(llama)
     load_weights(chunks, bridge.family, weights, show_progress=False)
+    assert weights._files == {}  # closed: what is mapped of a file is memory
     return weights.num_elements, weights.largest, sum(p.numel() for p in chunks[0].parameters())
 
 
@@ -218,6 +219,9 @@ def dtype_on_rank(llama, dtype):
     provider.initialize_model_parallel()
     chunks = provider.provide_distributed_model(wrap_with_ddp=False)
     exported = dict(bridge.export_hf_weights(chunks, cpu=True, show_progress=False))
+    with torch.no_grad():
+        for parameter in chunks[0].parameters():
+            parameter.zero_()  # what was exported is a copy
     original = load_file(llama / "model.safetensors")
     return [name for name, tensor in original.items() if not torch.equal(exported[name], tensor.to(dtype))]
 

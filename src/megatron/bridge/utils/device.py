@@ -107,6 +107,11 @@ def is_on_device(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda
 
 
+def host_view(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in host memory: itself where it lies there, as a simulated device's do, else a copy."""
+    return tensor if tensor.device.type == "cpu" else tensor.cpu()
+
+
 def synchronize() -> None:
     """Wait for the device's queued work."""
     enter_device()

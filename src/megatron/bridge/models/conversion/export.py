@@ -9,6 +9,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from tqdm import tqdm
 
+from megatron.bridge.models.conversion.mapping import Segment
 from megatron.bridge.models.conversion.tasks import (
     ConversionTask,
     WeightPlace,
@@ -19,7 +20,7 @@ from megatron.bridge.models.conversion.tasks import (
     tensor_parallel_group,
 )
 from megatron.bridge.models.families import ModelFamily
-from megatron.bridge.utils.device import current_device
+from megatron.bridge.utils.device import current_device, host_view
 from megatron.bridge.utils.distributed import is_rank_0
 
 
@@ -30,6 +31,7 @@ def export_weights(
     cpu: bool = False,
     show_progress: bool = True,
     tasks: Sequence[ConversionTask] | None = None,
+    copies: bool = True,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, tensor) pairs in the order of the layers. Collective: every rank must take every pair.
 
@@ -39,9 +41,10 @@ def export_weights(
         cpu: Yield tensors in host memory.
         show_progress: Whether rank 0 shows a bar.
         tasks: Only these weights of this rank; None: all.
+        copies: False: a tensor may be a view of the model's own weight, to be read before that changes.
 
     Yields:
-        The Hugging Face name and the whole tensor, a copy in the model's dtype; the same on all ranks.
+        The Hugging Face name and the whole tensor, in the model's dtype; the same on all ranks.
     """
     config = model_config(chunks)
     by_chunk = local_tasks(chunks, family) if tasks is None else [tasks]
@@ -49,8 +52,9 @@ def export_weights(
     places = exported_places(by_chunk)
     with tqdm(places, desc="exporting weights", unit="tensor", disable=not (show_progress and is_rank_0())) as bar:
         for place in bar:
-            for name, tensor in _hf_tensors(place, mine.get(place.mapping.megatron_name), config).items():
-                yield name, tensor.cpu() if cpu else tensor
+            task = mine.get(place.mapping.megatron_name)
+            for name, tensor in _hf_tensors(place, task, config, copies=copies):
+                yield name, (tensor.cpu() if copies else host_view(tensor)) if cpu else tensor
 
 
 def exported_places(tasks: Sequence[Sequence[ConversionTask]]) -> list[WeightPlace]:
@@ -58,32 +62,37 @@ def exported_places(tasks: Sequence[Sequence[ConversionTask]]) -> list[WeightPla
     return [place for place in all_places(tasks) if not place.is_copy]
 
 
-def _hf_tensors(place: WeightPlace, task: ConversionTask | None, config: TransformerConfig) -> dict[str, torch.Tensor]:
+def _hf_tensors(
+    place: WeightPlace, task: ConversionTask | None, config: TransformerConfig, *, copies: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
     """One weight's Hugging Face tensors on every rank; `task` is None on the ranks that don't hold it."""
     group = exchange_group(place.mapping)
     many_ranks = group.size() > 1 or tensor_parallel_group(place.mapping).size() > 1
     device = current_device() if many_ranks or task is None else task.parameter.device
     dim = place.mapping.dim or 0
-    tensors = {
-        name: torch.empty(shape, dtype=place.dtype, device=device) for name, shape in place.hf_shapes(config).items()
-    }
+    segments = place.segments(config)
+    parts: list[tuple[Segment, torch.Tensor]] = []
     if task is not None:
-        whole = _whole_weight(task, device)
-        position = 0
-        for segment in place.segments(config):
-            if segment.hf_name is not None:
-                target = tensors[segment.hf_name].narrow(dim, segment.start, segment.length)
-                target.copy_(whole.narrow(dim, position, segment.length))
-            position += segment.length
-    if group.size() > 1:
-        for tensor in tensors.values():
+        rows = _whole_weight(task, device).split([segment.length for segment in segments], dim)
+        parts = list(zip(segments, rows, strict=True))
+    for name, shape in place.hf_shapes(config).items():
+        mine = [(segment, rows) for segment, rows in parts if segment.hf_name == name]
+        if len(mine) == 1 and not copies:
+            tensor = mine[0][1]
+        else:
+            tensor = torch.empty(shape, dtype=place.dtype, device=device)
+            for segment, rows in mine:
+                tensor.narrow(dim, segment.start, segment.length).copy_(rows)
+        if group.size() > 1:
             dist.broadcast(tensor, place.owner, group=group)
-    return tensors
+        yield name, tensor
 
 
 def _whole_weight(task: ConversionTask, device: torch.device) -> torch.Tensor:
     """The weight over all tensor-parallel ranks, laid end to end along its split axis."""
-    shard = task.tensor().to(device)
+    shard = task.tensor()
+    if shard.device != device:
+        shard = shard.to(device)
     group = tensor_parallel_group(task.place.mapping)
     if task.place.mapping.dim is None or group.size() == 1:
         return shard

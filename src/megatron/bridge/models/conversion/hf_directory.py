@@ -82,7 +82,7 @@ def save_hf_directory(
                 if source is not None:
                     copy_files(source, directory, (*TOKENIZER_FILES, *OTHER_FILES))
                 writer = HFWeightsWriter(directory, plan)
-        for name, tensor in export_weights(chunks, family, cpu=True, show_progress=show_progress):
+        for name, tensor in export_weights(chunks, family, cpu=True, show_progress=show_progress, copies=False):
             with on_all_ranks(f"writing {path}"):
                 if is_rank_0():
                     writer.add(name, cast(tensor, dtype or tensor.dtype, name))

@@ -67,6 +67,10 @@ class HFWeights:
             return whole[...]
         return whole[(slice(None),) * dim + (slice(start, start + length),)]
 
+    def close(self, path: Path) -> None:
+        """Give back what is mapped of a file, apart from tensors still in use; reading from it again opens it."""
+        self._files.pop(path, None)
+
     def _slice(self, name: str) -> Any:
         return self._open(self.files[name]).get_slice(name)
 

@@ -2,8 +2,10 @@
 """Hugging Face weights into a built Megatron model: everything is checked before anything is touched."""
 
 import logging
+import math
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import torch
 from megatron.core.transformer import TransformerConfig
@@ -25,6 +27,7 @@ from megatron.bridge.utils.distributed import is_rank_0, on_all_ranks
 
 logger = logging.getLogger(__name__)
 
+_BLOCK_BYTES = 1 << 20
 _SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -59,9 +62,15 @@ def load_weights(
         mismatched = check_weights(places, config, family, weights, allowed_mismatched=allowed_mismatched)
     with on_all_ranks(f"reading the weights in {weights.directory}"):
         mine = [task for chunk in tasks for task in chunk if task.megatron_name not in mismatched]
+        # File by file: what is mapped of a file counts as memory, until the file is closed.
+        mine.sort(key=lambda task: weights.files[task.hf_names[0]])
+        last_of = {weights.files[name]: task for task in mine for name in task.hf_names}
         with tqdm(mine, desc="reading weights", unit="tensor", disable=not (show_progress and is_rank_0())) as bar:
             for task in bar:
                 _copy_into(task, config, weights)
+                for path in {weights.files[name] for name in task.hf_names}:
+                    if last_of[path] is task:
+                        weights.close(path)
 
 
 def _copy_into(task: ConversionTask, config: TransformerConfig, weights: HFWeights) -> None:
@@ -80,12 +89,30 @@ def _copy_into(task: ConversionTask, config: TransformerConfig, weights: HFWeigh
                 target.zero_()
             else:
                 found = weights.read(segment.hf_name, dim or 0, segment.start, segment.length)
-                if not found.isfinite().all():
-                    raise ValueError(
-                        f"{weights.files[segment.hf_name]}: {segment.hf_name!r} holds NaN or infinite values: "
-                        "download the file again, or take another copy of the model"
-                    )
-                target.copy_(cast(found, target.dtype, segment.hf_name))
+                _copy_checked(target, found, segment.hf_name, weights.files[segment.hf_name])
+
+
+def _copy_checked(target: torch.Tensor, found: torch.Tensor, name: str, path: Path) -> None:
+    """Fill a slice, in blocks that the processor's cache still holds when their values are looked at.
+
+    Raises:
+        ValueError: A value is NaN or infinite, or too large for the slice's dtype.
+    """
+    rows = max(1, _BLOCK_BYTES * len(target) // max(1, target.nbytes))
+    for block, read in zip(target.split(rows), found.split(rows), strict=True):
+        block.copy_(read)
+        if not is_finite(block):
+            if is_finite(read):
+                raise _too_large(name, block.dtype)
+            raise ValueError(
+                f"{path}: {name!r} holds NaN or infinite values: download the file again, or take another copy of the "
+                "model"
+            )
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite. Their sum says so without a copy; only one too large leaves it open."""
+    return math.isfinite(tensor.sum()) or bool(tensor.isfinite().all())
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
@@ -97,9 +124,13 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     if tensor.dtype == dtype:
         return tensor
     converted = tensor.to(dtype)
-    if dtype == torch.float16 and not converted.isfinite().all():
-        raise ValueError(f"{name!r} holds values that float16 can't: choose dtype bfloat16 or float32")
+    if dtype == torch.float16 and not is_finite(converted):
+        raise _too_large(name, dtype)
     return converted
+
+
+def _too_large(name: str, dtype: torch.dtype) -> ValueError:
+    return ValueError(f"{name!r} holds values that {str(dtype)[6:]} can't: choose dtype bfloat16 or float32")
 
 
 def check_weights(

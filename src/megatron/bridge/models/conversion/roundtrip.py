@@ -41,7 +41,7 @@ def compare_with_files(
     Returns:
         What became of each exported tensor, in the order of the model.
     """
-    exported = export_weights(chunks, family, cpu=True, show_progress=show_progress)
+    exported = export_weights(chunks, family, cpu=True, show_progress=show_progress, copies=False)
     return [TensorResult(name, tuple(tensor.shape), _compared(name, tensor, weights)) for name, tensor in exported]
 
 
