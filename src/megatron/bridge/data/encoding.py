@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from multiprocessing import get_context
 from typing import Any
 
@@ -110,29 +110,30 @@ class SampleEncoder:
 
     def _fit(self, sample: RenderedSample, ids: list[int], offsets: Offsets) -> TokenisedSample | None:
         """Applies masks, BOS and EOS and the length limit to one sample."""
-        tokens = np.array(ids, dtype=np.int32)
-        spans = np.array(offsets, dtype=np.int64).reshape(-1, 2)
-        learned = self._learned_tokens(sample, tokens, spans)
-        excess = len(self.prefix) + len(tokens) + len(self.suffix) - self.max_tokens
+        spans = np.fromiter(chain.from_iterable(offsets), dtype=np.int64, count=2 * len(offsets)).reshape(-1, 2)
+        learned = self._learned_tokens(sample, ids, spans)
+        excess = len(self.prefix) + len(ids) + len(self.suffix) - self.max_tokens
         truncated = excess > 0
         if truncated:
             keep = self._shorten(sample, spans, excess)
-            tokens, learned = tokens[keep], learned[keep]
-        tokens = np.concatenate([self.prefix, tokens, self.suffix]).astype(np.int32)[: self.max_tokens]
-        marks = [[False] * len(self.prefix), learned, [True] * len(self.suffix)]
-        learned = np.concatenate(marks).astype(bool)[: self.max_tokens]
-        return TokenisedSample(tokens, learned, truncated) if learned[1:].any() else None
+            ids, learned = np.asarray(ids)[keep].tolist(), learned[keep]
+        tokens = np.array([*self.prefix, *ids, *self.suffix], dtype=np.int32)
+        marks = np.zeros(len(tokens), dtype=bool)
+        marks[len(self.prefix) : len(self.prefix) + len(ids)] = learned
+        marks[len(self.prefix) + len(ids) :] = True
+        tokens, marks = tokens[: self.max_tokens], marks[: self.max_tokens]
+        return TokenisedSample(tokens, marks, truncated) if marks[1:].any() else None
 
-    def _learned_tokens(self, sample: RenderedSample, tokens: np.ndarray, spans: np.ndarray) -> np.ndarray:
+    def _learned_tokens(self, sample: RenderedSample, ids: list[int], spans: np.ndarray) -> np.ndarray:
         """Marks the tokens that stand for learned characters, each turn up to its end token."""
-        learned = np.zeros(len(tokens), dtype=bool)
+        learned = np.zeros(len(ids), dtype=bool)
         for span in sample.learned:
             chosen = _tokens_in(spans, span)
             # "<|im_end|>\n": generation stops at the end token, so the line break after it is not learned.
             last = len(chosen)
             while last > 1 and sample.text[slice(*spans[chosen[last - 1]])].isspace():
                 last -= 1
-            if last and int(tokens[chosen[last - 1]]) in self.special_ids:
+            if last and ids[chosen[last - 1]] in self.special_ids:
                 chosen = chosen[:last]
             learned[chosen] = True
         return learned

@@ -219,11 +219,13 @@ def _tokenise(
 def _joined(samples: list[TokenisedSample], path: str, *, truncated: list[int], dropped: list[int]) -> SFTDataset:
     """The samples in flat arrays, with the report; `truncated` and `dropped` are numbers of rows."""
     sizes = np.array([len(sample.ids) for sample in samples], dtype=np.int64)
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    learned = np.concatenate([sample.learned for sample in samples])
     report = DataReport(
         path=path,
         samples=len(samples),
         tokens=int(sizes.sum()) - len(samples),
-        learned_tokens=sum(int(sample.learned[1:].sum()) for sample in samples),
+        learned_tokens=int(learned.sum() - learned[starts[:-1]].sum()),
         truncated=len(truncated),
         dropped=len(dropped),
         longest=int(sizes.max()) - 1,
@@ -232,7 +234,7 @@ def _joined(samples: list[TokenisedSample], path: str, *, truncated: list[int], 
     )
     arrays = {
         "ids": np.concatenate([sample.ids for sample in samples]),
-        "learned": np.concatenate([sample.learned for sample in samples]),
-        "starts": np.concatenate([[0], np.cumsum(sizes)]),
+        "learned": learned,
+        "starts": starts,
     }
     return SFTDataset(arrays, report)

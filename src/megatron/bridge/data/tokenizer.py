@@ -111,15 +111,11 @@ class HuggingFaceTokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[tuple[list[int], Offsets]]:
         """Returns for each text its tokens and the (start, end) characters each token stands for."""
-        encoded = self.hf_tokenizer(
-            texts,
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+        # The library below transformers, which would turn each text into a dictionary of lists, and those into others.
+        backend = self.hf_tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        return [(one.ids, one.offsets) for one in backend.encode_batch(texts, add_special_tokens=False)]
 
     def apply_chat_template(
         self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False, tools: list | None = None
