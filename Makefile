@@ -76,6 +76,7 @@ fuzz: install ## 100,000 damaged and invented inputs: only documented errors may
 	$(BIN)/python -W ignore -m tests.fuzz $(ARGS)
 
 bench: install model ## measure speed and memory beside what they must reach: docs/performance.md
+	$(BIN)/pip install --quiet --editable ".[datasets]"
 	$(BIN)/python -W ignore -m benchmarks $(ARGS)
 
 coverage: install model ## all tests, and which lines they ran: build/coverage/index.html

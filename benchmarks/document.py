@@ -33,6 +33,8 @@ BENCHMARKS = (
     Benchmark("optimizer_step", "A step of the offloaded optimizer"),
     Benchmark("host_memory", "Host memory of the offloaded optimizer"),
     Benchmark("start_up", "Start-up"),
+    Benchmark("hf_weights", "Hugging Face weights"),
+    Benchmark("data", "Data"),
 )
 """All of them, in the document's order."""
 

@@ -87,7 +87,7 @@ THE_CONVERSION = (
         "NaN",
         "is imported",
         "conversion/load.py",
-        "not found.isfinite().all()",
+        "not is_finite(block)",
         "False",
         f"{_COMMAND}what_cannot_be_imported_is_named_and_leaves_nothing[nan]",
     ),
