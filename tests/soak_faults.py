@@ -5,6 +5,7 @@ What a fault must lead to is asserted here: who is left ends by itself, what can
 that names the place. What comes after (the next start resumes, the run ends bit-equal) is `tests.soak`'s.
 """
 
+import contextlib
 import os
 import random
 import re
@@ -101,7 +102,8 @@ def _no_space_within_a_file(run: Run, choose: random.Random) -> bool:
         return False
     limit = choose.randrange(150_000, 400_000)  # more than the logs have, less than the tensors' files
     victim = run.processes[choose.randrange(RANKS)].pid
-    resource.prlimit(victim, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    with contextlib.suppress(ProcessLookupError):  # it may just have ended
+        resource.prlimit(victim, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     return _ends_with(run, "File too large")
 
 
@@ -193,8 +195,10 @@ def _jump(run: Run, choose: random.Random, *, hours: int) -> bool:
         return False
     for process in run.processes:
         process.kill()
-    assert run.join(ALONE_SECONDS) and {process.exitcode for process in run.processes} == {-9}, run.errors()
-    return True
+    assert run.join(ALONE_SECONDS), run.errors()
+    codes = {process.exitcode for process in run.processes}
+    assert codes <= {0, -9}, f"a rank ended by itself\n{run.errors()}"  # 0: it ended a moment before
+    return -9 in codes
 
 
 # An export: there in full or not at all, and made again over what a killed one left.

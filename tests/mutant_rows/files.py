@@ -40,4 +40,12 @@ THE_FILES = (
         replacement="    return None if True else",
         tests=(f"{_MANIFEST}every_damage_is_found_and_names_its_file",),
     ),
+    Mutant(
+        name="a part read from the start of its tensor",
+        breaks="a rank gets another rank's rows after the number of ranks changed",
+        file=f"{CHECKPOINT}sharded_state.py",
+        text=" + item.storage_offsets[0] * stored.stride(0)",
+        replacement="",
+        tests=("tests/unit_tests/checkpoint/test_plain_reader.py::test_what_is_read_is_what_was_stored",),
+    ),
 )
