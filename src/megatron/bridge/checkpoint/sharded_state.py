@@ -118,13 +118,14 @@ class PlainReader(FileSystemReader):
         """Whether what is wanted of a stored tensor lies in one piece, and so does its place, in host memory."""
         if item.type is LoadItemType.BYTE_IO or not _torch_tells_offsets():
             return False
+        place = planner.resolve_tensor(item).detach()
+        if place.device.type != "cpu" or not place.is_contiguous() or place.numel() == 0 or place.shape != item.lengths:
+            return False
         part = self.storage_data[item.storage_index]
         with open(self.directory / part.relative_path, "rb") as file:
             stored = torch.load(self._slice_file(file, part), map_location="meta", weights_only=True)
             is_in_one_piece = stored.ndim > 0 and stored.is_contiguous() and stored.shape[1:] == item.lengths[1:]
-            place = planner.resolve_tensor(item).detach()
-            is_alike = place.device.type == "cpu" and place.dtype == stored.dtype and place.shape == item.lengths
-            if not (is_in_one_piece and is_alike and place.is_contiguous() and place.numel() > 0):
+            if not is_in_one_piece or stored.dtype != place.dtype:
                 return False
             start = (stored.storage_offset() + item.storage_offsets[0] * stored.stride(0)) * stored.itemsize
             file.seek(part.offset + stored.untyped_storage()._checkpoint_offset + start)
