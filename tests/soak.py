@@ -40,7 +40,7 @@ class Soaked:
     """How often, by kind."""
 
     recoveries: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """By kind: seconds from the start after a fault until it trained. None where that start was struck before."""
+    """By kind: seconds until a start after the fault trained, the first that wasn't struck again before it did."""
 
     starts: int = 0
     runs: int = 0
@@ -83,18 +83,18 @@ def soak(
 def _strike_until_it_ends(
     run: Run, schedule: list[Fault], choose: random.Random, soaked: Soaked, *, show: Callable[[Soaked], None]
 ) -> None:
-    last: str | None = None
+    struck_since: list[str] = []
     while not run.has_ended_well():
         attempts = run.attempt
         fault = _next(run, schedule)
         struck = fault.strike(run, choose) if fault is not None else _go_on(run, until_saved=bool(schedule))
         if run.attempt > attempts:
             soaked.starts += run.attempt - attempts
-            last = _check_resumed(run, soaked, last)
+            _check_resumed(run, soaked, struck_since)
         if struck:
             schedule.remove(fault)
             soaked.struck[fault.name] += 1
-            last = fault.name
+            struck_since.append(fault.name)
             show(soaked)
 
 
@@ -114,18 +114,18 @@ def _go_on(run: Run, *, until_saved: bool) -> bool:
     return False
 
 
-def _check_resumed(run: Run, soaked: Soaked, last: str | None) -> str | None:
-    """What this start went on from; returns the fault whose recovery is still to be seen."""
+def _check_resumed(run: Run, soaked: Soaked, struck_since: list[str]) -> None:
+    """What this start went on from, if it trained, after the faults that struck since another did."""
     resumed = run.resumed()
     if resumed is None:
-        return last
+        return
     step, seconds = resumed
     assert step >= run.reported, f"resumed from {step}, but step {run.reported} was reported saved\n{run.errors()}"
     assert run.ckpt_step in (None, step), f"resumed from {step}, asked for {run.ckpt_step}\n{run.errors()}"
     soaked.resumed_at.append(step)
-    if last is not None:
-        soaked.recoveries[last].append(seconds)
-    return None
+    for name in struck_since:
+        soaked.recoveries[name].append(seconds)
+    struck_since.clear()
 
 
 def _check_metrics(run: Run) -> None:
@@ -146,7 +146,7 @@ def report(soaked: Soaked, *, seed: int, seconds: float) -> str:
             f"{soaked.starts} starts, {seconds:.0f} s. Nothing that was reported saved was lost, and every run ended "
             "bit-equal to the uninterrupted one.",
             "",
-            "| fault | struck | longest until the next start trained |",
+            "| fault | struck | longest until a start trained again |",
             "|---|---|---|",
             *rows,
         )
