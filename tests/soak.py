@@ -164,7 +164,7 @@ def write(text: str, document: Path = DOCUMENT) -> None:
     _, found_end, after = rest.partition(end)
     if not (found and found_end):
         raise ValueError(f"{document} has no {begin!r} with its end: expected one for each tested megatron-core")
-    document.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+    document.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
 
 
 def main() -> None:

@@ -240,7 +240,7 @@ def test_the_table_goes_between_its_marks(tmp_path):
     marks = [f"<!-- {word} of make soak, megatron-core {core_version} -->" for word in ("begin", "end")]
     document.write_text(f"before\n{marks[0]}\nold\n{marks[1]}\nafter\n")
     write("new", document)
-    assert document.read_text() == f"before\n{marks[0]}\nnew\n{marks[1]}\nafter\n"
+    assert document.read_text() == f"before\n{marks[0]}\n\nnew\n\n{marks[1]}\nafter\n"
     document.write_text("before")
     with pytest.raises(ValueError, match="has no '<!-- begin of make soak, megatron-core"):
         write("new", document)
