@@ -24,6 +24,7 @@ from pathlib import Path
 
 from megatron.core import __version__ as core_version
 
+from megatron.bridge.checkpoint import layout
 from megatron.bridge.training.metrics import METRICS_FILE, read_metrics
 from tests.soak_faults import FAULTS, Fault, complete
 from tests.soak_run import RUN_SECONDS, Run, check_equal, wait_for, warm_up
@@ -100,7 +101,8 @@ def _strike_until_it_ends(
 
 def _next(run: Run, schedule: list[Fault]) -> Fault | None:
     """The next fault that can strike this run now."""
-    there = 0 if run.is_set_back() else len(complete(run))
+    is_led_there = not run.is_set_back() and (run.checkpoints / layout.TRACKER_FILE).exists()
+    there = len(complete(run)) if is_led_there else 0
     return next((fault for fault in schedule if fault.needs <= there), None)
 
 
