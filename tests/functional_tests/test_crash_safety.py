@@ -269,12 +269,20 @@ def _save_with_stock_core(directory, *, trouble):
 
 def _kill_writers():
     """Kill what this process forks (writers), not what it spawns (Core's holder of a queue)."""
-    own = psutil.Process().cmdline()
+    own, seen = psutil.Process().cmdline(), set()
     while True:
-        for child in psutil.Process().children():
-            if child.cmdline() == own:
-                child.kill()
-        time.sleep(0.001)
+        copies = {child for child in psutil.Process().children() if _command_of(child) == own}
+        for child in copies & seen:  # at its first sight it may be one that is about to become another program
+            child.kill()
+        seen = copies
+        time.sleep(0.01)
+
+
+def _command_of(process):
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:  # or it is dead, and not yet waited for
+        return None
 
 
 def test_stock_core_waits_for_ever(tmp_path):
