@@ -72,8 +72,8 @@ soak: install ## 200 random faults over a training run: resumed each time, it mu
 mutants: install ## break the sync, the guard, the load and the repairs, and see that tests notice
 	$(BIN)/python -m tests.mutants $(ARGS)
 
-fuzz: install ## 100,000 damaged and invented inputs: only documented errors may come
-	$(BIN)/python -W ignore -m tests.fuzz $(ARGS)
+fuzz: install ## 100,000 damaged and invented inputs, 500 damaged checkpoints: only documented errors may come
+	$(BIN)/python -W ignore -m tests.fuzz --jobs $(JOBS) --write $(ARGS)
 
 bench: install model ## measure speed and memory beside what they must reach: docs/performance.md
 	$(BIN)/pip install --quiet --editable ".[datasets]"

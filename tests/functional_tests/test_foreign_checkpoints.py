@@ -1,17 +1,11 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Checkpoints that others wrote: those of stock Megatron Bridge and Megatron-LM load, a hostile one runs nothing.
+"""Checkpoints that stock Megatron Bridge and Megatron-LM wrote load; hostile ones: `test_hostile_checkpoints.py`.
 
-The first kind is written here by stock Core from a run of ours, whose end the resumed run must reach to the bit.
+They are written here by stock Core from a run of ours, whose end the resumed run must reach to the bit.
 """
 
 import argparse
-import dataclasses
-import inspect
-import io
-import os
 import pathlib
-import pickle
-import shutil
 import signal
 import sys
 import types
@@ -27,10 +21,7 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.rerun_state_machine import RerunMode, RerunState
 from megatron.core.transformer.enums import AttnBackend
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from megatron.bridge.checkpoint.safe_pickle import read_blob
 from tests.on_ranks import Recorder, differing, make_pretrained, run_finetune
 from tests.ranks import run_on_ranks
 from tests.tiny import tiny_config
@@ -41,7 +32,6 @@ FORMATS = ("dp_reshardable", "fully_reshardable")
 FUSED_ADAM = "transformer_engine.pytorch.optimizers.fused_adam"
 HALF = {"optimizer_offload_fraction": 0.5}
 ALL_PRECISION_AWARE = {"optimizer_offload_fraction": 1.0, "use_precision_aware_optimizer": True}
-CORE_HAS_COMMON_FILE = "common_strategy" in inspect.signature(dist_checkpointing.load).parameters
 
 
 def _config(directory, optimizer, **checkpoint):
@@ -222,79 +212,3 @@ def test_a_checkpoint_that_stock_core_wrote_resumes_to_the_bit(directory, name, 
         assert continued.learning_rates == uninterrupted.learning_rates[SPLIT:]
         assert differing(continued.weights_after, uninterrupted.weights_after) == {}
         assert differing(continued.weights_before, continued.weights_after) != {}
-
-
-class _Payload:
-    """Makes a directory when it is unpickled as pickle does it."""
-
-    def __init__(self, mark):
-        self.mark = mark
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.mark),)
-
-
-def _into_a_file(name):
-    def spoil(directory, mark):
-        content = torch.load(directory / name, weights_only=False)
-        torch.save({**content, "more": _Payload(mark)}, directory / name)
-
-    return spoil
-
-
-def _into_an_object(key):
-    def spoil(directory, mark):
-        """Append a blob to a file and let the description say that it is the object."""
-        metadata = FileSystemReader(directory).read_metadata()
-        part = metadata.storage_data[MetadataIndex(key)]
-        blob = io.BytesIO()
-        torch.save([{"more": _Payload(mark)}], blob)
-        with open(directory / part.relative_path, "ab") as file:
-            moved = dataclasses.replace(part, offset=file.tell(), length=len(blob.getvalue()))
-            file.write(blob.getvalue())
-        metadata.storage_data[MetadataIndex(key)] = moved
-        (directory / ".metadata").write_bytes(pickle.dumps(metadata))
-
-    return spoil
-
-
-def _into_the_description(directory, mark):
-    metadata = FileSystemReader(directory).read_metadata()
-    metadata.planner_data = _Payload(mark)
-    (directory / ".metadata").write_bytes(pickle.dumps(metadata))
-
-
-PAYLOADS = {
-    ".metadata": _into_the_description,
-    "train_state.pt": _into_a_file("train_state.pt"),
-    "common": _into_a_file("common.pt") if CORE_HAS_COMMON_FILE else _into_an_object("common_state/shard_0_1"),
-    "rng_state": _into_an_object("rng_state/shard_0.0_1.1"),
-    "optimizer": _into_an_object("optimizer.distributed.dp_group_idx_0.optimizer/shard_0_1"),
-}
-
-
-def _refused(directory, root):
-    with pytest.raises((ValueError, RuntimeError)) as refusal:
-        run_finetune(_config(directory, HALF, load=str(root)))
-    return str(refusal.value)
-
-
-@pytest.mark.parametrize("place", PAYLOADS)
-def test_a_hostile_checkpoint_is_refused_and_nothing_of_it_runs(directory, tmp_path, place):
-    path, _ = _written_by_stock_core(directory, "half")
-    shutil.copytree(path / "dp_reshardable", tmp_path / "hostile")
-    mark = tmp_path / "it ran"
-    PAYLOADS[place](tmp_path / "hostile" / ITERATION, mark)
-    for error in run_on_ranks(_refused, 2, path, tmp_path / "hostile"):
-        assert "names posix.mkdir, which is not plain data, and nothing of the file was executed" in error
-        assert str(tmp_path / "hostile" / ITERATION) in error and "\n" not in error
-    assert not mark.exists()
-
-
-def test_the_payload_runs_where_pickle_reads_it(tmp_path):
-    torch.save(_Payload(tmp_path / "it ran"), tmp_path / "blob.pt")
-    with pytest.raises(ValueError, match="blob.pt names posix.mkdir, which is not plain data"):
-        read_blob(tmp_path / "blob.pt")
-    assert not (tmp_path / "it ran").exists()
-    torch.load(tmp_path / "blob.pt", weights_only=False)
-    assert (tmp_path / "it ran").is_dir()

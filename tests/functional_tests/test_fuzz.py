@@ -3,12 +3,15 @@
 
 import json
 import os
+import time
 
 import pytest
 
-from tests.fuzz import Reader, feed, readers
+from tests import fuzz
+from tests.fuzz import BEGIN, END, Job, feed, readers, run_jobs, write_document
+from tests.fuzz_readers import Reader
 
-INPUTS = 40
+INPUTS = 30
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +20,7 @@ def all_readers():
 
 
 def test_readers_keep_the_rule(all_readers):
-    assert len(all_readers) >= 12
+    assert len(all_readers) >= 18
     for reader in all_readers:
         feed(reader, inputs=INPUTS, seed=5)
         assert reader.accepted + reader.refused >= INPUTS
@@ -25,14 +28,20 @@ def test_readers_keep_the_rule(all_readers):
 
 def test_valid_inputs_are_read(all_readers, tmp_path):
     """Otherwise every input would be refused at the door, and nothing behind it tried."""
-    needs_more = {"latest_checkpointed_iteration.txt", "run_config.yaml", "YAML", "train_state.pt", ".metadata"}
+    needs_more = {"latest_checkpointed_iteration.txt", "run_config.yaml", "YAML"}
+    needs_more |= {"train_state.pt", "data.pkl", ".metadata", "tokens.npz"}  # others than the first are hostile
     for reader in all_readers:
         if reader.name not in needs_more:
             for number, seed in enumerate(reader.seeds):
-                path = tmp_path / reader.name / str(number) / reader.name
-                path.parent.mkdir(parents=True)
-                path.write_bytes(seed)
-                reader.read(path)
+                _read(reader, seed, tmp_path / reader.name / str(number))
+    for reader in all_readers[-3:]:
+        _read(reader, reader.seeds[0], tmp_path / reader.name)
+
+
+def _read(reader, content, directory):
+    directory.mkdir(parents=True)
+    (directory / reader.name).write_bytes(content)
+    reader.read(directory / reader.name)
 
 
 def _bare(path):
@@ -57,3 +66,32 @@ def test_a_reader_that_breaks_it_is_found(read, words):
         feed(reader, inputs=300, seed=1)
     said = f"{type(found.value).__name__}: {found.value} {getattr(found.value, 'exceptions', '')}"
     assert any(word in said for word in words), said
+
+
+WORK = {
+    "dies": (lambda job: os._exit(3), "its process died, exit code 3"),
+    "hangs": (lambda job: time.sleep(60), "it hung at input 0"),
+    "takes all memory": (lambda job: bytearray(16 * fuzz.MEMORY_BYTES), "MemoryError"),
+    "raises": (lambda job: 1 / 0, "ZeroDivisionError: division by zero"),
+    "works": (lambda job: ["3"], ""),
+}
+
+
+def test_what_becomes_of_a_process_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(fuzz, "SECONDS_WITHOUT_PROGRESS", 5)
+    jobs = [Job(name, work) for name, (work, _) in WORK.items()]
+    run_jobs(jobs, at_once=5)
+    for job in jobs:
+        expected = WORK[job.name][1]
+        assert expected in job.broken and bool(job.broken) == bool(expected)
+    assert jobs[-1].cells == ["3"] and len(capsys.readouterr().out.splitlines()) >= len(jobs)
+
+
+def test_the_document_gets_what_stands_between_the_marks(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    write_document("new \\1", page)
+    assert page.read_text() == f"before\n{BEGIN}\n\nnew \\1\n\n{END}\nafter\n"
+    page.write_text("no marks")
+    with pytest.raises(ValueError, match="once: put them back"):
+        write_document("new", page)

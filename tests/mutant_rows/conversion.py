@@ -95,8 +95,8 @@ THE_CONVERSION = (
         "index that names a file elsewhere",
         "it is opened",
         "conversion/hf_weights.py",
-        'Path(file).name != file or file == ".."',
-        "False",
+        "is_below(file) and Path(file).name == file",
+        "True",
         "tests/unit_tests/models/test_hf_weights.py::test_wrong_index_is_named",
     ),
 )

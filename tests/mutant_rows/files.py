@@ -4,6 +4,7 @@
 from tests.mutant_rows.mutant import Mutant
 
 _BAD_INPUT = "tests/functional_tests/test_bad_input.py::test_"
+_BOMBS = "tests/unit_tests/utils/test_bombs.py::test_"
 _MANIFEST = "tests/unit_tests/checkpoint/test_manifest.py::test_"
 CHECKPOINT = "src/megatron/bridge/checkpoint/"
 
@@ -47,5 +48,29 @@ THE_FILES = (
         text=" + item.storage_offsets[0] * stored.stride(0)",
         replacement="",
         tests=("tests/unit_tests/checkpoint/test_plain_reader.py::test_what_is_read_is_what_was_stored",),
+    ),
+    Mutant(
+        name="archives unfolded unseen",
+        breaks="a stranger's train_state.pt takes all memory",
+        file="src/megatron/bridge/utils/bombs.py",
+        text="        if deflated is not None:\n",
+        replacement="        if False:\n",
+        tests=(f"{_BOMBS}others_do_not",),
+    ),
+    Mutant(
+        name="shared parts counted once",
+        breaks="a load of a stranger's configuration never ends",
+        file="src/megatron/bridge/utils/bombs.py",
+        text="    if size > max(LARGEST_EXPANSION, 4 * num_bytes):\n",
+        replacement="    if False:\n",
+        tests=(f"{_BOMBS}what_is_too_much",),
+    ),
+    Mutant(
+        name="descriptions lead anywhere",
+        breaks="a stranger's checkpoint reads files outside its directory",
+        file=f"{CHECKPOINT}safe_pickle.py",
+        text="        if not is_below(part.relative_path):\n",
+        replacement="        if False:\n",
+        tests=("tests/unit_tests/checkpoint/test_safe_pickle.py::test_a_description_that_leads_elsewhere",),
     ),
 )

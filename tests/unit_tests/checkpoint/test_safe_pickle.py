@@ -12,6 +12,8 @@ import types
 import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint import metadata as dcp_metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from megatron.bridge.checkpoint.safe_pickle import (
     MEGATRON_CLASSES,
@@ -128,3 +130,53 @@ def test_a_description_that_asks_for_all_memory(tmp_path, content):
     (tmp_path / ".metadata").write_bytes(content)
     with pytest.raises(ValueError, match="is damaged .it numbers an object 2147483647, more than it can hold"):
         read_dcp_metadata(tmp_path / ".metadata")
+
+
+def _described(place="__0_0.distcp", offset=0, length=4):
+    index = dcp_metadata.MetadataIndex("a", torch.Size([0]), 0)
+    tensor = dcp_metadata.TensorStorageMetadata(
+        dcp_metadata.TensorProperties(dtype=torch.float32),
+        torch.Size([1]),
+        [dcp_metadata.ChunkStorageMetadata(torch.Size([0]), torch.Size([1]))],
+    )
+    return dcp_metadata.Metadata({"a": tensor}, {}, {index: _StorageInfo(place, offset, length)})
+
+
+@pytest.mark.parametrize("place", ["../__0_0.distcp", "/dev/zero", "a/../../b", "x" * 300, "a\0b", ""])
+def test_a_description_that_leads_elsewhere(tmp_path, place):
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(_described(place)))
+    with pytest.raises(ValueError, match="is damaged .it names .*, which is no file beside it") as error:
+        read_dcp_metadata(tmp_path / ".metadata")
+    assert "\n" not in str(error.value)
+
+
+def _changed(change):
+    description = _described()
+    change(description)
+    return description
+
+
+@pytest.mark.parametrize(
+    "description",
+    [
+        _described(offset=-(2**40), length=2**40 + 4),
+        _described(place=3),
+        _changed(lambda it: it.state_dict_metadata.update(a=3)),
+        _changed(lambda it: it.state_dict_metadata.update({3: it.state_dict_metadata["a"]})),
+        _changed(lambda it: setattr(it.state_dict_metadata["a"], "size", "large")),
+        _changed(lambda it: setattr(it.state_dict_metadata["a"].properties, "dtype", "float")),
+        _changed(lambda it: it.storage_data.update(a=3)),
+        _changed(lambda it: setattr(it, "storage_data", None)),
+        _changed(lambda it: setattr(it, "storage_meta", "here")),
+    ],
+)
+def test_a_description_of_other_parts(tmp_path, description):
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(description))
+    with pytest.raises(ValueError, match="is damaged") as error:
+        read_dcp_metadata(tmp_path / ".metadata")
+    assert "\n" not in str(error.value)
+
+
+def test_a_description_is_read(tmp_path):
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(_described()))
+    assert read_dcp_metadata(tmp_path / ".metadata") == _described()

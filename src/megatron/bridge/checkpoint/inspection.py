@@ -70,7 +70,10 @@ def _train_state(directory: Path) -> list[str]:
     if not path.is_file():
         return ["  no train state: weights alone"]
     state = read_blob(path)
-    return [f"  step {int(state['step'])}, {int(state['consumed_train_samples'])} samples consumed"]
+    try:
+        return [f"  step {int(state['step'])}, {int(state['consumed_train_samples'])} samples consumed"]
+    except (LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{path} doesn't say the step and the samples: restore it from another copy") from error
 
 
 def _run(directory: Path) -> list[str]:

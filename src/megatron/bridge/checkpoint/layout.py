@@ -28,6 +28,7 @@ METADATA_FILE = "metadata.json"
 DCP_METADATA_FILE = ".metadata"
 TOKENIZER_DIRECTORY = "tokenizer"
 
+_MOST_DIGITS = 18
 _ITERATION_NAME = re.compile(r"iter_(\d{7,})")
 
 
@@ -85,7 +86,7 @@ def read_tracker(root: str | os.PathLike) -> Tracker | None:
         return None
     if text == "release":
         return Tracker(0, release=True)
-    if not (text.isascii() and text.isdigit()):
+    if not (text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS):
         whole = _complete_iterations(root)
         way_out = f"write the newest complete one into it: {whole[-1]}" if whole else "no complete iteration is there"
         raise ValueError(f"{path} holds {text[:40]!r}: expected an iteration number or 'release'; {way_out}")
@@ -130,7 +131,7 @@ def what_is_missing(directory: str | os.PathLike) -> str | None:
     except (ValueError, KeyError, TypeError, RecursionError):
         return f"{METADATA_FILE} is damaged: expected JSON with 'sharded_backend'"
     if backend != "torch_dist":
-        return f"its format is {backend!r}: expected 'torch_dist'"
+        return f"its format is {backend!r}, as {METADATA_FILE} says: expected 'torch_dist'"
     if not any(directory.glob("__*.distcp")):
         return "it has no __*.distcp file: the tensors are missing"
     return None
@@ -221,8 +222,8 @@ def find_checkpoint(path: str | os.PathLike, ckpt_step: int | None = None, *, op
     missing = what_is_missing(directory)
     if missing is not None:
         whole = ", ".join(map(str, _complete_iterations(directory.parent)))
-        named_by = "" if directory.is_dir() else f", though {TRACKER_FILE} names it"
         way_out = f"; complete iterations there: {whole} (checkpoint.ckpt_step)" if whole else ""
+        named_by = "" if directory.is_dir() else f", though {TRACKER_FILE} names it"
         raise ValueError(f"{directory} ({option}) is not a complete checkpoint: {missing}{named_by}{way_out}")
     return directory
 

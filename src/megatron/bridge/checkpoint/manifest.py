@@ -12,12 +12,12 @@ import logging
 import os
 import zlib
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Any
 
 from tqdm import tqdm
 
-from megatron.bridge.utils.files import atomic_write
+from megatron.bridge.utils.files import atomic_write, is_below
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +30,6 @@ Checksums = dict[str, tuple[int, str]]
 
 _READ_AT_ONCE = 1 << 18
 """Bytes that stay in a core's own cache between being read and being summed."""
-
-_LONGEST_NAME = 255
-"""Bytes of a file's name, on the file systems that are in use."""
 
 
 class ChecksumWriter:
@@ -96,17 +93,10 @@ def read_manifest(directory: str | os.PathLike) -> Checksums | None:
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         reason = " ".join(str(error).split())[:80]
         raise ValueError(f"{path} is damaged ({reason}): expected {ALGORITHM} checksums; {_WAY_OUT}") from error
-    wrong = next((name for name in listed if not _is_below(name)), None)
+    wrong = next((name for name in listed if not is_below(name)), None)
     if wrong is not None:
         raise ValueError(f"{path} names {wrong[:80]!r}: expected files below {path.parent}; {_WAY_OUT}")
     return listed
-
-
-def _is_below(name: str) -> bool:
-    """Whether a name leads to a file of the directory, on any system's disk."""
-    path = PurePosixPath(name)
-    is_short = all(len(part.encode("utf-8", errors="replace")) <= _LONGEST_NAME for part in path.parts)
-    return is_short and name.isprintable() and not path.is_absolute() and ".." not in path.parts and name != ""
 
 
 _WAY_OUT = "load another iteration (checkpoint.ckpt_step); if the files were changed on purpose, remove manifest.json"

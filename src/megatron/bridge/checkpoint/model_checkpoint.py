@@ -23,10 +23,15 @@ from megatron.bridge.checkpoint.sharded_save import save_sharded
 from megatron.bridge.checkpoint.sharded_state import load_sharded
 from megatron.bridge.utils.distributed import barrier, is_rank_0, on_all_ranks
 from megatron.bridge.utils.files import atomic_write, check_writable_directory, fsync_directory, move_directory
+from megatron.bridge.utils.yaml_io import parse_yaml
 
 _SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _SafeDumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 """libyaml's, where PyYAML was built with it: ten times as fast."""
+
+
+_SECTIONS_READ = ("model", "checkpoint", "optimizer", "ddp", "rng", "peft")
+"""Of another run's configuration, what a load may look into."""
 
 
 def chunk_keys(num_chunks: int) -> list[str]:
@@ -231,16 +236,19 @@ def read_run_config(directory: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: The directory has none.
-        ValueError: It isn't YAML, or not a mapping.
+        ValueError: It isn't YAML, or not a mapping of sections.
     """
     path = Path(directory) / layout.CONFIG_FILE
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_SafeLoader)
+        content = parse_yaml(path.read_text(encoding="utf-8"), _SafeLoader)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing: expected the configuration of the run that saved it") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a date that isn't one
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = json.dumps(str(error).replace("\n", " "))
         raise ValueError(f"{path} can't be read: expected plain YAML, found {reason}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}: expected a mapping of sections")
+    for name in _SECTIONS_READ:
+        if not isinstance(content.get(name), dict | None):
+            raise ValueError(f"{path}: {name} is a {type(content[name]).__name__}: expected a mapping of options")
     return content

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import functools
 import io
+import os
 import pathlib
 import pickle
 import pickletools
@@ -27,6 +28,9 @@ import torch
 from torch.distributed.checkpoint import filesystem as dcp_filesystem
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint import planner as dcp_planner
+
+from megatron.bridge.utils.bombs import check_archive, check_expansion
+from megatron.bridge.utils.files import is_below
 
 _multiarray = getattr(np, "_core", None) or np.core  # numpy 2 renamed it
 
@@ -157,19 +161,25 @@ def read_blob(
     """
     named = source if named is None else named
     try:
+        check_archive(source, sums=not mmap)
         with _known_only(classes):
             content = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
+        check_expansion(content, _num_bytes(source))
     except FileNotFoundError:
         raise
     except Exception as error:  # torch raises a different class for each kind of damage
         foreign = re.search(r"GLOBAL (\S+)", str(error))
         if foreign is not None:
             raise ValueError(_refusal(named, foreign.group(1))) from None
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"{named} can't be read as plain data: {reason}; restore the file from another copy"
         ) from error
     return _without_optimizer_classes(content)
+
+
+def _num_bytes(source: str | Path | BinaryIO) -> int:
+    return os.path.getsize(source) if isinstance(source, (str, Path)) else source.seek(0, os.SEEK_END)
 
 
 def read_dcp_metadata(path: Path) -> dcp_metadata.Metadata:
@@ -185,6 +195,8 @@ def read_dcp_metadata(path: Path) -> dcp_metadata.Metadata:
             stored = file.read()
         _check_memo(stored)
         content = _MetadataUnpickler(io.BytesIO(stored)).load()
+        if isinstance(content, dcp_metadata.Metadata):
+            _check_description(content)
     except _ForeignNameError as error:
         raise ValueError(_refusal(path, str(error))) from None
     except OSError:
@@ -206,6 +218,29 @@ def _check_memo(stored: bytes) -> None:
     for opcode, argument, _ in pickletools.genops(stored):
         if opcode.name in ("PUT", "LONG_BINPUT") and argument > len(stored):
             raise pickle.UnpicklingError(f"it numbers an object {argument}, more than it can hold")
+
+
+def _check_description(content: dcp_metadata.Metadata) -> None:
+    """Refuse a description whose parts are of another kind, or that leads out of its directory.
+
+    Raises:
+        ValueError: Names the part.
+    """
+    for key, stored in content.state_dict_metadata.items():
+        is_tensor = isinstance(stored, dcp_metadata.TensorStorageMetadata) and (
+            isinstance(stored.size, torch.Size) and isinstance(stored.properties.dtype, torch.dtype)
+        )
+        if not isinstance(key, str) or not (is_tensor or isinstance(stored, dcp_metadata.BytesStorageMetadata)):
+            raise ValueError(f"{str(key)[:80]!r} in it is neither a tensor nor an object")
+    for index, part in content.storage_data.items():
+        if not isinstance(index, dcp_metadata.MetadataIndex) or not isinstance(part, dcp_filesystem._StorageInfo):
+            raise ValueError(f"it holds a {type(part).__name__} where a part of a file is described")
+        if not is_below(part.relative_path):
+            raise ValueError(f"it names {part.relative_path[:80]!r}, which is no file beside it")
+        if min(part.offset, part.length) < 0:
+            raise ValueError(f"{index.fqn[:80]!r} begins at byte {part.offset} and has {part.length}")
+    if not isinstance(content.storage_meta, dcp_metadata.StorageMeta | None):
+        raise ValueError(f"it holds a {type(content.storage_meta).__name__} where its origin is described")
 
 
 class _ForeignNameError(pickle.UnpicklingError):

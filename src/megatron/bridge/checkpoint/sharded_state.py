@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import inspect
 import io
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch.distributed as dist
 from megatron.core import __version__ as core_version
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.core import CheckpointingException, maybe_load_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
@@ -32,11 +32,12 @@ from megatron.core.dist_checkpointing.strategies import torch as torch_strategie
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from megatron.bridge.checkpoint.layout import DCP_METADATA_FILE
+from megatron.bridge.checkpoint.layout import DCP_METADATA_FILE, METADATA_FILE
 from megatron.bridge.checkpoint.manifest import check_files_of, is_tensor_file
 from megatron.bridge.checkpoint.safe_pickle import read_blob, read_dcp_metadata
 from megatron.bridge.utils.distributed import on_all_ranks, rank, world_size
@@ -71,6 +72,7 @@ def load_sharded(
     """
     with on_all_ranks(f"matching the model with {directory}"):
         reader = PlainReader(directory)
+        _check_config(Path(directory))
         check_files(directory, reader)
         if verify:
             check_files_of(directory, is_tensor_file, share=rank(), shares=world_size())
@@ -78,12 +80,30 @@ def load_sharded(
         check_shapes(sharded_state_dict, directory, reader)
         for wanted in _sharded_objects(sharded_state_dict):
             reader.read_object(wanted.unique_key)
-    directory = str(directory)
-    strategy = dist_checkpointing.serialization.get_default_load_sharded_strategy(directory)
-    if parallel_group is not None:
-        strategy = FullyParallelLoadStrategyWrapper(strategy, parallel_group)
     with _core_reads_plain_data(reader, common_state):
-        return dist_checkpointing.load(sharded_state_dict, directory, strategy, strict=strict)
+        try:
+            strategy = serialization.get_default_load_sharded_strategy(str(directory))
+            if parallel_group is not None:
+                strategy = FullyParallelLoadStrategyWrapper(strategy, parallel_group)
+            return dist_checkpointing.load(sharded_state_dict, str(directory), strategy, strict=strict)
+        except CheckpointException as error:  # torch's, on all ranks: every failing rank's error with its traceback
+            cause, _ = next(iter(error.failures.values()))
+            raise ValueError(" ".join(str(cause).split())) from error
+        except CheckpointingException as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{directory} can't be loaded: {reason}; load another iteration") from error
+
+
+def _check_config(directory: Path) -> None:
+    """Refuse a `metadata.json` that Core can't read."""
+    try:
+        maybe_load_config(str(directory))
+    except (CheckpointingException, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{directory / METADATA_FILE} is damaged ({reason}): expected names and versions of formats; restore it "
+            "from another copy, or load another iteration (checkpoint.ckpt_step)"
+        ) from error
 
 
 class PlainReader(FileSystemReader):
@@ -93,6 +113,11 @@ class PlainReader(FileSystemReader):
         super().__init__(directory)
         self.directory = Path(directory)
         self._metadata: Metadata | None = None
+        self._last_file = ""
+
+    def _slice_file(self, file: Any, part: Any) -> Any:
+        self._last_file = part.relative_path
+        return super()._slice_file(file, part)
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         """What is stored in which file.
@@ -110,9 +135,19 @@ class PlainReader(FileSystemReader):
         """Read what a rank needs: a tensor straight into its place where that is possible, else as torch does.
 
         Torch reads the whole of each stored tensor into memory of its own, and copies from there what is needed.
+
+        Raises:
+            ValueError: Names the file that holds something else.
         """
-        left = [item for item in plan.items if not self._read_in_place(item, planner)]
-        return super().read_data(dataclasses.replace(plan, items=left), planner)
+        try:
+            left = [item for item in plan.items if not self._read_in_place(item, planner)]
+            return super().read_data(dataclasses.replace(plan, items=left), planner)
+        except Exception as error:  # whatever damaged bytes make torch's reader do
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(
+                f"{self.directory / self._last_file} can't be read: {reason}; restore it from another copy, or load "
+                "another iteration (checkpoint.ckpt_step)"
+            ) from error
 
     def _read_in_place(self, item: ReadItem, planner: LoadPlanner) -> bool:
         """Whether what is wanted of a stored tensor lies in one piece, and so does its place, in host memory."""
@@ -210,11 +245,6 @@ def read_common_state(directory: str | Path, reader: PlainReader | None = None) 
     directory = Path(directory)
     path = directory / common_strategies.COMMON_STATE_FNAME
     if path.is_file():
-        if not zipfile.is_zipfile(path):
-            raise ValueError(
-                f"{path} is damaged ({path.stat().st_size} bytes): expected an archive that torch wrote; "
-                "restore it from another copy, or load another iteration (checkpoint.ckpt_step)"
-            )
         return read_blob(path)
     if _keeps_common_state_apart():
         raise ValueError(

@@ -261,7 +261,7 @@ class TokenizerConfig:
     """Jinja text used instead of the tokenizer's own chat template. None: the tokenizer's own."""
 
     hf_tokenizer_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Further arguments for `AutoTokenizer.from_pretrained`."""
+    """Further arguments for `AutoTokenizer.from_pretrained`; `trust_remote_code` is refused."""
 
     def finalize(self) -> None:
         """Checks the fields.
@@ -274,6 +274,11 @@ class TokenizerConfig:
             raise ValueError(f"tokenizer.tokenizer_type={self.tokenizer_type!r} is not supported: {expected}")
         if self.tokenizer_type == "HuggingFaceTokenizer" and not self.tokenizer_model:
             raise ValueError("tokenizer.tokenizer_model is not set: expected a directory with tokenizer.json")
+        if "trust_remote_code" in self.hf_tokenizer_kwargs:
+            raise ValueError(
+                "tokenizer.hf_tokenizer_kwargs has trust_remote_code: code in a model's directory is never run; take it "
+                "out, and save the tokenizer as a tokenizer.json if it has none"
+            )
         if self.tokenizer_type == "NullTokenizer" and self.vocab_size is None:
             raise ValueError("tokenizer.vocab_size is not set: NullTokenizer needs the number of tokens")
         if self.vocab_size is not None:

@@ -155,14 +155,7 @@ class ChatFormat:
         return RenderedSample(text, tuple(spans))
 
     def _render(self, messages: list[dict], tools: list | None, *, add_generation_prompt: bool = False) -> str:
-        from jinja2 import TemplateError
-
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=add_generation_prompt, tools=tools
-            )
-        except (TemplateError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-            raise ValueError(f"the chat template refuses the conversation: {_one_line(error)}") from error
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tools=tools)
 
 
 def read_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -217,7 +210,3 @@ def _json_type(value: Any) -> str:
         return f"a list of {len(value)}"
     names = {dict: "an object", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
     return names.get(type(value), "null")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,8 +1,12 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Megatron-Core's indexed GPT datasets and its mock data, built by Core itself."""
 
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from megatron.bridge.data.config import DatasetBuildContext, GPTDatasetConfig
 
@@ -16,7 +20,7 @@ def build_gpt_datasets(config: GPTDatasetConfig, context: DatasetBuildContext) -
 
     Raises:
         FileNotFoundError: A blend names files that don't exist.
-        ValueError: There is no tokenizer, or Core's compiled index builder is missing.
+        ValueError: There is no tokenizer, a file is damaged, or Core's compiled index builder is missing.
     """
     try:
         from megatron.core.datasets import helpers_cpp  # noqa: F401
@@ -31,6 +35,7 @@ def build_gpt_datasets(config: GPTDatasetConfig, context: DatasetBuildContext) -
     if context.tokenizer is None:
         raise ValueError("DatasetBuildContext.tokenizer is not set: pretraining data needs the run's tokenizer")
     check_blend_files(config)
+    check_cached_indices(config)
     core_config = CoreDatasetConfig(
         random_seed=config.random_seed,
         sequence_length=config.seq_length,
@@ -54,10 +59,60 @@ def build_gpt_datasets(config: GPTDatasetConfig, context: DatasetBuildContext) -
 
 
 def check_blend_files(config: GPTDatasetConfig) -> None:
-    """Raises FileNotFoundError naming the first .bin or .idx file of a blend that does not exist."""
-    blends = [config.blend, *(config.blend_per_split or [])]
-    for blend in blends:
-        for prefix in blend[0] if blend else []:
-            for suffix in (".idx", ".bin"):
-                if not Path(f"{prefix}{suffix}").is_file():
-                    raise FileNotFoundError(f"dataset.blend names {prefix}, but {prefix}{suffix} does not exist")
+    """Look at the files of a blend before Core does, which ends at bare assertions.
+
+    Raises:
+        FileNotFoundError: Names the first .bin or .idx file that does not exist.
+        ValueError: Names the first .idx file that is damaged.
+    """
+    for prefix in _prefixes(config):
+        for suffix in (".idx", ".bin"):
+            if not Path(f"{prefix}{suffix}").is_file():
+                raise FileNotFoundError(f"dataset.blend names {prefix}, but {prefix}{suffix} does not exist")
+        _check_index(Path(f"{prefix}.idx"))
+
+
+def _prefixes(config: GPTDatasetConfig) -> Iterator[str]:
+    for blend in (config.blend, *(config.blend_per_split or [])):
+        yield from blend[0] if blend else []
+
+
+_INDEX_HEADER = struct.Struct("<9sQBQQ")
+"""Of an .idx file: magic, version, code of the token's dtype, number of sequences, number of documents."""
+
+
+def _check_index(path: Path) -> None:
+    """Refuse an index whose header is none, or that is shorter than the header says."""
+    from megatron.core.datasets.indexed_dataset import DType
+
+    with open(path, "rb") as stream:
+        header = stream.read(_INDEX_HEADER.size)
+    try:
+        magic, version, code, sequences, documents = _INDEX_HEADER.unpack(header)
+        DType.dtype_from_code(code)
+    except (struct.error, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}): expected an index that Megatron-Core wrote") from error
+    needed = _INDEX_HEADER.size + 12 * sequences + 8 * documents
+    if magic != b"MMIDIDX\x00\x00" or version != 1 or path.stat().st_size < needed:
+        raise ValueError(
+            f"{path} is damaged (magic {magic!r}, version {version}, {path.stat().st_size} bytes where its header asks "
+            f"for {needed}): expected an index that Megatron-Core wrote"
+        )
+
+
+def check_cached_indices(config: GPTDatasetConfig) -> None:
+    """Refuse arrays beside the data that hold pickled objects: Core 0.16 would run what they ask for.
+
+    Raises:
+        ValueError: Names the first such file.
+    """
+    caches = [config.path_to_cache] if config.path_to_cache else [f"{name}/cache" for name in _prefixes(config)]
+    for path in (path for cache in caches for path in sorted(Path(cache).rglob("*.npy"))):
+        try:
+            np.load(path, mmap_mode="r", allow_pickle=False)
+        except Exception as error:  # damaged headers raise whatever they make the parser do
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"{path} is no plain array ({reason}), and nothing of it was executed: expected an index that "
+                "Megatron-Core wrote; remove it, and it is made anew"
+            ) from error

@@ -123,13 +123,17 @@ class HuggingFaceTokenizer:
         """Returns the conversation as the text the model was trained on.
 
         Raises:
-            ValueError: The tokenizer has no chat template.
+            ValueError: The tokenizer has no chat template, or it refuses the conversation.
         """
         if not self.has_chat_template:
             raise ValueError(f"tokenizer {self.name} has no chat template: set tokenizer.chat_template")
-        return self.hf_tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt, tools=tools
-        )
+        try:
+            return self.hf_tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt, tools=tools
+            )
+        except Exception as error:  # a template is a program, in a sandbox that keeps it from the system
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"the chat template refuses the conversation: {reason}") from error
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes the tokenizer's files into `directory`."""
@@ -219,8 +223,8 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
     if is_path and not Path(name).exists():
         raise FileNotFoundError(f"tokenizer.tokenizer_model={name!r} does not exist: expected a tokenizer's directory")
     try:
-        hf_tokenizer = AutoTokenizer.from_pretrained(name, **config.hf_tokenizer_kwargs)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        hf_tokenizer = AutoTokenizer.from_pretrained(name, **config.hf_tokenizer_kwargs, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare ones
         reason = " ".join(str(error).split())
         raise ValueError(
             f"tokenizer.tokenizer_model={name!r} cannot be loaded ({reason}): expected a directory with tokenizer.json"

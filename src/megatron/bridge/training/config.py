@@ -238,6 +238,10 @@ def _non_default_values(section: Any) -> dict[str, Any]:
     return changed
 
 
+_VARIABLES_OF_CODE = ("LD_", "DYLD_", "PYTHON", "PATH")
+"""What environment variables begin with that say which code a process loads; a configuration may be another's."""
+
+
 def runtime_config_update(cfg: ConfigContainer) -> None:
     """Finish a configuration: the one place that writes one section's choices into another.
 
@@ -249,6 +253,8 @@ def runtime_config_update(cfg: ConfigContainer) -> None:
         ValueError: See `ConfigContainer.validate`.
     """
     for name, value in cfg.env_vars.items():
+        if name.startswith(_VARIABLES_OF_CODE):
+            raise ValueError(f"env_vars.{name} would make processes load other code: set it where the run is started")
         os.environ.setdefault(name, str(value))
     _move_deprecated_fields(cfg)
     if cfg.mixed_precision is not None:

@@ -60,12 +60,21 @@ class TrainState:
         """Take the fields from tensors or numbers.
 
         Raises:
-            ValueError: A field is missing.
+            ValueError: A field is missing, or no number.
         """
+        if not isinstance(state_dict, dict):
+            raise ValueError(f"the checkpoint's train state is a {type(state_dict).__name__}: expected named numbers")
         for item in fields(self):
             if item.name not in state_dict:
-                raise ValueError(f"the checkpoint's train state lacks {item.name!r}: found {sorted(state_dict)}")
-            setattr(self, item.name, type(item.default)(state_dict[item.name]))
+                found = ", ".join(str(name)[:40] for name in state_dict)
+                raise ValueError(f"the checkpoint's train state lacks {item.name!r}: found {found[:400] or 'nothing'}")
+            try:
+                setattr(self, item.name, type(item.default)(state_dict[item.name]))
+            except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+                kind = type(state_dict[item.name]).__name__
+                raise ValueError(
+                    f"the checkpoint's train state has a {kind} as {item.name!r}: expected one number"
+                ) from error
 
 
 @dataclass

@@ -6,8 +6,18 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
+
+_LONGEST_NAME = 255
+"""Bytes of a file's name, on the file systems that are in use."""
+
+
+def is_below(name: str) -> bool:
+    """Whether a name that a file gives leads to a file below the file's directory, on any system's disk."""
+    path = PurePosixPath(name)
+    is_short = all(len(part.encode("utf-8", errors="replace")) <= _LONGEST_NAME for part in path.parts)
+    return is_short and name.isprintable() and not path.is_absolute() and ".." not in path.parts and name != ""
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import yaml
 
+from megatron.bridge.utils.bombs import check_expansion
 from megatron.bridge.utils.field_types import field_hints, fit, members_of, nearest
 from megatron.bridge.utils.targets import class_named, dtype_named, function_named, name_of
 
@@ -151,6 +152,8 @@ class _Reader:
         arguments = {key: item for key, item in value.items() if key not in _FORM_KEYS}
         if not isinstance(name, str):
             raise ConfigFileError(f"{where}._target_ is {name!r}: expected the name of a class; correct the file")
+        if not isinstance(args, list):
+            raise ConfigFileError(f"{where}._args_ is {_one_line(args)}: expected a list; correct the file")
         if value.get("_partial_"):
             bound_args = [self.read(item, Any, f"{where}._args_") for item in args]
             bound = {key: self.read(item, Any, f"{where}.{key}") for key, item in arguments.items()}
@@ -257,18 +260,43 @@ class _Dumper(yaml.SafeDumper):
 for _yaml_class in (_Loader, _Dumper):
     _yaml_class.add_implicit_resolver(
         "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+        re.compile(r"^[-+]?(?:\d[\d_]*(?:\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$"),
         list("-+.0123456789"),
     )
 
 
-def parse_yaml(text: str) -> Any:
-    """Plain values from YAML text; tags that would make objects are refused.
+def parse_yaml(text: str, loader: type = _Loader) -> Any:
+    """Plain values from YAML text; tags that would make objects are refused, and so are aliases that multiply.
+
+    Args:
+        text: The text.
+        loader: Of PyYAML, one that makes plain values.
 
     Raises:
-        yaml.YAMLError: The text isn't YAML.
+        yaml.YAMLError: The text isn't YAML, or stands for far more than it says.
     """
-    return yaml.load(text, Loader=_Loader)
+    parser = None
+    try:
+        parser = loader(text)
+        node = parser.get_single_node()
+        if node is None:
+            return None
+        check_expansion(node, len(text), _NODES)  # merges (<<) multiply as well, while values are made
+        return parser.construct_document(node)
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        # PyYAML's own, of `!!int x`, of a date that is none, of nesting
+        raise yaml.YAMLError(f"{type(error).__name__}: {_one_line(error)}") from error
+    finally:
+        if parser is not None:
+            parser.dispose()
+
+
+_NODES = {
+    yaml.ScalarNode: lambda node: (node.value,),
+    yaml.SequenceNode: lambda node: node.value,
+    yaml.MappingNode: lambda node: [part for pair in node.value for part in pair],
+}
+"""What YAML is made of before it is values, and what each holds."""
 
 
 def load_yaml(path: str | Path) -> Any:

@@ -89,7 +89,7 @@ def check_tokenizer(directory: Path, vocab_size: int) -> None:
         ids = [*(vocab.values() if isinstance(vocab, dict) else range(len(vocab)))]
         ids += [token["id"] for token in content.get("added_tokens") or ()]
         largest = max(ids, default=-1)
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): restore the file from another copy") from None
     if largest >= vocab_size:
         raise ValueError(

@@ -13,6 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from megatron.bridge.utils.files import is_below
+
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
@@ -91,7 +93,7 @@ def _read_index(path: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): expected JSON with a weight_map") from None
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or file == "..":
+        if not (isinstance(file, str) and is_below(file) and Path(file).name == file):
             raise ValueError(f"{path} names {file!r} for {name!r}: expected a file in the same directory")
     return weight_map
 

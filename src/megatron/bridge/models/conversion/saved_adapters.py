@@ -36,7 +36,10 @@ def find_saved_adapters(path: str | Path) -> SavedAdapters | None:
     run_config = read_run_config(directory)
     if run_config.get("peft") is None:
         return None
-    peft = from_yaml_dict(run_config["peft"], where=f"{directory / layout.CONFIG_FILE}: peft")
+    where = f"{directory / layout.CONFIG_FILE}: peft"
+    peft = from_yaml_dict(run_config["peft"], where=where)
+    if not callable(peft):
+        raise ValueError(f"{where} is a {type(peft).__name__}: expected a kind of adapters such as LoRA")
     return SavedAdapters(directory, peft, (run_config.get("checkpoint") or {}).get("pretrained_checkpoint"))
 
 
