@@ -35,6 +35,7 @@ BENCHMARKS = (
     Benchmark("start_up", "Start-up"),
     Benchmark("hf_weights", "Hugging Face weights"),
     Benchmark("data", "Data"),
+    Benchmark("scale", "Scale", picture="scale.png"),
 )
 """All of them, in the document's order."""
 
