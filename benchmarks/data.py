@@ -8,8 +8,8 @@ r"""What data costs: tokenising and packing beside `datasets.map`, iterating bes
 Ours is `build_datasets`: JSONL read, checked, rendered, tokenised, marked where it is learned, packed, and the tokens
 kept in a cache file. `datasets` is `load_dataset("json")` and one batched `map` that makes the same ids and the same
 mask with the same tokenizer and the same threads, and a second one that lays them end to end in rows, in their order.
-Both begin with empty caches; that they give the same tokens is checked. The samples are those of `make model`, numbered and
-repeated.
+Both begin with empty caches; that they give the same tokens is checked. The samples are those of `make model`, numbered
+and repeated.
 """
 
 import argparse
