@@ -137,9 +137,11 @@ def _where() -> str:
     gibibytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "megatron-core", "transformers"))
     threads = os.environ.get("OMP_NUM_THREADS", "all")
+    load = os.getloadavg()[0]
+    beside = f"; other work beside it, load average {load:.0f}" if load > 1 else ""
     return (
         f"{os.cpu_count()} cores ({cpu}), {gibibytes:.0f} GiB, {_accelerator()}; Python {platform.python_version()}, "
-        f"{versions}; OMP_NUM_THREADS={threads}"
+        f"{versions}; OMP_NUM_THREADS={threads}{beside}"
     )
 
 
