@@ -96,13 +96,14 @@ def measure(arguments: argparse.Namespace) -> list[Figure]:
 
 
 def _times(seconds: dict[str, tuple[float, ...]], sizes: dict[str, int]) -> list[Figure]:
-    note = f"{sum(sizes.values()) / 1e6:.0f} MB in {len(sizes)} shards"
+    size = f"{sum(sizes.values()) / 1e6:.0f} MB in {len(sizes)} shards"
+    notes = {"import": f"{size}; each value is read once more, to refuse NaN", "export": size}
     others = {
         "import": ("read", "safetensors: each tensor of the same shards read and copied once"),
         "export": ("write", "safetensors: the same tensors written to the same shards"),
     }
     return [
-        Figure(f"HF {what}", against, ratios(seconds[what], seconds[other]), at_most=1.5, note=note)
+        Figure(f"HF {what}", against, ratios(seconds[what], seconds[other]), at_most=1.5, note=notes[what])
         for what, (other, against) in others.items()
     ]
 
