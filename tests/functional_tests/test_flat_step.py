@@ -76,9 +76,10 @@ def _count_apart(hybrid: Any) -> None:
 
 
 def _take_moments_out(hybrid: Any) -> None:
-    """Moments and counters as a local checkpoint leaves them: new tensors in the dicts that there are."""
+    """Moments and counters as a local checkpoint leaves them: others, in the dicts that there are."""
     for state in hybrid.state.values():
-        state.update({name: value.clone() for name, value in state.items() if name != "master_param"})
+        moments = {name: state[name] * 0.5 for name in ("exp_avg", "exp_avg_sq")}
+        state.update(moments, step=state["step"].clone())
 
 
 class Run(NamedTuple):
