@@ -29,7 +29,6 @@ BENCHMARKS = (
     Benchmark("offload_sync", "Sync after a load"),
     Benchmark("checkpoint_speed", "Saving and loading"),
     Benchmark("training_step", "A training step, offload off"),
-    Benchmark("resume_memory", "Memory of a resume"),
     Benchmark("optimizer_step", "A step of the offloaded optimizer"),
     Benchmark("host_memory", "Host memory of the offloaded optimizer"),
     Benchmark("start_up", "Start-up"),
