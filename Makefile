@@ -12,6 +12,8 @@ BIN := $(VENV)/bin
 # The version of the extra `local` that goes with it. It is built for Linux alone; elsewhere its tests are skipped.
 NVRX := $(if $(filter 0.16.1,$(CORE)),0.4.1,0.6.0)
 export OMP_NUM_THREADS ?= 1
+# Where it is set, each process would compile all sources anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help install finetune finetune-lora model test unit functional test-gpu test-resume resume-matrix soak mutants \
 	fuzz bench coverage docs wheel lint format clean
