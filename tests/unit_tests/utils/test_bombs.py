@@ -74,6 +74,12 @@ def _archive(compression=zipfile.ZIP_STORED, content=b"a" * 1000):
     return packed.getvalue()
 
 
+def test_an_archive_without_checksums_passes(monkeypatch):
+    monkeypatch.setattr(torch.serialization.config.save, "compute_crc32", False)
+    torch.save({"a": torch.ones(300)}, packed := io.BytesIO())
+    check_archive(packed)
+
+
 def test_archives_of_torch_and_numpy_pass(tmp_path):
     torch.save({"a": torch.ones(300)}, tmp_path / "a.pt")
     np.savez(tmp_path / "a.npz", a=np.ones(300))
