@@ -236,23 +236,26 @@ def _turns(hidden_size: int, seq_length: int, steps: int) -> Turns:
         return forward_step(state, iter(turns.micro_batches[-1:]), model)
 
     with tempfile.TemporaryDirectory() as directory:
-        cfg = _config(shape, seq_length, steps + UNCOUNTED, Path(directory))
+        cfg = config(shape, seq_length, steps + UNCOUNTED, Path(directory))
         pretrain(cfg, watched, callbacks=[turns])
     turns.ours, turns.bare = turns.ours[UNCOUNTED:], turns.bare[UNCOUNTED:]
     return turns
 
 
-def _config(shape: dict[str, int], seq_length: int, steps: int, directory: Path) -> ConfigContainer:
+def config(
+    shape: dict[str, int], seq_length: int, steps: int, directory: Path, *, micro_batches: int = 2
+) -> ConfigContainer:
+    """A run of a model of that shape on random tokens, a row a micro-batch, that saves nothing."""
     cfg = smollm2_135m_sft_config()
     for name, value in shape.items():
         setattr(cfg.model, name, value)
     cfg.model.vocab_size, cfg.model.seq_length, cfg.model.transformer_impl = VOCAB, seq_length, "local"
-    cfg.train.train_iters, cfg.train.micro_batch_size, cfg.train.global_batch_size = steps, 1, 2
+    cfg.train.train_iters, cfg.train.micro_batch_size, cfg.train.global_batch_size = steps, 1, micro_batches
     cfg.optimizer.optimizer_cpu_offload = False
     cfg.optimizer.lr = cfg.optimizer.min_lr = LR
     cfg.scheduler.lr_decay_style, cfg.scheduler.lr_warmup_iters = "constant", 0
     cfg.validation.eval_iters, cfg.validation.eval_at_start = 0, False
-    cfg.dataset = RandomTokens(num_samples=2 * steps, seq_length=seq_length)
+    cfg.dataset = RandomTokens(num_samples=micro_batches * steps, seq_length=seq_length)
     cfg.tokenizer.tokenizer_type, cfg.tokenizer.vocab_size = "NullTokenizer", VOCAB
     cfg.checkpoint.save = cfg.checkpoint.load = cfg.checkpoint.pretrained_checkpoint = None
     cfg.logger.tensorboard_dir, cfg.logger.metrics_file = None, str(directory / "metrics.jsonl")
