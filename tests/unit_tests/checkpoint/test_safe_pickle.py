@@ -165,6 +165,8 @@ def _changed(change):
         _changed(lambda it: it.state_dict_metadata.update({3: it.state_dict_metadata["a"]})),
         _changed(lambda it: setattr(it.state_dict_metadata["a"], "size", "large")),
         _changed(lambda it: setattr(it.state_dict_metadata["a"].properties, "dtype", "float")),
+        _changed(lambda it: setattr(it.state_dict_metadata["a"].properties, "memory_format", torch.channels_last)),
+        _changed(lambda it: setattr(it.state_dict_metadata["a"].properties, "layout", torch.sparse_coo)),
         _changed(lambda it: it.storage_data.update(a=3)),
         _changed(lambda it: setattr(it, "storage_data", None)),
         _changed(lambda it: setattr(it, "storage_meta", "here")),

@@ -182,6 +182,10 @@ def _num_bytes(source: str | Path | BinaryIO) -> int:
     return os.path.getsize(source) if isinstance(source, (str, Path)) else source.seek(0, os.SEEK_END)
 
 
+PLAIN_MEMORY = (torch.strided, torch.contiguous_format)
+"""Layout and memory format of every tensor that torch and Core describe; both fields are deprecated."""
+
+
 def read_dcp_metadata(path: Path) -> dcp_metadata.Metadata:
     """Read torch's description of a distributed checkpoint, which is no archive but a bare pickle.
 
@@ -232,6 +236,8 @@ def _check_description(content: dcp_metadata.Metadata) -> None:
         )
         if not isinstance(key, str) or not (is_tensor or isinstance(stored, dcp_metadata.BytesStorageMetadata)):
             raise ValueError(f"{str(key)[:80]!r} in it is neither a tensor nor an object")
+        if is_tensor and (stored.properties.layout, stored.properties.memory_format) != PLAIN_MEMORY:
+            raise ValueError(f"the tensor {key[:80]!r} in it doesn't lie in memory row by row")
     for index, part in content.storage_data.items():
         if not isinstance(index, dcp_metadata.MetadataIndex) or not isinstance(part, dcp_filesystem._StorageInfo):
             raise ValueError(f"it holds a {type(part).__name__} where a part of a file is described")
