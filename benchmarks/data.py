@@ -24,7 +24,6 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from torch.utils.data import DataLoader
 
@@ -53,6 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def measure(arguments: argparse.Namespace) -> list[Figure]:
     """Tokenise both ways in turn, then iterate over the results, then time steps of a model."""
+    import datasets  # late, so that `--help` comes without it
+
     logging.disable(logging.INFO)
     datasets.disable_progress_bars()
     tokenizer = build_tokenizer(TokenizerConfig(tokenizer_model=arguments.tokenizer))
@@ -125,9 +126,9 @@ class _Work:
 
     def theirs(self) -> None:
         """The mapped rows of the file."""
-        loaded = datasets.load_dataset(
-            "json", data_files=str(self.file), split="train", cache_dir=str(self.caches / "theirs")
-        )
+        from datasets import load_dataset
+
+        loaded = load_dataset("json", data_files=str(self.file), split="train", cache_dir=str(self.caches / "theirs"))
         self.mapped = loaded.map(self.map_rows, batched=True, remove_columns=loaded.column_names)
         self.mapped.map(_pack, batched=True, remove_columns=self.mapped.column_names)
 

@@ -7,6 +7,7 @@ rank watches itself: it gives a sign of life before each micro-batch and after e
 
 import contextlib
 import faulthandler
+import logging
 import math
 import os
 import tempfile
@@ -22,11 +23,22 @@ from megatron.bridge.utils.exit_codes import HUNG
 if TYPE_CHECKING:
     from megatron.bridge.training.state import GlobalState
 
-_SHOWN_AT = 0.9
+logger = logging.getLogger(__name__)
+
+_SHOWN_AT = 0.8
 """Part of the timeout after which stacks are shown: before a collective of another rank gives up and all are ended."""
 
 _ENDED_AT = 0.95
 """Part of the timeout after which the process ends: the ranks' clocks start some moments apart, and all must show."""
+
+
+class Hung(SystemExit):
+    """This rank hung until another one ended and broke its collective; a script ends with `exit_codes.HUNG`."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(HUNG)
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        logger.error("%s; it came after this rank's stacks were shown: exit code %d", reason, HUNG)
 
 
 class HangWatchdog:
@@ -36,6 +48,7 @@ class HangWatchdog:
         self._timeout_seconds = math.inf
         self._last_sign = math.inf
         self._step = 0
+        self._shown_for = math.nan
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -55,6 +68,11 @@ class HangWatchdog:
         """Say that this rank is alive, after that many steps."""
         self._step = step
         self._last_sign = time.monotonic()
+
+    @property
+    def hangs(self) -> bool:
+        """Whether stacks were shown, and no sign of life came after it."""
+        return self._shown_for == self._last_sign
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -77,6 +95,7 @@ class HangWatchdog:
             if self._seconds_until(_SHOWN_AT) > 0:
                 continue
             last_sign = self._last_sign
+            self._shown_for = last_sign
             self._show()
             while last_sign == self._last_sign and not self._stopped.wait(0.01):
                 if self._seconds_until(_ENDED_AT) <= 0:
@@ -100,9 +119,22 @@ class HangWatchdog:
         os.write(2, text.encode())
 
 
-def start_watchdog(state: "GlobalState") -> None:
-    """Watch this rank until `GlobalState.close`."""
+@contextlib.contextmanager
+def watched(state: "GlobalState") -> Iterator[None]:
+    """Watch this rank in the body.
+
+    Raises:
+        Hung: In place of an error that came after its stacks were shown: that of a collective whose other rank ended.
+    """
     state.watchdog.start(60 * state.cfg.dist.distributed_timeout_minutes)
+    try:
+        yield
+    except Exception as error:
+        if state.watchdog.hangs:
+            raise Hung(error) from error
+        raise
+    finally:
+        state.watchdog.stop()
 
 
 def shorten_timeouts(state: "GlobalState") -> None:

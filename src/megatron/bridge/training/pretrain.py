@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megatron.bridge.training.callbacks import Callback, CallbackManager, normalize_callbacks
 from megatron.bridge.training.config import ConfigContainer, runtime_config_update
 from megatron.bridge.training.eval import evaluate
-from megatron.bridge.training.hang_watchdog import start_watchdog
+from megatron.bridge.training.hang_watchdog import watched
 from megatron.bridge.training.initialize import destroy_global_state, enter_run
 from megatron.bridge.training.metrics import opened
 from megatron.bridge.training.micro_batches import bind_forward_step
@@ -42,6 +42,8 @@ def pretrain(
         ValueError, FileNotFoundError: The configuration, the data or a checkpoint can't work; on all ranks, before
             training starts.
         Preempted: A signal stopped the run (`train.exit_signal_handler`); a SystemExit with its own exit code.
+        Hung: No rank took a step within the timeout; a SystemExit with its own exit code. A rank that is stuck outside
+            a collective ends without an exception.
     """
     owns_process_group = enter_run(config)
     try:
@@ -68,16 +70,16 @@ def _run(state: GlobalState, forward_step_func: Callable, callbacks: CallbackMan
     run = setup(state)
     forward_step = bind_forward_step(forward_step_func, state)
     log_start(run)
-    start_watchdog(state)
     try:
-        if state.cfg.validation.eval_at_start and state.train_state.do_valid:
-            evaluate(run, forward_step, callbacks)
-        if state.train_state.do_train:
-            train(run, forward_step_func, callbacks)
-        if state.train_state.do_valid:
-            evaluate(run, forward_step, callbacks)
-        if state.train_state.do_test:
-            evaluate(run, forward_step, callbacks, split="test")
+        with watched(state):
+            if state.cfg.validation.eval_at_start and state.train_state.do_valid:
+                evaluate(run, forward_step, callbacks)
+            if state.train_state.do_train:
+                train(run, forward_step_func, callbacks)
+            if state.train_state.do_valid:
+                evaluate(run, forward_step, callbacks)
+            if state.train_state.do_test:
+                evaluate(run, forward_step, callbacks, split="test")
     finally:
         state.close()
         summary.log_end(state)

@@ -95,7 +95,7 @@ class GlobalState:
     """The signal that stops the run; None: none is caught."""
 
     watchdog: HangWatchdog = field(default_factory=HangWatchdog, repr=False)
-    """Ends this rank when it hangs, once it is started."""
+    """Ends this rank when it hangs, while it is `watched`."""
 
     wandb_logger: Any = field(default=None, repr=False)
     """The run in Weights & Biases, on rank 0; None elsewhere or without it."""
@@ -120,7 +120,6 @@ class GlobalState:
 
     def close(self) -> None:
         """Flush and close what was opened; a save that is still being written is given up."""
-        self.watchdog.stop()
         if self.background_save is not None:
             self.background_save.abandon()
             self.background_save = None
