@@ -106,6 +106,21 @@ def test_a_row_that_does_not_fit_the_code_is_an_error(repository, capsys, change
     assert captured.out == ""
 
 
+def test_words_that_no_row_has_end_before_any_test(repository, capsys):
+    (repository / "tests" / "test_adding.py").write_text("raise RuntimeError('no test may run')")
+    assert main(["-k", "divides"], mutants=(ADD, SQUARES), root=repository) == 2
+    assert capsys.readouterr() == (
+        "",
+        "error: -k 'divides': none of the 2 mutants has these words in its name: see them with "
+        "python -m tests.mutants --list\n",
+    )
+
+
+def test_the_rows_are_listed(capsys):
+    assert main(["--list"], mutants=(ADD, SQUARES)) == 0
+    assert capsys.readouterr() == ("subtracts: sums\nsquares: doubles other than 2\n", "")
+
+
 def test_tests_that_fail_without_a_mutant_are_an_error(repository, capsys):
     (repository / "src" / "adding.py").write_text(SOURCE.replace("2 * number", "3 * number"))
     assert main([], mutants=(ADD, dataclasses.replace(SQUARES, text="3 * number")), root=repository) == 2
