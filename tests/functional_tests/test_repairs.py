@@ -162,3 +162,37 @@ def test_parameters_share_an_optimizer_on_the_host(tmp_path):
         assert 0 < 2 * parts < parameters
     for parts, parameters in run_on_ranks(without_repairs, 2, ("flat step",), _parts_and_parameters, tmp_path):
         assert parts == parameters, "Core gives each its own"
+
+
+def _copies_across(directory):
+    """FP32 shards: how many copies to the device a step makes, for how many of them; and how many aren't the weight."""
+    model, optimizer = _offloaded(directory, optimizer_offload_fraction=1.0)
+    (hybrid,) = _hybrids(optimizer)
+    shards = [param for group in hybrid.param_groups for param in group["params"]]
+    apart = [shard for param, shard in _shards(optimizer) if not torch.equal(shard.to(param), param)]
+    crossed, copy_all, places = [], torch._foreach_copy_, {shard.data_ptr() for shard in shards}
+
+    def count(targets, *args, **kwargs):
+        crossed.append(sum(target.data_ptr() in places for target in targets))
+        copy_all(targets, *args, **kwargs)
+
+    torch._foreach_copy_ = count
+    try:
+        take_step(model, optimizer)
+    finally:
+        torch._foreach_copy_ = copy_all
+    return sum(crossed), len(shards), len(apart)
+
+
+def _shards(optimizer):
+    """(view of a 16-bit weight, its FP32 shard), on this rank."""
+    for child in optimizer.chained_optimizers:
+        for weights, shards in zip(child.shard_float16_groups, child.shard_fp32_from_float16_groups, strict=True):
+            yield from zip(weights, shards, strict=True)
+
+
+def test_shards_cross_in_few_copies(tmp_path):
+    for copies, parameters, apart in run_on_ranks(_copies_across, 2, tmp_path):
+        assert 1 <= copies <= 2 and parameters > 4 and apart == 0
+    for copies, parameters, apart in run_on_ranks(without_repairs, 2, ("flat shards",), _copies_across, tmp_path):
+        assert copies == parameters and apart == 0, "each shard crosses by itself"

@@ -39,7 +39,7 @@ ALL = ("load template", "exact resume", "reshardable state")
 HYBRID = ("no dummy step", "master lookup", "plain param groups", "flat step", "built once")
 IN_EFFECT = {
     "no offload": {*ALL},
-    "offload": {*ALL, *HYBRID, "state device", "one master"},
+    "offload": {*ALL, *HYBRID, "state device", "one master", "flat shards"},
     "precision-aware": {*ALL, *HYBRID, "state device", "gradient wait"},
     "FP32 weights": {
         *ALL,
@@ -50,7 +50,7 @@ IN_EFFECT = {
         "native FP32 gradients",
         "group order",
     },
-    "fused Adam": {*ALL, *HYBRID, "one master", "step counter"},
+    "fused Adam": {*ALL, *HYBRID, "one master", "step counter", "flat shards"},
 }
 BY_CORE = {"0.16.1": IN_EFFECT, "0.19.2": IN_EFFECT}
 """The same in both: no defect of 0.16.1 is gone in 0.19.2."""
@@ -145,6 +145,7 @@ MENDED = {
     ),
     "reshardable state": ("no offload", DistributedOptimizer, "sharded_param_state_fully_reshardable", _nothing),
     "flat step": ("offload", HybridDeviceOptimizer, "_get_sub_optimizer_param_groups", _nothing),
+    "flat shards": ("offload", DistributedOptimizer, "_build_model_and_main_param_groups", _nothing),
     "built once": ("offload", DistributedOptimizer, "__init__", _nothing),
 }
 """By repair: a run that needs it, and the method of Core's that it looks at, mended."""

@@ -44,6 +44,7 @@ THE_REPAIRS = (
     _without("group order", "group_order", f"{_REPAIRED}state_is_found_under_its_own_parameter"),
     _without("reshardable state", "reshardable_state", RESHARDED),
     _without("flat step", "flat_step", f"{_REPAIRED}parameters_share_an_optimizer_on_the_host"),
+    _without("flat shards", "flat_shards", f"{_REPAIRED}shards_cross_in_few_copies"),
     _without("built once", "built_once", f"{_REPAIRED}only_what_a_rank_owns_is_copied"),
     Mutant(
         name="native FP32 parameters, views",
@@ -66,7 +67,7 @@ THE_FLAT_STEP = (
     _flat(
         "tails in the run",
         "gaps are stepped on as parameters, and last elements round otherwise",
-        "        self._in_run = sum(param.numel() % ALIGNMENT == 0 for param in params)\n",
+        "        self._in_run = sum(map(fits_in_a_run, params))\n",
         "        self._in_run = len(params)\n",
     ),
     _flat(

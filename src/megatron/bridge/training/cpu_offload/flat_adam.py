@@ -7,9 +7,9 @@ The others follow in the kernel's list of tensors.
 """
 
 import functools
-from collections.abc import Sequence
-from itertools import islice, pairwise
-from operator import add, is_
+from collections.abc import Iterator, Sequence
+from itertools import islice, pairwise, repeat
+from operator import attrgetter, is_, is_not
 from typing import Any
 
 import torch
@@ -19,6 +19,11 @@ from megatron.bridge.utils import device
 
 State = dict[str, Any]
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def fits_in_a_run(param: torch.Tensor) -> bool:
+    """Whether it can be stepped on as one with its neighbours."""
+    return param.numel() % ALIGNMENT == 0
 
 
 class Bucket:
@@ -32,13 +37,13 @@ class Bucket:
             pin_masters: They are copied to the device after each step.
             pin_gradients: They are copied from it before each step.
         """
-        self.params = sorted(params, key=lambda param: param.numel() % ALIGNMENT != 0)
-        self._in_run = sum(param.numel() % ALIGNMENT == 0 for param in params)
+        self.params = sorted(params, key=lambda param: not fits_in_a_run(param))
+        self._in_run = sum(map(fits_in_a_run, params))
         self._shapes = [param.shape for param in self.params]
         self._masters = Slab(self._shapes, pinned=pin_masters)
         self._pin_gradients = pin_gradients
         self._have_gradient: set[int] = set()
-        self._known: dict[Slab, tuple[Any, list[tuple[int, int]]]] = {}
+        self._known: dict[Slab, tuple[list, list[tuple[int, int]]]] = {}
 
     @functools.cached_property
     def _gradients(self) -> Slab:
@@ -71,10 +76,11 @@ class Bucket:
         """Queue the copies to the host of the gradients that there are."""
         with device.unobserved():
             gradients = _gradients_of(self.params)
-            there = [at for at, gradient in enumerate(gradients) if gradient is not None]
-            if len(there) == len(gradients):
+            if all(map(is_not, gradients, repeat(None))):
+                there = range(len(gradients))
                 on_host, on_device = self._pairs(self._gradients, gradients)
             else:
+                there = [at for at, gradient in enumerate(gradients) if gradient is not None]
                 on_host, on_device = [self._gradients.tensors[at] for at in there], [gradients[at] for at in there]
             if there:
                 torch._foreach_copy_(on_host, on_device, non_blocking=True)
@@ -94,7 +100,7 @@ class Bucket:
         """Tensors on the host and on the device: neighbours on both sides as one."""
         on_host, on_device = slab.tensors[self._in_run :], tensors[self._in_run :]
         for start, stop in self._neighbours(slab, tensors[: self._in_run]):
-            if stop - start > 1 and _can_span(tensors[start:stop], sum(slab.sizes[start:stop])):
+            if stop - start > 1 and _is_in_one_storage(tensors[start], sum(slab.sizes[start:stop])):
                 on_host.append(slab.run(start, stop))
                 on_device.append(tensors[start].as_strided(on_host[-1].shape, (1,)))
             else:
@@ -103,16 +109,15 @@ class Bucket:
         return on_host, on_device
 
     def _neighbours(self, slab: Slab, tensors: list[torch.Tensor]) -> list[tuple[int, int]]:
-        """Ranges of tensors that lie side by side in memory. As a rule they are where they were at the last step."""
-        begins = [tensor.data_ptr() for tensor in tensors]
-        dtype = tensors[0].dtype if tensors else None
-        known, ranges = self._known.get(slab, (None, []))
-        if known != (dtype, begins):
-            num_bytes = [size * tensor.element_size() for size, tensor in zip(slab.sizes, tensors, strict=False)]
-            ends = map(add, begins, num_bytes)
-            breaks = [at for at, (end, begin) in enumerate(zip(ends, begins[1:], strict=False), 1) if end != begin]
-            ranges = list(pairwise([0, *breaks, len(tensors)]))
-            self._known[slab] = (dtype, begins), ranges
+        """Ranges of tensors that lie side by side in memory.
+
+        Where every one begins at its address of the step before, as is usual, they are what they were then.
+        """
+        begins = [tensors[0].dtype, *map(torch.Tensor.data_ptr, tensors)] if tensors else []
+        known, ranges = self._known.get(slab, ([], []))
+        if known != begins:
+            ranges = list(pairwise([0, *_breaks(tensors), len(tensors)]))
+            self._known[slab] = begins, ranges
         return ranges
 
     @torch.no_grad()
@@ -227,14 +232,22 @@ def _flat(base: type) -> type:
 def _gradients_of(params: list[torch.Tensor]) -> list[torch.Tensor | None]:
     """Where Core puts them: precision-aware, `decoupled_grad`."""
     try:
-        return [param.decoupled_grad for param in params]
+        return list(map(attrgetter("decoupled_grad"), params))
     except AttributeError:
+        if not any([hasattr(param, "decoupled_grad") for param in params]):
+            return list(map(attrgetter("grad"), params))
         return [getattr(param, "decoupled_grad", param.grad) for param in params]
 
 
-def _can_span(tensors: list[torch.Tensor], size: int) -> bool:
+def _breaks(tensors: list[torch.Tensor]) -> Iterator[int]:
+    """The indices of tensors that don't go on, in memory, where the one before ends."""
+    for at, (one, following) in enumerate(pairwise(tensors), start=1):
+        is_dense = one.is_contiguous() and following.is_contiguous() and one.dtype == following.dtype
+        if not is_dense or one.data_ptr() + one.nbytes != following.data_ptr():
+            yield at
+
+
+def _is_in_one_storage(first: torch.Tensor, size: int) -> bool:
     """Whether a view of the first of some neighbours can span them all, which are `size` elements."""
-    first = tensors[0]
-    end_of_storage = first.untyped_storage().data_ptr() + first.untyped_storage().nbytes()
-    is_in_one = first.data_ptr() + size * first.element_size() <= end_of_storage
-    return is_in_one and all([tensor.dtype is first.dtype and tensor.is_contiguous() for tensor in tensors])
+    storage = first.untyped_storage()
+    return first.data_ptr() + size * first.element_size() <= storage.data_ptr() + storage.nbytes()

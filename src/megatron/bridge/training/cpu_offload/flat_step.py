@@ -23,7 +23,7 @@ BUCKET_ELEMENTS = 1 << 23
 """32 MB of FP32: a copy of some milliseconds, which overlaps with the step of the bucket before."""
 
 
-def _step_in_buckets(base: type) -> type:
+def _stepin_buckets(base: type) -> type:
     """Overrides of `HybridDeviceOptimizer`."""
 
     class StepInBuckets(base):
@@ -44,7 +44,7 @@ def _step_in_buckets(base: type) -> type:
             host_groups, device_groups, copies, fp32_copies = [], [], {}, {}
             self._buckets = []
             for group, offloaded, staying in _split(self.param_groups, offload_fraction):
-                for params in _in_buckets(offloaded):
+                for params in in_buckets(offloaded):
                     bucket = known.get(frozenset(map(id, params))) or Bucket(
                         params, pin_masters=self.pin_cpu_params, pin_gradients=self.pin_cpu_grads
                     )
@@ -150,7 +150,7 @@ def _split(groups: list[dict], fraction: float) -> Iterator[tuple[dict, list[tor
         yield options, offloaded, staying
 
 
-def _in_buckets(params: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+def in_buckets(params: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     """Neighbours of one dtype, as many as a bucket takes, at least one."""
     bucket, elements = [], 0
     for param in params:
@@ -176,7 +176,7 @@ REPAIRS = (
         threads=("pytorch/pytorch #150517",),
         core_versions="0.16.1 to 0.19.2",
         target=HybridDeviceOptimizer,
-        subclass=_step_in_buckets,
+        subclass=_stepin_buckets,
         is_needed=_copies_tensor_by_tensor,
         while_building=True,
     ),

@@ -21,6 +21,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.bridge.training.cpu_offload import (
     built_once,
     exact_resume,
+    flat_shards,
     flat_step,
     gradient_wait,
     group_order,
@@ -50,6 +51,7 @@ REPAIRS: tuple[Repair, ...] = (
     *group_order.REPAIRS,
     *reshardable_state.REPAIRS,
     *flat_step.REPAIRS,
+    *flat_shards.REPAIRS,
     *built_once.REPAIRS,
 )
 
