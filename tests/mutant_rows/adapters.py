@@ -44,7 +44,7 @@ ADAPTERS = (
     Mutant(
         name="adapters: whole model stored",
         breaks="checkpoints of adapters hold the frozen weights too",
-        file="src/megatron/bridge/training/checkpointing.py",
+        file="src/megatron/bridge/training/stored_state.py",
         text="return weights if cfg.peft is None else apply_peft_adapter_filter_to_state_dict(weights, cfg.peft)",
         replacement="return weights",
         tests=(f"{_LORA}a_checkpoint_holds_only_adapters",),

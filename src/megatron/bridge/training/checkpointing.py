@@ -14,22 +14,17 @@ from typing import Any
 
 import torch
 from megatron.core import mpu
-from megatron.core.num_microbatches_calculator import update_num_microbatches
 
 from megatron.bridge.checkpoint import layout
 from megatron.bridge.checkpoint.model_checkpoint import (
     commit_checkpoint,
     load_model_state_dict,
     load_model_weights,
-    model_sharded_state_dict,
     prepare_save,
     read_in_fp32,
-    wanted_weights,
 )
-from megatron.bridge.checkpoint.safe_pickle import read_blob
 from megatron.bridge.checkpoint.sharded_save import plan_save
 from megatron.bridge.checkpoint.sharded_state import load_sharded
-from megatron.bridge.peft.base import PEFT
 from megatron.bridge.training.background_save import BackgroundSave, finish_background_save
 from megatron.bridge.training.checkpoint_plan import LoadPlan, Source, plan_base, plan_load
 from megatron.bridge.training.config import ConfigContainer
@@ -47,7 +42,15 @@ from megatron.bridge.training.local_checkpoint import (
 )
 from megatron.bridge.training.resumed_schedule import load_optimizer
 from megatron.bridge.training.rng_state import get_rng_state, restore_rng_state
-from megatron.bridge.training.state import GlobalState, TrainState
+from megatron.bridge.training.state import GlobalState
+from megatron.bridge.training.stored_state import (
+    apply_peft_adapter_filter_to_state_dict,
+    read_train_state,
+    restore_train_state,
+    sharding_metadata,
+    state_to_save,
+    weights_to_store,
+)
 from megatron.bridge.utils.distributed import barrier, is_rank_0, on_all_ranks
 
 __all__ = [
@@ -62,8 +65,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-CHECKPOINT_VERSION = 3.0
 
 
 def init_checkpointing_context(cfg: ConfigContainer) -> dict[str, Any]:
@@ -112,8 +113,8 @@ def save_checkpoint(
     state.train_state.floating_point_operations_so_far = num_floating_point_operations_so_far
     step = state.train_state.step
     is_local = non_persistent_ckpt and cfg.checkpoint.non_persistent_ckpt_type == "local"
-    metadata = _sharding_metadata(cfg, is_local=is_local)
-    content = _state_to_save(cfg, model, optimizer, opt_param_scheduler, step, metadata=metadata)
+    metadata = sharding_metadata(cfg, is_local=is_local)
+    content = state_to_save(cfg, model, optimizer, opt_param_scheduler, step, metadata=metadata)
     if is_local:
         return save_local(
             context,
@@ -158,7 +159,7 @@ def _save_iteration(
     save = plan_save(
         content,
         unfinished,
-        content_metadata=_sharding_metadata(cfg),
+        content_metadata=sharding_metadata(cfg),
         parallel_group=mpu.get_data_parallel_group(with_context_parallel=True)
         if cfg.checkpoint.fully_parallel_save
         else None,
@@ -281,8 +282,8 @@ def load_checkpoint(
     if optimizer is not None:
         _bring_masters_in_line(state.cfg, optimizer, restored=plan.optimizer, loaded=loaded)
     if plan.train_state:
-        _restore_train_state(
-            state, loaded["train_state"] if plan.source is Source.LOCAL else _read_train_state(plan.path)
+        restore_train_state(
+            state, loaded["train_state"] if plan.source is Source.LOCAL else read_train_state(plan.path)
         )
     barrier()
     logger.info("loaded in %.1f s", time.monotonic() - started)
@@ -323,22 +324,6 @@ def load_base_weights(cfg: ConfigContainer, model: list[Any]) -> None:
         load_model_weights(model, plan.path, **options)
 
 
-def apply_peft_adapter_filter_to_state_dict(state_dict: dict[str, Any], peft: PEFT) -> dict[str, Any]:
-    """A model's sharded state, by chunk key, without what is frozen.
-
-    Args:
-        state_dict: From `model_sharded_state_dict`.
-        peft: Has been called with the model.
-    """
-    return wanted_weights(state_dict, peft.adapter_key_filter)
-
-
-def _weights_to_store(cfg: ConfigContainer, model: list[Any], metadata: dict[str, Any]) -> dict[str, Any]:
-    """The part of a model's sharded state that this run's checkpoints hold: all of it, or its adapters."""
-    weights = model_sharded_state_dict(model, metadata)
-    return weights if cfg.peft is None else apply_peft_adapter_filter_to_state_dict(weights, cfg.peft)
-
-
 def _load_hf_weights(model: list[Any], path: Path) -> None:
     from megatron.bridge.models.conversion.auto_bridge import AutoBridge
 
@@ -356,9 +341,9 @@ def _load_megatron(
     context: dict[str, Any],
 ) -> dict[str, Any]:
     """Read the planned parts of a Megatron checkpoint and put them in place; returns what was read."""
-    metadata = _sharding_metadata(cfg, is_local=plan.source is Source.LOCAL)
+    metadata = sharding_metadata(cfg, is_local=plan.source is Source.LOCAL)
     metadata.update((key, plan.content_metadata[key]) for key in metadata.keys() & plan.content_metadata.keys())
-    weights = _weights_to_store(cfg, model, metadata)
+    weights = weights_to_store(cfg, model, metadata)
     if cfg.checkpoint.load_main_params_from_ckpt and not plan.optimizer and plan.source is not Source.LOCAL:
         read_in_fp32(weights)
     template = dict(weights)
@@ -386,52 +371,3 @@ def _load_megatron(
     if plan.rng:
         restore_rng_state(loaded["rng_state"], data_parallel_random_init=cfg.rng.data_parallel_random_init)
     return loaded
-
-
-def _read_train_state(directory: Path) -> dict[str, Any]:
-    path = directory / layout.TRAIN_STATE_FILE
-    with on_all_ranks(f"reading {path}"):
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} is missing: there is no step to resume from; for the weights alone set "
-                "checkpoint.finetune=true, or name the checkpoint in checkpoint.pretrained_checkpoint"
-            )
-        return read_blob(path)
-
-
-def _restore_train_state(state: GlobalState, saved: dict[str, Any]) -> None:
-    """Replace the run's train state by the checkpoint's; a new object each time, so that no two runs share one."""
-    with on_all_ranks("restoring the train state"):
-        train_state = TrainState()
-        train_state.load_state_dict(saved)
-    state.train_state = train_state
-    update_num_microbatches(consumed_samples=train_state.consumed_train_samples, verbose=True)
-
-
-def _state_to_save(
-    cfg: ConfigContainer,
-    model: list[Any],
-    optimizer: Any,
-    opt_param_scheduler: Any,
-    step: int,
-    *,
-    metadata: dict[str, Any],
-) -> dict[str, Any]:
-    weights = _weights_to_store(cfg, model, metadata)
-    content: dict[str, Any] = {"checkpoint_version": CHECKPOINT_VERSION, "iteration": step, **weights}
-    if cfg.checkpoint.save_optim and optimizer is not None:
-        content["optimizer"] = optimizer.sharded_state_dict(weights, metadata=metadata)
-        if opt_param_scheduler is not None:
-            content["opt_param_scheduler"] = opt_param_scheduler.state_dict()
-    if cfg.checkpoint.save_rng:
-        content["rng_state"] = get_rng_state(cfg.rng.data_parallel_random_init)
-    return content
-
-
-def _sharding_metadata(cfg: ConfigContainer, *, is_local: bool = False) -> dict[str, Any]:
-    """How Core shards the state, stored with the checkpoint as `content_metadata`. Local checkpoints never reshard."""
-    metadata: dict[str, Any] = {"chained_optim_avoid_prefix": True, "singleton_local_shards": False}
-    if cfg.ddp.use_distributed_optimizer:
-        fully = cfg.checkpoint.dist_ckpt_optim_fully_reshardable and not is_local
-        metadata["distrib_optim_sharding_type"] = "fully_reshardable" if fully else "dp_reshardable"
-    return metadata
