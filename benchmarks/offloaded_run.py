@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.figures import Figure, ratios, run
 from benchmarks.packing import Clock
-from benchmarks.training_step import HEADS, UNCOUNTED, config
+from benchmarks.training_step import UNCOUNTED, config, model_shape
 from megatron.bridge.training.cpu_offload import install
 from megatron.bridge.training.gpt_step import forward_step
 from megatron.bridge.training.pretrain import pretrain
@@ -66,15 +66,8 @@ def measure(arguments: argparse.Namespace) -> list[Figure]:
 
 def _run(arguments: argparse.Namespace, fraction: float, whose: str) -> tuple[float, int]:
     """Seconds of a step, and the peak of the device's memory in bytes (0 where it is simulated)."""
-    hidden, clock, ours = arguments.hidden_size, Clock(), install.REPAIRS
-    shape = {
-        "num_layers": arguments.num_layers,
-        "hidden_size": hidden,
-        "ffn_hidden_size": 4 * hidden,
-        "num_attention_heads": HEADS,
-        "num_query_groups": HEADS,
-        "kv_channels": hidden // HEADS,
-    }
+    clock, ours = Clock(), install.REPAIRS
+    shape = model_shape(arguments.hidden_size, num_layers=arguments.num_layers)
     steps = arguments.steps + UNCOUNTED
     with tempfile.TemporaryDirectory() as directory:
         cfg = config(shape, arguments.seq_length, steps, Path(directory), micro_batches=arguments.micro_batches)

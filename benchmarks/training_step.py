@@ -221,14 +221,7 @@ def measure(arguments: argparse.Namespace) -> list[Figure]:
 
 
 def _turns(hidden_size: int, seq_length: int, steps: int) -> Turns:
-    shape = {
-        "num_layers": 4,
-        "hidden_size": hidden_size,
-        "ffn_hidden_size": 4 * hidden_size,
-        "num_attention_heads": HEADS,
-        "num_query_groups": HEADS,
-        "kv_channels": hidden_size // HEADS,
-    }
+    shape = model_shape(hidden_size)
     turns = Turns(shape)
 
     def watched(state, data_iterator, model):
@@ -240,6 +233,18 @@ def _turns(hidden_size: int, seq_length: int, steps: int) -> Turns:
         pretrain(cfg, watched, callbacks=[turns])
     turns.ours, turns.bare = turns.ours[UNCOUNTED:], turns.bare[UNCOUNTED:]
     return turns
+
+
+def model_shape(hidden_size: int, *, num_layers: int = 4) -> dict[str, int]:
+    """The fields of a model's configuration that say its size."""
+    return {
+        "num_layers": num_layers,
+        "hidden_size": hidden_size,
+        "ffn_hidden_size": 4 * hidden_size,
+        "num_attention_heads": HEADS,
+        "num_query_groups": HEADS,
+        "kv_channels": hidden_size // HEADS,
+    }
 
 
 def config(
