@@ -3,6 +3,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,6 +111,21 @@ def test_values_that_are_no_numbers_are_named(llama, changed, value):
 
     error, _ = run_on_ranks(load_on_rank, 1, llama, changed(spoil))[0]
     assert "model.safetensors: 'model.layers.2.self_attn.k_proj.weight' holds NaN or infinite values" in error
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("value", [float("nan"), -float("nan"), float("inf"), -float("inf")])
+def test_the_last_value_of_an_odd_number_is_looked_at(dtype, value):
+    from megatron.bridge.models.conversion import load
+
+    largest = torch.finfo(dtype).max
+    for values in (torch.full((3, 131071), largest, dtype=dtype), torch.full((7,), -largest, dtype=dtype)):
+        target = torch.zeros_like(values)
+        load._copy_checked(target, values, "w", Path("a.safetensors"))
+        assert torch.equal(target, values)
+        values.view(-1)[-1] = value
+        with pytest.raises(ValueError, match="a.safetensors: 'w' holds NaN or infinite values"):
+            load._copy_checked(target, values, "w", Path("a.safetensors"))
 
 
 def test_vocabulary_larger_than_the_embedding_is_refused(llama):

@@ -46,13 +46,13 @@ class HFWeights:
                     f"{single} is missing, and so is {INDEX_FILE}: expected a Hugging Face model saved as safetensors"
                 )
             return dict.fromkeys(self._open(single).keys(), single)
-        files = {name: self.directory / file for name, file in _read_index(index).items()}
-        for path in sorted(set(files.values())):
-            held = set(self._open(path).keys())
-            absent = [name for name, file in files.items() if file == path and name not in held]
-            if absent:
-                raise ValueError(f"{path} holds no {absent[0]!r}, which {index} puts there: download the file again")
-        return files
+        file_of = _read_index(index)
+        paths = {file: self.directory / file for file in sorted(set(file_of.values()))}
+        held = {file: set(self._open(path).keys()) for file, path in paths.items()}
+        for name, file in file_of.items():
+            if name not in held[file]:
+                raise ValueError(f"{paths[file]} holds no {name!r}, which {index} puts there: download the file again")
+        return {name: paths[file] for name, file in file_of.items()}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor."""
@@ -63,11 +63,9 @@ class HFWeights:
         return self._slice(name).get_dtype()
 
     def read(self, name: str, dim: int | None = None, start: int = 0, length: int = 0) -> torch.Tensor:
-        """Read a tensor, or the part `[start, start + length)` of it along axis `dim`, to the host."""
-        whole = self._slice(name)
-        if dim is None:
-            return whole[...]
-        return whole[(slice(None),) * dim + (slice(start, start + length),)]
+        """A tensor on the host, or its part `[start, start + length)` along axis `dim`: a view of the mapped file."""
+        whole = self._open(self.files[name]).get_tensor(name)  # reads nothing yet, and costs less than get_slice
+        return whole if dim is None else whole.narrow(dim, start, length)
 
     def close(self, path: Path) -> None:
         """Give back what is mapped of a file, apart from tensors still in use; reading from it again opens it."""

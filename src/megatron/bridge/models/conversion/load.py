@@ -27,7 +27,7 @@ from megatron.bridge.utils.distributed import is_rank_0, on_all_ranks
 
 logger = logging.getLogger(__name__)
 
-_BLOCK_BYTES = 1 << 20
+_BLOCK_BYTES = 1 << 19
 _SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -98,7 +98,7 @@ def _copy_checked(target: torch.Tensor, found: torch.Tensor, name: str, path: Pa
     Raises:
         ValueError: A value is NaN or infinite, or too large for the slice's dtype.
     """
-    rows = max(1, _BLOCK_BYTES * len(target) // max(1, target.nbytes))
+    rows = max(1, _BLOCK_BYTES * target.shape[0] // max(1, target.nbytes))
     for block, read in zip(target.split(rows), found.split(rows), strict=True):
         block.copy_(read)
         if not is_finite(block):
