@@ -73,7 +73,7 @@ def measure(arguments: argparse.Namespace) -> list[Figure]:
                     ratios(seconds["ours"], seconds["map"]),
                     at_most=1.0,
                     note=f"{work.samples.report.tokens} tokens; one process each, its tokenizer on all threads; ours "
-                    "checks each row and marks its learned tokens one by one, which tells where samples are short",
+                    "checks each row",
                 )
             )
             work.check()

@@ -8,16 +8,16 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
 
-from megatron.bridge.data.formats import RenderedSample, SampleFormat, Span
+from megatron.bridge.data.formats import RenderedSample, SampleFormat
 from megatron.bridge.data.sft_options import SFTOptions
 from megatron.bridge.data.sources import Row
-from megatron.bridge.data.tokenizer import Offsets, Tokenizer
+from megatron.bridge.data.tokenizer import Tokenizer
 
 ROWS_PER_BATCH = 1000
 
@@ -65,8 +65,8 @@ class SampleEncoder:
                 raise ValueError(
                     f"dataset.dataset_kwargs.{name}=true, but tokenizer {tokenizer.name} has no such token"
                 )
-        self.prefix = [tokenizer.bos_id] if sample_format.adds_bos else []
-        self.suffix = [tokenizer.eos_id] if sample_format.adds_eos else []
+        self.prefix = np.array([tokenizer.bos_id] if sample_format.adds_bos else [], dtype=np.int32)
+        self.suffix = np.array([tokenizer.eos_id] if sample_format.adds_eos else [], dtype=np.int32)
 
     def encode_rows(self, rows: list[Row], where: str) -> list[Encoded]:
         """Returns the tokenised sample of each row.
@@ -105,37 +105,70 @@ class SampleEncoder:
     def encode(self, rendered: list[RenderedSample | None]) -> list[TokenisedSample | None]:
         """Returns the tokens of each sample, None where nothing is learned."""
         present = [sample for sample in rendered if sample is not None]
-        encoded = iter(self.tokenizer.encode_batch([sample.text for sample in present]) if present else [])
-        return [None if sample is None else self._fit(sample, *next(encoded)) for sample in rendered]
+        encoded = self.tokenizer.encode_batch([sample.text for sample in present]) if present else []
+        # Laid end to end, as numpy takes longer to begin than a short sample takes.
+        bounds = np.cumsum([0, *(len(ids) for ids, _ in encoded)])
+        ids = np.fromiter(chain.from_iterable(ids for ids, _ in encoded), dtype=np.int32, count=bounds[-1])
+        numbers = chain.from_iterable(chain.from_iterable(offsets for _, offsets in encoded))
+        spans = np.fromiter(numbers, dtype=np.int64, count=2 * bounds[-1]).reshape(-1, 2)
+        learned = self._learned_tokens(present, ids, spans, bounds)
+        parts = (slice(*pair) for pair in pairwise(bounds.tolist()))
+        fitted = (
+            self._fit(sample, ids[part], spans[part], learned[part])
+            for sample, part in zip(present, parts, strict=True)
+        )
+        return [None if sample is None else next(fitted) for sample in rendered]
 
-    def _fit(self, sample: RenderedSample, ids: list[int], offsets: Offsets) -> TokenisedSample | None:
-        """Applies masks, BOS and EOS and the length limit to one sample."""
-        spans = np.fromiter(chain.from_iterable(offsets), dtype=np.int64, count=2 * len(offsets)).reshape(-1, 2)
-        learned = self._learned_tokens(sample, ids, spans)
+    def _fit(
+        self, sample: RenderedSample, ids: np.ndarray, spans: np.ndarray, learned: np.ndarray
+    ) -> TokenisedSample | None:
+        """Applies BOS and EOS and the length limit to one sample."""
         excess = len(self.prefix) + len(ids) + len(self.suffix) - self.max_tokens
         truncated = excess > 0
         if truncated:
             keep = self._shorten(sample, spans, excess)
-            ids, learned = np.asarray(ids)[keep].tolist(), learned[keep]
-        tokens = np.array([*self.prefix, *ids, *self.suffix], dtype=np.int32)
-        marks = np.zeros(len(tokens), dtype=bool)
-        marks[len(self.prefix) : len(self.prefix) + len(ids)] = learned
-        marks[len(self.prefix) + len(ids) :] = True
-        tokens, marks = tokens[: self.max_tokens], marks[: self.max_tokens]
+            ids, learned = ids[keep], learned[keep]
+        tokens = np.concatenate([self.prefix, ids, self.suffix])[: self.max_tokens]
+        unlearned, end = np.zeros(len(self.prefix), dtype=bool), np.ones(len(self.suffix), dtype=bool)
+        marks = np.concatenate([unlearned, learned, end])[: self.max_tokens]
         return TokenisedSample(tokens, marks, truncated) if marks[1:].any() else None
 
-    def _learned_tokens(self, sample: RenderedSample, ids: list[int], spans: np.ndarray) -> np.ndarray:
-        """Marks the tokens that stand for learned characters, each turn up to its end token."""
-        learned = np.zeros(len(ids), dtype=bool)
-        for span in sample.learned:
-            chosen = _tokens_in(spans, span)
-            # "<|im_end|>\n": generation stops at the end token, so the line break after it is not learned.
-            last = len(chosen)
-            while last > 1 and sample.text[slice(*spans[chosen[last - 1]])].isspace():
-                last -= 1
-            if last and ids[chosen[last - 1]] in self.special_ids:
-                chosen = chosen[:last]
-            learned[chosen] = True
+    def _learned_tokens(
+        self, samples: list[RenderedSample], ids: np.ndarray, spans: np.ndarray, bounds: np.ndarray
+    ) -> np.ndarray:
+        """Marks the tokens that stand for at least one learned character, each turn up to its end token.
+
+        A token across a learned span's start counts: its last characters would otherwise never be learned. A token of
+        no characters counts where it stands.
+
+        Args:
+            samples: N of them.
+            ids: Of all their tokens, int32 [T].
+            spans: First character and end of each token in its sample's text, int64 [T, 2].
+            bounds: Where each sample's tokens begin, and T, int64 [N + 1].
+        """
+        # Characters are counted through all texts, with a place after each for a token of no characters.
+        texts = np.cumsum([0, *(len(sample.text) + 1 for sample in samples)])
+        shifts = np.repeat(texts[:-1], np.diff(bounds))
+        starts = spans[:, 0] + shifts
+        ends = np.maximum(spans[:, 1] + shifts, starts + 1)
+        in_texts = zip(texts[:-1].tolist(), samples, strict=True)
+        wanted = [(text + start, text + end) for text, sample in in_texts for start, end in sample.learned]
+        wanted = np.array([*wanted, (texts[-1] + 1, texts[-1] + 1)])  # and one behind all tokens
+        # Learned spans stand in order and apart: of those that end after a token's start, the first begins first.
+        span = np.searchsorted(wanted[:, 1], starts, side="right")
+        learned = wanted[span, 0] < ends
+        marked = np.flatnonzero(learned)
+        lasts = marked[np.diff(span[marked], append=-1) != 0]
+        # "<|im_end|>\n": generation stops at the end token, so the line break after it is not learned.
+        owners = np.searchsorted(bounds, lasts, side="right") - 1
+        for last, owner in zip(lasts.tolist(), owners.tolist(), strict=True):
+            text, end = samples[owner].text, last
+            while text[slice(*spans[end])].isspace() and end > 0 and learned[end - 1] and span[end - 1] == span[last]:
+                end -= 1
+            if end < last and ids[end] in self.special_ids:
+                cut = slice(end + 1, last + 1)
+                learned[cut] = ends[cut] > wanted[span[last] + 1, 0]  # in the next span, too
         return learned
 
     def _shorten(self, sample: RenderedSample, spans: np.ndarray, excess: int) -> np.ndarray:
@@ -147,16 +180,6 @@ class SampleEncoder:
             keep[cut] = False
             excess -= len(cut)
         return keep
-
-
-def _tokens_in(spans: np.ndarray, span: Span) -> np.ndarray:
-    """Returns the indices of the tokens that stand for at least one character of `span`.
-
-    A token across the span's start counts: its last characters would otherwise never be learned. A token of no
-    characters counts where it stands.
-    """
-    ends = np.maximum(spans[:, 1], spans[:, 0] + 1)
-    return np.flatnonzero((ends > span[0]) & (spans[:, 0] < span[1]))
 
 
 def encode_all(
