@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""What the server that ranks are forked from imports, so that none of them has to."""
+"""What the servers import that the ranks of tests and of the soak are forked from, so that no rank has to."""
 
 import gc
 

@@ -140,7 +140,7 @@ class Run:
 def context() -> Any:
     """Ranks are forked from a server that has imported what they need."""
     found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(["tests.soak_rank"])
+    found.set_forkserver_preload(["tests.preloaded"])
     return found
 
 
