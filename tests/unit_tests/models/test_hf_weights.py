@@ -30,8 +30,6 @@ def test_what_is_written_is_read(tmp_path, tensors, max_shard_bytes, num_files):
     assert (tmp_path / INDEX_FILE).exists() == (num_files > 1)
     for name, tensor in tensors.items():
         assert torch.equal(weights.read(name), tensor)
-        assert torch.equal(weights.read(name, 0, 2, 3), tensor[2:5])
-        assert torch.equal(weights.read(name, 1, 4, 2), tensor[:, 4:])
         assert (weights.shape(name), weights.dtype(name)) == ((8, 6), "BF16")
     assert {path.stat().st_mode & 0o777 for path in tmp_path.glob("*.safetensors")} == {0o644}
 

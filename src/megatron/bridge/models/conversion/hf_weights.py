@@ -62,10 +62,9 @@ class HFWeights:
         """The dtype of a tensor as safetensors names it: `BF16`, `F16`, `F32`, …"""
         return self._slice(name).get_dtype()
 
-    def read(self, name: str, dim: int | None = None, start: int = 0, length: int = 0) -> torch.Tensor:
-        """A tensor on the host, or its part `[start, start + length)` along axis `dim`: a view of the mapped file."""
-        whole = self._open(self.files[name]).get_tensor(name)  # reads nothing yet, and costs less than get_slice
-        return whole if dim is None else whole.narrow(dim, start, length)
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor on the host, a view of the mapped file: what of it is looked at is read."""
+        return self._open(self.files[name]).get_tensor(name)
 
     def close(self, path: Path) -> None:
         """Give back what is mapped of a file, apart from tensors still in use; reading from it again opens it."""

@@ -82,13 +82,14 @@ def _copy_into(task: ConversionTask, config: TransformerConfig, weights: HFWeigh
     else:
         length = task.parameter.shape[dim]
         parts = shard(segments, tensor_parallel_group(task.place.mapping).rank() * length, length)
+    mapped = {name: weights.read(name) for name in task.hf_names}
     with torch.no_grad():
         for offset, segment in parts:
             target = task.parameter.narrow(dim or 0, offset, segment.length)
             if segment.hf_name is None:
                 target.zero_()
             else:
-                found = weights.read(segment.hf_name, dim or 0, segment.start, segment.length)
+                found = mapped[segment.hf_name].narrow(dim or 0, segment.start, segment.length)
                 _copy_checked(target, found, segment.hf_name, weights.files[segment.hf_name])
 
 

@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -75,7 +75,6 @@ class WeightPlace:
         return [(name, math.prod(shape) * itemsize) for name, shape in self.hf_shapes(config).items()]
 
 
-@runtime_checkable
 class AdaptedLayer(Protocol):
     """A layer with an adapter, whose parameters are named `<layer>.adapter.<parameter>`."""
 
@@ -147,7 +146,9 @@ def local_tasks(chunks: Sequence[MegatronModule], family: ModelFamily) -> list[l
     tasks = []
     for chunk in map(unwrap_model, chunks):
         chunk_tasks = []
-        for name, parameter in chunk.named_parameters():
+        parameters = dict(chunk.named_parameters())
+        adapted = {name.partition(".adapter.")[0] for name in parameters if ".adapter." in name}
+        for name, parameter in parameters.items():
             if ".adapter." in name:
                 continue
             is_copy = config.share_embeddings_and_output_weights and name == _OUTPUT
@@ -162,9 +163,9 @@ def local_tasks(chunks: Sequence[MegatronModule], family: ModelFamily) -> list[l
                 )
             mapping = table[template].at_layer(layer, expert)
             place = WeightPlace(mapping, tuple(parameter.shape), parameter.dtype, dist.get_rank(), is_copy)
-            owner = chunk.get_submodule(name.rpartition(".")[0])
-            has_adapter = name.endswith(".weight") and isinstance(owner, AdaptedLayer)
-            chunk_tasks.append(ConversionTask(place, parameter, owner if has_adapter else None))
+            owner, _, kind = name.rpartition(".")
+            layer_adapted = chunk.get_submodule(owner) if kind == "weight" and owner in adapted else None
+            chunk_tasks.append(ConversionTask(place, parameter, layer_adapted))
         tasks.append(chunk_tasks)
     return tasks
 

@@ -7,9 +7,9 @@ The others follow in the kernel's list of tensors.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, pairwise, repeat
-from operator import attrgetter, is_, is_not
+from operator import attrgetter, is_, is_not, itemgetter
 from typing import Any
 
 import torch
@@ -24,6 +24,14 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def fits_in_a_run(param: torch.Tensor) -> bool:
     """Whether it can be stepped on as one with its neighbours."""
     return param.numel() % ALIGNMENT == 0
+
+
+def hold(states: Iterable[State], name: str, tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether each dict has its tensor under that name."""
+    try:
+        return all(map(is_, map(itemgetter(name), states), tensors))
+    except KeyError:
+        return False
 
 
 class Bucket:
@@ -128,7 +136,7 @@ class Bucket:
             Whether that could be done: each dict holds moments and a counter.
         """
         for name, slab in self._state.items():
-            if all(map(is_, [state.get(name) for state in states], slab.tensors)):
+            if hold(states, name, slab.tensors):
                 continue
             for state, place in zip(states, slab.tensors, strict=True):
                 tensor = state.get(name)
@@ -146,7 +154,7 @@ class Bucket:
 
     def counters_agree(self) -> bool:
         """Whether what is stepped on as one is at the same step; to ask once all state is in place."""
-        counters = self._counters_of_run()
+        counters = self._counters_of_run
         return bool((counters == counters[:1]).all())
 
     @torch.no_grad()
@@ -155,7 +163,12 @@ class Bucket:
 
         It moves the counters on that it is given, one for each run; the others of a run are moved on here.
         """
-        self._counters_of_run()[1:] += 1
+        self._counters_of_run[1:] += 1
+        return {name: list(tensors) for name, tensors in self._stepped_on.items()}
+
+    @functools.cached_property
+    def _stepped_on(self) -> dict[str, list[torch.Tensor]]:
+        """By kind: the run as one tensor, and the others."""
         slabs = {"master": self._masters, "gradient": self._gradients, **self._state}
         lists = {name: slab.tensors[self._in_run :] for name, slab in slabs.items()}
         if self._in_run:
@@ -163,6 +176,7 @@ class Bucket:
                 lists[name].insert(0, slab.tensors[0] if name == "step" else slab.run(0, self._in_run))
         return lists
 
+    @functools.cached_property
     def _counters_of_run(self) -> torch.Tensor:
         return self._state["step"].run(0, self._in_run)
 
@@ -234,9 +248,10 @@ def _gradients_of(params: list[torch.Tensor]) -> list[torch.Tensor | None]:
     try:
         return list(map(attrgetter("decoupled_grad"), params))
     except AttributeError:
-        if not any([hasattr(param, "decoupled_grad") for param in params]):
-            return list(map(attrgetter("grad"), params))
-        return [getattr(param, "decoupled_grad", param.grad) for param in params]
+        gradients = list(map(attrgetter("grad"), params))
+    if all(map(is_not, gradients, repeat(None))):
+        return gradients
+    return [getattr(param, "decoupled_grad", param.grad) for param in params]
 
 
 def _breaks(tensors: list[torch.Tensor]) -> Iterator[int]:

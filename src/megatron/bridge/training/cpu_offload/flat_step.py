@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
-from megatron.bridge.training.cpu_offload.flat_adam import Bucket, FlatAdam
+from megatron.bridge.training.cpu_offload.flat_adam import Bucket, FlatAdam, hold
 from megatron.bridge.training.cpu_offload.repair import Repair, ToBuild, source_of
 from megatron.bridge.utils import device
 
@@ -120,9 +120,7 @@ def _stepin_buckets(base: type) -> type:
                 len(self._synced) == len(states) + 1
                 and all(map(is_, self._synced, [self.state, *states]))
                 and len(self.state) == sum(map(len, states))
-                and all(
-                    all(map(is_, [found.get("master_param") for found in state.values()], state)) for state in states
-                )
+                and all(hold(state.values(), "master_param", state) for state in states)
             )
 
         def _sync_hdo_state_to_sub_optimizers(self) -> None:
