@@ -73,7 +73,7 @@ THE_FLAT_STEP = (
     _flat(
         "counters of the run",
         "all but its first parameter stay at step 0",
-        "        self._counters_of_run[1:] += 1\n",
+        "        self._counters_of_run()[1:] += 1\n",
         "",
     ),
     _flat(

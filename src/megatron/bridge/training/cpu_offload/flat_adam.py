@@ -154,7 +154,7 @@ class Bucket:
 
     def counters_agree(self) -> bool:
         """Whether what is stepped on as one is at the same step; to ask once all state is in place."""
-        counters = self._counters_of_run
+        counters = self._counters_of_run()
         return bool((counters == counters[:1]).all())
 
     @torch.no_grad()
@@ -163,12 +163,7 @@ class Bucket:
 
         It moves the counters on that it is given, one for each run; the others of a run are moved on here.
         """
-        self._counters_of_run[1:] += 1
-        return {name: list(tensors) for name, tensors in self._stepped_on.items()}
-
-    @functools.cached_property
-    def _stepped_on(self) -> dict[str, list[torch.Tensor]]:
-        """By kind: the run as one tensor, and the others."""
+        self._counters_of_run()[1:] += 1
         slabs = {"master": self._masters, "gradient": self._gradients, **self._state}
         lists = {name: slab.tensors[self._in_run :] for name, slab in slabs.items()}
         if self._in_run:
@@ -176,7 +171,6 @@ class Bucket:
                 lists[name].insert(0, slab.tensors[0] if name == "step" else slab.run(0, self._in_run))
         return lists
 
-    @functools.cached_property
     def _counters_of_run(self) -> torch.Tensor:
         return self._state["step"].run(0, self._in_run)
 
