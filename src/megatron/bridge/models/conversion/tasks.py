@@ -164,8 +164,8 @@ def local_tasks(chunks: Sequence[MegatronModule], family: ModelFamily) -> list[l
             mapping = table[template].at_layer(layer, expert)
             place = WeightPlace(mapping, tuple(parameter.shape), parameter.dtype, dist.get_rank(), is_copy)
             owner, _, kind = name.rpartition(".")
-            layer_adapted = chunk.get_submodule(owner) if kind == "weight" and owner in adapted else None
-            chunk_tasks.append(ConversionTask(place, parameter, layer_adapted))
+            adapted_layer = chunk.get_submodule(owner) if kind == "weight" and owner in adapted else None
+            chunk_tasks.append(ConversionTask(place, parameter, adapted_layer))
         tasks.append(chunk_tasks)
     return tasks
 

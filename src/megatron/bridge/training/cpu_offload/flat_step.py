@@ -23,7 +23,7 @@ BUCKET_ELEMENTS = 1 << 23
 """32 MB of FP32: a copy of some milliseconds, which overlaps with the step of the bucket before."""
 
 
-def _stepin_buckets(base: type) -> type:
+def _step_in_buckets(base: type) -> type:
     """Overrides of `HybridDeviceOptimizer`."""
 
     class StepInBuckets(base):
@@ -174,7 +174,7 @@ REPAIRS = (
         threads=("pytorch/pytorch #150517",),
         core_versions="0.16.1 to 0.19.2",
         target=HybridDeviceOptimizer,
-        subclass=_stepin_buckets,
+        subclass=_step_in_buckets,
         is_needed=_copies_tensor_by_tensor,
         while_building=True,
     ),
