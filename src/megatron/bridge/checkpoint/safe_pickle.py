@@ -29,18 +29,28 @@ from torch.distributed.checkpoint import filesystem as dcp_filesystem
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint import planner as dcp_planner
 
+from megatron.bridge.checkpoint.stand_ins import (
+    Enumeration,
+    ForeignNameError,
+    InertMember,
+    InertValue,
+    MemberLookup,
+    inert,
+)
 from megatron.bridge.utils.bombs import check_archive, check_expansion
 from megatron.bridge.utils.files import is_below
 
 _multiarray = getattr(np, "_core", None) or np.core  # numpy 2 renamed it
 
-PLAIN_DATA: dict[str, Callable[..., Any]] = {
+PLAIN_DATA: dict[str, Any] = {
     "argparse.Namespace": argparse.Namespace,
     "types.SimpleNamespace": types.SimpleNamespace,
     "pathlib.PosixPath": pathlib.PosixPath,
     "pathlib._local.PosixPath": pathlib.PosixPath,
     "_io.BytesIO": io.BytesIO,
-    "signal.Signals": signal.Signals,
+    "signal.Signals": Enumeration(signal.Signals),
+    **{f"signal.{name}": member for name, member in signal.Signals.__members__.items()},
+    "builtins.getattr": MemberLookup(),
     "builtins.slice": slice,
     "torch._C.Generator": torch.Generator,
     "numpy.ndarray": np.ndarray,
@@ -65,7 +75,7 @@ OPTIMIZER_CLASSES = (
 )
 """What `HybridDeviceOptimizer` leaves in its param groups as `cpu_optimizer_cls` and `gpu_optimizer_cls`."""
 
-MEGATRON_CLASSES = (
+MEGATRON_ENUMERATIONS = (
     *(f"megatron.core.enums.{name}" for name in ("ModelType", "Fp4Recipe", "Fp8Recipe")),
     *(
         f"megatron.core.transformer.enums.{name}"
@@ -75,38 +85,23 @@ MEGATRON_CLASSES = (
         )
     ),
     *(f"megatron.core.rerun_state_machine.{name}" for name in ("RerunDiagnostic", "RerunMode", "RerunState")),
+)
+MEGATRON_CLASSES = (
+    *MEGATRON_ENUMERATIONS,
     "megatron.core.optimizer.optimizer_config.OptimizerConfig",
     "megatron.core.transformer.pipeline_parallel_layer_layout.PipelineParallelLayerLayout",
 )
 """Enumerations and records among the arguments that Megatron-LM stores, and in the state of its rerun machine."""
 
 
-class InertValue:
-    """Stands for an object whose class is known by name only: its arguments and state, and no behaviour."""
-
-    def __init__(self, *arguments: Any) -> None:
-        self.arguments = arguments
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}{getattr(self, 'arguments', ())}"
-
-
-def _inert(full_name: str, base: type) -> type:
-    module, _, name = full_name.rpartition(".")
-    return type(name, (base,), {"__module__": module})
-
-
 class _OptimizerClass(InertValue):
     """Base of what stands for an optimizer's class."""
 
 
-_KNOWN: dict[str, Callable[..., Any]] = {
+_KNOWN: dict[str, Any] = {
     **PLAIN_DATA,
-    **{name: _inert(name, _OptimizerClass) for name in OPTIMIZER_CLASSES},
-    **{name: _inert(name, InertValue) for name in MEGATRON_CLASSES},
+    **{name: inert(name, _OptimizerClass) for name in OPTIMIZER_CLASSES},
+    **{name: inert(name, InertMember if name in MEGATRON_ENUMERATIONS else InertValue) for name in MEGATRON_CLASSES},
 }
 
 _OF_DCP = {
@@ -114,13 +109,16 @@ _OF_DCP = {
         (dcp_metadata.__name__, name): getattr(dcp_metadata, name)
         for name in (
             *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
-            *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+            *("TensorProperties", "TensorStorageMetadata"),
         )
     },
     **{
         (dcp_planner.__name__, name): getattr(dcp_planner, name)
-        for name in ("BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")
+        for name in ("BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem")
     },
+    (dcp_metadata.__name__, "_MEM_FORMAT_ENCODING"): Enumeration(dcp_metadata._MEM_FORMAT_ENCODING),
+    (dcp_planner.__name__, "WriteItemType"): Enumeration(dcp_planner.WriteItemType),
+    ("builtins", "getattr"): PLAIN_DATA["builtins.getattr"],
     **{(dcp_filesystem.__name__, name): getattr(dcp_filesystem, name) for name in ("_StorageInfo", "_StoragePrefix")},
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
@@ -129,7 +127,7 @@ _OF_DCP = {
     ("pathlib._local", "PosixPath"): pathlib.PosixPath,
     # Core 0.15's; without content.
     **{
-        (module, name): _inert(f"{module}.{name}", InertValue)
+        (module, name): inert(f"{module}.{name}")
         for module in ("megatron.core.dist_checkpointing.strategies.torch",)
         for name in ("MCoreMetadata", "MCoreSavePlan")
     },
@@ -167,6 +165,8 @@ def read_blob(
         check_expansion(content, _num_bytes(source))
     except FileNotFoundError:
         raise
+    except ForeignNameError as error:
+        raise ValueError(_refusal(named, str(error))) from None
     except Exception as error:  # torch raises a different class for each kind of damage
         foreign = re.search(r"GLOBAL (\S+)", str(error))
         if foreign is not None:
@@ -201,7 +201,7 @@ def read_dcp_metadata(path: Path) -> dcp_metadata.Metadata:
         content = _MetadataUnpickler(io.BytesIO(stored)).load()
         if isinstance(content, dcp_metadata.Metadata):
             _check_description(content)
-    except _ForeignNameError as error:
+    except ForeignNameError as error:
         raise ValueError(_refusal(path, str(error))) from None
     except OSError:
         raise
@@ -249,16 +249,12 @@ def _check_description(content: dcp_metadata.Metadata) -> None:
         raise ValueError(f"it holds a {type(content.storage_meta).__name__} where its origin is described")
 
 
-class _ForeignNameError(pickle.UnpicklingError):
-    """A pickle names something that is not in the table."""
-
-
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
             return found
         if (module, name) not in _OF_DCP:
-            raise _ForeignNameError(f"{module}.{name}")
+            raise ForeignNameError(f"{module}.{name}")
         return _OF_DCP[module, name]
 
 
