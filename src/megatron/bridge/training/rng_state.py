@@ -1,7 +1,13 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""The states of all random generators of this rank, as sharded state."""
+"""The states of all random generators of this rank, as sharded state.
 
+The device's, `cuda_rng_state` and `rng_tracker_states`, go together: a checkpoint of another kind of device, a GPU's in
+a run without one or the other way about, has none that this device could take. Then both start anew, on all ranks.
+"""
+
+import logging
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,7 +15,18 @@ import torch
 from megatron.core import mpu, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-from megatron.bridge.utils.device import device_rng_state, set_device_rng_state
+from megatron.bridge.utils.device import RNG_STATE_BYTES, device_rng_state, set_device_rng_state
+from megatron.bridge.utils.distributed import all_gathered, is_rank_0, on_all_ranks
+
+logger = logging.getLogger(__name__)
+
+
+HOST_STATES: dict[str, Callable[[Any], None]] = {
+    "random_rng_state": random.setstate,
+    "np_rng_state": np.random.set_state,
+    "torch_rng_state": torch.set_rng_state,
+}
+"""What puts each of the host's states back."""
 
 
 def get_rng_state(
@@ -58,7 +75,11 @@ def current_states() -> dict[str, Any]:
 
 
 def restore_rng_state(states: list[dict[str, Any]], *, data_parallel_random_init: bool = False) -> None:
-    """Put loaded states into the generators.
+    """Put loaded states into the generators. Collective.
+
+    The device's are all put back, or, where any rank's are another kind of device's, none: what they have from this
+    run's seed stays, one warning says so, and the host's are put back all the same. (A simulated device draws from the
+    host's generator, and so goes on from its state.)
 
     Args:
         states: One entry, or one per data-parallel rank.
@@ -66,8 +87,26 @@ def restore_rng_state(states: list[dict[str, Any]], *, data_parallel_random_init
             is one for each.
 
     Raises:
-        ValueError: There is no entry for this rank.
+        ValueError: There is no entry for this rank, or a state in it is damaged.
+        RuntimeError: So it is on another rank.
     """
+    with on_all_ranks("restoring the random states"):
+        state = _entry_of_this_rank(states, data_parallel_random_init)
+        foreign = _of_another_device(state)
+        _restore_host_states(state)
+    foreign = next(filter(None, all_gathered(foreign)), None)
+    if foreign is None:
+        with on_all_ranks("restoring the device's random states"):
+            _restore_device_states(state)
+    elif is_rank_0():
+        logger.warning(
+            "random states: the device's generator and tracker, which dropout draws from, start anew from rng.seed: "
+            "%s; all else goes on as saved",
+            foreign,
+        )
+
+
+def _entry_of_this_rank(states: list[dict[str, Any]], data_parallel_random_init: bool) -> dict[str, Any]:
     spreads_experts = mpu.get_expert_model_parallel_world_size() > 1
     is_of_each = spreads_experts and len(states) == mpu.get_data_parallel_world_size()
     index = mpu.get_data_parallel_rank() if data_parallel_random_init or is_of_each else 0
@@ -77,8 +116,66 @@ def restore_rng_state(states: list[dict[str, Any]], *, data_parallel_random_init
             "set checkpoint.load_rng=false, or resume with the same data-parallel size"
         )
     state = states[index]
-    random.setstate(state["random_rng_state"])
-    np.random.set_state(state["np_rng_state"])
-    torch.set_rng_state(state["torch_rng_state"])
-    set_device_rng_state(state["cuda_rng_state"])
+    for name in (*HOST_STATES, "cuda_rng_state", "rng_tracker_states"):
+        if not isinstance(state, dict) or name not in state:
+            raise _damaged(name, "it isn't there")
+    if not isinstance(state["rng_tracker_states"], dict):
+        raise _damaged("rng_tracker_states", f"{type(state['rng_tracker_states']).__name__}, expected a dict")
+    return state
+
+
+def _of_another_device(state: dict[str, Any]) -> str | None:
+    """What is of another kind of device, and of which; None: all fits this one.
+
+    Raises:
+        ValueError: A state is no kind of device's.
+    """
+    own_size = device_rng_state().numel()
+    found = {"cuda_rng_state": state["cuda_rng_state"]}
+    found |= {f"rng_tracker_states[{name!r}]": of_name for name, of_name in state["rng_tracker_states"].items()}
+    sizes = {name: _num_bytes(name, of_name, own_size) for name, of_name in found.items()}
+    others = {name: size for name, size in sizes.items() if size != own_size}
+    if not others:
+        return None
+    name, size = next(iter(others.items()))
+    own_kind = RNG_STATE_BYTES.get(own_size, "of another kind")
+    return f"the checkpoint's {name} has the {size} bytes of {RNG_STATE_BYTES[size]}, and this device is {own_kind}"
+
+
+def _num_bytes(name: str, state: Any, own_size: int) -> int:
+    if isinstance(state, torch.Generator):  # with CUDA graphs Core's tracker holds these
+        state = state.get_state()
+    is_whole = isinstance(state, torch.Tensor) and state.dtype == torch.uint8 and state.dim() == 1
+    if not is_whole or state.numel() not in (own_size, *RNG_STATE_BYTES):
+        found = (
+            f"{state.dtype} of shape {tuple(state.shape)}" if isinstance(state, torch.Tensor) else type(state).__name__
+        )
+        raise _damaged(name, f"{found}, expected torch.uint8 of shape ({own_size},)")
+    return state.numel()
+
+
+def _restore_host_states(state: dict[str, Any]) -> None:
+    for name, restore in HOST_STATES.items():
+        _restore(name, restore, state[name])
+
+
+def _restore_device_states(state: dict[str, Any]) -> None:
+    for name, of_name in state["rng_tracker_states"].items():  # Core looks at them when they are used, steps later
+        if isinstance(of_name, torch.Tensor):
+            _restore(f"rng_tracker_states[{name!r}]", set_device_rng_state, of_name)
+    _restore("cuda_rng_state", set_device_rng_state, state["cuda_rng_state"])
     tensor_parallel.get_cuda_rng_tracker().set_states(state["rng_tracker_states"])
+
+
+def _restore(name: str, restore: Callable[[Any], None], state: Any) -> None:
+    try:
+        restore(state)
+    except (RuntimeError, TypeError, ValueError, IndexError, OverflowError) as error:
+        raise _damaged(name, " ".join(str(error).split())) from error
+
+
+def _damaged(name: str, reason: str) -> ValueError:
+    return ValueError(
+        f"the checkpoint's {name} is no random state ({reason}): restore the checkpoint from another copy, or set "
+        "checkpoint.load_rng=false"
+    )

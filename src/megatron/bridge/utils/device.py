@@ -178,6 +178,10 @@ def unlock_pages(address: int) -> None:
         torch.cuda.cudart().cudaHostUnregister(address)
 
 
+RNG_STATE_BYTES = {16: "a GPU", 5056: "a simulated accelerator"}
+"""The size of a device's random state, and the kind of device whose it is: CUDA's generator has a seed and a place."""
+
+
 def device_rng_state() -> torch.Tensor:
     """The state of the device's generator, uint8 on the host; under simulation that of torch's only generator."""
     enter_device()
