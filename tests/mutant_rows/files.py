@@ -5,6 +5,7 @@ from tests.mutant_rows.mutant import Mutant
 
 _BAD_INPUT = "tests/functional_tests/test_bad_input.py::test_"
 _BOMBS = "tests/unit_tests/utils/test_bombs.py::test_"
+_INTERPRETERS = "tests/unit_tests/checkpoint/test_interpreters.py::test_"
 _MANIFEST = "tests/unit_tests/checkpoint/test_manifest.py::test_"
 CHECKPOINT = "src/megatron/bridge/checkpoint/"
 
@@ -72,5 +73,37 @@ THE_FILES = (
         text="        if not is_below(part.relative_path):\n",
         replacement="        if False:\n",
         tests=("tests/unit_tests/checkpoint/test_safe_pickle.py::test_a_description_that_leads_elsewhere",),
+    ),
+    Mutant(
+        name="any attribute by name",
+        breaks="a stranger's pickle reaches what no member is",
+        file=f"{CHECKPOINT}stand_ins.py",
+        text="        if found is None:\n",
+        replacement="        found = getattr(owner, name) if found is None else found\n        if found is None:\n",
+        tests=(f"{_INTERPRETERS}nothing_is_taken_from_anything_else",),
+    ),
+    Mutant(
+        name="any name for a member of an enumeration that isn't here",
+        breaks="a stranger's `mro` counts as a member",
+        file=f"{CHECKPOINT}stand_ins.py",
+        text=" and _can_be_a_members_name(name)",
+        replacement="",
+        tests=(f"{_INTERPRETERS}nothing_but_a_member_is_taken_from_one_of_megatrons",),
+    ),
+    Mutant(
+        name="members of an enumeration by value alone",
+        breaks="what CPython 3.11.2 wrote is refused",
+        file=f"{CHECKPOINT}stand_ins.py",
+        text="                found = owner.named(name)\n",
+        replacement="                pass\n",
+        tests=(f"{_INTERPRETERS}a_description_of_each_interpreter_is_read[3.11.2]",),
+    ),
+    Mutant(
+        name="signals by class alone",
+        breaks="a signal that CPython 3.10 or 3.11.2 stored is refused",
+        file=f"{CHECKPOINT}safe_pickle.py",
+        text='    **{f"signal.{name}": member for name, member in signal.Signals.__members__.items()},\n',
+        replacement="",
+        tests=(f"{_INTERPRETERS}a_blob_of_each_interpreter_is_read[3.10.13]",),
     ),
 )

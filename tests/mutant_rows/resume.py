@@ -7,6 +7,7 @@ INSTALL = "src/megatron/bridge/training/cpu_offload/install.py"
 
 _REPAIRED = "tests/functional_tests/test_repairs.py::test_"
 _DEVICE = "tests/functional_tests/test_device_step.py::test_"
+_RANDOM = "tests/unit_tests/training/test_rng_state.py::test_"
 _COUNTS = f"{_DEVICE}a_device_optimizer_that_counts_in_its_groups_counts_on"
 
 
@@ -30,6 +31,14 @@ THE_REPAIRS = (
     _without("step counter", "step_counter", f"{_COUNTS}[nothing]", f"{_COUNTS}[half]"),
     _without("gradient wait", "gradient_wait", f"{_DEVICE}the_device_steps_when_its_gradients_are_cast"),
     _without("exact resume", "exact_resume", OFFLOADED),
+    Mutant(
+        name="without adam kernel",
+        breaks="Core's defect is back: runs with offload and without step with kernels that round differently",
+        file=INSTALL,
+        text="    *adam_kernel.REPAIRS,  # after what restores the step counter\n",
+        replacement="",
+        tests=(f"{_REPAIRED}adam_steps_with_the_same_kernel_with_offload_and_without",),
+    ),
     _without("one master", "one_master", f"{RESUME}[dense-DP2-bf16-shards-0.0-serial-fully-offload_on]"),
     _without("plain param groups", "plain_param_groups", f"{_REPAIRED}saved_param_groups_are_plain_data"),
     _without(
@@ -135,6 +144,30 @@ THE_RESUME = (
         "if data_parallel_random_init or is_of_each else 0",
         "if data_parallel_random_init else 0",
         EXPERTS,
+    ),
+    _not_restored(
+        "random states of another device",
+        "a run can't be taken from a GPU to a machine without one",
+        "rng_state.py",
+        "for name, size in sizes.items() if size != own_size}",
+        "for name, size in sizes.items() if False}",
+        f"{_RANDOM}the_devices_states_start_anew_together_and_on_all_ranks",
+    ),
+    _not_restored(
+        "the tracker's random states with the generator's",
+        "parts of the device's states are a GPU's, and parts are not",
+        "rng_state.py",
+        """found |= {f"rng_tracker_states[{name!r}]": of_name for name, of_name in state["rng_tracker_states"].items()}""",
+        "",
+        f"{_RANDOM}the_devices_states_start_anew_together_and_on_all_ranks",
+    ),
+    _not_restored(
+        "damaged random states",
+        "they are an error of torch's, a step later",
+        "rng_state.py",
+        "if not is_whole or state.numel() not in (own_size, *RNG_STATE_BYTES):",
+        "if False:",
+        f"{_RANDOM}a_damaged_state_ends_all_ranks_in_a_line_that_names_it",
     ),
     _not_restored(
         "place in the data",
