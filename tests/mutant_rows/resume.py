@@ -157,8 +157,8 @@ THE_RESUME = (
         "the tracker's random states with the generator's",
         "parts of the device's states are a GPU's, and parts are not",
         "rng_state.py",
-        """found |= {f"rng_tracker_states[{name!r}]": of_name for name, of_name in state["rng_tracker_states"].items()}""",
-        "",
+        'for name, of_name in state["rng_tracker_states"].items()}',
+        "for name, of_name in ()}",
         f"{_RANDOM}the_devices_states_start_anew_together_and_on_all_ranks",
     ),
     _not_restored(
