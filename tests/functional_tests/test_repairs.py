@@ -3,9 +3,11 @@
 
 import io
 
+import pytest
 import torch
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
+from megatron.bridge.training.cpu_offload.repair import stepping_optimizers
 from tests.on_ranks import (
     build_training,
     differing,
@@ -196,3 +198,57 @@ def test_shards_cross_in_few_copies(tmp_path):
         assert 1 <= copies <= 2 and parameters > 4 and apart == 0
     for copies, parameters, apart in run_on_ranks(without_repairs, 2, ("flat shards",), _copies_across, tmp_path):
         assert copies == parameters and apart == 0, "each shard crosses by itself"
+
+
+def _kernels_of_adam(directory, offload):
+    """Whether each part steps with torch's fused kernel: as built, and once a load brought the loop's options."""
+    model, optimizer = _offloaded(directory, **offload)
+    take_step(model, optimizer)
+    as_built = [_is_fused(child) for child in optimizer.chained_optimizers]
+    state = optimizer.state_dict()
+    for child_state in state if isinstance(state, list) else [state]:
+        for group in child_state["optimizer"]["param_groups"]:
+            group.update(fused=False, foreach=True)
+    optimizer.load_state_dict(state)
+    take_step(model, optimizer)
+    return as_built + [_is_fused(child) for child in optimizer.chained_optimizers]
+
+
+def _is_fused(child):
+    parts = stepping_optimizers(child.optimizer)
+    return all(group["fused"] and not group["foreach"] for part in parts for group in part.param_groups)
+
+
+@pytest.mark.parametrize(
+    "offload",
+    [{"optimizer_cpu_offload": False}, {}, {"use_precision_aware_optimizer": True}],
+    ids=["no offload", "FP32 shards", "precision-aware"],
+)
+def test_adam_steps_with_the_same_kernel_with_offload_and_without(tmp_path, offload):
+    for fused in run_on_ranks(_kernels_of_adam, 2, tmp_path, offload):
+        assert fused == [True, True]
+
+
+def _fused_in_a_scratch_copy(directory):
+    """Steps of a run without offload beside torch's fused kernel on copies of its masters."""
+    model, optimizer = build_training(tiny_config(directory))[:2]
+    (child,) = optimizer.chained_optimizers
+    masters = [param for group in child.optimizer.param_groups for param in group["params"]]
+    copies = [param.detach().clone() for param in masters]
+    groups = [
+        {**group, "params": [copies.pop(0) for _ in group["params"]], "fused": True}
+        for group in child.optimizer.param_groups
+    ]
+    beside = torch.optim.AdamW(groups)
+    kept = [param for group in groups for param in group["params"]]
+    for seed in range(3):
+        take_step(model, optimizer, seed=seed)
+        for copy, master in zip(kept, masters, strict=True):
+            copy.grad = master.grad.detach().clone()
+        beside.step()
+    return [torch.equal(copy, master) for copy, master in zip(kept, masters, strict=True)]
+
+
+def test_a_run_without_offload_has_the_bits_of_the_fused_kernel(tmp_path):
+    for equal in run_on_ranks(_fused_in_a_scratch_copy, 2, tmp_path):
+        assert equal and all(equal)

@@ -35,7 +35,7 @@ RUNS = {
 }
 """Options of the optimizer and of the model, and whether Core finds an optimizer as Transformer Engine's is."""
 
-ALL = ("load template", "exact resume", "reshardable state")
+ALL = ("load template", "exact resume", "adam kernel", "reshardable state")
 HYBRID = ("no dummy step", "master lookup", "plain param groups", "flat step", "built once")
 IN_EFFECT = {
     "no offload": {*ALL},
@@ -116,6 +116,11 @@ def _masters_apart(self, model_param):
     return {"param": model_param, "master_param": None, "without": "master_param"}
 
 
+def _fused_in_both(config, model_chunks, param_groups):
+    options = dict(fused=True)
+    return options if config.optimizer_cpu_offload else {**options, "params": param_groups, "fused": True}
+
+
 def _waits(self, closure=None):
     self._set_sub_optimizer_grads()
     torch.cuda.current_stream().wait_stream(self._d2h_stream)
@@ -144,6 +149,7 @@ MENDED = {
         staticmethod(_fp32_first),
     ),
     "reshardable state": ("no offload", DistributedOptimizer, "sharded_param_state_fully_reshardable", _nothing),
+    "adam kernel": ("no offload", core_optimizer, "_get_megatron_optimizer_based_on_param_groups", _fused_in_both),
     "flat step": ("offload", HybridDeviceOptimizer, "_get_sub_optimizer_param_groups", _nothing),
     "flat shards": ("offload", DistributedOptimizer, "_build_model_and_main_param_groups", _nothing),
     "built once": ("offload", DistributedOptimizer, "__init__", _nothing),

@@ -9,7 +9,8 @@ parameters by where they live. `install()` lets all of that run unchanged on a l
 * streams and events order nothing (host work is already in order), pinned memory is plain memory.
 
 Not simulated: the error for mixing host and device tensors, a separate generator for the device, device memory limits.
-Both kinds of tensor share storage rules with stock torch, so all arithmetic is the CPU's.
+Both kinds of tensor share storage rules with stock torch, so all arithmetic is the CPU's, but for products of 16-bit
+matrices where it has none for them (`matrix_products.py`).
 """
 
 import contextlib
@@ -21,6 +22,8 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from megatron.bridge.utils import matrix_products
 
 _IS_CUDA = torch.Tensor.is_cuda.__get__  # type: ignore[attr-defined]
 
@@ -256,6 +259,7 @@ def install() -> None:
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
+    matrix_products.install()
     _replace()
     _mode = _SimulatedDevice()
     _mode.__enter__()
@@ -288,7 +292,10 @@ def without_data() -> Iterator[None]:
 
 @contextlib.contextmanager
 def suspended() -> Iterator[None]:
-    """Stock torch inside: for code that must not see a simulated device, such as a Hugging Face model's forward."""
+    """Stock torch inside: for code that must not see a simulated device, such as a Hugging Face model's forward.
+
+    Products of 16-bit matrices stay as they are: they have no side.
+    """
     if _mode is None or not _mode.enabled:
         yield
         return

@@ -19,6 +19,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from megatron.bridge.training.cpu_offload import (
+    adam_kernel,
     built_once,
     exact_resume,
     flat_shards,
@@ -45,6 +46,7 @@ REPAIRS: tuple[Repair, ...] = (
     *step_counter.REPAIRS,
     *gradient_wait.REPAIRS,
     *exact_resume.REPAIRS,
+    *adam_kernel.REPAIRS,  # after what restores the step counter
     *one_master.REPAIRS,
     *plain_param_groups.REPAIRS,
     *native_fp32.REPAIRS,

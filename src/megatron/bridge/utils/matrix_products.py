@@ -1,0 +1,125 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Products of 16-bit matrices in FP32, rounded once, where the CPU has no arithmetic of its own for them.
+
+Without AVX-512 or AMX torch multiplies bf16 matrices 10 to 30 times slower than FP32 ones, and so it does FP16 almost
+everywhere. Here the CPU's kernels of `mm`, `bmm`, `addmm` and `baddbmm`, which every other form ends in (`linear`,
+`matmul`, `einsum`, the backward of each), convert their arguments, multiply in FP32 and round the result. They lie below
+autograd, so its engine runs through them too.
+
+For the simulated accelerator only. Nothing of it is in effect on CUDA.
+"""
+
+import functools
+import itertools
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+SLOW = 3.0
+"""Times as long as FP32. CPUs with 16-bit arithmetic were seen at 0.5, those without at 10 and more: the choice must
+not change between two runs on one machine, or their bits do."""
+
+FORMS = ("mm", "bmm", "addmm", "baddbmm")
+OTHER_OVERLOADS = ("mm.out", "bmm.out", "addmm.out", "baddbmm.out", "addmm_", "baddbmm_")
+
+_library: torch.library.Library | None = None
+
+
+def install() -> None:
+    """Compute the products of slow 16-bit types in FP32 from here on, in this process. Later calls do nothing."""
+    if _library is not None:
+        return
+    slow = {dtype: times for dtype in SIXTEEN_BIT if (times := slowdown(dtype)) > SLOW}
+    if slow:
+        told = ", ".join(f"{str(dtype).removeprefix('torch.')} ({times:.0f}x)" for dtype, times in slow.items())
+        logger.info("matrix products in FP32, rounded once, where this CPU's own are slower than FP32's: %s", told)
+        override(slow)
+
+
+@functools.cache
+def slowdown(dtype: torch.dtype) -> float:
+    """How many times as long as in FP32 this CPU takes for a product, over all layouts of its factors; about 0.1 s."""
+    return _seconds(dtype) / _seconds(torch.float32)
+
+
+def _seconds(dtype: torch.dtype) -> float:
+    total = 0.0
+    for left_is_transposed, right_is_transposed in itertools.product((False, True), repeat=2):
+        left = torch.ones(256, 64, dtype=dtype).t() if left_is_transposed else torch.ones(64, 256, dtype=dtype)
+        right = torch.ones(256, 256, dtype=dtype)
+        right = right.t() if right_is_transposed else right
+        total += min(_timed(left, right) for _ in range(4))
+    return total
+
+
+def _timed(left: torch.Tensor, right: torch.Tensor) -> float:
+    began = time.perf_counter()
+    torch.mm(left, right)
+    return time.perf_counter() - began
+
+
+def override(dtypes: Iterable[torch.dtype]) -> None:
+    """Replace torch's CPU kernels of matrix products by ones that compute these types in FP32.
+
+    Args:
+        dtypes: Of `SIXTEEN_BIT`. Products of other types stay torch's own.
+    """
+    global _library
+    restore()
+    _library = torch.library.Library("aten", "IMPL")
+    converted = frozenset(dtypes)
+    originals = _originals()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"[\s\S]*[Oo]verriding a previously registered kernel")
+        for name, original in originals.items():
+            _library.impl(name, _product(name, original, converted), "CPU", with_keyset=True)
+
+
+def restore() -> None:
+    """Put torch's own kernels back."""
+    global _library
+    if _library is not None:
+        _library._destroy()
+        _library = None
+
+
+def _originals() -> dict[str, Callable[..., Any]]:
+    """Torch's kernels by name, each to call with a dispatch key set first."""
+    if hasattr(torch.library, "get_kernel"):
+        kernels = {name: torch.library.get_kernel(f"aten::{name}", "CPU") for name in (*FORMS, *OTHER_OVERLOADS)}
+        return {name: kernel.call_boxed for name, kernel in kernels.items()}
+    # Torch before 2.9 hands no kernel out: there the out= overloads stay as they are, and compute for the others.
+    return {name: functools.partial(_by_out, getattr(torch.ops.aten, name).out) for name in FORMS}
+
+
+def _by_out(overload: Any, keys: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return overload(*args, **kwargs, out=next(arg for arg in args if isinstance(arg, torch.Tensor)).new_empty(0))
+
+
+def _product(name: str, original: Callable[..., Any], converted: frozenset[torch.dtype]) -> Callable[..., Any]:
+    functional = getattr(torch.ops.aten, name.removesuffix(".out").removesuffix("_")).default
+    is_in_place = name.endswith("_")
+
+    def product(keys: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        dtype = args[0].dtype
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        # Mixed types are the original's to refuse.
+        if dtype not in converted or any(tensor.dtype != dtype for tensor in tensors):
+            return original(keys, *args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            out = args[0] if is_in_place else kwargs.pop("out", None)
+            result = functional(*(arg.float() if isinstance(arg, torch.Tensor) else arg for arg in args), **kwargs)
+            if out is None:
+                return result.to(dtype)
+            if out.shape != result.shape and not is_in_place:
+                out.resize_(result.shape)
+            return out.copy_(result)
+
+    return product
