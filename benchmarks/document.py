@@ -115,8 +115,8 @@ measures all of this again and writes this page ({minutes} minutes). What is com
 and the ratio of each turn counts: a figure is the median of the turns, with the smallest and the largest beside it. \
 Smaller is better. `make bench` fails where a median is so far beyond its aim that noise is no excuse (half as much \
 again, unless its benchmark says otherwise); `make bench ARGS="--check"` measures without writing, \
-`make bench ARGS="--only start_up"` measures that alone. No figure is from a GPU yet: the same commands measure there, \
-on one.
+`make bench ARGS="--only start_up"` measures that alone. No figure here is from a GPU: \
+[on a GPU](gpu.md) has those that were measured there.
 
 Measured on
 """

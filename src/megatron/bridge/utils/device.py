@@ -152,7 +152,7 @@ def host_tensor(memory: Any, place: int, size: int) -> torch.Tensor:
 def lock_pages(memory: Any) -> int | None:
     """Lock memory so that copies from and to the device need not wait for the host; None where it is simulated.
 
-    Unlike torch's pinned tensors it keeps its size. Never run on a GPU so far.
+    Unlike torch's pinned tensors it keeps its size. Run on an H200 on 2026-11-27.
 
     Returns:
         What `unlock_pages` takes.
