@@ -1,10 +1,17 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Counts of matrix cells, printed at the end of a test run; what several modules load: checkpoints, a model, data."""
+"""Counts of matrix cells, printed at the end of a test run; what several modules load: checkpoints, a model, data.
 
+Which tests see CUDA is in gpus.py, which are quick in quick.py. Nothing heavy is imported here.
+"""
+
+import importlib.metadata
 import json
+import logging
 from collections import Counter
 
 import pytest
+
+from tests import gpus, quick, ranks
 
 _COUNTS: dict[str, "CellCounts"] = {}
 
@@ -25,6 +32,57 @@ class CellCounts:
 
 def pytest_addoption(parser):
     parser.addoption("--resume-matrix", choices=("cut", "whole"), default="cut", help="how much of it runs")
+    parser.addoption("--quick", action="store_true", help="only tests without ranks, other programs and models")
+
+
+def pytest_configure(config):
+    gpus.hide_from_tests()
+    ranks.is_quick = config.getoption("--quick")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Whole runs are never quick, and their modules import the most."""
+    return True if config.getoption("--quick") and collection_path.name in quick.IGNORED else None
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--quick"):
+        left_out = [item for item in items if not quick.is_quick(item)]
+        items[:] = [item for item in items if item not in set(left_out)]
+        config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    if item.get_closest_marker("gpu") is None:
+        return (yield)
+    with gpus.gpu_test():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef):
+    if fixturedef.scope == "function":
+        return (yield)
+    with gpus.shared_fixture():
+        return (yield)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Before its fixtures: a test marked gpu that asks for no ranks needs one device."""
+    if item.get_closest_marker("gpu") is not None:
+        gpus.device_of_ranks(1)
+
+
+@pytest.fixture(autouse=True)
+def heard_records():
+    """A command's log goes to standard error alone: the next test's `caplog` hears it again."""
+    yield
+    ours = logging.getLogger("megatron.bridge")
+    ours.propagate = True
+    for handler in [handler for handler in ours.handlers if type(handler) is logging.StreamHandler]:
+        ours.removeHandler(handler)  # it holds the last test's standard error
 
 
 @pytest.fixture(scope="session")
@@ -100,10 +158,8 @@ def pytest_testnodedown(node):
 
 
 def pytest_terminal_summary(terminalreporter):
-    import megatron.core
-
     for name, counts in _COUNTS.items():
-        terminalreporter.section(f"{name} on megatron-core {megatron.core.__version__}")
+        terminalreporter.section(f"{name} on megatron-core {importlib.metadata.version('megatron-core')}")
         refused = sum(counts.refused.values())
         terminalreporter.line(f"cells: {counts.passed} passed, {refused} refused by name, {counts.failed} failed")
         for because, number in counts.refused.items():

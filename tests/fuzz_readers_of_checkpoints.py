@@ -98,6 +98,7 @@ def _pickles() -> list[Reader]:
     words = (
         b"cposix\nmkdir\n(Vhacked\ntR.",
         b"cbuiltins\neval\n",
+        b"cbuiltins\ngetattr\n",
         harm,
         b"\x80\x04",
         b".",

@@ -5,6 +5,8 @@ The imports cost 5 to 10 seconds, so they are done once a session, by a server t
 pools are kept: each size (1, 2, 4, …) once. Every rank has entered its device and joined the default process group;
 Megatron-Core's model-parallel state is taken down after each task, because the threads of groups wake all the time. A
 rank that fails shows its traceback; a task that overruns its time kills the pool, so nothing hangs.
+
+Only the ranks of a test marked gpu compute on CUDA (`tests/gpus.py`): they are spawned, a fork doesn't bear CUDA.
 """
 
 import atexit
@@ -20,14 +22,23 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-START_TIMEOUT_SECONDS = 120
+from tests import gpus
+
+START_TIMEOUT_SECONDS = 600
+TIMEOUT_SECONDS = 900
+"""Both only end what hangs: on a slow or a busy machine ranks take ten times as long as on a quiet one."""
+
+is_quick = False
+"""Whether `--quick` was given: then a test that asks for ranks is an error."""
 
 
 class RankError(AssertionError):
     """The first failing rank's traceback."""
 
 
-def run_on_ranks(fn: Callable, world_size: int, *args: Any, timeout_seconds: float = 180, **kwargs: Any) -> list[Any]:
+def run_on_ranks(
+    fn: Callable, world_size: int, *args: Any, timeout_seconds: float = TIMEOUT_SECONDS, **kwargs: Any
+) -> list[Any]:
     """Call `fn(*args, **kwargs)` on each of `world_size` ranks.
 
     Args:
@@ -43,30 +54,30 @@ def run_on_ranks(fn: Callable, world_size: int, *args: Any, timeout_seconds: flo
     Raises:
         RankError: A rank raised or died, or the time ran out.
     """
-    pool = _pools.get(world_size)
+    assert not is_quick, "this test needs ranks, so it isn't quick: tests/quick.py must see that it asks for them"
+    key = world_size, gpus.device_of_ranks(world_size)
+    pool = _pools.get(key)
     if pool is not None and (codes := pool.exit_codes()):
         warnings.warn(f"ranks ended between two tasks, with exit codes {codes}: new ones start", RuntimeWarning, 2)
-        end_ranks(world_size)
+        _pools.pop(key).kill()
         pool = None
     if pool is None:
-        pool = _pools[world_size] = _Pool(world_size)
+        pool = _pools[key] = _Pool(*key)
     try:
         return pool.run((fn, args, kwargs), timeout_seconds)
     except BaseException:
-        _pools.pop(world_size).kill()
+        _pools.pop(key).kill()
         raise
 
 
 def end_ranks(world_size: int) -> None:
     """End the pool of that size: the next task runs in processes that have seen none."""
-    _pools.pop(world_size).kill()
+    _pools.pop((world_size, gpus.device_of_ranks(world_size))).kill()
 
 
-def _context() -> Any:
-    """What starts the ranks: a server that has imported everything and done nothing; a fork doesn't bear CUDA."""
-    import torch
-
-    if torch.cuda.is_available():
+def _context(device: str) -> Any:
+    """What starts the ranks: a server that has imported everything and done nothing, or new processes."""
+    if device == "cuda":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.preloaded"])
@@ -74,16 +85,15 @@ def _context() -> Any:
 
 
 class _Pool:
-    def __init__(self, world_size: int) -> None:
-        context = _context()
+    def __init__(self, world_size: int, device: str) -> None:
+        context = _context(device)
         self._rendezvous = tempfile.mkdtemp(prefix="ranks_")
         self._connections: list[Connection] = []
         self._processes = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(theirs, rank, world_size, os.path.join(self._rendezvous, "store")), daemon=False
-            )
+            arguments = theirs, rank, world_size, device, os.path.join(self._rendezvous, "store")
+            process = context.Process(target=_serve, args=arguments, daemon=False)
             process.start()
             theirs.close()
             self._connections.append(ours)
@@ -130,7 +140,7 @@ class _Pool:
             process.join()
 
 
-_pools: dict[int, _Pool] = {}
+_pools: dict[tuple[int, str], _Pool] = {}
 
 
 @atexit.register
@@ -139,10 +149,12 @@ def _kill_pools() -> None:
         pool.kill()
 
 
-def _serve(connection: Connection, rank: int, world_size: int, store: str) -> None:
+def _serve(connection: Connection, rank: int, world_size: int, device: str, store: str) -> None:
     """A rank's life: join the group, then run what is sent, until the pipe closes."""
     os.setsid()  # a group of its own: what a rank starts, as stock Core's checkpoint writer does, must end with it
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
+    if device == "cpu":
+        gpus.hide()  # whatever the server that it was forked from sees
     os.environ["TORCH_GLOO_LAZY_INIT"] = "1"  # Core builds 31 groups a run, and few are ever used
     try:
         import torch
@@ -152,8 +164,7 @@ def _serve(connection: Connection, rank: int, world_size: int, store: str) -> No
         from megatron.bridge.utils.distributed import destroy_model_parallel
 
         torch.set_num_threads(1)
-        enough_gpus = torch.cuda.device_count() >= world_size
-        choice = enter_device(choose_device("cuda" if enough_gpus else "cpu"))
+        choice = enter_device(choose_device(device))
         dist.init_process_group(choice.backend, init_method=f"file://{store}", rank=rank, world_size=world_size)
         import tests.preloaded  # noqa: F401  # where the rank was not forked
 

@@ -15,10 +15,10 @@ from megatron.bridge.training.gpt_step import forward_step
 from tests.soak_rank import RANKS, STEPS, train_one_rank
 from tests.stored import stored_content, unequal
 
-ALONE_SECONDS = 60
+ALONE_SECONDS = 300
 """A rank must have ended after this long when its partner was killed, or when it can't write or read."""
 
-RUN_SECONDS = 120
+RUN_SECONDS = 600
 """A start to which nothing is done must have ended after this long."""
 
 

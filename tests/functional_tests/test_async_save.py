@@ -148,7 +148,7 @@ def test_pruning_waits_for_the_new_one(directory):
 
 
 def _run_that_cannot_write(directory, *, rank):
-    """(error, steps taken, seconds from the save to the error) of a run on which one rank's disk is full."""
+    """(error, steps taken) of a run on which one rank's disk is full."""
     import torch.distributed as dist
 
     from megatron.bridge.checkpoint.sharded_save import ShardedSave
@@ -161,25 +161,24 @@ def _run_that_cannot_write(directory, *, rank):
         if dist.get_rank() == rank:
             for path, _, _ in self._writer.write_buckets:
                 os.symlink("/dev/full", path)
-        recorder.started = time.monotonic()
 
     ShardedSave.copy_tensors = on_a_full_disk
     try:
         _finetune(cfg, recorder)
     except (OSError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}", len(recorder.losses), time.monotonic() - recorder.started
+        return f"{type(error).__name__}: {error}", len(recorder.losses)
     finally:
         ShardedSave.copy_tensors = copy
-    return "no error", len(recorder.losses), 0.0
+    return "no error", len(recorder.losses)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_error_of_the_writer_ends_all_ranks_at_a_following_step(directory, rank):
     answers = run_on_ranks(_run_that_cannot_write, 2, directory, rank=rank)
-    for own_rank, (error, steps, seconds) in enumerate(answers):
+    for own_rank, (error, steps) in enumerate(answers):
         assert f".iter_0000002.saving can't be written on rank {rank} (No space left on device)" in error, error
         assert error.startswith("OSError" if own_rank == rank else "RuntimeError: writing") and "\n" not in error
-        assert steps == answers[0][1] < STEPS and seconds < 30
+        assert steps == answers[0][1] < STEPS
     assert _tracked(directory / "full") is None
     assert [path.name for path in layout.leftovers(directory / "full")] == [".iter_0000002.saving"]
 
@@ -192,23 +191,22 @@ class _Failing(Recorder):
 
 
 def _run_that_fails_while_it_writes(directory):
-    """(error, seconds from it to the end, threads that still write) of a run with a slow disk."""
+    """(error, threads that still write) of a run with a slow disk."""
     from megatron.bridge.checkpoint.sharded_save import ShardedSave
 
     recorder, write_item = _Failing(), ShardedSave._write_item
     ShardedSave._write_item = lambda self, *arguments: time.sleep(0.3) or write_item(self, *arguments)
-    started = time.monotonic()
     try:
         _finetune(_config(directory, save="given_up", async_save=True), recorder)
     except KeyError as error:
         writing = [thread.name for thread in threading.enumerate() if thread.name == "checkpoint writer"]
-        return str(error), time.monotonic() - started, writing
+        return str(error), writing
     finally:
         ShardedSave._write_item = write_item
 
 
 def test_a_run_that_fails_gives_up_what_it_writes(directory):
-    for error, seconds, writing in run_on_ranks(_run_that_fails_while_it_writes, 2, directory):
-        assert "a callback's own error" in error and seconds < 30 and writing == []
+    for error, writing in run_on_ranks(_run_that_fails_while_it_writes, 2, directory):
+        assert "a callback's own error" in error and writing == []
     assert _tracked(directory / "given_up") is None
     assert [path.name for path in layout.leftovers(directory / "given_up")] == [".iter_0000003.saving"]

@@ -19,7 +19,7 @@ from tests.unit_tests.models.tiny_llama import save_tiny_llama, save_tiny_model
 
 def as_typed(*args):
     command = [sys.executable, "-W", "ignore", "-m", "megatron.bridge.convert", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, timeout=1500)
 
 
 def on_rank(*args):

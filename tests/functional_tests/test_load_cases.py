@@ -241,11 +241,10 @@ REFUSED = {
 def test_each_wrong_start_is_refused_before_the_first_step(directory, saved):
     cases = {name: options for name, (options, _) in REFUSED.items()}
     for answers in run_on_ranks(refusals, 2, directory, cases):
-        for case, (error, seconds) in answers.items():
+        for case, error in answers.items():
             for text in REFUSED[case][1]:
                 assert text in error, (case, error)
             assert "\n" not in error, case
-            assert seconds < 60, case
 
 
 SCHEDULES = {

@@ -3,7 +3,6 @@
 
 import logging
 import shutil
-import time
 
 import pytest
 import torch
@@ -23,7 +22,6 @@ def _plans(directory, options_by_name):
     for name, options in options_by_name.items():
         heard = _Heard()
         logging.getLogger("megatron.bridge").addHandler(heard)
-        started = time.monotonic()
         try:
             cfg = config_of(directory, **options)
             plan = plan_on_all_ranks(cfg, init_checkpointing_context(cfg))
@@ -32,7 +30,6 @@ def _plans(directory, options_by_name):
             answers[name] = None, f"{type(error).__name__}: {error}", heard.messages
         finally:
             logging.getLogger("megatron.bridge").removeHandler(heard)
-        assert time.monotonic() - started < 60
     return answers
 
 
@@ -138,9 +135,8 @@ def test_a_changed_byte_in_a_tensor_is_an_error_that_names_the_file(both):
     content[len(content) // 2] ^= 0xFF
     path.write_bytes(content)
     checkpoint = {"non_persistent_local_ckpt_dir": "flipped"}
-    for error, seconds in run_on_ranks(refusal, 2, run_saving, both, train_iters=5, checkpoint=checkpoint):
+    for error in run_on_ranks(refusal, 2, run_saving, both, train_iters=5, checkpoint=checkpoint):
         assert f"{path} can't be read as a local checkpoint: " in error and "\n" not in error
-        assert seconds < 60
 
 
 @needs_the_package
@@ -154,6 +150,5 @@ def test_another_layout_is_refused(both):
 
 @needs_the_package
 def test_another_model_is_refused_before_anything_is_exchanged(both):
-    for error, seconds in run_on_ranks(refusal, 2, run_saving, both, train_iters=5, model={"ffn_hidden_size": 64}):
+    for error in run_on_ranks(refusal, 2, run_saving, both, train_iters=5, model={"ffn_hidden_size": 64}):
         assert "linear_fc1.weight as this run's rank " in error and "\n" not in error
-        assert seconds < 60

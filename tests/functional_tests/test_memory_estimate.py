@@ -10,10 +10,6 @@ from megatron.bridge.training.memory_estimate import plan_memory
 from tests.ranks import run_on_ranks
 from tests.tiny import tiny_config
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="a plan takes its process to the simulated accelerator"
-)
-
 SIZES = {
     "num_layers": 4,
     "hidden_size": 128,

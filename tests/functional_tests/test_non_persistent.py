@@ -152,9 +152,8 @@ def _run_with_a_full_disk(directory):
 
 @needs_the_package
 def test_a_rank_that_cant_write_ends_all(directory):
-    for error, seconds in run_on_ranks(_run_with_a_full_disk, 2, directory):
+    for error in run_on_ranks(_run_with_a_full_disk, 2, directory):
         assert "No space left on device" in error
-        assert seconds < 60
 
 
 @needs_the_package

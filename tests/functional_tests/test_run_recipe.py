@@ -35,7 +35,7 @@ def test_a_full_finetune_under_torchrun(inputs, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", SCRIPT]
     command += arguments_of(inputs, "smollm2_135m_sft_config", tmp_path / "out")
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-4000:]
     assert (tmp_path / "out" / "latest_checkpointed_iteration.txt").read_text() == "2"
     assert "offloaded to the CPU: 100%" in done.stderr

@@ -4,8 +4,6 @@
 import json
 import logging
 
-import pytest
-
 from tests.ranks import run_on_ranks
 from tests.tiny import tiny_config
 
@@ -80,7 +78,6 @@ def _run(directory, train_iters):
     return (directory / "logs" / f"rank_{cfg.dist.local_rank:05d}.log").read_text()
 
 
-@pytest.mark.timeout(120)
 def test_a_run_and_its_resume(tmp_path):
     for train_iters in (3, 5):
         logs = run_on_ranks(_run, 2, tmp_path, train_iters)

@@ -46,7 +46,7 @@ def verdicts_of(request, written_model):
     def of(cell, ways):
         if str(cell) not in found:
             alike = [one for one in chosen if one.model == cell.model]
-            per_rank = run_on_ranks(run_cells, 2, written_model(cell.model, 2), alike, ways, timeout_seconds=900)
+            per_rank = run_on_ranks(run_cells, 2, written_model(cell.model, 2), alike, ways, timeout_seconds=3000)
             for one in alike:
                 verdicts = [verdict for each in per_rank for verdict in each[str(one)].items()]
                 found[str(one)] = {way: verdict for way, verdict in verdicts if verdict != "passed"}
@@ -55,7 +55,7 @@ def verdicts_of(request, written_model):
     return of
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_every_way_in(cell, verdicts_of, cell_counts):
     ways = list(WAYS)

@@ -19,11 +19,6 @@ pytestmark = pytest.mark.gpu
 OFFLOADS = list(itertools.product((False, True), (0.5, 1.0), (False, True)))
 
 
-def needs_gpus(count):
-    reason = f"needs {count} CUDA device(s): the same cells ran simulated, in test_sync_matrix"
-    return pytest.mark.skipif(torch.cuda.device_count() < count, reason=reason)
-
-
 def _check(cell, written_model, world_size):
     ways = [way for way in WAYS if HAVE_NVRX or way != "local checkpoint"]
     if cell.model.kind == "experts":
@@ -32,14 +27,12 @@ def _check(cell, written_model, world_size):
         assert set(verdicts[str(cell)].values()) == {"passed"}, verdicts
 
 
-@needs_gpus(1)
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "bf16+fp32"])
 @pytest.mark.parametrize(("precision_aware", "fraction", "overlap"), OFFLOADS)
 def test_every_way_in_on_one_gpu(written_model, precision, precision_aware, fraction, overlap):
     _check(Cell(Model(precision), precision_aware, fraction, overlap), written_model, 1)
 
 
-@needs_gpus(2)
 @pytest.mark.parametrize(("kind", "layout"), [("dense", "TP1"), ("dense", "TP2"), ("experts", "TP1"), ("dense", "PP2")])
 @pytest.mark.parametrize(("precision_aware", "fraction", "overlap"), OFFLOADS)
 def test_every_way_in_on_two_gpus(written_model, kind, layout, precision_aware, fraction, overlap):
@@ -66,7 +59,6 @@ def _memory_of_a_sync(directory, cell):
     return extra, largest, all(clone.is_pinned() for clone in clones)
 
 
-@needs_gpus(1)
 def test_a_sync_takes_no_more_than_one_parameters_memory(tmp_path):
     for extra, largest, pinned in run_on_ranks(_memory_of_a_sync, 1, tmp_path, Cell(Model())):
         assert extra <= largest

@@ -101,7 +101,7 @@ def submit(tmp_path):
         }
         environment = {name: value for name, value in environment.items() if value is not None}
         command = ["sbatch", f"--output={tmp_path}/%x-%j.out", "--account=a", "--partition=p", *options, str(SCRIPT)]
-        job = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+        job = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500)
         assert job.stdout == "Submitted batch job 42\n" and job.stderr == ""
         return job.returncode, (tmp_path / "checkpointing-sync-test-42.out").read_text()
 

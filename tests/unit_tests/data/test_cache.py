@@ -50,7 +50,9 @@ def load(path, tokenizer, *, seq_length=64, cache=None, num_processes=1, max_sam
 
 
 def same(one, other):
-    return one.report == other.report and all(np.array_equal(one.arrays[name], other.arrays[name]) for name in sft.ARRAYS)
+    return one.report == other.report and all(
+        np.array_equal(one.arrays[name], other.arrays[name]) for name in sft.ARRAYS
+    )
 
 
 def test_a_second_run_takes_the_tokens_of_the_first(path, tokenizer, tokenised):
@@ -190,18 +192,18 @@ def _load_on_ranks(path, tokenizer_directory, *, slow=False, own_disks=False):
 
 def test_the_first_process_of_a_machine_tokenises_and_the_others_wait(path, tokenizer_directory):
     for slow in (False, True):
-        results = run_on_ranks(_load_on_ranks, 2, path, tokenizer_directory, slow=slow, timeout_seconds=60)
+        results = run_on_ranks(_load_on_ranks, 2, path, tokenizer_directory, slow=slow)
         assert results == [(40, 1), (40, 0)]
 
 
 def test_a_rank_that_sees_no_cache_tokenises_for_itself(path, tokenizer_directory):
-    results = run_on_ranks(_load_on_ranks, 2, path, tokenizer_directory, own_disks=True, timeout_seconds=60)
+    results = run_on_ranks(_load_on_ranks, 2, path, tokenizer_directory, own_disks=True)
     assert results == [(40, 1), (40, 1)]
 
 
 def test_a_bad_line_ends_the_waiting_too(write_jsonl, tokenizer_directory):
     path = write_jsonl([*ROWS, {"input": "a"}])
-    first, second = run_on_ranks(_load_on_ranks, 2, path, tokenizer_directory, slow=True, timeout_seconds=60)
+    first, second = run_on_ranks(_load_on_ranks, 2, path, tokenizer_directory, slow=True)
     assert first.startswith("ValueError: ") and ":41: no field 'output'" in first
     assert second.startswith("RuntimeError: reading ") and "failed on rank 0: ValueError" in second
     assert ":41: no field 'output'" in second

@@ -34,7 +34,7 @@ conversations:
 
 def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(SCRIPTS / f"{name}.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def make_wheel(path: Path) -> Path:

@@ -42,7 +42,7 @@ def test_loss_and_gradient_are_those_of_the_unpadded_vocabulary():
     real = rows[:9].clone().requires_grad_()
     expected = torch.nn.functional.cross_entropy((hidden @ real.T).flatten(0, 1), labels)
     expected.backward()
-    assert torch.equal(loss, expected)
+    torch.testing.assert_close(loss, expected)  # a sum over more columns, some of them zero, may round otherwise
     torch.testing.assert_close(layer.weight.grad[:9], real.grad)
     assert torch.count_nonzero(layer.weight.grad[9:]) == 0
 

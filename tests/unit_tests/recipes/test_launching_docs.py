@@ -52,7 +52,7 @@ def test_the_experiment_in_python_makes_a_batch_script(tmp_path):
     (tmp_path / "experiment.py").write_text(BLOCKS[0])
     environment = {**os.environ, "NEMORUN_HOME": str(tmp_path), "PYTHONPATH": str(ROOT / "src"), "COLUMNS": "200"}
     command = [sys.executable, "-W", "ignore", "experiment.py"]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     for line in ("#SBATCH --signal=TERM@300", "export PET_MAX_RESTARTS=3", "export TORCHX_MAX_RETRIES=1"):
         assert line in result.stdout

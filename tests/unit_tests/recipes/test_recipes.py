@@ -8,7 +8,6 @@ import re
 import runpy
 import subprocess
 import sys
-import time
 from importlib import import_module
 from pathlib import Path
 
@@ -20,10 +19,6 @@ from megatron.bridge.recipes.build import RecipeRequest, smallest_world_size
 from megatron.bridge.training.memory_estimate import resolve
 from tests.unit_tests.models.tiny_llama import save_tiny_model
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="a plan takes its process to the simulated accelerator"
-)
-
 ROOT = Path(__file__).parents[3]
 RUN_RECIPE = ROOT / "scripts" / "training" / "run_recipe.py"
 
@@ -34,12 +29,10 @@ def run_recipe(*arguments):
 
 @pytest.mark.parametrize("option", ["--list", "--help"])
 def test_it_answers_without_torch(option):
-    started = time.monotonic()
     code = f"import sys, runpy; sys.argv = ['run_recipe.py', {option!r}]\ntry: runpy.run_path({str(RUN_RECIPE)!r}, "
     code += "run_name='__main__')\nfinally: assert not {'torch', 'megatron.core'} & set(sys.modules)"
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert shown.returncode == 0, shown.stderr
-    assert time.monotonic() - started < 10  # 0.2 s on a quiet machine; with torch it is 4 and more
     if option == "--list":
         assert shown.stdout.split() == sorted(recipes.all_recipes())
 

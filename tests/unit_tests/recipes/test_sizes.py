@@ -6,17 +6,12 @@ from importlib import import_module
 from typing import Any
 
 import pytest
-import torch
 import transformers
 
 from megatron.bridge import AutoBridge
 from megatron.bridge.recipes import FAMILIES
 from megatron.bridge.recipes.table import Layout
 from megatron.bridge.utils.planned_world import planned_world
-
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="a plan takes its process to the simulated accelerator"
-)
 
 SIZES = {
     size: family

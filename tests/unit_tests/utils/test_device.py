@@ -5,28 +5,27 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from megatron.bridge.utils.device import choose_device
-
-NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA: the other half of the table ran")
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the other half of the table ran")
+from tests.ranks import run_on_ranks
 
 CHOICES = [
-    pytest.param("auto", "auto", "cpu", "gloo", "torch finds no CUDA device", marks=NO_CUDA),
-    pytest.param("auto", "gloo", "cpu", "gloo", "torch finds no CUDA device", marks=NO_CUDA),
-    pytest.param("cpu", "auto", "cpu", "gloo", "dist.device=cpu"),
-    pytest.param("cpu", "gloo", "cpu", "gloo", "dist.device=cpu"),
-    pytest.param("auto", "auto", "cuda", "nccl", "torch finds a CUDA device", marks=CUDA),
-    pytest.param("auto", "gloo", "cuda", "gloo", "torch finds a CUDA device", marks=CUDA),
-    pytest.param("cuda", "auto", "cuda", "nccl", "dist.device=cuda", marks=CUDA),
+    ("auto", "auto", "cpu", "gloo", "torch finds no CUDA device"),
+    ("auto", "gloo", "cpu", "gloo", "torch finds no CUDA device"),
+    ("cpu", "auto", "cpu", "gloo", "dist.device=cpu"),
+    ("cpu", "gloo", "cpu", "gloo", "dist.device=cpu"),
+]
+ON_CUDA = [
+    ("auto", "auto", "cuda", "nccl", "torch finds a CUDA device"),
+    ("auto", "gloo", "cuda", "gloo", "torch finds a CUDA device"),
+    ("cuda", "auto", "cuda", "nccl", "dist.device=cuda"),
 ]
 REFUSALS = [
     pytest.param("tpu", "auto", "dist.device='tpu': expected 'auto', 'cuda' or 'cpu'"),
     pytest.param("cpu", "mpi", "dist.distributed_backend='mpi': expected 'auto', 'nccl' or 'gloo'"),
     pytest.param("cpu", "nccl", "dist.distributed_backend='nccl' needs CUDA.*dist.distributed_backend=auto or gloo"),
-    pytest.param("auto", "nccl", "dist.distributed_backend='nccl' needs CUDA", marks=NO_CUDA),
-    pytest.param("cuda", "auto", "dist.device='cuda', but torch finds no CUDA device: set dist.device=", marks=NO_CUDA),
+    pytest.param("auto", "nccl", "dist.distributed_backend='nccl' needs CUDA"),
+    pytest.param("cuda", "auto", "dist.device='cuda', but torch finds no CUDA device: set dist.device="),
 ]
 
 
@@ -34,6 +33,17 @@ REFUSALS = [
 def test_choose_device(device, backend, kind, chosen_backend, reason):
     choice = choose_device(device, backend)
     assert (choice.type, choice.backend, choice.reason) == (kind, chosen_backend, reason)
+
+
+def _chosen(device, backend):
+    choice = choose_device(device, backend)
+    return choice.type, choice.backend, choice.reason
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("device", "backend", "kind", "chosen_backend", "reason"), ON_CUDA)
+def test_choose_device_on_a_machine_with_cuda(device, backend, kind, chosen_backend, reason):
+    assert run_on_ranks(_chosen, 1, device, backend) == [(kind, chosen_backend, reason)]
 
 
 @pytest.mark.parametrize(("device", "backend", "message"), REFUSALS)
@@ -65,7 +75,7 @@ print("entered", first.backend)
 
 def test_a_process_enters_one_device_once():
     done = subprocess.run(
-        [sys.executable, "-c", IN_A_PROCESS_OF_ITS_OWN], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", IN_A_PROCESS_OF_ITS_OWN], capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "entered gloo"

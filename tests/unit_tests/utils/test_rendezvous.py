@@ -14,7 +14,7 @@ pytestmark = pytest.mark.any_core
 RANKS = 3
 
 
-def _meet(store, ranks, delays, timeout=10.0):
+def _meet(store, ranks, delays, timeout=300.0):
     """What each of these ranks, which come some seconds late, has for a store, or the error's text."""
     found = {}
 

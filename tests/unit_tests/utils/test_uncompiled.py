@@ -18,5 +18,5 @@ print("torch._inductor.compile_fx" in sys.modules)
 
 
 def test_it_brings_no_compiler():
-    shown = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120)
+    shown = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=500)
     assert shown.stdout.split()[-1:] == ["False"], shown.stderr
