@@ -13,6 +13,8 @@ rank of SmolLM2-135M, at the places in its buffers that Core gives them. All is 
 import argparse
 import logging
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import NamedTuple
 
 import torch
@@ -154,7 +156,17 @@ def _on_device(elements: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _smollm2(ranks: int) -> Places:
-    """Those of the first data-parallel rank, from Core's own optimizer on tensors without memory."""
+    """Those of the first data-parallel rank.
+
+    Planned in a process of its own: a plan simulates its device, and this process may compute on a real one.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return Places(pool.submit(_plan_smollm2, ranks).result())
+
+
+def _plan_smollm2(ranks: int) -> list[list[tuple[int, int]]]:
+    """The places, from Core's own optimizer on tensors without memory."""
+    logging.disable(logging.INFO)
     cfg = smollm2_135m_sft_config()
     cfg.optimizer.optimizer_cpu_offload, cfg.optimizer.optimizer_offload_fraction = True, 1.0
     cfg.train.micro_batch_size, cfg.train.global_batch_size = 1, ranks
@@ -171,7 +183,7 @@ def _smollm2(ranks: int) -> Places:
             group, _ = distributed_optimizer.model_param_group_index_map[param]
             groups.setdefault(group, []).append((first, owned[param].size))
             first += -(-owned[param].size // 64) * 64  # as Core pads
-        return Places(list(groups.values()))
+        return list(groups.values())
 
 
 if __name__ == "__main__":

@@ -45,6 +45,11 @@ UNCOUNTED = 3
 """Turns at the start: the optimizer's state and the allocator's memory come into being."""
 
 
+SIMULATED_TOLERANCE, GPU_TOLERANCE = 1e-5, 2e-3
+"""Between the loops' losses, relative. On the simulated accelerator both call the same kernels. On a GPU bf16 kernels
+aren't made deterministic here, so sums come in another order: 1.1e-4 was seen, and it may grow from step to step."""
+
+
 class BareLoop:
     """A training loop as short as megatron-core allows."""
 
@@ -139,6 +144,11 @@ def _bare_forward(data_iterator: Any, model: Any) -> tuple[torch.Tensor, Any]:
     return model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"]), loss_function
 
 
+def tolerance() -> float:
+    """How far apart the loops' losses may be, relative, on this process's device."""
+    return SIMULATED_TOLERANCE if device.is_simulated() else GPU_TOLERANCE
+
+
 class Turns(Callback):
     """After each of our steps, the bare loop's, and both their times."""
 
@@ -148,6 +158,8 @@ class Turns(Callback):
         self.micro_batches: list[dict[str, Any]] = []
         self.ours: list[float] = []
         self.bare: list[float] = []
+        self.largest_difference = 0.0
+        """Between the losses, relative."""
 
     def on_train_start(self, context: CallbackContext) -> None:
         """Build the bare loop from the weights that ours starts with."""
@@ -164,8 +176,10 @@ class Turns(Callback):
         loss = self._loop.step(self.micro_batches)
         device.synchronize()
         self.bare.append(time.perf_counter() - stopped)
-        if not math.isclose(loss, context.loss_dict["lm loss"], rel_tol=1e-5):
-            raise RuntimeError(f"the loops differ: bare loss {loss}, ours {context.loss_dict['lm loss']}")
+        ours = context.loss_dict["lm loss"]
+        self.largest_difference = max(self.largest_difference, abs(loss - ours) / abs(ours))
+        if not math.isclose(loss, ours, rel_tol=tolerance()):
+            raise RuntimeError(f"the loops differ: bare loss {loss}, ours {ours}, beyond {tolerance():g} relative")
         self.micro_batches.clear()
         self._resumed = time.perf_counter()
 
@@ -198,6 +212,8 @@ def measure(arguments: argparse.Namespace) -> list[Figure]:
     """A step that is long enough for its time to be work, and one so short that what is left is overhead."""
     large = _turns(arguments.hidden_size, arguments.seq_length, arguments.steps)
     small = _turns(64, 32, 5 * arguments.steps)
+    apart = max(large.largest_difference, small.largest_difference)
+    losses = f"the losses differ by {apart:.1g} at most" if apart else "the losses are equal"
     overhead = tuple(1e3 * (ours - bare) for ours, bare in zip(small.ours, small.bare, strict=True))
     return [
         Figure(
@@ -206,7 +222,7 @@ def measure(arguments: argparse.Namespace) -> list[Figure]:
             ratios(tuple(large.ours), tuple(large.bare)),
             1.02,
             fails_above=1.1,
-            note=f"a bare step takes {1e3 * median(large.bare):.0f} ms; the losses are equal",
+            note=f"a bare step takes {1e3 * median(large.bare):.0f} ms; {losses}",
         ),
         Figure(
             "what the loop adds to a step",
