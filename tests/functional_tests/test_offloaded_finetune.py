@@ -7,7 +7,6 @@ optimizer was built.
 """
 
 import pytest
-import torch
 
 from tests.on_ranks import Recorder, differing, make_pretrained, run_finetune
 from tests.ranks import run_on_ranks
@@ -98,7 +97,6 @@ def test_without_the_sync_the_first_step_writes_other_weights(directory):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the same tests ran simulated, above")
 @pytest.mark.parametrize(("fraction", "overlap"), OFFLOADS)
 def test_offloaded_finetune_equals_the_reference_on_one_gpu(directory, fraction, overlap):
     for losses, expected, drift in run_on_ranks(_equals_reference, 1, directory, fraction, overlap):

@@ -3,10 +3,10 @@
 
 Without AVX-512 or AMX torch multiplies bf16 matrices 10 to 30 times slower than FP32 ones, and so it does FP16 almost
 everywhere. Here the CPU's kernels of `mm`, `bmm`, `addmm` and `baddbmm`, which every other form ends in (`linear`,
-`matmul`, `einsum`, the backward of each), convert their arguments, multiply in FP32 and round the result. They lie below
-autograd, so its engine runs through them too.
+`matmul`, `einsum`, the backward of each), convert their arguments, multiply in FP32 and round the result. They lie
+below autograd, so its engine runs through them too.
 
-For the simulated accelerator only. Nothing of it is in effect on CUDA.
+The simulated accelerator installs it. Tensors on CUDA never come here.
 """
 
 import functools
