@@ -1,8 +1,15 @@
 # From a fresh clone: `make finetune` shows what this is for, `make test` that it is right.
-PYTHON ?= python3.11
+# The interpreter to make the environment with. Left empty: scripts/find_python.sh takes the newest that can.
+PYTHON ?=
 VENV ?= .venv
-# The tested pair of versions. `make test CORE=0.19.2 VENV=.venv-core-0.19.2` tests the other end of the range.
-CORE ?= 0.16.1
+# Both ends of the range of Core. `make test CORE=0.19.2 VENV=.venv-core-0.19.2` tests the newest beside the oldest.
+OLDEST_CORE := 0.16.1
+NEWEST_CORE := 0.19.2
+# 3.10 to 3.13, of the environment where there is one; empty where none is found, which `make install` then explains.
+PYTHON_VERSION := $(shell scripts/find_python.sh --version '$(VENV)' '$(PYTHON)' 2>/dev/null)
+# Core 0.17 and later declare Python 3.12, and need triton, which is built for Linux alone.
+SYSTEM := $(shell uname -s)
+CORE ?= $(if $(filter Linux-3.12 Linux-3.13,$(SYSTEM)-$(PYTHON_VERSION)),$(NEWEST_CORE),$(OLDEST_CORE))
 TORCH ?= 2.13.0
 # Test files at a time, in their order: the short ones come last, so that no core waits for a long one at the end. Each
 # starts processes of its own; with one at a time a core is idle half of the time.
@@ -10,31 +17,51 @@ JOBS ?= 2
 PARALLEL = --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 BIN := $(VENV)/bin
 # The version of the extra `local` that goes with it. It is built for Linux alone; elsewhere its tests are skipped.
-NVRX := $(if $(filter 0.16.1,$(CORE)),0.4.1,0.6.0)
+NVRX = $(if $(filter newest,$(CORE)),newest,$(if $(filter $(OLDEST_CORE),$(CORE)),0.4.1,0.6.0))
+# `newest` is a version too, as CORE and as TORCH: whatever the package index has.
+is = $(if $(filter newest,$1),,==$1)
+UPGRADE = --quiet $(if $(filter newest,$(CORE)),--upgrade --upgrade-strategy eager)
 export OMP_NUM_THREADS ?= 1
 # Where it is set, each process would compile all sources anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install finetune finetune-lora model test unit functional test-gpu test-resume resume-matrix soak mutants \
-	fuzz bench coverage docs wheel lint format clean
+INSTALLED = $(VENV)/.installed-$(CORE)
+# The environment of another Core than this one's has a folder beside it.
+venv_of = $(if $(filter $1,$(CORE)),$(VENV),.venv-core-$1)
+
+.PHONY: help install finetune finetune-lora model test quick unit functional test-gpu test-checkpoints test-cpu test-newest \
+	test-resume resume-matrix soak mutants fuzz bench coverage docs wheel lint format clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-install: $(VENV)/.installed-$(CORE) ## make the virtual environment
+install: $(INSTALLED) ## make the virtual environment
 
+ifeq ($(PYTHON_VERSION),)
+.PHONY: $(INSTALLED)
+endif
+
+# Nothing is made before an interpreter is found. An environment has the mark .unfinished until it is whole for the
+# first time: one that was interrupted before that is made anew.
 # torch first: left open, pip would take its newest CUDA build. Core 0.17 and later declare Python 3.12 and run on 3.11.
 # nvidia-resiliency-ext without its dependencies and whatever the glibc: what is used of it is plain Python.
-$(VENV)/.installed-$(CORE): pyproject.toml
-	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet torch==$(TORCH)
-	test "$(CORE)" = 0.16.1 || $(BIN)/pip install --quiet triton
-	$(BIN)/pip install --quiet --ignore-requires-python --no-deps megatron-core==$(CORE)
-	$(BIN)/pip install --quiet --editable ".[demo,docs,recipes,test]"
+$(INSTALLED): pyproject.toml
+	@python="$$(scripts/find_python.sh '$(VENV)' '$(PYTHON)')" || exit 2; \
+	echo "megatron-core $(CORE), torch $(TORCH) into $(VENV)"; \
+	if [ ! -d '$(VENV)' ] || [ -e '$(VENV)/.unfinished' ]; then \
+		rm -rf '$(VENV)' && mkdir -p '$(VENV)' && touch '$(VENV)/.unfinished' && "$$python" -m venv '$(VENV)'; \
+	fi
+	rm -f $(VENV)/.installed-*
+	$(BIN)/python -c "import torch" 2>/dev/null && test $(TORCH) != newest \
+		|| $(BIN)/pip install $(UPGRADE) torch$(call is,$(TORCH))
+	test "$(CORE)" = $(OLDEST_CORE) || $(BIN)/pip install $(UPGRADE) triton
+	$(BIN)/pip install $(UPGRADE) --ignore-requires-python --no-deps megatron-core$(call is,$(CORE))
+	$(BIN)/pip install $(UPGRADE) --editable ".[demo,docs,recipes,test]"
 	$(BIN)/pip install --quiet --no-deps --upgrade --only-binary :all: --target $$($(BIN)/python -c \
 		"import sysconfig; print(sysconfig.get_path('purelib'))") --platform manylinux_2_31_$$(uname -m) \
-		--platform manylinux_2_39_$$(uname -m) nvidia-resiliency-ext==$(NVRX) \
+		--platform manylinux_2_39_$$(uname -m) nvidia-resiliency-ext$(call is,$(NVRX)) \
 		|| echo "no nvidia-resiliency-ext $(NVRX) for this machine: the tests of local checkpoints will be skipped"
+	@rm -f $(VENV)/.unfinished
 	touch $@
 
 finetune: install ## fetch SmolLM2 and data, finetune with CPU offload on 2 processes, export, compare
@@ -50,19 +77,35 @@ model: install ## fetch the model and the data only
 test: install model ## run all tests
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
+quick: install ## the tests that need no ranks and no model, in a minute: for the inner loop
+	$(BIN)/python -m pytest --quick $(PARALLEL) $(ARGS)
+
 unit: install ## the quick half of the tests: no model is fetched
 	$(BIN)/python -m pytest tests/unit_tests $(PARALLEL) $(ARGS)
 
 functional: install model ## the other half: whole runs, on 1 to 4 processes
 	$(BIN)/python -m pytest tests/functional_tests $(PARALLEL) $(ARGS)
 
+test-checkpoints: install ## the checkpoint, load and resume tests: what to run on another Python beside `make quick`
+	$(BIN)/python -m pytest tests/unit_tests/checkpoint tests/unit_tests/training tests/functional_tests/test_load_cases.py \
+		tests/functional_tests/test_resume_matrix.py tests/functional_tests/test_offloaded_finetune.py $(PARALLEL) $(ARGS)
+
+# As on a CPU with AVX2 alone: `ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 make test-cpu`.
+test-cpu: install model ## what depends on the CPU's vector unit: products, Adam's bits, resumes, the demonstration
+	$(BIN)/python -m pytest tests/unit_tests/utils/test_matrix_products.py tests/functional_tests/test_finetune_smollm2.py \
+		tests/functional_tests/test_resume_matrix.py tests/functional_tests/test_offloaded_finetune.py \
+		tests/functional_tests/test_flat_step.py tests/functional_tests/test_repairs.py $(PARALLEL) $(ARGS)
+
+test-newest: ## all tests on the newest release of everything, whatever the ranges say, in an environment of its own
+	$(MAKE) --no-print-directory test VENV=.venv-newest CORE=newest TORCH=newest
+
 test-gpu: install ## the tests that need CUDA, of which one must be there
 	$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('no CUDA device: all of them would skip')"
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 test-resume: ## stop and resume in every way, on both versions of megatron-core: the whole matrix
-	$(MAKE) --no-print-directory resume-matrix CORE=0.16.1 VENV=.venv
-	$(MAKE) --no-print-directory resume-matrix CORE=0.19.2 VENV=.venv-core-0.19.2
+	$(MAKE) --no-print-directory resume-matrix CORE=$(OLDEST_CORE) VENV=$(call venv_of,$(OLDEST_CORE))
+	$(MAKE) --no-print-directory resume-matrix CORE=$(NEWEST_CORE) VENV=$(call venv_of,$(NEWEST_CORE))
 
 resume-matrix: install # one half of it
 	$(BIN)/python -m pytest tests/functional_tests/test_resume_matrix.py --resume-matrix=whole -q \

@@ -52,8 +52,8 @@ IN_EFFECT = {
     },
     "fused Adam": {*ALL, *HYBRID, "one master", "step counter", "flat shards"},
 }
-BY_CORE = {"0.16.1": IN_EFFECT, "0.19.2": IN_EFFECT}
-"""The same in both: no defect of 0.16.1 is gone in 0.19.2."""
+TESTED_CORES = ("0.16.1", "0.17.1", "0.18.2", "0.19.2")
+"""The same in all: no defect of 0.16.1 is gone in 0.19.2. A Core that is not among them may have mended some."""
 
 
 @contextlib.contextmanager
@@ -76,7 +76,10 @@ def test_which_repairs_are_in_effect(tmp_path, run):
     if not core_optimizer.USING_PYTORCH_OPTIMIZER:
         pytest.skip("the table is of a machine without Transformer Engine and Apex")
     for names in run_on_ranks(_in_effect, 2, tmp_path, run):
-        assert names == BY_CORE[core_version.partition("+")[0]][run]
+        if core_version.partition("+")[0] in TESTED_CORES:
+            assert names == IN_EFFECT[run]
+        else:
+            assert names <= IN_EFFECT[run], "none is newly needed"
 
 
 def test_the_documentation_lists_them():

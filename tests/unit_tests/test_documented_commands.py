@@ -29,6 +29,7 @@ RUN_BY = {
     r"make( PYTHON=python3.12)? (install|finetune|model|test)": (FINETUNE, "scripts/finetune_smollm2/run.py"),
     r"make finetune-lora": (".github/workflows/nightly.yml", "finetune-lora"),  # no test: each of its stages has one
     r"make test( ARGS=.*| CORE=0.19.2 VENV=.*)?": (".ci/run", "make test"),
+    r"make test-newest": (".github/workflows/nightly.yml", "test-newest"),
     r"make lint|make format": (".ci/run", "make lint"),
     r"make docs": (".ci/run", "make docs"),
     r"make test-resume": (RESUME, "resume_matrix.cut"),
@@ -36,7 +37,7 @@ RUN_BY = {
     r"make fuzz": ("functional_tests/test_fuzz.py", "tests.fuzz"),
     r"make bench( ARGS=.*)?": ("unit_tests/test_benchmarks.py", "bench.main("),
     r"make mutants": ("unit_tests/test_mutants.py", "mutants"),
-    r"make (unit|functional|test-gpu|coverage|wheel)": (".github/workflows/tests.yml", "make"),
+    r"make (quick|unit|functional|test-checkpoints|test-gpu|coverage|wheel)": (".github/workflows/tests.yml", "make"),
     r"\.venv/bin/pre-commit install": ("unit_tests/test_workflows.py", "pre-commit"),
     r"scripts/make_wheelhouse\.sh wheels": ("unit_tests/test_gpu_scripts.py", "make_wheelhouse.sh"),
     r"scripts/run_gpu_tests\.sh wheels 0\.19\.2": ("unit_tests/test_gpu_scripts.py", "run_gpu_tests.sh"),

@@ -6,8 +6,12 @@ Importing this package loads nothing heavy: `AutoBridge` is fetched on first use
 
 from typing import Any
 
+from megatron.bridge.utils.core_warnings import leave_out_import_warnings
+
 __version__ = "0.1.0"
 __all__ = ["AutoBridge", "__version__"]
+
+leave_out_import_warnings()
 
 
 def __getattr__(name: str) -> Any:

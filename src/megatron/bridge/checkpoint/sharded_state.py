@@ -213,9 +213,7 @@ def _core_reads_plain_data(reader: PlainReader, common_state: dict[str, Any]) ->
     handed = [
         (torch_strategies, "_get_filesystem_reader", lambda *_, **__: reader),
         (torch_strategies, "MCoreLoadPlanner", PlainPlanner),
-        (common_strategies.TorchCommonLoadStrategy, "load_common", lambda *_: common_state)
-        if _keeps_common_state_apart()
-        else (serialization, "load_common_state_dict", lambda *_: common_state),
+        (*_reader_of_the_common_state(), lambda *_: common_state),
     ]
     before = [(place, name, getattr(place, name)) for place, name, _ in handed]
     try:
@@ -227,8 +225,15 @@ def _core_reads_plain_data(reader: PlainReader, common_state: dict[str, Any]) ->
             setattr(place, name, cores)
 
 
+def _reader_of_the_common_state() -> tuple[Any, str]:
+    """Where Core's load looks up what reads the common state: a method, later a function, now one that knows both."""
+    if hasattr(common_strategies, "TorchCommonLoadStrategy"):
+        return common_strategies.TorchCommonLoadStrategy, "load_common"
+    return serialization, "load_common" if _keeps_common_state_apart() else "load_common_state_dict"
+
+
 def _keeps_common_state_apart() -> bool:
-    """Whether this Core keeps the common state in a file of its own; from 0.17 on it is among the tensors."""
+    """Whether this Core keeps the common state in a file of its own; from 0.19 on it is among the tensors."""
     return "common_strategy" in inspect.signature(dist_checkpointing.load).parameters
 
 

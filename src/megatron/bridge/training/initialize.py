@@ -12,6 +12,7 @@ from megatron.core.rerun_state_machine import RerunMode, destroy_rerun_state_mac
 
 from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.utils import distributed
+from megatron.bridge.utils.core_version import warn_of_an_untested_core
 from megatron.bridge.utils.device import choose_device
 from megatron.bridge.utils.logging import setup_logging
 
@@ -25,6 +26,7 @@ def enter_run(cfg: ConfigContainer) -> bool:
         Whether this call created the process group, and so must destroy it.
     """
     setup_logging(logging.INFO if cfg.logger.logging_level is None else cfg.logger.logging_level)
+    warn_of_an_untested_core()
     choice = choose_device(cfg.dist.device, cfg.dist.distributed_backend)
     return distributed.init_process_group(choice, cfg.dist.distributed_timeout_minutes)
 
