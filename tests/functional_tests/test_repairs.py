@@ -216,7 +216,7 @@ def _kernels_of_adam(directory, offload):
 
 def _is_fused(child):
     parts = stepping_optimizers(child.optimizer)
-    return all(group["fused"] and not group["foreach"] for part in parts for group in part.param_groups)
+    return all(group["fused"] and not group.get("foreach") for part in parts for group in part.param_groups)
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,9 @@ def _step_fused(base: type) -> type:
 
         def _choose_the_fused_kernel(self) -> None:
             for group in self.optimizer.param_groups:
-                group.update(fused=True, foreach=None)
+                group["fused"] = True
+                if group.get("foreach"):  # a hybrid's groups don't have the key, nor must what is saved of them
+                    group["foreach"] = None
             for optimizer in stepping_optimizers(self.optimizer):
                 if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
                     for param, state in optimizer.state.items():

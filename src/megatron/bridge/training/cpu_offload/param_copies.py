@@ -33,7 +33,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 logger = logging.getLogger(__name__)
 
-SUPPORTED_CORE = ">=0.16.1,<0.20"
+SUPPORTED_CORE = "0.16.1 to 0.19.2"
 
 
 @dataclass(frozen=True)
