@@ -100,7 +100,7 @@ def test_sync_hybrid_optimizer_param_copies_finds_hybrids_at_any_depth():
 def test_sync_hybrid_optimizer_param_copies_says_which_attribute_is_gone(name):
     optimizer, _, _ = mocked_optimizer()
     delattr(optimizer.optimizer, name)
-    with pytest.raises(RuntimeError, match=rf"{name} is missing in megatron-core .*use megatron-core >=0.16.1,<0.20"):
+    with pytest.raises(RuntimeError, match=rf"{name} is missing in megatron-core .*use megatron-core 0.16.1 to 0.19.2"):
         sync_hybrid_optimizer_param_copies(optimizer)
 
 
