@@ -28,6 +28,10 @@ START_TIMEOUT_SECONDS = 600
 TIMEOUT_SECONDS = 900
 """Both only end what hangs: on a slow or a busy machine ranks take ten times as long as on a quiet one."""
 
+MOST_THREADS = 48
+"""Of a rank at rest. Groups that something keeps alive leave their threads, which wake a hundred times a second each: a
+few such ranks take the time of those that work, and new ones are forked in a second."""
+
 is_quick = False
 """Whether `--quick` was given: then a test that asks for ranks is an error."""
 
@@ -64,15 +68,20 @@ def run_on_ranks(
     if pool is None:
         pool = _pools[key] = _Pool(*key)
     try:
-        return pool.run((fn, args, kwargs), timeout_seconds)
+        results, num_threads = zip(*pool.run((fn, args, kwargs), timeout_seconds), strict=True)
     except BaseException:
         _pools.pop(key).kill()
         raise
+    if max(num_threads) > MOST_THREADS:
+        _pools.pop(key).kill()
+    return list(results)
 
 
 def end_ranks(world_size: int) -> None:
     """End the pool of that size: the next task runs in processes that have seen none."""
-    _pools.pop((world_size, gpus.device_of_ranks(world_size))).kill()
+    pool = _pools.pop((world_size, gpus.device_of_ranks(world_size)), None)
+    if pool is not None:
+        pool.kill()
 
 
 def _context(device: str) -> Any:
@@ -180,6 +189,11 @@ def _serve(connection: Connection, rank: int, world_size: int, device: str, stor
         try:
             result = fn(*args, **kwargs)
             destroy_model_parallel()
-            connection.send((None, result))
+            connection.send((None, (result, _num_threads())))
         except BaseException:
             connection.send((traceback.format_exc(), None))
+
+
+def _num_threads() -> int:
+    """All of this process's, those that Python doesn't know too; 0 where the system doesn't say."""
+    return len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 0

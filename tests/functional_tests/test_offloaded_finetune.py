@@ -102,3 +102,42 @@ def test_offloaded_finetune_equals_the_reference_on_one_gpu(directory, fraction,
     for losses, expected, drift in run_on_ranks(_equals_reference, 1, directory, fraction, overlap):
         assert losses == expected
         assert drift == {}
+
+
+def _resumed_equals_uninterrupted(pretrained, directory, fraction):
+    """Losses and weights of a run stopped after two of four steps and started again, and of one that was not."""
+    runs = []
+    for name, stops in (("whole", ()), ("resumed", (2, None))):
+        for stop in stops or (None,):
+            cfg = tiny_config(
+                f"{directory}/{name}",
+                train_iters=4,
+                optimizer={"optimizer_cpu_offload": fraction > 0, "optimizer_offload_fraction": fraction},
+                train={"exit_interval": stop},
+                checkpoint={
+                    "load": f"{directory}/{name}/checkpoints",
+                    "save_interval": 2,
+                    "pretrained_checkpoint": pretrained,
+                },
+            )
+            runs.append(run_finetune(cfg))
+    whole, _, resumed = runs
+    return resumed.losses, whole.losses[2:], differing(resumed.weights_after, whole.weights_after)
+
+
+def _expect_equal_runs(seen):
+    for losses, expected, drift in seen:
+        assert losses == expected and len(losses) == 2
+        assert drift == {}
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.5])
+def test_a_resume_equals_the_uninterrupted_run(directory, tmp_path, fraction):
+    _expect_equal_runs(run_on_ranks(_resumed_equals_uninterrupted, 1, f"{directory}/pretrained", tmp_path, fraction))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fraction", [0.0, 0.5])
+def test_a_resume_equals_the_uninterrupted_run_on_one_gpu(directory, tmp_path, fraction):
+    """Torch's fused kernel keeps its counter on the device, where the loop's lies on the host."""
+    _expect_equal_runs(run_on_ranks(_resumed_equals_uninterrupted, 1, f"{directory}/pretrained", tmp_path, fraction))
