@@ -18,6 +18,7 @@ state_machine.RerunStateMachine()
 
 def said(program, *options):
     command, environment = [sys.executable, *options, "-c", program], {**os.environ, "RANK": "0"}
+    environment.pop("PYTHONWARNINGS", None)
     job = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert job.returncode == 0, job.stderr
     return [line for line in job.stderr.splitlines() if "megatron" in line.lower() or "RerunState" in line]
