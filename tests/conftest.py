@@ -77,10 +77,17 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(autouse=True)
 def heard_records():
-    """A command's log goes to standard error alone: the next test's `caplog` hears it again."""
+    """A test's `caplog` hears this package, whatever commands and libraries that ran in this process set before."""
+    _hear_records()
     yield
+    _hear_records()
+
+
+def _hear_records():
+    logging.getLogger().setLevel(logging.WARNING)  # NeMo-Run's launchers leave it at ERROR
     ours = logging.getLogger("megatron.bridge")
     ours.propagate = True
+    ours.setLevel(logging.NOTSET)
     for handler in [handler for handler in ours.handlers if type(handler) is logging.StreamHandler]:
         ours.removeHandler(handler)  # it holds the last test's standard error
 
