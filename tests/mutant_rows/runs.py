@@ -67,4 +67,20 @@ RUNS = (
             "test_a_resumed_file_has_the_last_line_of_each_step_and_no_torn_one",
         ),
     ),
+    Mutant(
+        name="configuration: mixed precision overwrites what was set",
+        breaks="ddp.grad_reduce_in_fp32=false is dropped, and the run sums in FP32",
+        file="src/megatron/bridge/training/config_precedence.py",
+        text="        resolved = resolved.with_values(**kept)\n",
+        replacement="        pass\n",
+        tests=("tests/unit_tests/training/test_config_precedence.py::test_a_value_set_in_a_section_counts",),
+    ),
+    Mutant(
+        name="configuration: a section's own number format dropped",
+        breaks="model.bf16=false runs in BF16",
+        file="src/megatron/bridge/training/config_precedence.py",
+        text="        if name in _FORMATS or source in set_fields(resolved):\n",
+        replacement="        if False:\n",
+        tests=("tests/unit_tests/training/test_config_precedence.py::test_a_format_of_one_section_alone_is_refused",),
+    ),
 )

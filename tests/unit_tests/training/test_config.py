@@ -234,7 +234,6 @@ def test_runtime_update_resolves_everything_once(monkeypatch):
     monkeypatch.setenv("MEGATRON_TEST_SET", "before")
     cfg = make_config(
         "mixed_precision=bf16_mixed",
-        "optimizer.use_distributed_optimizer=false",
         "ddp.overlap_grad_reduce=true",
         "ddp.overlap_param_gather=true",
         "train.eval_iters=3",

@@ -19,6 +19,7 @@ from megatron.bridge.models.model_provider import ModelProviderMixin
 from megatron.bridge.models.rope import Llama3RopeScaling
 from megatron.bridge.models.router_gemm import repair_router_gemm
 from megatron.bridge.models.vocab_padding import mask_padding_logits, padded_vocab_size
+from megatron.bridge.utils.set_fields import RemembersSetFields, writes_that_nobody_set
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ _INIT_METHODS = ("init_method", "output_layer_init_method", "embedding_init_meth
 
 
 @dataclass
-class GPTModelProvider(TransformerConfig, ModelProviderMixin):
+class GPTModelProvider(RemembersSetFields, TransformerConfig, ModelProviderMixin):
     """A GPT's configuration, which builds the GPT.
 
     Fields may be changed until the model is built: nothing is checked or derived before `finalize()`.
@@ -89,6 +90,10 @@ class GPTModelProvider(TransformerConfig, ModelProviderMixin):
                 f"model.rope_scaling=True scales rotary positions, and model.position_embedding_type="
                 f"{self.position_embedding_type!r}: set it to 'rope', or model.rope_scaling=False"
             )
+        with writes_that_nobody_set(self):
+            self._derive()
+
+    def _derive(self) -> None:
         for name, derived in self._derived_init_methods.items():
             if getattr(self, name) is derived:  # else it was set since
                 setattr(self, name, None)

@@ -42,10 +42,15 @@ from megatron.bridge.training.config_optimizer import (
     OptimizerConfigOverrideProvider,
     OptimizerConfigOverrideProviderContext,
 )
+from megatron.bridge.training.config_precedence import (
+    apply_mixed_precision,
+    forget_what_agrees,
+    share_between_ddp_and_optimizer,
+)
 from megatron.bridge.training.config_processes import DistributedInitConfig, RerunStateMachineConfig, RNGConfig
 from megatron.bridge.training.config_sections import SchedulerConfig, TrainingConfig, ValidationConfig
 from megatron.bridge.training.config_unsupported import log_options_without_effect
-from megatron.bridge.training.mixed_precision import MixedPrecisionConfig, get_mixed_precision_config
+from megatron.bridge.training.mixed_precision import MixedPrecisionConfig
 from megatron.bridge.utils import distributed
 from megatron.bridge.utils.targets import publish
 from megatron.bridge.utils.yaml_io import ConfigFileError, dump_yaml, from_yaml_dict, load_yaml, to_yaml_dict
@@ -134,6 +139,10 @@ class ConfigContainer:
 
     _checkpoint_load_required: bool = field(init=False, default=False, repr=False)
     """finetune() sets it: a run that finds nothing to load must not start."""
+
+    def __post_init__(self) -> None:
+        """What agrees with `mixed_precision` now follows it when it is changed."""
+        forget_what_agrees(self)
 
     def get_data_parallel_size(self, world_size: int) -> int:
         """Copies of the model on this many ranks.
@@ -257,12 +266,8 @@ def runtime_config_update(cfg: ConfigContainer) -> None:
             raise ValueError(f"env_vars.{name} would make processes load other code: set it where the run is started")
         os.environ.setdefault(name, str(value))
     _move_deprecated_fields(cfg)
-    if cfg.mixed_precision is not None:
-        cfg.mixed_precision = get_mixed_precision_config(cfg.mixed_precision)
-        cfg.mixed_precision.setup(cfg.model, cfg.optimizer, cfg.ddp)
-    _share_between_ddp_and_optimizer(cfg)
-    if cfg.model.pipeline_model_parallel_size > 1 and cfg.model.pipeline_dtype is None:
-        cfg.model.pipeline_dtype = cfg.model.params_dtype
+    apply_mixed_precision(cfg)
+    share_between_ddp_and_optimizer(cfg)
     cfg.validate()
     derived = cfg.derive()
     cfg.data_parallel_size = derived.data_parallel_size
@@ -279,14 +284,6 @@ def _move_deprecated_fields(cfg: ConfigContainer) -> None:
             logger.warning("train.%s=%s is deprecated: moved to validation.%s", name, value, name)
             setattr(cfg.validation, name, value)
             setattr(cfg.train, name, None)
-
-
-def _share_between_ddp_and_optimizer(cfg: ConfigContainer) -> None:
-    """Both sections have these fields and Core wants them equal; setting one of the two is enough."""
-    for name in ("use_distributed_optimizer", "overlap_param_gather", "reuse_grad_buf_for_mxfp8_param_ag"):
-        either = getattr(cfg.ddp, name) or getattr(cfg.optimizer, name)
-        setattr(cfg.ddp, name, either)
-        setattr(cfg.optimizer, name, either)
 
 
 publish(

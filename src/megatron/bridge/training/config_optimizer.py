@@ -17,6 +17,7 @@ from megatron.core.optimizer import get_standard_config_overrides, optimizer_con
 from megatron.core.utils import get_te_version
 
 from megatron.bridge.training.config_sections import SchedulerConfig
+from megatron.bridge.utils.set_fields import RemembersSetFields, writes_that_nobody_set
 
 
 @contextlib.contextmanager
@@ -39,7 +40,7 @@ def _absent_transformer_engine_is_old() -> Iterator[None]:
 
 
 @dataclass
-class OptimizerConfig(CoreOptimizerConfig):
+class OptimizerConfig(RemembersSetFields, CoreOptimizerConfig):
     """Megatron-Core's optimizer options, checked in `finalize()` instead of at birth."""
 
     def __post_init__(self) -> None:
@@ -52,14 +53,14 @@ class OptimizerConfig(CoreOptimizerConfig):
             ValueError: naming the option that can't work.
         """
         try:
-            with _absent_transformer_engine_is_old():
+            with _absent_transformer_engine_is_old(), writes_that_nobody_set(self):
                 super().__post_init__()
         except (AssertionError, RuntimeError) as error:
             raise ValueError(f"optimizer: {error}") from error
 
 
 @dataclass
-class DistributedDataParallelConfig(CoreDistributedDataParallelConfig):
+class DistributedDataParallelConfig(RemembersSetFields, CoreDistributedDataParallelConfig):
     """Megatron-Core's data-parallel options, checked in `finalize()` instead of at birth."""
 
     def __post_init__(self) -> None:
@@ -72,7 +73,8 @@ class DistributedDataParallelConfig(CoreDistributedDataParallelConfig):
             ValueError: naming the option that can't work.
         """
         try:
-            super().__post_init__()
+            with writes_that_nobody_set(self):
+                super().__post_init__()
         except AssertionError as error:
             raise ValueError(f"ddp: {error}") from error
 

@@ -1,13 +1,15 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Mixed precision: one name or object that sets the number formats of model, optimizer and gradients together."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
-from megatron.bridge.utils.overrides import nearest
+from megatron.bridge.utils.field_types import nearest
+from megatron.bridge.utils.set_fields import RemembersSetFields, forget_set_fields, writes_that_nobody_set
 
 _FORMAT_FIELDS = (
     "params_dtype pipeline_dtype grad_reduce_in_fp32 loss_scale initial_loss_scale min_loss_scale loss_scale_window "
@@ -22,9 +24,12 @@ _FP8_FIELDS = (
 )
 """Fields written when `fp8` is set."""
 
+_OTHER_NAMES = {"enable_autocast": "autocast_enabled", "fp8_param": "fp8_param_gather"}
+"""Fields of the sections whose names are others here."""
+
 
 @dataclass(kw_only=True)
-class MixedPrecisionConfig:
+class MixedPrecisionConfig(RemembersSetFields):
     """Number formats. A field that is None leaves what model, optimizer or ddp say."""
 
     fp32: bool = False
@@ -108,6 +113,24 @@ class MixedPrecisionConfig:
     hysteresis: int = 2
     """Overflows before the scale is halved."""
 
+    @staticmethod
+    def from_name(name: str) -> "MixedPrecisionConfig":
+        """As `get_mixed_precision_config`: `mixed_precision.hysteresis=4` changes one field of a named one."""
+        return get_mixed_precision_config(name)
+
+    @staticmethod
+    def source_of(name: str) -> str:
+        """The field here that decides a section's field."""
+        return _OTHER_NAMES.get(name, name)
+
+    def with_values(self, **values: Any) -> "MixedPrecisionConfig":
+        """A copy with other values, which don't count as set here."""
+        changed = copy.copy(self)
+        with writes_that_nobody_set(changed):
+            for name, value in values.items():
+                setattr(changed, name, value)
+        return changed
+
     def finalize(self) -> None:
         """Check the section's own fields.
 
@@ -139,11 +162,11 @@ class MixedPrecisionConfig:
     def _write(self, section: Any) -> None:
         """Set each field of `section` that a format here decides."""
         fields = section.__dataclass_fields__
-        for name, value in self._values().items():
+        for name, value in self.written_values().items():
             if name in fields:
                 setattr(section, name, value)
 
-    def _values(self) -> dict[str, Any]:
+    def written_values(self) -> dict[str, Any]:
         """Field names of model, optimizer and ddp with their values; what this object leaves open is left out."""
         values = {name: getattr(self, name) for name in _FORMAT_FIELDS}
         values["fp16"] = False if self.fp32 or self.bf16 else self.fp16
@@ -237,6 +260,16 @@ def bf16_with_fp8_subchannel_scaling_mixed() -> MixedPrecisionConfig:
     return replace(bf16_mixed(), fp8="hybrid", fp8_recipe="blockwise", fp8_param_gather=False)
 
 
+def is_mixed_precision(value: Any) -> bool:
+    """Whether a value of `mixed_precision` can be resolved."""
+    return isinstance(value, MixedPrecisionConfig) or (isinstance(value, str) and value in _RECIPES)
+
+
+def name_of_preset(mixed_precision: MixedPrecisionConfig) -> str | None:
+    """The name under which an equal one is registered; None: it is none's."""
+    return next((name for name, make in _RECIPES.items() if make() == mixed_precision), None)
+
+
 def get_mixed_precision_config(name: str | MixedPrecisionConfig) -> MixedPrecisionConfig:
     """The mixed precision of that name, as a new object; an object is returned as it is.
 
@@ -249,4 +282,6 @@ def get_mixed_precision_config(name: str | MixedPrecisionConfig) -> MixedPrecisi
         raise ValueError(
             f"mixed_precision={name}: unknown name; {nearest(name, _RECIPES)}set one of {sorted(_RECIPES)}"
         )
-    return _RECIPES[name]()
+    preset = _RECIPES[name]()
+    forget_set_fields(preset)  # the name was chosen, not each of its values
+    return preset

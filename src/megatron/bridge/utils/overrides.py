@@ -110,11 +110,13 @@ def _value_hint(hint: Any) -> Any:
 
 
 def _section(owner: Any, name: str, current: Any, hint: Any) -> Any:
-    """A section, made first when it is None and its class has a default for each field."""
-    if current is not None:
-        return current
+    """A section, made first when it is None and its class has a default for each field, or when it is a name."""
     members = members_of(hint)
     makes = next((member for member in members if dataclasses.is_dataclass(member)), None)
+    if isinstance(current, str) and hasattr(makes, "from_name"):
+        setattr(owner, name, makes.from_name(current))
+    if current is not None:
+        return getattr(owner, name)
     if makes is None and any((typing.get_origin(member) or member) is dict for member in members):
         makes = dict
     if makes is not None:

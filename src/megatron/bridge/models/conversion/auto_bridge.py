@@ -26,6 +26,7 @@ from megatron.bridge.models.families import (
     family_of,
     provider_fields,
 )
+from megatron.bridge.utils.set_fields import forget_set_fields
 
 if TYPE_CHECKING:
     import torch
@@ -113,6 +114,7 @@ class AutoBridge(AdapterExport):
             ValueError: The configuration asks for what Megatron can't express, or there are no weights to load.
         """
         provider = self.family.provider_class(**provider_fields(self.hf_config))
+        forget_set_fields(provider)  # the directory says it, and mixed_precision may say otherwise
         if self.directory is not None:
             provider.hf_model_id = str(self.directory.resolve() if Path(self.name).exists() else self.name)
         if load_weights:
