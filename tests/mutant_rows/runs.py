@@ -5,6 +5,7 @@ from tests.mutant_rows.mutant import Mutant
 
 _PREEMPTION = "tests/functional_tests/test_preemption.py::test_"
 _HANG = "tests/functional_tests/test_hang.py::test_"
+_DELIVERY = "tests/unit_tests/training/test_delivery.py::test_"
 SOURCE = "src/megatron/bridge/"
 
 RUNS = (
@@ -82,5 +83,13 @@ RUNS = (
         text="        if name in _FORMATS or source in set_fields(resolved):\n",
         replacement="        if False:\n",
         tests=("tests/unit_tests/training/test_config_precedence.py::test_a_format_of_one_section_alone_is_refused",),
+    ),
+    Mutant(
+        name="a tracker that is away ends the run",
+        breaks="what a service's outage costs is all steps since the last save",
+        file=f"{SOURCE}training/delivery.py",
+        text="        except BaseException as error:  # a thread's SystemExit would end it without a word\n",
+        replacement="        except KeyError as error:\n",
+        tests=(f"{_DELIVERY}what_was_missed_comes_later_and_in_order[at once]",),
     ),
 )

@@ -1,13 +1,17 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Where figures go: the file that is always written, and the services that are extras."""
 
+import errno
 import json
+import logging
 import os
 import sys
-from types import SimpleNamespace
+import threading
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from megatron.bridge.training import delivery
 from megatron.bridge.training.metrics import MetricsFile, metrics_file_of, opened, read_metrics
 from megatron.bridge.training.state import GlobalState, TrainState
 from megatron.bridge.training.trackers import build_loggers, check_trackers_are_installed
@@ -50,13 +54,35 @@ def test_a_line_in_the_middle_that_is_no_json_is_named(tmp_path):
         read_metrics(tmp_path / "metrics.jsonl")
 
 
-def test_a_disk_that_fills_up_is_said_in_one_line_that_names_the_file(tmp_path):
-    metrics = MetricsFile(tmp_path / "metrics.jsonl", option="checkpoint.save")
-    said = r"metrics.jsonl \(checkpoint.save\) can't be written \(No space left on device\)"
-    with pytest.raises(OSError, match=said):
-        with opened([metrics], state := _state(step=1)):
-            metrics._file = open("/dev/full", "a", encoding="utf-8")
-            metrics.write(state, "train", {"lm loss": 2.0})
+def test_a_disk_that_fills_up_costs_no_line_once_there_is_room(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(delivery, "FIRST_PAUSE_SECONDS", 0.0)
+    metrics, state = MetricsFile(tmp_path / "metrics.jsonl", option="checkpoint.save"), _state()
+
+    class Full:
+        """Takes half a line, then nothing."""
+
+        def __init__(self, file):
+            self.file, self.taken = file, []
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def write(self, data):
+            if self.taken:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.taken.append(self.file.write(data[: len(data) // 2]))
+            return self.taken[0]
+
+    with opened([metrics], state):
+        for step in range(1, 8):
+            if step in (3, 6):
+                metrics._file = Full(metrics._file) if step == 3 else metrics._file.file
+            state.train_state.step = step
+            metrics.deliver(state, "train", {"lm loss": 2.0})
+    assert [json.loads(line)["step"] for line in metrics.path.read_text().splitlines()] == [1, 2, 3, 4, 5, 6, 7]
+    [warning] = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert "metrics.jsonl (checkpoint.save) can't be written (No space left on device)" in warning
+    assert "the figures of step 3" in warning
 
 
 @pytest.mark.parametrize(
@@ -129,9 +155,29 @@ def test_mlflow_in_a_file(tmp_path, monkeypatch):
     assert (run.data.tags["team"], run.info.run_name) == ("a", "tiny")
 
 
+def test_mlflow_gets_what_another_thread_hands_over(tmp_path, monkeypatch):
+    calls, stand_in = [], ModuleType("mlflow")
+    stand_in.exceptions = SimpleNamespace(MlflowException=type("MlflowException", (Exception,), {}))
+    stand_in.set_experiment = stand_in.log_text = lambda *arguments: None
+    stand_in.start_run = lambda **options: SimpleNamespace(info=SimpleNamespace(run_id="r"))
+    stand_in.log_metrics = lambda values, **options: calls.append((threading.current_thread().name, values, options))
+    stand_in.end_run = lambda status: calls.append((threading.current_thread().name, status))
+    monkeypatch.setitem(sys.modules, "mlflow", stand_in)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    state = _state("logger.mlflow_experiment=mine", step=4)
+    [logger] = build_loggers(state.cfg)
+    with opened([logger], state):
+        logger.deliver(state, "train", {"lm loss": 2.0, "grad_norm": float("nan")})
+    assert calls == [
+        ("figures for MLflow", {"lm loss": 2.0}, {"step": 4, "run_id": "r"}),
+        (threading.current_thread().name, "FINISHED"),
+    ]
+
+
 def test_a_run_that_fails_is_told_so(tmp_path):
     told = []
-    logger = SimpleNamespace(open=lambda state: None, close=lambda *, failed: told.append(failed))
+    logger = MetricsFile(tmp_path / "metrics.jsonl")
+    logger.close = lambda *, failed: told.append(failed)
     with pytest.raises(RuntimeError), opened([logger], None):
         raise RuntimeError
     with opened([logger], None):

@@ -7,12 +7,15 @@ TensorBoard, Weights & Biases and MLflow stand behind the same interface in trac
 import contextlib
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, ClassVar
 
 from megatron.bridge.training.callbacks import Callback, CallbackContext
+from megatron.bridge.training.delivery import Delivery
 from megatron.bridge.training.preemption import Preempted
 from megatron.bridge.utils.device import peak_memory_bytes
 from megatron.bridge.utils.distributed import is_rank_0, on_all_ranks
@@ -46,7 +49,20 @@ def step_values(context: CallbackContext) -> dict[str, Any]:
 
 
 class MetricsLogger(Callback):
-    """A place for figures. Override `write`, and `open` and `close` where there is something to; rank 0 calls them."""
+    """A place for figures. Override `write`, and `open` and `close` where there is something to; rank 0 calls them.
+
+    An error of `write` or `close` is a warning, and the run goes on: what wasn't taken waits and is offered again. Only
+    `open` can refuse a run. `write` is called by a thread of its own, so that a place that answers slowly holds no
+    step, unless `writes_at_once`.
+    """
+
+    title: str | None = None
+    """The place, for the log. None: the class's name."""
+
+    writes_at_once: ClassVar[bool] = False
+    """Call `write` in the step itself, by the thread that trains: for a local file, or what bears no other thread."""
+
+    _delivery: Delivery | None = None
 
     def open(self, state: "GlobalState") -> None:
         """Get ready, before anything is built: what can't work must be said now."""
@@ -55,7 +71,7 @@ class MetricsLogger(Callback):
         """Take the figures of the step in `state.train_state`.
 
         Args:
-            state: The run.
+            state: The run, as it was at that step.
             split: `train`, `validation` or `test`.
             values: Numbers by name; None where there is none.
         """
@@ -64,18 +80,25 @@ class MetricsLogger(Callback):
     def close(self, *, failed: bool) -> None:
         """The run ends."""
 
+    def deliver(self, state: "GlobalState", split: str, values: dict[str, Any]) -> None:
+        """Have figures written: by the delivery of an `opened` logger, else here and now."""
+        if self._delivery is None:
+            self.write(state, split, values)
+        else:
+            self._delivery.hand_over(state, split, values)
+
     def on_train_step_end(self, context: CallbackContext) -> None:
         state = context.state
         if is_rank_0() and state.train_state.step % state.cfg.logger.tensorboard_log_interval == 0:
-            self.write(state, "train", step_values(context))
+            self.deliver(state, "train", step_values(context))
 
     def on_eval_end(self, context: CallbackContext) -> None:
         if is_rank_0():
-            self.write(context.state, "validation", {**context.loss_dict, "num_tokens": context.num_tokens})
+            self.deliver(context.state, "validation", {**context.loss_dict, "num_tokens": context.num_tokens})
 
     def on_test_end(self, context: CallbackContext) -> None:
         if is_rank_0():
-            self.write(context.state, "test", {**context.loss_dict, "num_tokens": context.num_tokens})
+            self.deliver(context.state, "test", {**context.loss_dict, "num_tokens": context.num_tokens})
 
 
 class MetricsFile(MetricsLogger):
@@ -88,53 +111,57 @@ class MetricsFile(MetricsLogger):
         option: The option that named it or its directory, for an error.
     """
 
+    writes_at_once = True
+
     def __init__(self, path: str | Path, *, option: str = "MetricsFile") -> None:
         self.path, self._option = Path(path), option
-        self._file: IO[str] | None = None
+        self.title = f"the metrics file {path}"
+        self._file: IO[bytes] | None = None
         self._started = time.monotonic()
 
     def open(self, state: "GlobalState") -> None:
         """Raises ValueError where the file can't be written."""
         check_writable_directory(self.path.parent, self._option)
         _cut_torn_line(self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("ab", buffering=0)
 
     def write(self, state: "GlobalState", split: str, values: dict[str, Any]) -> None:
         """Append a line; a number that isn't finite becomes null, for which JSON has no other word.
 
         Raises:
-            OSError: The disk is full, say.
+            OSError: The disk is full, say; then nothing of the line is in the file.
         """
         if self._file is None:
             self.open(state)
         finite = {name: None if _is_not_finite(value) else value for name, value in values.items()}
         elapsed = round(time.monotonic() - self._started, 3)
         line = {"step": state.train_state.step, "split": split, **finite, "elapsed_seconds": elapsed}
-        self._file.write(json.dumps(line) + "\n")
-        with self._named_errors():
-            self._file.flush()
+        self._append((json.dumps(line) + "\n").encode())
 
     def close(self, *, failed: bool) -> None:
         """Close the file."""
         file, self._file = self._file, None
         if file is not None:
-            with self._named_errors():
-                file.close()
+            file.close()
 
-    @contextlib.contextmanager
-    def _named_errors(self) -> Iterator[None]:
-        """The system doesn't say which file it couldn't write; a torn line is cut off by the next run.
+    def _append(self, line: bytes) -> None:
+        """All of a line or none of it. The system doesn't say which file it couldn't write.
 
         Raises:
-            OSError: In the body.
+            OSError: It can't be written.
         """
+        before = os.fstat(self._file.fileno()).st_size
+        rest = line
         try:
-            yield
+            while rest:
+                rest = rest[self._file.write(rest) :]
         except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(before)
             raise OSError(
                 error.errno,
-                f"{self.path} ({self._option}) can't be written ({error.strerror}): make it writable or free space "
-                "there, and start again: the run goes on from the last complete checkpoint",
+                f"{self.path} ({self._option}) can't be written ({error.strerror}): free space there or make it "
+                "writable",
             ) from error
 
 
@@ -191,9 +218,13 @@ def opened(loggers: Sequence[MetricsLogger], state: "GlobalState") -> Iterator[N
     Raises:
         ValueError: One can't be opened; on all ranks.
     """
+    own = loggers if is_rank_0() else ()
     with on_all_ranks("opening the loggers"):
-        for logger in loggers if is_rank_0() else ():
+        for logger in own:
             logger.open(state)
+    for logger in own:
+        name = getattr(logger, "title", None) or type(logger).__name__
+        logger._delivery = Delivery(name, logger.write, at_once=logger.writes_at_once)
     failed = True
     try:
         yield
@@ -202,5 +233,6 @@ def opened(loggers: Sequence[MetricsLogger], state: "GlobalState") -> Iterator[N
         failed = False
         raise
     finally:
-        for logger in loggers if is_rank_0() else ():
-            logger.close(failed=failed)
+        for logger in own:
+            delivery, logger._delivery = logger._delivery, None
+            delivery.finish(partial(logger.close, failed=failed))

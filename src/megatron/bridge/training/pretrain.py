@@ -10,7 +10,7 @@ from megatron.bridge.training.config import ConfigContainer, runtime_config_upda
 from megatron.bridge.training.eval import evaluate
 from megatron.bridge.training.hang_watchdog import watched
 from megatron.bridge.training.initialize import destroy_global_state, enter_run
-from megatron.bridge.training.metrics import opened
+from megatron.bridge.training.metrics import MetricsLogger, opened
 from megatron.bridge.training.micro_batches import bind_forward_step
 from megatron.bridge.training.preemption import catch_exit_signal
 from megatron.bridge.training.profiling import build_profilers
@@ -50,15 +50,18 @@ def pretrain(
         with on_all_ranks("checking the configuration"):
             log_to_rank_file(config.logger.rank_log_dir)
             runtime_config_update(config)
-            loggers = build_loggers(config)
             summary = RunSummary()
-            own = [ProgressBar(), summary, *loggers, *build_profilers(config)]
+            own = [ProgressBar(), summary, *build_loggers(config), *build_profilers(config)]
             manager = CallbackManager([*own, *normalize_callbacks(callbacks).callbacks])
         maybe_log_and_save_config(config)
         with catch_exit_signal(config.train) as exit_signal:
             state = GlobalState(config, exit_signal=exit_signal)
-            with opened(loggers, state):
-                _run(state, forward_step_func, manager, summary)
+            loggers = [callback for callback in manager.callbacks if isinstance(callback, MetricsLogger)]
+            try:
+                with opened(loggers, state):
+                    _run(state, forward_step_func, manager, summary)
+            finally:
+                state.close()
     finally:
         destroy_global_state()
         if owns_process_group and dist.is_initialized():
@@ -81,5 +84,4 @@ def _run(state: GlobalState, forward_step_func: Callable, callbacks: CallbackMan
             if state.train_state.do_test:
                 evaluate(run, forward_step, callbacks, split="test")
     finally:
-        state.close()
         summary.log_end(state)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from megatron.bridge.training.config import ConfigContainer
     from megatron.bridge.training.config_derived import DerivedConfig
     from megatron.bridge.training.preemption import ExitSignal
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -119,10 +122,13 @@ class GlobalState:
         return self._tensorboard
 
     def close(self) -> None:
-        """Flush and close what was opened; a save that is still being written is given up."""
+        """Close what was opened; a save that is still being written is given up."""
         if self.background_save is not None:
             self.background_save.abandon()
             self.background_save = None
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = None
+        tensorboard, self._tensorboard = self._tensorboard, None
+        if tensorboard is not None:
+            try:
+                tensorboard.close()
+            except OSError as error:
+                logger.warning("TensorBoard's file in %s is cut short: %s", self.cfg.logger.tensorboard_dir, error)

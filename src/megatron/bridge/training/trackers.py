@@ -23,14 +23,24 @@ def _names(split: str, values: dict[str, Any]) -> dict[str, float]:
 class TensorBoard(MetricsLogger):
     """All figures against the step, in `logger.tensorboard_dir`."""
 
+    def open(self, state: "GlobalState") -> None:
+        """Begin a file there."""
+        self._writer = state.tensorboard_logger
+
     def write(self, state: "GlobalState", split: str, values: dict[str, Any]) -> None:
         """Add a point to each curve."""
         for name, value in _names(split, values).items():
-            state.tensorboard_logger.add_scalar(name, value, state.train_state.step)
+            self._writer.add_scalar(name, value, state.train_state.step)
+
+    def close(self, *, failed: bool) -> None:
+        """Write what is in the queue, and close the file."""
+        self._writer.close()
 
 
 class WeightsAndBiases(MetricsLogger):
     """All figures against the step, in `logger.wandb_project`; `WANDB_MODE=offline` needs no network and no account."""
+
+    title = "Weights & Biases"
 
     def open(self, state: "GlobalState") -> None:
         """Begin a run there. Raises ValueError where wandb refuses."""
@@ -45,7 +55,7 @@ class WeightsAndBiases(MetricsLogger):
                 dir=options.wandb_save_dir,
                 config=state.cfg.to_dict(),
             )
-        except wandb.errors.Error as error:
+        except (wandb.errors.Error, OSError) as error:
             said = " ".join(str(error).split())
             raise ValueError(
                 f"logger.wandb_project={options.wandb_project!r}: wandb can't start a run ({said}): log in, or set "
@@ -73,26 +83,30 @@ class MLflow(MetricsLogger):
         import mlflow
 
         options = state.cfg.logger
+        # Figures are offered again in any case, and MLflow's own eight tries take four minutes.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
         if options.mlflow_tracking_uri is not None:
             if options.mlflow_tracking_uri.startswith(("file:", "/", ".")):
                 os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow 3.17 wants it said twice
             mlflow.set_tracking_uri(options.mlflow_tracking_uri)
         try:
             mlflow.set_experiment(options.mlflow_experiment)
-            mlflow.start_run(run_name=options.mlflow_run_name, tags=options.mlflow_tags)
+            run = mlflow.start_run(run_name=options.mlflow_run_name, tags=options.mlflow_tags)
             mlflow.log_text(state.cfg.to_yaml(), "run_config.yaml")
-        except mlflow.exceptions.MlflowException as error:
+        except (mlflow.exceptions.MlflowException, OSError) as error:
             said = " ".join(str(error).split())
             raise ValueError(
                 f"logger.mlflow_experiment={options.mlflow_experiment!r}: mlflow can't start a run ({said}): set "
                 "logger.mlflow_tracking_uri to a server, or logger.mlflow_experiment=null"
             ) from error
         self._mlflow = state.mlflow_logger = mlflow
+        # By name: without one figures go to the active run of the calling thread, and another thread hands them over.
+        self._run = {} if run is None else {"run_id": run.info.run_id}
 
     def write(self, state: "GlobalState", split: str, values: dict[str, Any]) -> None:
         """Add a point to each curve; MLflow's stores take no number that isn't finite."""
         finite = {name: value for name, value in _names(split, values).items() if math.isfinite(value)}
-        self._mlflow.log_metrics(finite, step=state.train_state.step)
+        self._mlflow.log_metrics(finite, step=state.train_state.step, **self._run)
 
     def close(self, *, failed: bool) -> None:
         """End the run there."""

@@ -1,0 +1,115 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""A place for figures that is away: the run neither ends nor waits, and what it missed comes later."""
+
+import logging
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from megatron.bridge.training import delivery
+from megatron.bridge.training.delivery import Delivery
+
+
+def _state(step):
+    return SimpleNamespace(train_state=SimpleNamespace(step=step))
+
+
+class _Place:
+    """Takes steps, but for those that `refuses` says."""
+
+    def __init__(self, refuses):
+        self.refuses, self.taken, self.tries = refuses, [], 0
+
+    def write(self, state, split, values):
+        self.tries += 1
+        if self.refuses(self, state.train_state.step):
+            raise ConnectionError("the server\nis away")
+        self.taken.append(state.train_state.step)
+
+
+def _hand_over(place, steps, *, at_once, close=lambda: None):
+    figures, state = Delivery("Place", place.write, at_once=at_once), _state(0)
+    for state.train_state.step in steps:
+        figures.hand_over(state, "train", {})
+    figures.finish(close)
+
+
+def _warnings(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch):
+    monkeypatch.setattr(delivery, "FIRST_PAUSE_SECONDS", 0.01)
+
+
+@pytest.fixture(params=[True, False], ids=["at once", "by a thread"])
+def at_once(request):
+    return request.param
+
+
+def test_each_line_comes_with_its_own_step(at_once, caplog):
+    place = _Place(lambda place, step: False)
+    _hand_over(place, [1, 2, 3], at_once=at_once)
+    assert place.taken == [1, 2, 3] and not _warnings(caplog)
+
+
+def test_what_was_missed_comes_later_and_in_order(at_once, caplog):
+    place = _Place(lambda place, step: step == 3 and place.tries == 3)  # once; the last try is the end's
+    _hand_over(place, [1, 2, 3, 4, 5], at_once=at_once)
+    assert place.taken == [1, 2, 3, 4, 5]
+    assert _warnings(caplog) == [
+        "Place did not take the figures of step 3 (ConnectionError: the server is away): the run goes on; they wait "
+        "and are offered again"
+    ]
+
+
+def test_pauses_grow_while_it_is_away(monkeypatch, caplog):
+    monkeypatch.setattr(delivery, "time", clock := SimpleNamespace(now=0.0, sleep=lambda seconds: None))
+    clock.monotonic = lambda: clock.now
+    place, state = _Place(lambda place, step: True), _state(0)
+    figures, tries = Delivery("Place", place.write, at_once=True), []
+    for state.train_state.step in range(1, 2001):
+        clock.now += 0.01
+        before = place.tries
+        figures.hand_over(state, "train", {})
+        tries += [round(clock.now, 2)] if place.tries > before else []
+    assert tries == pytest.approx([0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24], abs=0.05)
+    caplog.set_level(logging.INFO)
+    figures.finish(lambda: None)
+    assert caplog.messages[-1] == "Place did not take 2000 lines of figures" and len(_warnings(caplog)) == 1
+
+
+def test_a_line_that_is_refused_does_not_hold_up_the_others(at_once):
+    place = _Place(lambda place, step: step in (2, 3))
+    _hand_over(place, range(1, 9), at_once=at_once)
+    assert place.taken == [1, 4, 5, 6, 7, 8]
+
+
+def test_the_oldest_is_given_up_when_too_many_wait(monkeypatch):
+    monkeypatch.setattr(delivery, "MOST_WAITING", 3)
+    place = _Place(lambda place, step: place.tries == 1)
+    _hand_over(place, range(1, 7), at_once=True)
+    assert place.taken == [4, 5, 6]
+
+
+def test_one_that_never_answers_holds_nobody(monkeypatch, caplog):
+    monkeypatch.setattr(delivery, "SECONDS_WITHOUT_PROGRESS", 0.05)
+    caplog.set_level(logging.INFO)
+    never = threading.Event()
+    place = _Place(lambda place, step: step == 2 and never.wait(60))
+    _hand_over(place, range(1, 6), at_once=False, close=lambda: never.wait(60))
+    assert place.taken == [1]
+    assert caplog.messages[-1] == "Place did not take 4 lines of figures"
+    never.set()
+
+
+def test_an_error_at_the_end_is_a_warning(at_once, caplog):
+    def close():
+        raise OSError("No space left on device")
+
+    _hand_over(_Place(lambda place, step: False), [1], at_once=at_once, close=close)
+    assert _warnings(caplog) == [
+        "Place could not be closed (OSError: No space left on device); the run isn't touched by it"
+    ]
