@@ -2,6 +2,7 @@
 """Which repairs are in effect with which optimizer, on which Core; that one steps aside where Core is right."""
 
 import contextlib
+import math
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from megatron.core import __version__ as core_version
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from megatron.bridge.training.cpu_offload.install import REPAIRS
 from megatron.bridge.training.cpu_offload.repair import ToBuild
@@ -35,7 +37,7 @@ RUNS = {
 }
 """Options of the optimizer and of the model, and whether Core finds an optimizer as Transformer Engine's is."""
 
-ALL = ("load template", "exact resume", "adam kernel", "reshardable state")
+ALL = ("load template", "exact resume", "adam kernel", "reshardable state", "finite gradients")
 HYBRID = ("no dummy step", "master lookup", "plain param groups", "flat step", "built once")
 IN_EFFECT = {
     "no offload": {*ALL},
@@ -62,12 +64,12 @@ def _built(directory, run):
     with as_with_transformer_engine() if fused else contextlib.nullcontext():
         cfg = tiny_config(directory, optimizer=optimizer, model=model)
         chunks, built, _ = build_training(cfg)
-        yield cfg, chunks, built.chained_optimizers[0]
+        yield cfg, chunks, built
 
 
 def _in_effect(directory, run):
-    with _built(directory, run) as (_, _, distributed_optimizer):
-        parts = (distributed_optimizer, distributed_optimizer.optimizer)
+    with _built(directory, run) as (_, _, chain):
+        parts = (chain, *chain.chained_optimizers, chain.optimizer)
         return {name for part in parts for name in getattr(type(part), "repairs", ())}
 
 
@@ -124,6 +126,11 @@ def _fused_in_both(config, model_chunks, param_groups):
     return options if config.optimizer_cpu_offload else {**options, "params": param_groups, "fused": True}
 
 
+def _looks_at_the_norm(self):
+    grad_norm = self.get_grad_norm()
+    return math.isfinite(grad_norm)
+
+
 def _waits(self, closure=None):
     self._set_sub_optimizer_grads()
     torch.cuda.current_stream().wait_stream(self._d2h_stream)
@@ -156,6 +163,7 @@ MENDED = {
     "flat step": ("offload", HybridDeviceOptimizer, "_get_sub_optimizer_param_groups", _nothing),
     "flat shards": ("offload", DistributedOptimizer, "_build_model_and_main_param_groups", _nothing),
     "built once": ("offload", DistributedOptimizer, "__init__", _nothing),
+    "finite gradients": ("no offload", ChainedOptimizer, "step", _looks_at_the_norm),
 }
 """By repair: a run that needs it, and the method of Core's that it looks at, mended."""
 
@@ -164,8 +172,10 @@ def _is_asked_for(directory, name):
     """Whether a repair is needed with Core as it is, and with Core mended."""
     run, core_class, attribute, mended = MENDED[name]
     (repair,) = (repair for repair in REPAIRS if repair.name == name)
-    with _built(directory, run) as (cfg, chunks, distributed_optimizer):
-        asked = distributed_optimizer if repair.target is DistributedOptimizer else distributed_optimizer.optimizer
+    with _built(directory, run) as (cfg, chunks, chain):
+        (asked,) = (
+            part for part in (chain, chain.chained_optimizers[0], chain.optimizer) if isinstance(part, repair.target)
+        )
         asked = ToBuild(cfg.optimizer, chunks) if repair.while_building else asked
         before, as_it_is = vars(core_class)[attribute], repair.is_needed(asked)
         setattr(core_class, attribute, mended)
@@ -183,7 +193,8 @@ def test_a_repair_steps_aside_where_core_is_right(tmp_path, name):
 
 def _two_at_once(directory):
     """Repairs that look at more than one thing: whether they are needed as Core is, and with Core mended."""
-    with _built(directory, "offload") as (_, _, distributed_optimizer):
+    with _built(directory, "offload") as (_, _, chain):
+        (distributed_optimizer,) = chain.chained_optimizers
         by_name = {repair.name: repair for repair in REPAIRS}
         plain, exact = by_name["plain param groups"], by_name["exact resume"]
         answers = [plain.is_needed(distributed_optimizer), exact.is_needed(distributed_optimizer)]

@@ -6,6 +6,7 @@ from tests.mutant_rows.mutant import Mutant
 _PREEMPTION = "tests/functional_tests/test_preemption.py::test_"
 _HANG = "tests/functional_tests/test_hang.py::test_"
 _DELIVERY = "tests/unit_tests/training/test_delivery.py::test_"
+_FINITE = "tests/functional_tests/test_finite_steps.py::test_"
 SOURCE = "src/megatron/bridge/"
 
 RUNS = (
@@ -32,6 +33,30 @@ RUNS = (
         text='            if store.check([f"{name}/all"]) and word in store.get(f"{name}/all").decode().split():\n',
         replacement='            if store.check([f"{name}/all"]):\n',
         tests=("tests/unit_tests/utils/test_rendezvous.py::test_ranks_of_a_start_meet_behind_one_that_is_over",),
+    ),
+    Mutant(
+        name="a gradient of NaN is stepped on",
+        breaks="all weights become NaN",
+        file=f"{SOURCE}training/cpu_offload/finite_gradients.py",
+        text="            if not math.isfinite(norm):\n",
+        replacement="            if False:\n",
+        tests=(f"{_FINITE}a_gradient_that_is_not_a_number_ends_the_run_before_the_step[precision-aware]",),
+    ),
+    Mutant(
+        name="a loss of NaN on one rank",
+        breaks="that rank ends alone, or nobody does",
+        file=f"{SOURCE}training/micro_batches.py",
+        text="    if checked_as is not None:\n",
+        replacement="    if False:\n",
+        tests=(f"{_FINITE}so_does_one_of_an_evaluation",),
+    ),
+    Mutant(
+        name="weights of NaN are saved",
+        breaks="the last good checkpoint is removed for one that can't be trained on",
+        file=f"{SOURCE}training/checkpointing.py",
+        text="    check_weights_are_finite(model, state.train_state.step)\n",
+        replacement="",
+        tests=(f"{_FINITE}weights_that_are_not_numbers_are_not_saved",),
     ),
     Mutant(
         name="nobody watches",

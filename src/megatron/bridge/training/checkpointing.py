@@ -33,6 +33,7 @@ from megatron.bridge.training.cpu_offload.param_copies import (
     check_hybrid_optimizer_param_copies,
     sync_hybrid_optimizer_param_copies,
 )
+from megatron.bridge.training.finite_steps import check_weights_are_finite
 from megatron.bridge.training.local_checkpoint import (
     find_local,
     forget_local_from,
@@ -105,10 +106,12 @@ def save_checkpoint(
 
     Raises:
         ValueError: `checkpoint.save` is not set or can't be written.
+        FloatingPointError: The weights are NaN or infinite; nothing is written or removed.
         OSError: This rank can't write; on the other ranks a RuntimeError that carries its text.
     """
     finish_background_save(state, wait=True)
     cfg = state.cfg
+    check_weights_are_finite(model, state.train_state.step)
     context = init_checkpointing_context(cfg) if checkpointing_context is None else checkpointing_context
     state.train_state.floating_point_operations_so_far = num_floating_point_operations_so_far
     step = state.train_state.step

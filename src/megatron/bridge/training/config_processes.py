@@ -122,7 +122,8 @@ class RerunStateMachineConfig:
     """disabled: no step is run twice. The other modes are not built yet."""
 
     check_for_nan_in_loss: bool = True
-    """Stop with an error when a loss is not a number."""
+    """Stop with an error, on all ranks, when a loss is NaN or infinite. Whatever this says, a gradient that is stops
+    the run before the weights change (train.max_nonfinite_steps leaves such steps out)."""
 
     check_for_spiky_loss: bool = False
     """Treat a loss far above the recent ones as a wrong result."""

@@ -82,6 +82,10 @@ class TrainingConfig:
     iterations_to_skip: list[int] = field(default_factory=list)
     """Steps whose samples are read and thrown away."""
 
+    max_nonfinite_steps: int = 0
+    """Steps in a row, whose loss or gradient is NaN or infinite, that are left out; one more stops the run.
+    0: the first one does. FP16's loss scaling skips its steps whatever this says."""
+
     num_epochs: int | None = None
     """Passes over the training set. Not built yet: set train_iters or train_samples."""
 
@@ -118,6 +122,7 @@ class TrainingConfig:
             "train",
             train_iters=self.train_iters,
             manual_gc_interval=self.manual_gc_interval,
+            max_nonfinite_steps=self.max_nonfinite_steps,
             eval_iters=self.eval_iters,
         )
         if self.exit_signal in (signal.SIGKILL, signal.SIGSTOP):

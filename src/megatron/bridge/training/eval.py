@@ -36,9 +36,14 @@ def evaluate(
         chunk.eval()
     callbacks.fire(f"on_{event}_start", context)
     sums: dict[str, tuple[float, float]] = {}
+    is_checked = run.state.cfg.rerun_state_machine.check_for_nan_in_loss
+    options = {
+        "forward_only": True,
+        "checked_as": f"{split} at step {run.state.train_state.step}" if is_checked else None,
+    }
     for micro_batches in batches:
         callbacks.fire(f"on_{event}_step_start", context)
-        for name, (loss, count) in run_micro_batches(forward_step, micro_batches, run.model, forward_only=True).items():
+        for name, (loss, count) in run_micro_batches(forward_step, micro_batches, run.model, **options).items():
             before = sums.get(name, (0.0, 0.0))
             sums[name] = (before[0] + loss, before[1] + count)
         callbacks.fire(f"on_{event}_step_end", context)

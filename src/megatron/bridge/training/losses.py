@@ -38,8 +38,7 @@ def masked_next_token_loss(
     num_tokens = loss_mask.sum().to(torch.int)
     if check_for_nan_in_loss and not torch.isfinite(loss):
         raise FloatingPointError(
-            f"the loss over {int(num_tokens)} tokens is {loss.item()}: check the data and the learning rate, or go "
-            "on regardless with rerun_state_machine.check_for_nan_in_loss=False"
+            f"the loss over {int(num_tokens)} tokens is {loss.item()}: check the data and the learning rate"
         )
     reported = torch.stack([loss.detach(), num_tokens.to(loss.dtype)])
     return loss, num_tokens, {"lm loss": reported}

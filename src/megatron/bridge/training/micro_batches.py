@@ -10,6 +10,7 @@ import torch
 from megatron.core import mpu
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron.bridge.training.finite_steps import check_loss
 from megatron.bridge.training.state import GlobalState
 
 
@@ -61,6 +62,7 @@ def run_micro_batches(
     model: list[torch.nn.Module],
     *,
     forward_only: bool = False,
+    checked_as: str | None = None,
 ) -> dict[str, tuple[float, float]]:
     """Run one step's micro-batches forward (and backward), and add up the losses over all ranks.
 
@@ -69,10 +71,14 @@ def run_micro_batches(
         micro_batches: This rank's micro-batches, each `tokens` [B, S]; all of one shape.
         model: This rank's chunks.
         forward_only: Evaluation: no backward pass.
+        checked_as: Names the step in the error for a loss that is NaN or infinite; None: that is no error.
 
     Returns:
         For each loss that the forward step reported, its sum and its number of tokens over the global batch, the same
         on every rank.
+
+    Raises:
+        FloatingPointError: On all ranks: the loss is NaN or infinite.
     """
     batch_size, seq_length = micro_batches[0]["tokens"].shape
     iterators = [iter(micro_batches) for _ in model]
@@ -86,7 +92,10 @@ def run_micro_batches(
         decoder_seq_length=seq_length,
         forward_only=forward_only,
     )
-    return _sum_over_ranks(reported)
+    totals = _sum_over_ranks(reported)
+    if checked_as is not None:
+        check_loss(reported, totals, where=checked_as)
+    return totals
 
 
 def _sum_over_ranks(reported: list[dict[str, torch.Tensor]]) -> dict[str, tuple[float, float]]:

@@ -1,6 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Build everything a run needs, in the one order that is right: weights are loaded after the optimizer exists."""
 
+import copy
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from megatron.bridge.training.checkpointing import (
     load_checkpoint,
     plan_on_all_ranks,
 )
-from megatron.bridge.training.config import ConfigContainer
+from megatron.bridge.training.config import ConfigContainer, DistributedDataParallelConfig
 from megatron.bridge.training.initialize import initialize_megatron
 from megatron.bridge.training.optim import setup_optimizer
 from megatron.bridge.training.packed_attention import check_samples_are_kept_apart
@@ -86,7 +87,7 @@ def setup(state: GlobalState, train_valid_test_datasets_provider: Callable[..., 
     plan_on_all_ranks(cfg, context)
 
     model = cfg.model.provide_distributed_model(
-        ddp_config=cfg.ddp,
+        ddp_config=_with_the_runs_own_checks(cfg.ddp),
         data_parallel_random_init=cfg.rng.data_parallel_random_init,
         pg_collection=pg_collection,
         pre_wrap_hook=None if cfg.peft is None else partial(_adapt, cfg),
@@ -117,6 +118,16 @@ def setup(state: GlobalState, train_valid_test_datasets_provider: Callable[..., 
         context,
         pg_collection,
     )
+
+
+def _with_the_runs_own_checks(ddp: DistributedDataParallelConfig) -> DistributedDataParallelConfig:
+    """Without Core's check for NaN gradients: it ends one rank alone, names no step, and forbids FP16 to overflow.
+
+    `step_if_finite` looks at all gradients, always.
+    """
+    ddp = copy.copy(ddp)
+    ddp.check_for_nan_in_grad = False
+    return ddp
 
 
 def _adapt(cfg: ConfigContainer, chunks: list[Any]) -> list[Any]:

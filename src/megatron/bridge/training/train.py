@@ -16,6 +16,7 @@ from megatron.core.num_microbatches_calculator import get_current_global_batch_s
 from megatron.bridge.training.callbacks import CallbackContext, CallbackManager
 from megatron.bridge.training.checkpointing import finish_background_save, save_checkpoint
 from megatron.bridge.training.eval import evaluate
+from megatron.bridge.training.finite_steps import checked_loss_of, step_if_finite
 from megatron.bridge.training.flops import train_step_flops
 from megatron.bridge.training.hang_watchdog import shorten_timeouts
 from megatron.bridge.training.micro_batches import bind_forward_step, means, run_micro_batches
@@ -108,13 +109,13 @@ def train_step(run: SetupOutput, forward_step: Callable, micro_batches: list[dic
     for chunk in run.model:
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
-    totals = run_micro_batches(forward_step, micro_batches, run.model)
-    updated, grad_norm, _ = run.optimizer.step()
+    totals = run_micro_batches(forward_step, micro_batches, run.model, checked_as=checked_loss_of(run.state))
+    updated, grad_norm = step_if_finite(run.state, run.model, run.optimizer)
     updated = _on_every_model_parallel_rank(updated)
     if updated:
         run.scheduler.step(increment=get_current_global_batch_size())
     num_tokens = int(max((count for _, count in totals.values()), default=0))
-    return TrainStepResult(means(totals), num_tokens, None if grad_norm is None else float(grad_norm), updated)
+    return TrainStepResult(means(totals), num_tokens, grad_norm, updated)
 
 
 def _take_step(run: SetupOutput, forward_step: Callable, context: CallbackContext, callbacks: CallbackManager) -> None:

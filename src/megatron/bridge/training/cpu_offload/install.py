@@ -16,12 +16,13 @@ import megatron.core.optimizer as core_optimizer
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 
 from megatron.bridge.training.cpu_offload import (
     adam_kernel,
     built_once,
     exact_resume,
+    finite_gradients,
     flat_shards,
     flat_step,
     gradient_wait,
@@ -55,6 +56,7 @@ REPAIRS: tuple[Repair, ...] = (
     *flat_step.REPAIRS,
     *flat_shards.REPAIRS,
     *built_once.REPAIRS,
+    *finite_gradients.REPAIRS,
 )
 
 BUILT = (
@@ -86,7 +88,7 @@ def repaired_construction(config: core_optimizer.OptimizerConfig, model: list[An
 
 
 def install_repairs(optimizer: Any) -> list[str]:
-    """Mend the distributed optimizers in an optimizer, at any depth of `ChainedOptimizer`.
+    """Mend an optimizer and all that it is made of, at any depth of `ChainedOptimizer`.
 
     Args:
         optimizer: What `get_megatron_optimizer` returned.
@@ -94,29 +96,29 @@ def install_repairs(optimizer: Any) -> list[str]:
     Returns:
         The names of the repairs in effect, in order, each once.
     """
-    names: list[str] = []
-    for distributed_optimizer in _distributed_optimizers(optimizer):
-        if isinstance(distributed_optimizer.optimizer, HybridDeviceOptimizer):
-            names += _repair(distributed_optimizer.optimizer, HybridDeviceOptimizer)
-        names += _repair(distributed_optimizer, DistributedOptimizer)
-    names = list(dict.fromkeys(names))
+    names = list(dict.fromkeys(name for part in _parts(optimizer) for name in _repair(part)))
     if names:
         logger.info("repairs of megatron-core's optimizer in effect: %s", ", ".join(names))
     return names
 
 
-def _distributed_optimizers(optimizer: Any) -> list[DistributedOptimizer]:
+def _parts(optimizer: Any) -> Iterator[Any]:
+    """The optimizers that may need a repair, inner ones first; one without parameters has nothing to mend."""
     if isinstance(optimizer, ChainedOptimizer):
-        return [found for child in optimizer.chained_optimizers for found in _distributed_optimizers(child)]
-    is_ours = isinstance(optimizer, DistributedOptimizer) and not optimizer.is_stub_optimizer
-    return [optimizer] if is_ours else []
+        for child in optimizer.chained_optimizers:
+            yield from _parts(child)
+        yield optimizer
+    elif isinstance(optimizer, MegatronOptimizer) and not optimizer.is_stub_optimizer:
+        if isinstance(optimizer.optimizer, HybridDeviceOptimizer):
+            yield optimizer.optimizer
+        yield optimizer
 
 
-def _repair(optimizer: Any, target: type) -> list[str]:
+def _repair(optimizer: Any) -> list[str]:
     needed = tuple(
         repair
         for repair in REPAIRS
-        if repair.target is target and not repair.while_building and repair.is_needed(optimizer)
+        if isinstance(optimizer, repair.target) and not repair.while_building and repair.is_needed(optimizer)
     )
     in_effect = getattr(type(optimizer), "repairs", ())
     missing = tuple(repair for repair in needed if repair.name not in in_effect)
