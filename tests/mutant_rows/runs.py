@@ -117,4 +117,15 @@ RUNS = (
         replacement="        except KeyError as error:\n",
         tests=(f"{_DELIVERY}what_was_missed_comes_later_and_in_order[at once]",),
     ),
+    Mutant(
+        name="configuration: an option that nobody reads passes",
+        breaks="train.manual_gc_eval changes nothing, and nothing says so",
+        file="src/megatron/bridge/training/train.py",
+        text="train_config.manual_gc and train_config.manual_gc_eval\n",
+        replacement="train_config.manual_gc\n",
+        tests=(
+            "tests/unit_tests/training/test_options_have_an_effect.py::"
+            "test_an_option_is_read_or_refused_or_named_in_the_log[train-TrainingConfig-manual_gc_eval]",
+        ),
+    ),
 )

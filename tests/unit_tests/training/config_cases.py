@@ -352,6 +352,17 @@ BAD = {
             "is checkpoint.save too, whose iterations would be removed",
         ),
     ],
+    "check_exchange_suits_the_backend": [
+        (
+            [
+                "checkpoint.fully_parallel_load=true",
+                "checkpoint.ckpt_fully_parallel_load_exchange_algo=gather_rounds",
+                "dist.distributed_backend=gloo",
+            ],
+            1,
+            "gather_rounds over gloo",
+        )
+    ],
     "check_background_writer_is_a_thread": [
         (
             ["checkpoint.async_save=true", "checkpoint.save=run", "checkpoint.async_ckpt_use_cpu_shm=true"],

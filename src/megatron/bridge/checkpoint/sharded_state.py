@@ -52,6 +52,8 @@ def load_sharded(
     *,
     strict: str = "assume_ok_unexpected",
     parallel_group: dist.ProcessGroup | None = None,
+    exchange: str = "broadcast",
+    check_sharding: bool = True,
     verify: bool = True,
 ) -> dict[str, Any]:
     """Read the tensors that a sharded state dict describes, with all ranks.
@@ -61,6 +63,8 @@ def load_sharded(
         directory: A complete iteration's directory.
         strict: Core's `StrictHandling` name, for keys that are in one of the two and not the other.
         parallel_group: Read each replicated tensor once in this group and exchange.
+        exchange: Core's name of the way in which the group does so.
+        check_sharding: Check that the template's parts, over all ranks, cover each tensor once.
         verify: Compare the tensors' files with the checksums in the manifest first, shared out among the ranks.
 
     Returns:
@@ -84,8 +88,14 @@ def load_sharded(
         try:
             strategy = serialization.get_default_load_sharded_strategy(str(directory))
             if parallel_group is not None:
-                strategy = FullyParallelLoadStrategyWrapper(strategy, parallel_group)
-            return dist_checkpointing.load(sharded_state_dict, str(directory), strategy, strict=strict)
+                strategy = FullyParallelLoadStrategyWrapper(strategy, parallel_group, exchange_algo=exchange)
+            return dist_checkpointing.load(
+                sharded_state_dict,
+                str(directory),
+                strategy,
+                validate_access_integrity=check_sharding,
+                strict=strict,
+            )
         except CheckpointException as error:  # torch's, on all ranks: every failing rank's error with its traceback
             cause, _ = next(iter(error.failures.values()))
             raise ValueError(" ".join(str(cause).split())) from error

@@ -365,6 +365,8 @@ def _load_megatron(
             parallel_group=mpu.get_data_parallel_group(with_context_parallel=True)
             if cfg.checkpoint.fully_parallel_load
             else None,
+            exchange=cfg.checkpoint.ckpt_fully_parallel_load_exchange_algo,
+            check_sharding=cfg.checkpoint.ckpt_load_validate_sharding_integrity,
             verify=cfg.checkpoint.verify_integrity,
         )
     is_wanted = {} if cfg.peft is None else {"is_wanted": cfg.peft.adapter_key_filter}

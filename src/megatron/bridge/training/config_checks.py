@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch.distributed as dist
 from megatron.core.dist_checkpointing import tensor_aware_state_dict
 
 from megatron.bridge.peft.base import PEFT
@@ -207,6 +208,17 @@ def check_background_writer_is_a_thread(cfg: "ConfigContainer", world_size: int)
             )
 
 
+def check_exchange_suits_the_backend(cfg: "ConfigContainer", world_size: int) -> None:
+    """Core's rounds gather tensors of several sizes, which gloo can't."""
+    way = cfg.checkpoint.ckpt_fully_parallel_load_exchange_algo
+    backend = dist.get_backend() if dist.is_initialized() else cfg.dist.distributed_backend
+    if cfg.checkpoint.fully_parallel_load and way == "gather_rounds" and backend == "gloo":
+        raise ValueError(
+            f"checkpoint.ckpt_fully_parallel_load_exchange_algo={way} over gloo, which gathers tensors of one "
+            "size only: set it to broadcast"
+        )
+
+
 RULES: tuple[Callable[["ConfigContainer", int], None], ...] = (
     *PARALLEL_RULES,
     check_global_batch_is_divisible,
@@ -224,6 +236,7 @@ RULES: tuple[Callable[["ConfigContainer", int], None], ...] = (
     check_peft,
     check_non_persistent_checkpoints_have_a_place,
     check_background_writer_is_a_thread,
+    check_exchange_suits_the_backend,
     check_trackers_are_installed,
     check_profiles_have_a_place,
 )

@@ -74,10 +74,10 @@ class TrainingConfig:
     """Collect Python garbage at fixed steps instead of whenever Python likes, so that ranks don't wait."""
 
     manual_gc_interval: int = 0
-    """Steps between garbage collections with manual_gc. 0: only at evaluation."""
+    """Steps between garbage collections with manual_gc. 0: only at the start, and as manual_gc_eval says."""
 
     manual_gc_eval: bool = True
-    """Collect garbage at both ends of an evaluation, with manual_gc."""
+    """With manual_gc: collect all garbage before an evaluation in between, and the youngest after it."""
 
     iterations_to_skip: list[int] = field(default_factory=list)
     """Steps whose samples are read and thrown away."""
@@ -150,9 +150,6 @@ class ValidationConfig:
 
     eval_at_start: bool = False
     """Evaluate before the first step too, so that a run shows what its training changed."""
-
-    eval_at_start: bool = False
-    """Evaluate once before the first step."""
 
     start_eval_at_iter: int | None = None
     """First step at which an evaluation may happen. None: from the start."""

@@ -4,6 +4,7 @@
 When something is built, delete its row.
 """
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ UNSUPPORTED = (
     Unsupported("profiling.use_nsys_profiler", (False, None), "set profiling.use_pytorch_profiler=true"),
     Unsupported("profiling.pytorch_profiler_collect_chakra"),
     Unsupported("profiling.record_memory_history"),
+    Unsupported("profiling.nvtx_ranges", (False, None), "set profiling.use_pytorch_profiler=true"),
     # the optimizer
     Unsupported("scheduler.max_steps", (None,), "set scheduler.lr_decay_iters instead"),
     Unsupported("rerun_state_machine.rerun_mode", ("disabled",)),
@@ -77,7 +79,14 @@ UNSUPPORTED = (
     Unsupported("dist.sharp_enabled_group"),
     Unsupported("dist.nccl_communicator_config_path"),
     Unsupported("dist.high_priority_stream_groups", (None, [])),
-    # the model
+    # the model: what Core only knows the number of, and needs more of a run than its configuration
+    Unsupported("model.mtp_num_layers", (None, 0), "layers that predict further tokens aren't built; leave it unset"),
+    Unsupported("model.multi_latent_attention", (False,), "no supported family has it"),
+    Unsupported("model.heterogeneous_block_specs", (False,), "set model.transformer_layer_spec instead"),
+    Unsupported("model.qk_clip", (False,)),
+    Unsupported("model.use_mup"),  # Core from 0.18
+    Unsupported("model.external_cuda_graph", (False,)),
+    Unsupported("model.cuda_graph_impl", ("none", "local", None)),
     Unsupported("model.context_parallel_size", (1,), "shorten model.seq_length or raise tensor parallelism instead"),
     Unsupported("model.fp8_quantizer_factory", (None,), "choose a model.fp8_recipe of Transformer Engine's instead"),
     Unsupported("model.fp4_quantizer_factory", (None,), "choose a model.fp4_recipe of Transformer Engine's instead"),
@@ -128,20 +137,47 @@ _INERT = tuple(
 )
 """Options that only ask for more to be shown: they are accepted, without effect, and the log says so."""
 
+_OF_NO_USE = tuple(
+    """
+    train.exit_signal_handler_for_dataloader dist.local_rank rerun_state_machine.error_injection_type
+    logger.throughput_window_size logger.timing_log_option logger.log_loss_scale_to_tensorboard
+    logger.runtime_time_unit logger.barrier_with_L1_time logger.filter_warnings profiling.memory_snapshot_path
+    checkpoint.use_tokenizer_model_from_checkpoint_args checkpoint.async_strategy checkpoint.use_persistent_ckpt_worker
+    checkpoint.async_ckpt_cpu_priority checkpoint.async_ckpt_io_priority checkpoint.async_ckpt_use_cpu_shm
+    checkpoint.async_write_results_mp_mode checkpoint.strict_fsdp_dtensor_load checkpoint.replication_factor
+    checkpoint.stream_ckpt_dequant checkpoint.hf_source_path checkpoint.hf_save_every_n_ranks
+    dataset.persistent_workers dataset.data_sharding dataset.packed_sequence_specs.tokenizer_model_name
+    dataset.offline_packing_specs.tokenizer_model_name
+    """.split()
+)
+"""Options about how something is done that is done otherwise here, or not at all: accepted, and the log says so."""
+
 
 def _value_of(cfg: "ConfigContainer", option: str) -> Any:
-    """What an option holds; None in a section that is None."""
+    """What an option holds; None in a section that is None, or where this Core has no such field."""
     value: Any = cfg
     for name in option.split("."):
-        value = getattr(value, name) if value is not None else None
+        value = getattr(value, name, None)
     return value
 
 
+def _differs_from_default(cfg: "ConfigContainer", option: str) -> bool:
+    """Whether an option asks for anything; one that its section hasn't got doesn't."""
+    section, _, name = option.rpartition(".")
+    field = getattr(_value_of(cfg, section), "__dataclass_fields__", {}).get(name)
+    if field is None:
+        return False
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return _value_of(cfg, option) != default
+
+
 def log_options_without_effect(cfg: "ConfigContainer") -> None:
-    """Name, in one line, the options that ask for something to be shown that isn't built yet."""
-    asked_for = [option for option in _INERT if _value_of(cfg, option)]
-    if asked_for:
-        logger.info("accepted without effect, not built yet: %s", ", ".join(asked_for))
+    """Name, in one line, the options that are set and change nothing."""
+    kinds = {"not built yet": _INERT, "of no use here": _OF_NO_USE}
+    asked = {kind: [option for option in names if _differs_from_default(cfg, option)] for kind, names in kinds.items()}
+    said = [f"{kind}: {', '.join(options)}" for kind, options in asked.items() if options]
+    if said:
+        logger.info("accepted without effect, %s", "; ".join(said))
 
 
 def check_options_are_built(cfg: "ConfigContainer", world_size: int) -> None:

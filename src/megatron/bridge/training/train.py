@@ -1,10 +1,11 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """The training loop: step, count, evaluate, save, stop."""
 
+import contextlib
 import gc
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,8 @@ def train(run: SetupOutput, forward_step_func: Callable, callbacks: CallbackMana
                 shorten_timeouts(state)
             _complete_background_save(run, context, callbacks, wait=False)
             if _is_due(step, state.derived.eval_interval) and state.train_state.do_valid:
-                evaluate(run, forward_step, callbacks)
+                with _garbage_collection_around_evaluation(cfg.train):
+                    evaluate(run, forward_step, callbacks)
             is_preempted = _is_preempted(run)
             asked_to_stop = is_preempted or _is_asked_to_stop(cfg.train, step, started)
             if cfg.checkpoint.save and (_is_due(step, cfg.checkpoint.save_interval) or asked_to_stop):
@@ -223,3 +225,14 @@ class _garbage_collection:  # reads as a statement
     def __exit__(self, *error: Any) -> None:
         if self._manual:
             gc.enable()
+
+
+@contextlib.contextmanager
+def _garbage_collection_around_evaluation(train_config: Any) -> Iterator[None]:
+    """With `manual_gc` and `manual_gc_eval`: all garbage before an evaluation, and its own after it."""
+    collects = train_config.manual_gc and train_config.manual_gc_eval
+    if collects:
+        gc.collect()
+    yield
+    if collects:
+        gc.collect(generation=0)
