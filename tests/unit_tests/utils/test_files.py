@@ -6,7 +6,7 @@ import stat
 
 import pytest
 
-from megatron.bridge.utils.files import atomic_write, check_writable_directory, replaced_directory
+from megatron.bridge.utils.files import atomic_write, check_writable_directory, replaced_directory, use_umask
 
 
 def names_in(directory):
@@ -21,7 +21,6 @@ def test_atomic_write_replaces_the_file(tmp_path, mode, content):
             file.write(written)
     assert path.read_bytes() == (content if mode == "wb" else content.encode("utf-8"))
     assert names_in(path.parent) == ["file"]
-    assert stat.S_IMODE(path.stat().st_mode) == 0o644
 
 
 def test_atomic_write_shows_the_old_file_until_the_new_one_is_complete(tmp_path):
@@ -84,3 +83,35 @@ def test_a_directory_without_permission_is_refused(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(ValueError, match="Permission denied"):
         check_writable_directory(tmp_path, "checkpoint.save")
+
+
+@pytest.fixture(params=[0o077, 0o022, 0o002])
+def umask(request):
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def mode_of(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_permissions_are_what_the_umask_gives(tmp_path, umask):
+    with atomic_write(tmp_path / "deep" / "file") as file:
+        file.write("new")
+    with replaced_directory(tmp_path / "directory") as beside:
+        (beside / "private").touch(mode=0o600)
+        use_umask(beside / "private")
+    assert mode_of(tmp_path / "deep" / "file") == mode_of(tmp_path / "directory" / "private") == 0o666 & ~umask
+    assert mode_of(tmp_path / "deep") == mode_of(tmp_path / "directory") == 0o777 & ~umask
+    assert names_in(tmp_path / "directory") == ["private"] and names_in(tmp_path / "deep") == ["file"]
+
+
+def test_a_directory_that_was_there_keeps_its_permissions(tmp_path):
+    path = tmp_path / "directory"
+    path.mkdir()
+    path.chmod(0o750)
+    for content in ("first", "second"):
+        with replaced_directory(path) as beside:
+            (beside / content).touch()
+    assert mode_of(path) == 0o750 and names_in(path) == ["second"]

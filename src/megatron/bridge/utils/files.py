@@ -1,10 +1,12 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Files and directories that are either there in full or not at all."""
+"""Files and directories that are either there in full or not at all, with the permissions that the umask gives."""
 
 import contextlib
 import os
 import shutil
+import stat
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -33,13 +35,13 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, beside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    beside = _name_beside(path)
+    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # not mkstemp, which ignores the umask
     try:
         with os.fdopen(descriptor, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(beside, 0o644)
         os.replace(beside, path)
         fsync_directory(path.parent)
     except BaseException:
@@ -57,18 +59,41 @@ def replaced_directory(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    beside = _name_beside(path)
+    beside.mkdir()
     try:
         yield beside
-        os.chmod(beside, 0o755)
         move_directory(beside, path)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
 
 
+def _name_beside(path: Path) -> Path:
+    """A name that nothing has, in the same directory, for what becomes `path`."""
+    short = path.name.encode()[: _LONGEST_NAME - 42].decode(errors="ignore")
+    return path.with_name(f".{short}.{uuid.uuid4().hex[:8]}.partial")
+
+
+def use_umask(path: str | os.PathLike) -> None:
+    """Give a new file the permissions that it would have had, had its writer left them to the umask.
+
+    A file made on the way shows them: asking for the umask would change it for other threads.
+
+    Args:
+        path: The file.
+    """
+    probe = _name_beside(Path(path))
+    descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        os.chmod(path, stat.S_IMODE(os.fstat(descriptor).st_mode))
+    finally:
+        os.close(descriptor)
+        os.unlink(probe)
+
+
 def move_directory(source: str | os.PathLike, target: str | os.PathLike) -> None:
-    """Give a complete directory its name. What stood there goes after it is replaced.
+    """Give a complete directory its name. What stood there goes after it is replaced; its permissions stay.
 
     No directory can be replaced in one step: killed between two, the old one stands beside `source` as `.old`.
 
@@ -79,6 +104,7 @@ def move_directory(source: str | os.PathLike, target: str | os.PathLike) -> None
     source, target = Path(source), Path(target)
     if target.exists():
         old = source.with_suffix(".old")
+        os.chmod(source, stat.S_IMODE(target.stat().st_mode))
         os.replace(target, old)
         os.replace(source, target)
         shutil.rmtree(old)

@@ -18,7 +18,7 @@ from megatron.bridge.models.conversion.mapping import WeightMapping, replicated
 from megatron.bridge.models.conversion.tasks import ConversionTask, WeightPlace, all_places, local_tasks, model_config
 from megatron.bridge.models.families import ModelFamily
 from megatron.bridge.utils.distributed import is_rank_0, on_all_ranks
-from megatron.bridge.utils.files import replaced_directory
+from megatron.bridge.utils.files import replaced_directory, use_umask
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -113,7 +113,7 @@ def save_hf_adapter(
             with replaced_directory(path) as directory:
                 weights = {name: tensor.contiguous() for name, tensor in tensors.items()}
                 save_file(weights, directory / WEIGHTS_FILE, metadata={"format": "pt"})
-                (directory / WEIGHTS_FILE).chmod(0o644)  # safetensors makes files that only their owner can read
+                use_umask(directory / WEIGHTS_FILE)  # safetensors makes files that only their owner can read
                 (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -2,7 +2,6 @@
 """Hugging Face weights on disk: safetensors read slice by slice, and written shard by shard."""
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from megatron.bridge.utils.files import is_below
+from megatron.bridge.utils.files import is_below, use_umask
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -146,7 +145,7 @@ class HFWeightsWriter:
         if file not in self._waiting.values():
             path = self._directory / file
             save_file(self._shard, path, metadata={"format": "pt"})
-            os.chmod(path, 0o644)
+            use_umask(path)  # safetensors makes files that only their owner can read
             self._shard.clear()
 
     def finish(self) -> None:
