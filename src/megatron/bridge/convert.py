@@ -16,6 +16,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from megatron.bridge.utils.config_texts import home_expanded
+
 if TYPE_CHECKING:
     from megatron.bridge.models.conversion.auto_bridge import AutoBridge
 
@@ -39,25 +41,35 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     importing = commands.add_parser("import", help="Hugging Face directory -> Megatron checkpoint")
-    importing.add_argument("--hf-model", required=True, help="directory, or name on the Hugging Face hub")
-    importing.add_argument("--megatron-path", required=True, help="directory of the checkpoint to write")
+    importing.add_argument(
+        "--hf-model", type=home_expanded, required=True, help="directory, or name on the Hugging Face hub"
+    )
+    importing.add_argument(
+        "--megatron-path", type=home_expanded, required=True, help="directory of the checkpoint to write"
+    )
 
     exporting = commands.add_parser("export", help="Megatron checkpoint -> Hugging Face directory, adapters merged")
     adapting = commands.add_parser("export-adapter", help="checkpoint of adapters -> directory for the peft library")
     merging = commands.add_parser("merge", help="checkpoint of adapters -> Megatron checkpoint of the whole model")
     for command in (exporting, adapting, merging):
-        command.add_argument("--megatron-path", required=True, help="directory of checkpoints, or one iter_N in it")
         command.add_argument(
-            "--hf-model", help="where configuration and tokenizer come from; default: the model that was imported"
+            "--megatron-path", type=home_expanded, required=True, help="directory of checkpoints, or one iter_N in it"
+        )
+        command.add_argument(
+            "--hf-model",
+            type=home_expanded,
+            help="where configuration and tokenizer come from; default: the model that was imported",
         )
     for command in (exporting, adapting):
-        command.add_argument("--hf-path", required=True, help="directory to write")
-    merging.add_argument("--output", required=True, help="directory of the checkpoint to write")
+        command.add_argument("--hf-path", type=home_expanded, required=True, help="directory to write")
+    merging.add_argument("--output", type=home_expanded, required=True, help="directory of the checkpoint to write")
     for command in (exporting, merging):
         command.add_argument("--base", help="weights under adapters; default: those that they were trained on")
 
     roundtrip = commands.add_parser("roundtrip", help="prove that a model survives both ways bit by bit")
-    roundtrip.add_argument("--hf-model", required=True, help="directory, or name on the Hugging Face hub")
+    roundtrip.add_argument(
+        "--hf-model", type=home_expanded, required=True, help="directory, or name on the Hugging Face hub"
+    )
 
     for command in (importing, exporting):
         command.add_argument("--dtype", choices=_DTYPES, help="of the weights written (default: as they are)")

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from megatron.bridge.utils.config_texts import home_expanded
+
 if TYPE_CHECKING:
     from megatron.bridge.data.tokenizer import Tokenizer
 
@@ -32,8 +34,14 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--megatron-path", required=True, help="directory of checkpoints, or one iter_N in it")
-    parser.add_argument("--hf-model", help="take tokenizer and configuration from here (default: the checkpoint's own)")
+    parser.add_argument(
+        "--megatron-path", type=home_expanded, required=True, help="directory of checkpoints, or one iter_N in it"
+    )
+    parser.add_argument(
+        "--hf-model",
+        type=home_expanded,
+        help="take tokenizer and configuration from here (default: the checkpoint's own)",
+    )
     parser.add_argument("--prompt", required=True, help="what to continue; with --chat, the user's message")
     parser.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
     parser.add_argument("--system", help="with --chat: the system message")

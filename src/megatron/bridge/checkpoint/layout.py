@@ -200,7 +200,7 @@ def find_checkpoint(path: str | os.PathLike, ckpt_step: int | None = None, *, op
         FileNotFoundError: There is no checkpoint, or not that iteration.
         ValueError: There is one, but it is not complete.
     """
-    root = Path(path)
+    root = Path(path).expanduser()
     named = f"{option}={str(path)!r}"
     if ckpt_step is not None:
         directory = _standing(root, ckpt_step)

@@ -136,7 +136,7 @@ def save_model_checkpoint(
     Raises:
         ValueError: `path` can't be written.
     """
-    unfinished = prepare_save(path, iteration, option="the checkpoint's directory")
+    unfinished = prepare_save(Path(path).expanduser(), iteration, option="the checkpoint's directory")
     save_sharded(model_sharded_state_dict(model), unfinished)
     return commit_checkpoint(unfinished, iteration, run_config=run_config, train_state=train_state)
 

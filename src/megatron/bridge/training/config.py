@@ -52,6 +52,7 @@ from megatron.bridge.training.config_sections import SchedulerConfig, TrainingCo
 from megatron.bridge.training.config_unsupported import log_options_without_effect
 from megatron.bridge.training.mixed_precision import MixedPrecisionConfig
 from megatron.bridge.utils import distributed
+from megatron.bridge.utils.config_texts import resolve_texts
 from megatron.bridge.utils.targets import publish
 from megatron.bridge.utils.yaml_io import ConfigFileError, dump_yaml, from_yaml_dict, load_yaml, to_yaml_dict
 
@@ -254,13 +255,14 @@ _VARIABLES_OF_CODE = ("LD_", "DYLD_", "PYTHON", "PATH")
 def runtime_config_update(cfg: ConfigContainer) -> None:
     """Finish a configuration: the one place that writes one section's choices into another.
 
-    Sets the environment variables that aren't set, moves deprecated fields to their new place, writes mixed precision
-    into model, optimizer and ddp, makes ddp and optimizer agree on what they share, fills the schedule's lengths, and
-    validates. A second call changes nothing.
+    Resolves `~` and `${...}` in all texts, sets the environment variables that aren't set, moves deprecated fields to
+    their new place, writes mixed precision into model, optimizer and ddp, makes ddp and optimizer agree on what they
+    share, fills the schedule's lengths, and validates. A second call changes nothing.
 
     Raises:
         ValueError: See `ConfigContainer.validate`.
     """
+    resolve_texts(cfg)
     for name, value in cfg.env_vars.items():
         if name.startswith(_VARIABLES_OF_CODE):
             raise ValueError(f"env_vars.{name} would make processes load other code: set it where the run is started")

@@ -100,7 +100,7 @@ def save_hf_adapter(
     Raises:
         ValueError: The model has no adapters, or `path` holds something else.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     with on_all_ranks(f"preparing {path}"):
         if path.exists() and not (path / CONFIG_FILE).is_file() and (path.is_file() or any(path.iterdir())):
             raise ValueError(f"{path} holds something else than adapters: name a new or empty directory")

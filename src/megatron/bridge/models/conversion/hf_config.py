@@ -26,6 +26,7 @@ def find_hf_directory(path: str | Path, **download_options: Any) -> Path:
     Raises:
         FileNotFoundError: No such directory, and no such model that can be fetched.
     """
+    path = os.path.expanduser(path)
     if os.path.isdir(path):
         return Path(path)
     from huggingface_hub import snapshot_download

@@ -68,7 +68,7 @@ def save_hf_directory(
     Raises:
         ValueError: `path` is taken by something else, or the names differ. Nothing is written then.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     config = model_config(chunks)
     places = exported_places(local_tasks(chunks, family))
     plan = ShardPlan.make((pair for place in places for pair in place.hf_bytes(config, dtype)), max_shard_bytes)

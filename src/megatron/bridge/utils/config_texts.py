@@ -1,0 +1,113 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""What a shell or OmegaConf would have put into a configuration's texts: `~`, `${oc.env:NAME}`, `${section.option}`.
+
+A shell doesn't expand `checkpoint.save=~/run`, and YAML never does: left as they are, they become directories of that
+name.
+"""
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable
+from pathlib import PurePath
+from typing import Any
+
+_REFERENCE = re.compile(r"\$\{([^${}]*)\}")
+_MOST_REFERENCES = 100
+"""In one text, one after the other: more are a circle."""
+
+_TEMPLATES = ("dataset_kwargs", "chat_template")
+"""Options whose text may hold such marks of its own; a path to a template has none."""
+
+
+def home_expanded(text: str, *, where: str = "path") -> str:
+    """A path with `~` or `~user` at its start replaced by the home directory; `~` elsewhere is an ordinary character.
+
+    Raises:
+        ValueError: There is no such user.
+    """
+    if not text.startswith("~"):
+        return text
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~") and "/" in expanded:
+        user = text.partition("/")[0][1:]
+        raise ValueError(
+            f"{where}={text!r}: there is no user {user!r} whose home it could be: write ./{text} for a name"
+        )
+    return expanded
+
+
+def resolve_texts(config: Any) -> None:
+    """Resolve all texts of a configuration in place. A second call changes nothing.
+
+    Args:
+        config: A dataclass of sections.
+
+    Raises:
+        ValueError: A `${...}` that names nothing, or a home of nobody; it names the option.
+    """
+
+    def look_up(option: str) -> Any:
+        value = config
+        for name in option.split("."):
+            value = value.get(name) if isinstance(value, dict) else getattr(value, name, None)
+        return value
+
+    for name in _fields_of(config):
+        setattr(config, name, _resolved(getattr(config, name), name, look_up))
+
+
+def _resolved(value: Any, where: str, look_up: Callable[[str], Any]) -> Any:
+    """The value with its texts resolved; sections are changed in place."""
+    if type(value) is str:
+        is_template = where.rpartition(".")[2] in _TEMPLATES and re.search(r"\n|\{[{%#]", value)
+        return value if is_template else home_expanded(_without_references(value, where, look_up), where=where)
+    if isinstance(value, PurePath):
+        return type(value)(_resolved(str(value), where, look_up))
+    if type(value) in (list, tuple):
+        return type(value)(_resolved(item, f"{where}[{index}]", look_up) for index, item in enumerate(value))
+    if type(value) is dict and where.rpartition(".")[2] not in _TEMPLATES:
+        return {key: _resolved(item, f"{where}.{key}", look_up) for key, item in value.items()}
+    for name in _fields_of(value):
+        before = getattr(value, name)
+        after = _resolved(before, f"{where}.{name}", look_up)
+        if after is not before and after != before:
+            setattr(value, name, after)
+    return value
+
+
+def _fields_of(value: Any) -> list[str]:
+    """Fields of a configuration of ours, or of a script's own that extends one; none of anything else."""
+    is_ours = any(base.__module__.startswith("megatron.bridge.") for base in type(value).__mro__)
+    if not (is_ours and dataclasses.is_dataclass(value)) or type(value).__dataclass_params__.frozen:
+        return []
+    return [field.name for field in dataclasses.fields(value) if field.init and hasattr(value, field.name)]
+
+
+def _without_references(text: str, where: str, look_up: Callable[[str], Any]) -> str:
+    """The text with each `${...}` replaced by what it names, inner ones first."""
+    resolved = text
+    for _ in range(_MOST_REFERENCES):
+        found = _REFERENCE.search(resolved)
+        if found is None:
+            break
+        value = _named(found[1], look_up)
+        if value is None:
+            raise ValueError(
+                f"{where}={text!r}: {found[0]} names nothing: expected ${{oc.env:NAME}} with a variable that is set, "
+                "${oc.env:NAME,default}, or an option that is set, such as ${checkpoint.save}"
+            )
+        resolved = resolved[: found.start()] + value + resolved[found.end() :]
+    if "${" in resolved:
+        raise ValueError(f"{where}={text!r}: its ${{...}} have no end: correct it")
+    return resolved
+
+
+def _named(name: str, look_up: Callable[[str], Any]) -> str | None:
+    """What stands for `${name}`; None: nothing."""
+    kind, _, rest = name.partition(":")
+    if kind.strip() == "oc.env":
+        variable, comma, default = rest.partition(",")
+        return os.environ.get(variable.strip(), default.strip() if comma else None)
+    value = look_up(name.strip()) if re.fullmatch(r"\s*[\w.]+\s*", name) else None
+    return str(value) if isinstance(value, str | int | float | PurePath) else None
