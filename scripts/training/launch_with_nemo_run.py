@@ -18,6 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megatron.bridge.utils.config_texts import home_expanded
+
 DEFAULT_SCRIPT = Path(__file__).with_name("run_recipe.py")
 
 
@@ -33,7 +35,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     what = parser.add_argument_group("what runs")
     what.add_argument("--recipe", help="name of a recipe")
     what.add_argument("--mode", help="sft, peft or pretrain, as for run_recipe.py")
-    what.add_argument("--script", help="another script than scripts/training/run_recipe.py")
+    what.add_argument("--script", type=home_expanded, help="another script than scripts/training/run_recipe.py")
     what.add_argument(
         "--task", choices=("script", "partial"), default="script", help="partial: a function of the package, no script"
     )
@@ -45,7 +47,9 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add_plugin_options(parser.add_argument_group("plugins (megatron.bridge.recipes.run_plugins)"))
     how = parser.add_argument_group("how")
     how.add_argument("--name", help="title of the experiment (the recipe's or the script's name)")
-    how.add_argument("--home", help="folder for experiments and logs (NEMORUN_HOME, or ~/.nemo_run)")
+    how.add_argument(
+        "--home", type=home_expanded, help="folder for experiments and logs (NEMORUN_HOME, or ~/.nemo_run)"
+    )
     how.add_argument("--dry-run", action="store_true", help="write everything, say where, start nothing")
     how.add_argument("--detach", action="store_true", help="return once a Slurm job is submitted")
     how.add_argument("--quiet", action="store_true", help="don't print the job's output as it comes")
@@ -68,10 +72,12 @@ def add_slurm_options(slurm: Any) -> None:
     slurm.add_argument("--sbatch", action="append", default=[], metavar="NAME=VALUE", help="one more directive")
     slurm.add_argument("--container-image", help="for pyxis; without it the machines' own software is used")
     slurm.add_argument("--container-mount", action="append", default=[], metavar="FROM:TO", help="may be repeated")
-    slurm.add_argument("--workdir", help="folder that the job runs in (this one; with --packager git, the package)")
+    slurm.add_argument(
+        "--workdir", type=home_expanded, help="folder that the job runs in (this one; with --packager git, the package)"
+    )
     slurm.add_argument("--packager", choices=("none", "git"), default="none", help="git: take an archive of HEAD along")
     slurm.add_argument("--ssh", metavar="USER@HOST", help="a login node; without it sbatch runs here")
-    slurm.add_argument("--ssh-identity", help="file with the private key")
+    slurm.add_argument("--ssh-identity", type=home_expanded, help="file with the private key")
     slurm.add_argument("--remote-dir", help="folder on the cluster for experiments, with --ssh")
 
 
@@ -178,11 +184,12 @@ def slurm_options(arguments: argparse.Namespace) -> Any:
 def build_task(arguments: argparse.Namespace, rest: list[str], executor: Any) -> Any:
     """The script or the function, with its arguments."""
     from megatron.bridge.recipes.nemo_run_import import import_nemo_run
-    from megatron.bridge.recipes.nemo_run_tasks import script_path_for, script_task
+    from megatron.bridge.recipes.nemo_run_tasks import check_is_unquoted, nemo_run_home, script_path_for, script_task
 
     named = [("--recipe", arguments.recipe), ("--mode", arguments.mode)]
     options = [text for name, value in named if value for text in (name, value)]
     if arguments.task == "partial":
+        check_is_unquoted("--home (NEMORUN_HOME)", nemo_run_home())
         return import_nemo_run().Partial(run_recipe_function(), **request_of([*options, *rest]))
     script = str(Path(arguments.script or DEFAULT_SCRIPT).resolve())
     if arguments.executor == "slurm":

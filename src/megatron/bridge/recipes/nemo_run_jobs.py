@@ -145,9 +145,13 @@ def run_job(
 
 
 def _experiment(title: str) -> Any:
-    """An experiment that prints nothing of its own."""
+    """An experiment that prints nothing of its own. Its title is a folder's name, which NeMo-Run leaves unquoted."""
     return import_nemo_run().Experiment(
-        title, log_level="ERROR", clean_mode=True, enable_goodbye_message=False, skip_status_at_exit=True
+        re.sub(r"[^\w.+-]+", "_", title),
+        log_level="ERROR",
+        clean_mode=True,
+        enable_goodbye_message=False,
+        skip_status_at_exit=True,
     )
 
 

@@ -90,19 +90,23 @@ def script_task(path: str, arguments: Sequence[str], *, executor: Any) -> Any:
 
 
 def keep_arguments(task: Any, executor: Any) -> None:
-    """See to it that a script gets `[0,1]`, not `'[0,1]'`, under a LocalExecutor with torchrun.
+    """See to it that a script gets `[0,1]`, not `'[0,1]'`, and is found, under a LocalExecutor with torchrun.
 
-    NeMo-Run 0.11 quotes arguments for a shell, and starts torchrun without one. Here a line of shell takes the quotes
-    off again. Elsewhere, and where nothing needs quotes, the task stays as it is.
+    NeMo-Run 0.11 quotes the script's path and its arguments for a shell, and starts torchrun without one. Here a line
+    of shell takes the quotes off again. Elsewhere, and where nothing needs quotes, the task stays as it is.
 
     Args:
         task: A `run.Script` that runs a Python script; it may be changed.
         executor: Where it will run.
+
+    Raises:
+        ValueError: NeMo-Run's folder, where that line is written, needs quotes itself.
     """
     run = import_nemo_run()
     is_here = isinstance(executor, run.LocalExecutor) and executor.launcher is not None
-    if not is_here or task.inline or all(argument == shlex.quote(argument) for argument in task.args):
+    if not is_here or task.inline or all(text == shlex.quote(text) for text in (task.path, *task.args)):
         return
+    check_is_unquoted("--home (NEMORUN_HOME)", nemo_run_home())
     interpreter = sys.executable if task.entrypoint == "python" else task.entrypoint
     module = " -m" if task.m else ""
     task.inline = f'{_UNQUOTE}exec {shlex.quote(interpreter)}{module} {shlex.quote(task.path)} "$@"\n'
@@ -110,6 +114,19 @@ def keep_arguments(task: Any, executor: Any) -> None:
 
 
 _UNQUOTE = 'eval "set -- $*"\n'
+
+
+def check_is_unquoted(option: str, path: str) -> None:
+    """Refuse a folder whose name a shell would take apart, where NeMo-Run doesn't quote it, or quotes it twice.
+
+    Raises:
+        ValueError: Naming the option.
+    """
+    if path != shlex.quote(path):
+        raise ValueError(
+            f"{option} {path}: NeMo-Run can't start a job in a folder whose name has a space, a quote or a $; "
+            "name another"
+        )
 
 
 def takes_arguments(task: Any) -> bool:
@@ -191,6 +208,8 @@ def check_slurm_options(options: SlurmOptions) -> None:
         )
     if options.ssh and "@" not in options.ssh:
         raise ValueError(f"--ssh {options.ssh}: expected USER@HOST")
+    place = ("--remote-dir", options.remote_directory) if options.ssh else ("--home (NEMORUN_HOME)", nemo_run_home())
+    check_is_unquoted(*place)
     if options.packager == "git":
         top = subprocess.run(["git", "rev-parse", "--show-toplevel"], capture_output=True, text=True)
         if top.returncode:
