@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.bridge.utils.config_texts import home_expanded
+from megatron.bridge.utils.exit_codes import exit_with
 
 DEFAULT_SCRIPT = Path(__file__).with_name("run_recipe.py")
 
@@ -300,4 +301,4 @@ def launch(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -19,7 +19,7 @@ from megatron.bridge.recipes import all_recipes
 from megatron.bridge.recipes.build import MODES, PEFT_SCHEMES, RecipeRequest
 from megatron.bridge.recipes.launch import train_recipe
 from megatron.bridge.utils.config_texts import home_expanded
-from megatron.bridge.utils.exit_codes import exit_code_of
+from megatron.bridge.utils.exit_codes import exit_code_of, exit_with
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -106,4 +106,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    exit_with(main)

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megatron.bridge.utils.config_texts import home_expanded
+from megatron.bridge.utils.exit_codes import exit_with
 
 if TYPE_CHECKING:
     from megatron.bridge.models.conversion.auto_bridge import AutoBridge
@@ -201,4 +202,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    exit_with(main)

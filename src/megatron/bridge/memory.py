@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Sequence
 
 from megatron.bridge.utils.config_texts import home_expanded
-from megatron.bridge.utils.exit_codes import exit_code_of
+from megatron.bridge.utils.exit_codes import exit_code_of, exit_with
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -69,4 +69,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    exit_with(main)

@@ -8,6 +8,8 @@ import argparse
 import importlib.util
 from pathlib import Path
 
+from megatron.bridge.utils.exit_codes import exit_with
+
 NOT_LOSSES = {
     "step",
     "num_tokens",
@@ -93,4 +95,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

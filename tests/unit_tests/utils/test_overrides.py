@@ -197,3 +197,21 @@ def test_a_bad_file_is_named(text, message, tmp_path):
 
 def test_nothing_to_override():
     assert process_config_with_overrides(make_config()) == make_config()
+
+
+def test_a_files_keys_may_be_paths(tmp_path):
+    cfg, path = make_config(), tmp_path / "more.yaml"
+    path.write_text(
+        "optimizer.lr: 1e-3\nprofiling.record_shapes: true\nenv_vars.NCCL_DEBUG: INFO\ntrain: {train_iters: 3}\n"
+    )
+    process_config_with_overrides(cfg, path)
+    assert (cfg.optimizer.lr, cfg.profiling.record_shapes, cfg.train.train_iters) == (1e-3, True, 3)
+    assert cfg.env_vars == {"NCCL_DEBUG": "INFO"}
+    for text, error in (
+        ("optimizer.lrr: 1", r"unknown option optimizer\.lrr: did you mean optimizer\.lr\?"),
+        ("optimiser.lr: 1", r"unknown option optimiser\.lr: did you mean optimizer\.lr\?"),
+        ("optimizer.lr: fast", r"optimizer\.lr is fast \(str\): expected float"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=rf"more\.yaml: {error}"):
+            process_config_with_overrides(cfg, path)

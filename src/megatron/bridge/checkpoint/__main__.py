@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron.bridge.utils.config_texts import home_expanded
+from megatron.bridge.utils.exit_codes import exit_with
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,4 +52,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    exit_with(main)

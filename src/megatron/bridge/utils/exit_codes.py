@@ -1,8 +1,10 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """What a rank's exit code says beside 0 (done) and 1 (an error, in the last line of its traceback)."""
 
+import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 PREEMPTED = 75
 """A signal stopped the run, and what it learned is saved: start it again (EX_TEMPFAIL of sysexits.h).
@@ -22,3 +24,36 @@ def exit_code_of(command: str, run: Callable[[], None]) -> int:
         sys.stderr.write(f"{command}: {error}\n")
         return 1
     return 0
+
+
+def exit_with(main: Callable[[], int | None]) -> NoReturn:
+    """End the process with a command's exit status; in silence where whoever read its output went away (`| head`).
+
+    Args:
+        main: Runs the command, and returns its exit status.
+
+    Raises:
+        SystemExit: Always; as a shell would say it, 128 + SIGPIPE, where nobody reads any more.
+    """
+    try:
+        try:
+            status = main()
+        except SystemExit as ended:  # argparse's
+            status = ended.code
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _nobody_reads_output():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        status = 141
+    raise SystemExit(status)
+
+
+def _nobody_reads_output() -> bool:
+    """Whether it was standard output that broke, which still holds what it couldn't write."""
+    try:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return True
+    return False

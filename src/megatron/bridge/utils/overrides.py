@@ -51,7 +51,8 @@ def apply_overrides(config: Any, overrides: Iterable[str]) -> Any:
 def apply_mapping(config: Any, values: Mapping[str, Any], *, where: str = "") -> Any:
     """Set options of a configuration from nested mappings, as a YAML file holds them.
 
-    A mapping with `_target_` replaces a whole section; one without sets its options one by one.
+    A mapping with `_target_` replaces a whole section; one without sets its options one by one. A key may be a path of
+    names, as on a command line: `optimizer.lr`.
 
     Raises:
         ValueError: An unknown option or a value of the wrong type.
@@ -60,6 +61,15 @@ def apply_mapping(config: Any, values: Mapping[str, Any], *, where: str = "") ->
         if key == "_target_":
             continue
         path = f"{where}.{key}" if where else str(key)
+        if "." in str(key):
+            target, item_hint = _owner_of(config, key)
+            parent, _, last = path.rpartition(".")
+            if isinstance(target, dict):
+                target[last] = from_yaml_dict(value, expected=item_hint, where=path)
+            else:
+                _hint(target, last, path, root=config)
+                apply_mapping(target, {last: value}, where=parent)
+            continue
         hint = _hint(config, str(key), path, root=config)
         current = getattr(config, key)
         if isinstance(value, Mapping) and "_target_" not in value:
@@ -73,6 +83,19 @@ def apply_mapping(config: Any, values: Mapping[str, Any], *, where: str = "") ->
 
 def _apply(config: Any, key: str, text: str | None, *, remove: bool) -> None:
     """Walk to the option and set it."""
+    last = key.rpartition(".")[2]
+    target, item_hint = _owner_of(config, key)
+    if isinstance(target, dict):
+        _set_item(target, last, text, item_hint, key, remove=remove)
+        return
+    hint = _hint(target, last, key, root=config)
+    if remove:
+        raise ValueError(f"~{key}: {key} is an option, not an entry of a dictionary; write {key}=null")
+    setattr(target, last, _value(text, hint, key, current=getattr(target, last)))
+
+
+def _owner_of(config: Any, key: str) -> tuple[Any, Any]:
+    """What holds the option at a path's end, a section or a dictionary; and the type of a dictionary's values."""
     *sections, last = key.split(".")
     target, item_hint, path = config, Any, ""
     for index, name in enumerate(sections):
@@ -86,13 +109,7 @@ def _apply(config: Any, key: str, text: str | None, *, remove: bool) -> None:
             rest = ".".join([*sections[index + 1 :], last])
             what = "null" if target is None else f"a {type(target).__name__}"
             raise ValueError(f"{key}: {path} is {what} and has no option {rest}; set {path} itself first")
-    if isinstance(target, dict):
-        _set_item(target, last, text, item_hint, key, remove=remove)
-        return
-    hint = _hint(target, last, key, root=config)
-    if remove:
-        raise ValueError(f"~{key}: {key} is an option, not an entry of a dictionary; write {key}=null")
-    setattr(target, last, _value(text, hint, key, current=getattr(target, last)))
+    return target, item_hint
 
 
 def _set_item(target: dict, name: str, text: str | None, hint: Any, key: str, *, remove: bool) -> None:

@@ -1,0 +1,45 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""How commands end."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron.bridge.utils.exit_codes import exit_with
+
+RECIPES = Path(__file__).parents[3] / "scripts" / "training" / "run_recipe.py"
+
+
+@pytest.mark.parametrize(("argument", "statuses"), [("--list", [141]), ("--help", [0, 141])])  # argparse's is its own
+def test_a_reader_that_goes_away_ends_a_command_in_silence(argument, statuses):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, str(RECIPES), argument], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode in statuses and done.stderr == ""
+
+
+def test_another_broken_pipe_is_an_error():
+    def main():
+        raise BrokenPipeError("to a worker")
+
+    with pytest.raises(BrokenPipeError, match="to a worker"):
+        exit_with(main)
+
+
+@pytest.mark.parametrize("status", [0, 1, None])
+def test_the_status_is_the_commands(status):
+    with pytest.raises(SystemExit) as ended:
+        exit_with(lambda: status)
+    assert ended.value.code == status
+
+
+def test_every_command_ends_so():
+    root = RECIPES.parents[2]
+    commands = [*(root / "src").rglob("*.py"), *(root / "scripts" / "training").glob("*.py")]
+    for path in commands:
+        text = path.read_text()
+        assert 'if __name__ == "__main__":' not in text or "    exit_with(main)\n" in text, path
