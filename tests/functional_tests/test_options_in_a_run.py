@@ -87,3 +87,17 @@ def test_a_checkpoint_is_read_as_asked(tmp_path):
     for told, losses in run_on_ranks(_read_with, 2, tmp_path, options):
         assert told == [True, False, "broadcast", True, "gather_object", True]
         assert all(same == losses[0] for same in losses)
+
+
+def _train_nothing(directory):
+    from tests.on_ranks import make_pretrained, run_finetune
+
+    make_pretrained(f"{directory}/pretrained")
+    cfg = tiny_config(directory, checkpoint={"save": None, "pretrained_checkpoint": f"{directory}/pretrained"})
+    cfg.model.register_pre_wrap_hook(lambda chunks: [chunk.requires_grad_(False) for chunk in chunks])
+    with pytest.raises(ValueError, match="there is nothing to train"):
+        run_finetune(cfg)
+
+
+def test_a_run_with_nothing_to_train_is_refused_on_all_ranks(tmp_path):
+    run_on_ranks(_train_nothing, 2, tmp_path)
