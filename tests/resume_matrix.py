@@ -148,6 +148,18 @@ OTHERS = [
     Cell(Saved("dense", "PP 2"), "DP 2"),
     Cell(Saved("dense", "DP 3", fraction=0.5)),
     Cell(Saved("dense", "DP 2"), "DP 3"),
+    *(
+        Cell(Saved(precision="fp32", fraction=fraction, precision_aware=aware, form=form), change)
+        for fraction, aware, form, change in (
+            (0.0, False, "dp_reshardable", SAME),
+            (0.0, False, "fully_reshardable", "TP 2"),
+            (0.5, False, "dp_reshardable", SAME),
+            (0.5, True, "fully_reshardable", SAME),
+            (1.0, True, "dp_reshardable", SAME),
+            (1.0, False, "fully_reshardable", "offload off"),
+        )
+    ),
+    Cell(Saved("experts", "EP 2", precision="fp32", fraction=0.0)),
 ]
 """Beside the product: what is special about one model or layout."""
 

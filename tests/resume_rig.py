@@ -148,6 +148,9 @@ def resume_config(
             **load,
         },
     )
+    if saved.precision == "fp32":
+        cfg.mixed_precision = None
+        return cfg
     cfg.mixed_precision = get_mixed_precision_config(f"{saved.precision}_mixed")
     cfg.mixed_precision.initial_loss_scale = 2.0**8  # no step overflows
     cfg.mixed_precision.loss_scale_window = 2  # and the scale grows on the way

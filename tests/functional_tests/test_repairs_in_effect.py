@@ -12,7 +12,7 @@ import torch
 from megatron.core import __version__ as core_version
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer
 
 from megatron.bridge.training.cpu_offload.install import REPAIRS
 from megatron.bridge.training.cpu_offload.repair import ToBuild
@@ -27,6 +27,7 @@ OFFLOAD = {
     "overlap_cpu_optimizer_d2h_h2d": True,
 }
 PRECISION_AWARE = {**OFFLOAD, "use_precision_aware_optimizer": True}
+PLAIN = {"use_distributed_optimizer": False}
 FP32_NORMS = {"transformer_layer_spec": fp32_norm_layer_spec}
 RUNS = {
     "no offload": ({}, {}, False),
@@ -34,6 +35,9 @@ RUNS = {
     "precision-aware": (PRECISION_AWARE, {}, False),
     "FP32 weights": (PRECISION_AWARE, FP32_NORMS, False),
     "fused Adam": (OFFLOAD, {}, True),
+    "FP32": ({}, {}, False),
+    "FP32, plain": (PLAIN, {}, False),
+    "plain": (PLAIN, {}, False),
 }
 """Options of the optimizer and of the model, and whether Core finds an optimizer as Transformer Engine's is."""
 
@@ -53,6 +57,9 @@ IN_EFFECT = {
         "group order",
     },
     "fused Adam": {*ALL, *HYBRID, "one master", "step counter", "flat shards"},
+    "FP32": {*ALL, "native FP32 parameters", "group order"},
+    "FP32, plain": {"plain FP32 state", "finite gradients"},
+    "plain": {"plain state", "finite gradients"},
 }
 TESTED_CORES = ("0.16.1", "0.17.1", "0.18.2", "0.19.2")
 """The same in all: no defect of 0.16.1 is gone in 0.19.2. A Core that is not among them may have mended some."""
@@ -62,7 +69,8 @@ TESTED_CORES = ("0.16.1", "0.17.1", "0.18.2", "0.19.2")
 def _built(directory, run):
     optimizer, model, fused = RUNS[run]
     with as_with_transformer_engine() if fused else contextlib.nullcontext():
-        cfg = tiny_config(directory, optimizer=optimizer, model=model)
+        cfg = tiny_config(directory, optimizer=optimizer, model=model, ddp=optimizer if optimizer == PLAIN else {})
+        cfg.mixed_precision = None if run.partition(",")[0] == "FP32" else cfg.mixed_precision
         chunks, built, _ = build_training(cfg)
         yield cfg, chunks, built
 
@@ -163,6 +171,8 @@ MENDED = {
     "flat step": ("offload", HybridDeviceOptimizer, "_get_sub_optimizer_param_groups", _nothing),
     "flat shards": ("offload", DistributedOptimizer, "_build_model_and_main_param_groups", _nothing),
     "built once": ("offload", DistributedOptimizer, "__init__", _nothing),
+    "plain FP32 state": ("FP32, plain", FP32Optimizer, "sharded_state_dict", _nothing),
+    "plain state": ("plain", Float16OptimizerWithFloat16Params, "sharded_state_dict", _nothing),
     "finite gradients": ("no offload", ChainedOptimizer, "step", _looks_at_the_norm),
 }
 """By repair: a run that needs it, and the method of Core's that it looks at, mended."""

@@ -7,6 +7,7 @@ INSTALL = "src/megatron/bridge/training/cpu_offload/install.py"
 
 _REPAIRED = "tests/functional_tests/test_repairs.py::test_"
 _FINITE = "tests/functional_tests/test_finite_steps.py::test_"
+_PLAIN = "tests/functional_tests/test_plain_resume.py::test_"
 _DEVICE = "tests/functional_tests/test_device_step.py::test_"
 _RANDOM = "tests/unit_tests/training/test_rng_state.py::test_"
 _COUNTS = f"{_DEVICE}a_device_optimizer_that_counts_in_its_groups_counts_on"
@@ -55,6 +56,7 @@ THE_REPAIRS = (
     _without("reshardable state", "reshardable_state", RESHARDED),
     _without("flat step", "flat_step", f"{_REPAIRED}parameters_share_an_optimizer_on_the_host"),
     _without("flat shards", "flat_shards", f"{_REPAIRED}shards_cross_in_few_copies"),
+    _without("plain state", "plain_state", f"{_PLAIN}it_resumes_to_the_bit[FP32, SGD]"),
     _without("finite gradients", "finite_gradients", f"{_FINITE}so_does_one_whose_norm_overflows"),
     _without("built once", "built_once", f"{_REPAIRED}only_what_a_rank_owns_is_copied"),
     Mutant(

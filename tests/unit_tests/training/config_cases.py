@@ -14,7 +14,7 @@ GOOD = {
         2,
     ),
     "offload of nothing": ((OFFLOAD[0],), 1),
-    "offload of SGD": ((*OFFLOAD, "optimizer.optimizer=sgd"), 1),
+    "offload of SGD": ((*OFFLOAD, "optimizer.optimizer=sgd", "checkpoint.save_optim=false"), 1),
     "fp16": (("mixed_precision=fp16_mixed",), 1),
     "tensor and sequence parallel": (("model.tensor_model_parallel_size=2", "model.sequence_parallel=true"), 2),
     "more tensor parallel ranks than groups": (("model.tensor_model_parallel_size=8",), 8),
@@ -197,7 +197,15 @@ BAD = {
         ([*OFFLOAD, "dist.use_torch_fsdp2=true"], 1, "set dist.use_torch_fsdp2=false"),
     ],
     "check_offload_knows_the_optimizer": [
-        ([*OFFLOAD, "optimizer.optimizer=muon"], 1, "only adam and sgd can be offloaded")
+        ([*OFFLOAD, "optimizer.optimizer=muon"], 1, "only adam and sgd can be offloaded"),
+    ],
+    "check_sgd_is_not_distributed": [
+        (
+            [*OFFLOAD, "optimizer.optimizer=sgd", "checkpoint.save=/tmp/saved"],
+            1,
+            "the state of an offloaded SGD can't be saved; set checkpoint.save_optim=false",
+        ),
+        (["optimizer.optimizer=sgd"], 1, "sgd with the distributed optimizer, which is Adam's alone: set "),
     ],
     "check_offload_decouples_weight_decay": [
         ([*OFFLOAD, "optimizer.decoupled_weight_decay=false"], 1, "set optimizer.decoupled_weight_decay=true")

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron.bridge.checkpoint import layout
 from megatron.bridge.checkpoint.model_checkpoint import read_run_config
-from megatron.bridge.checkpoint.sharded_state import stored_content_metadata, stored_shapes
+from megatron.bridge.checkpoint.sharded_state import read_common_state, stored_content_metadata, stored_shapes
 from megatron.bridge.training.config import CheckpointConfig, ConfigContainer
 from megatron.bridge.training.local_checkpoint import CORE_RELEASE, LocalCheckpoint
 from megatron.bridge.utils.distributed import world_size
@@ -158,8 +158,11 @@ def _plan_resume(cfg: ConfigContainer, root: str, *, option: str) -> LoadPlan:
         return _weights_only(directory, "checkpoint.finetune=true", adapters_only=adapters_only)
     if directory.name == "release":
         return _weights_only(directory, "a release checkpoint", adapters_only=adapters_only)
-    holds_optimizer = any(OPTIMIZER_KEY.match(key) for key in stored_shapes(directory))
     content_metadata = stored_content_metadata(directory)
+    # SGD without momentum has its param groups alone.
+    holds_optimizer = "optimizer" in read_common_state(directory) or any(
+        OPTIMIZER_KEY.match(key) for key in stored_shapes(directory)
+    )
     if checkpoint.load_optim and holds_optimizer:
         _check_optimizer_layout(cfg, saved, directory, content_metadata.get("distrib_optim_sharding_type"))
     plan = _whole_resume(cfg, directory, Source.MEGATRON, saved=saved, holds_optimizer=holds_optimizer)

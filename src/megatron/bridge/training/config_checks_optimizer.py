@@ -116,6 +116,24 @@ def check_optimizer_is_known(cfg: "ConfigContainer", world_size: int) -> None:
         )
 
 
+def check_sgd_is_not_distributed(cfg: "ConfigContainer", world_size: int) -> None:
+    """Core's distributed optimizer asserts that it is Adam's, when it is built or, offloaded, when it is saved."""
+    if cfg.optimizer.optimizer != "sgd" or not cfg.optimizer.use_distributed_optimizer:
+        return
+    if not _offloads(cfg):
+        raise ValueError(
+            "optimizer.optimizer=sgd with the distributed optimizer, which is Adam's alone: set "
+            "optimizer.use_distributed_optimizer=false and ddp.use_distributed_optimizer=false, or "
+            "optimizer.optimizer=adam"
+        )
+    saves = cfg.checkpoint.save is not None or cfg.checkpoint.non_persistent_ckpt_type is not None
+    if saves and cfg.checkpoint.save_optim:
+        raise ValueError(
+            "optimizer.optimizer=sgd with optimizer.optimizer_cpu_offload=true and checkpoint.save_optim=true: the "
+            "state of an offloaded SGD can't be saved; set checkpoint.save_optim=false, or optimizer.optimizer=adam"
+        )
+
+
 def check_precision_aware_mode_can_run(cfg: "ConfigContainer", world_size: int) -> None:
     """Precision-aware mode is Adam's, in the distributed optimizer, with an implementation that has it."""
     optimizer = cfg.optimizer
@@ -255,6 +273,7 @@ OPTIMIZER_RULES = (
     check_offload_decouples_weight_decay,
     check_offload_keeps_state_in_fp32,
     check_optimizer_is_known,
+    check_sgd_is_not_distributed,
     check_precision_aware_mode_can_run,
     check_precision_aware_mode_clips_fp32_gradients,
     check_state_dtypes_need_precision_aware_mode,

@@ -9,7 +9,7 @@ run has another number of them.
 
 from typing import Any
 
-from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer
 
 ParamGroup = dict[str, Any]
 
@@ -29,6 +29,9 @@ def in_this_chain(optimizer: Any, saved: dict[Any, Any]) -> dict[Any, Any]:
         ValueError: The checkpoint has no param group like one of this run's.
     """
     chain = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    if any(isinstance(one, (FP32Optimizer, Float16OptimizerWithFloat16Params)) for one in chain):
+        _check_as_many(saved, len(chain))
+        return saved
     plain = [state for state in (saved, *(saved[key] for key in _numbers(saved))) if "optimizer" in state]
     if len(plain) == len(chain):
         return saved
@@ -43,6 +46,29 @@ def in_this_chain(optimizer: Any, saved: dict[Any, Any]) -> dict[Any, Any]:
         for number, one in enumerate(chain)
     }
     return states[0] if len(chain) == 1 else states
+
+
+def _check_as_many(saved: dict[Any, Any], num_optimizers: int) -> None:
+    """State that isn't distributed stands by parameter in each optimizer: it fits as many as saved it.
+
+    Raises:
+        ValueError: There are more or fewer.
+    """
+    is_one = _has_settings(saved)
+    num_saved = 1 if is_one else sum(_has_settings(saved[key]) for key in _numbers(saved))
+    if num_saved != num_optimizers:
+        raise ValueError(
+            f"the checkpoint has the state of {num_saved} optimizers and this run {num_optimizers} (experts spread "
+            "over ranks have one of their own), which needs the distributed optimizer: use the checkpoint's "
+            "model.expert_model_parallel_size and optimizer.use_distributed_optimizer, or set "
+            "checkpoint.load_optim=false"
+        )
+
+
+def _has_settings(state: dict[Any, Any]) -> bool:
+    """Whether param groups with their options are in it, not only the numbers of their parameters."""
+    groups = state.get("optimizer", state).get("param_groups", ())
+    return any("wd_mult" in group or "pre_wd_mult" in group for group in groups)
 
 
 def _numbers(saved: dict[Any, Any]) -> list[int]:

@@ -32,6 +32,7 @@ from megatron.bridge.training.cpu_offload import (
     native_fp32,
     one_master,
     plain_param_groups,
+    plain_state,
     reshardable_state,
     state_device,
     step_counter,
@@ -50,6 +51,7 @@ REPAIRS: tuple[Repair, ...] = (
     *adam_kernel.REPAIRS,  # after what restores the step counter
     *one_master.REPAIRS,
     *plain_param_groups.REPAIRS,
+    *plain_state.REPAIRS,
     *native_fp32.REPAIRS,
     *group_order.REPAIRS,
     *reshardable_state.REPAIRS,

@@ -17,10 +17,10 @@ from megatron.bridge.training.cpu_offload.repair import Repair, source_of, steps
 
 
 def allocate_state(optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter of an Adam optimizer the state of step 0. State that exists is kept.
+    """Give every parameter of an optimizer the state of step 0. State that exists is kept.
 
     Args:
-        optimizer: Torch's Adam or AdamW, Transformer Engine's or Apex's FusedAdam, or a hybrid of those.
+        optimizer: Torch's Adam, AdamW or SGD, Transformer Engine's or Apex's fused ones, or a hybrid of those.
     """
     if isinstance(optimizer, HybridDeviceOptimizer):
         for sub_optimizer in optimizer.sub_optimizers:
@@ -33,13 +33,20 @@ def allocate_state(optimizer: torch.optim.Optimizer) -> None:
     keeps_step_in_state = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
     for group in optimizer.param_groups:
         if "betas" not in group:
-            continue  # SGD keeps no state that a load must find
+            _allocate_momentum(optimizer, group)
+            continue
         for param in group["params"]:
             if not optimizer.state[param]:
                 state: dict[str, Any] = {"step": torch.tensor(0.0)} if keeps_step_in_state else {}
                 state["exp_avg"] = torch.zeros_like(param.data)
                 state["exp_avg_sq"] = torch.zeros_like(param.data)
                 optimizer.state[param] = state
+
+
+def _allocate_momentum(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
+    for param in group["params"] if group.get("momentum") else ():
+        if optimizer.state[param].get("momentum_buffer") is None:
+            optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param.data)
 
 
 def _allocate_before_template(base: type) -> type:

@@ -2,7 +2,8 @@
 """Parameters that a model keeps in FP32 beside 16-bit ones.
 
 Core hands the optimizer a view of such a weight that is still part of the autograd graph, which torch refuses to
-optimise once the hybrid optimizer checks its parameters (NVIDIA/Megatron-LM #6212). In precision-aware mode their
+optimise once the hybrid optimizer checks its parameters (NVIDIA/Megatron-LM #6212), and to load into otherwise: no run
+in FP32 could be resumed. In precision-aware mode their
 gradients arrive as `decoupled_grad`, which the hybrid optimizer reads for 16-bit parameters and for those on the host,
 but not for an FP32 one that stays on the device: it would never move (NVIDIA/Megatron-LM PR 7449).
 """
@@ -37,14 +38,13 @@ def _shards_outside_autograd(base: type) -> type:
 def _detached(shard: torch.Tensor) -> torch.Tensor:
     """The same memory outside of the graph, with the attributes that Core gave the view."""
     leaf = shard.detach()
-    vars(leaf).update(vars(shard))
+    vars(leaf).update(vars(shard), is_native_fp32=True)
     return leaf
 
 
 def _views_are_in_the_graph(to_build: ToBuild) -> bool:
     source = source_of(DistributedOptimizer._build_model_and_main_param_groups)
-    is_offloaded = to_build.config.optimizer_cpu_offload
-    return is_offloaded and to_build.trains_fp32() and "shard_model_param = model_param.view(-1)" in source
+    return to_build.trains_fp32() and "shard_model_param = model_param.view(-1)" in source
 
 
 def _read_decoupled_gradients(base: type) -> type:
@@ -53,8 +53,8 @@ def _read_decoupled_gradients(base: type) -> type:
     class ReadDecoupledGradients(base):
         def _set_sub_optimizer_grads(self) -> None:
             for param, inner in self.param_to_inner_param.items():
-                if inner is param:
-                    grad = getattr(param, "decoupled_grad", None)
+                if inner is param and hasattr(param, "decoupled_grad"):
+                    grad = param.decoupled_grad
                     param.grad = None if grad is None else grad.to(param.dtype)
             super()._set_sub_optimizer_grads()
 
@@ -62,16 +62,17 @@ def _read_decoupled_gradients(base: type) -> type:
 
 
 def _steps_on_fp32_weights_without_their_gradients(optimizer: HybridDeviceOptimizer) -> bool:
-    is_precision_aware = bool(optimizer.param_to_fp32_param)
+    params = optimizer.param_to_inner_param
+    is_precision_aware = optimizer.param_to_fp32_param or any(hasattr(param, "is_native_fp32") for param in params)
     in_place = any(inner is param for param, inner in optimizer.param_to_inner_param.items())
     source = source_of(HybridDeviceOptimizer._set_sub_optimizer_grads)
-    return is_precision_aware and in_place and "for param in self.param_to_fp32_param:" in source
+    return bool(is_precision_aware) and in_place and "for param in self.param_to_fp32_param:" in source
 
 
 REPAIRS = (
     Repair(
         name="native FP32 parameters",
-        defect="a model that keeps some parameters in FP32 can't be built with offload: can't optimize a non-leaf",
+        defect="a model with FP32 parameters can't be built with offload (can't optimize a non-leaf), nor resumed",
         threads=("NVIDIA/Megatron-LM #6212", "NVIDIA/Megatron-LM PR 7013"),
         core_versions="0.16.1 to 0.19.2",
         target=DistributedOptimizer,

@@ -1,0 +1,71 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""The state of an optimizer that is not distributed: there from step 0 on, with the step that was saved.
+
+Core fills it before a load by a function that SGD doesn't have (`TypeError`), without the step that torch's Adam keeps
+there. A step of 0 isn't saved, and where no step was taken (each overflowed, in FP16) nothing is; a load then asks for
+tensors that are not there, or dies with KeyError at the next step. And Transformer Engine's and Apex's Adam keep the
+step in the param groups, torch's beside the moments: what one saved, the other resumes with a step of its own.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer, MegatronOptimizer
+
+from megatron.bridge.training.cpu_offload.load_template import allocate_state
+from megatron.bridge.training.cpu_offload.repair import Repair, source_of
+
+
+def _state_from_step_zero(base: type) -> type:
+    """Overrides of `FP32Optimizer` and `Float16OptimizerWithFloat16Params`."""
+
+    class StateFromStepZero(base):
+        def sharded_state_dict(
+            self, model_sharded_state_dict: Any, is_loading: bool = False, metadata: dict[str, Any] | None = None
+        ) -> Any:
+            allocate_state(self.optimizer)  # instead of what `is_loading` would do
+            return super().sharded_state_dict(model_sharded_state_dict, is_loading=False, metadata=metadata)
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            _put_step_where_it_is_kept(self.optimizer, state_dict.get("optimizer", state_dict))
+            super().load_state_dict(state_dict)
+
+    return StateFromStepZero
+
+
+def _put_step_where_it_is_kept(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Move a saved step to where this optimizer looks for it; changes `saved`."""
+    groups = saved["param_groups"]
+    in_groups = [group.pop("step") for group in groups if group.get("step") is not None]
+    step = float(saved["state"].pop("common_step", max(map(float, in_groups), default=0.0)))
+    if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+        saved["state"]["common_step"] = torch.tensor(step)
+    elif any("betas" in group for group in groups):
+        for group in groups:
+            group["step"] = int(step)
+
+
+def _loses_the_step(optimizer: MegatronOptimizer) -> bool:
+    source = source_of(MegatronOptimizer._extract_common_per_param_step)
+    saved = source_of(_cores(optimizer).sharded_state_dict)
+    return "self.init_state_fn(self.optimizer" in saved and "param_groups" not in source
+
+
+def _cores(optimizer: MegatronOptimizer) -> type:
+    is_fp32 = isinstance(optimizer, FP32Optimizer)
+    return FP32Optimizer if is_fp32 else Float16OptimizerWithFloat16Params
+
+
+REPAIRS = tuple(
+    Repair(
+        name=name,
+        defect="without the distributed optimizer, SGD can't be resumed, nor can a run saved before its first step; a "
+        "step that another implementation of Adam saved is lost",
+        threads=(),
+        core_versions="0.16.1 to 0.19.2",
+        target=target,
+        subclass=_state_from_step_zero,
+        is_needed=_loses_the_step,
+    )
+    for name, target in (("plain FP32 state", FP32Optimizer), ("plain state", Float16OptimizerWithFloat16Params))
+)

@@ -1,0 +1,94 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Runs without the distributed optimizer stop and resume to the bit, from what stock Core wrote too."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron.bridge.training.cpu_offload.plain_state import _put_step_where_it_is_kept
+from megatron.bridge.training.optimizer_chain import in_this_chain
+from tests.on_ranks import Recorder, differing
+from tests.ranks import run_on_ranks
+from tests.resume_rig import without_repairs
+from tests.tiny import tiny_config
+
+PLAIN = {"use_distributed_optimizer": False}
+EXPERTS = {
+    "num_moe_experts": 4,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 32,
+    "moe_token_dispatcher_type": "alltoall",
+    "expert_model_parallel_size": 2,
+}
+RUNS = {
+    "FP32": (None, {}, {}),
+    "FP32, SGD": ("fp32", {"optimizer": "sgd"}, {}),
+    "FP32, SGD without momentum": (None, {"optimizer": "sgd", "sgd_momentum": 0.0}, {}),
+    "FP32, not clipped": (None, {"clip_grad": 0.0}, {}),
+    "FP32, experts": (None, {}, EXPERTS),
+    "bf16, SGD": ("bf16_mixed", {"optimizer": "sgd"}, {}),
+    "FP16, each step overflows": ("fp16_mixed", {}, {}),
+}
+
+
+def _run(directory, run, *, steps=3, **checkpoint):
+    from megatron.bridge.training.gpt_step import forward_step
+    from megatron.bridge.training.pretrain import pretrain
+
+    precision, optimizer, model = RUNS[run]
+    cfg = tiny_config(
+        directory,
+        train_iters=steps,
+        optimizer={**PLAIN, **optimizer},
+        ddp=PLAIN,
+        model=model,
+        scheduler={"lr_warmup_iters": 1, "lr_decay_iters": 10},
+        checkpoint={"save": None, **checkpoint},
+    )
+    cfg.mixed_precision = precision
+    recorder = Recorder()
+    pretrain(cfg, forward_step, callbacks=[recorder])
+    return recorder
+
+
+def _check_equal(whole, resumed, step):
+    for uninterrupted, continued in zip(whole, resumed, strict=True):
+        assert continued.losses == uninterrupted.losses[step:]
+        assert continued.learning_rates == uninterrupted.learning_rates[step:]
+        assert differing(continued.weights_after, uninterrupted.weights_after) == {}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_it_resumes_to_the_bit(tmp_path, run):
+    whole = run_on_ranks(_run, 2, tmp_path, run, save=f"{tmp_path}/saved", save_interval=1)
+    _check_equal(whole, run_on_ranks(_run, 2, tmp_path, run, load=f"{tmp_path}/saved", ckpt_step=2), 2)
+
+
+def test_what_stock_core_wrote_resumes(tmp_path):
+    whole = run_on_ranks(without_repairs, 2, None, _run, tmp_path, "FP32", save=f"{tmp_path}/saved", save_interval=2)
+    _check_equal(whole, run_on_ranks(_run, 2, tmp_path, "FP32", load=f"{tmp_path}/saved", ckpt_step=2), 2)
+
+
+def _groups(**step):
+    return [{"betas": (0.9, 0.95), "params": [0], **step}]
+
+
+def test_a_step_is_found_where_another_implementation_of_adam_kept_it():
+    torchs = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+    by_groups = {"state": {}, "param_groups": _groups(step=7)}
+    _put_step_where_it_is_kept(torchs, by_groups)
+    assert by_groups == {"state": {"common_step": torch.tensor(7.0)}, "param_groups": _groups()}
+    by_state = {"state": {"common_step": torch.tensor(7.0)}, "param_groups": _groups()}
+    _put_step_where_it_is_kept(SimpleNamespace(), by_state)
+    assert by_state == {"state": {}, "param_groups": _groups(step=7)}
+
+
+def test_a_chain_of_another_length_is_refused():
+    from megatron.core.optimizer.optimizer import ChainedOptimizer, FP32Optimizer
+
+    optimizer = ChainedOptimizer.__new__(ChainedOptimizer)
+    optimizer.chained_optimizers = [FP32Optimizer.__new__(FP32Optimizer)]
+    saved = {number: {"param_groups": [{"wd_mult": 1.0}]} for number in (0, 1)} | {"param_groups": [{"params": [0]}]}
+    with pytest.raises(ValueError, match="state of 2 optimizers and this run 1 .*load_optim=false"):
+        in_this_chain(optimizer, saved)
