@@ -12,7 +12,7 @@ from megatron.bridge.data.tokenizer import HuggingFaceTokenizer, build_tokenizer
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|begin|>"]
 # The generation block is invisible in the text; transformers uses it to tell the assistant's tokens.
-CHATML = (
+MARKED_CHATML = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
     "{{ '<|im_start|>system\nBe kind<|im_end|>\n' }}{% endif %}"
     "{{ '<|im_start|>' + message['role'] + '\n' }}"
@@ -20,6 +20,7 @@ CHATML = (
     "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+CHATML = MARKED_CHATML.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 
 
 def write_tokenizer(directory: Path, *, chat_template: str | None = CHATML) -> Path:

@@ -39,3 +39,11 @@ def test_what_cannot_be_read_is_named(tmp_path):
     (tmp_path / "c.jsonl").mkdir()
     with pytest.raises(ValueError, match=r"c\.jsonl cannot be read \(Is a directory\)"):
         next(read_rows(tmp_path / "c.jsonl"))
+
+
+@pytest.mark.parametrize(("content", "what"), [(b"\x1f\x8b\x08", "gzip"), (b"PAR1", "Parquet"), (b"\xff\xfe{", "UTF-16")])
+def test_a_file_of_another_format_is_named(tmp_path, content, what):
+    path = tmp_path / "training.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"training\.jsonl is .*{what}"):
+        next(read_rows(path))

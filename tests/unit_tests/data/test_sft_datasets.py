@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from megatron.bridge.data.config import DatasetBuildContext, GPTSFTDatasetConfig, SFTOptions
+from megatron.bridge.data.config import DatasetBuildContext, GPTSFTDatasetConfig, PackedSequenceSpecs, SFTOptions
 from megatron.bridge.data.loaders import build_datasets
 from megatron.bridge.data.sft import load_sft_dataset
 from megatron.bridge.data.sources import open_hf_dataset, without_nulls
@@ -50,8 +50,8 @@ def test_a_line_without_the_text_is_named(write_jsonl, tokenizer):
 def test_the_report_names_the_first_line_that_lost_something(write_jsonl, tokenizer):
     path = write_jsonl([{"text": "a"}, {"text": ""}, {"text": "the cat " * 30}, {"text": "x" * 90}])
     dataset = load_sft_dataset(path, tokenizer=tokenizer, seq_length=16, options=SFTOptions())
-    expected = "2 truncated (the first in line 3), 1 dropped (the first in line 2)"
-    assert str(dataset.report).endswith(expected)
+    expected = "2 truncated (the first in line 3), 1 dropped (the first in line 2); dropped: a blank answer in 1"
+    assert expected in str(dataset.report)
 
 
 def test_one_file_is_cut_by_the_seed(write_jsonl, tokenizer):
@@ -151,3 +151,18 @@ def test_without_the_library_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(ValueError, match=r"needs the datasets library.*: pip install 'megatron-bridge\[datasets\]'"):
         open_hf_dataset(tmp_path)
+
+
+def test_what_is_too_long_for_a_pack_names_the_packs_size(write_jsonl, tokenizer):
+    root = str(write_jsonl([{"messages": [{"role": "user", "content": "x" * 60}, {"role": "assistant", "content": "b"}]}]).parent)
+    specs = PackedSequenceSpecs(packed_sequence_size=8)
+    with pytest.raises(ValueError, match=r"packed_sequence_size=8: raise packed_sequence_specs\.packed_sequence_size or"):
+        build(tokenizer, dataset_root=root, do_validation=False, packed_sequence_specs=specs)
+
+
+def test_what_is_ignored_is_logged_before_training(write_jsonl, tokenizer, caplog):
+    root = str(write_jsonl([{"instruction": "a", "input": "b", "output": "c"}]).parent)
+    for _ in range(2):  # the second time from the cache
+        caplog.clear()
+        build(tokenizer, dataset_root=root, do_validation=False)
+        assert [record.levelname for record in caplog.records if "'instruction'" in record.getMessage()][-1] == "WARNING"

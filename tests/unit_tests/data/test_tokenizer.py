@@ -86,3 +86,15 @@ def test_null_tokenizer_reads_numbers():
 def test_incomplete_configurations_are_refused(config, message):
     with pytest.raises(ValueError, match=message):
         build_tokenizer(config)
+
+
+def test_a_chat_template_may_be_a_files_path(tokenizer_directory, tmp_path):
+    (tmp_path / "my.jinja").write_text("{% for m in messages %}[{{ m['content'] }}]{% endfor %}")
+    config = TokenizerConfig(tokenizer_model=str(tokenizer_directory), chat_template=str(tmp_path / "my.jinja"))
+    assert build_tokenizer(config).apply_chat_template([{"role": "user", "content": "hi"}]) == "[hi]"
+    config.chat_template = str(tmp_path / "gone.jinja")
+    with pytest.raises(ValueError, match=r"tokenizer\.chat_template='.*gone\.jinja' is a path in place of a template"):
+        build_tokenizer(config)
+    directory = write_tokenizer(tmp_path / "path", chat_template=str(tmp_path / "my.jinja"))
+    with pytest.raises(ValueError, match="the chat_template of tokenizer.tokenizer_model=.* is a path in place"):
+        build_tokenizer(TokenizerConfig(tokenizer_model=str(directory)))

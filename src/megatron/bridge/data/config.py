@@ -112,6 +112,15 @@ class GPTSFTDatasetConfig(DataloaderConfig):
         return size if size > 0 else self.seq_length
 
     @property
+    def limit_option(self) -> str:
+        """The option that limits a sample's length, for messages."""
+        if self.packed_sequence_specs is not None and self.packed_sequence_specs.packed_sequence_size > 0:
+            return "packed_sequence_specs.packed_sequence_size"
+        if self.pack_size is None or self.pack_size == self.seq_length:
+            return "seq_length"
+        return "offline_packing_specs.packed_sequence_size"
+
+    @property
     def options(self) -> SFTOptions:
         """The checked options in `dataset_kwargs`."""
         return SFTOptions.from_kwargs(self.dataset_kwargs)
@@ -258,7 +267,8 @@ class TokenizerConfig:
     """Size of the NullTokenizer's vocabulary; a Hugging Face tokenizer knows its own."""
 
     chat_template: str | None = None
-    """Jinja text used instead of the tokenizer's own chat template. None: the tokenizer's own."""
+    """Jinja text, or the path of a file that holds it, used instead of the tokenizer's own chat template. None: the
+    tokenizer's own."""
 
     hf_tokenizer_kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments for `AutoTokenizer.from_pretrained`; `trust_remote_code` is refused."""

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron.bridge.data.formats import RenderedSample, SampleFormat
+from megatron.bridge.data.notes import Note
+from megatron.bridge.data.samples import Offsets, RenderedSample, SampleFormat
 from megatron.bridge.data.sft_options import SFTOptions
 from megatron.bridge.data.sources import Row
 from megatron.bridge.data.tokenizer import Tokenizer
@@ -31,15 +32,29 @@ class TokenisedSample:
     truncated: bool
 
 
-Encoded = tuple[int, TokenisedSample | None]
-"""A row's number, and its sample; None for a row without a learned token."""
+Encoded = tuple[int, TokenisedSample | None, tuple[Note, ...]]
+"""A row's number, its sample, None for a row without a learned token, and what of the row is ignored or lost."""
+
+NO_LEARNED_TOKEN = "no answer token within {limit}"
+"""Why a sample is dropped whose answers lie beyond the limit."""
+
+NO_END = Note(
+    "a learned answer ends in no special token",
+    "the model doesn't learn to stop there; set a tokenizer.chat_template that writes the EOS token after each answer",
+)
 
 
 class SampleEncoder:
     """Renders rows and turns rendered samples into tokens within the length limit."""
 
     def __init__(
-        self, tokenizer: Tokenizer, sample_format: SampleFormat, *, seq_length: int, options: SFTOptions
+        self,
+        tokenizer: Tokenizer,
+        sample_format: SampleFormat,
+        *,
+        seq_length: int,
+        options: SFTOptions,
+        limit: str = "seq_length",
     ) -> None:
         """Keeps what a file's samples have in common.
 
@@ -48,6 +63,7 @@ class SampleEncoder:
             sample_format: As chosen by `choose_format`.
             seq_length: Most positions of a sample.
             options: Format of the lines.
+            limit: The option that `seq_length` comes from, for messages.
 
         Raises:
             ValueError: BOS or EOS is asked for, and the tokenizer has none.
@@ -55,6 +71,7 @@ class SampleEncoder:
         self.tokenizer = tokenizer
         self.format = sample_format
         self.max_tokens = seq_length + 1
+        self.beyond_limit = Note(f"dropped: {NO_LEARNED_TOKEN.format(limit=f'{limit}={seq_length}')}")
         self.cuts_left = options.truncation_method == "left"
         self.special_ids = tokenizer.special_ids
         for name, wanted, token in (
@@ -78,7 +95,7 @@ class SampleEncoder:
         Raises:
             ValueError: Names the first row that has not the format, or that the tokenizer refuses.
         """
-        rendered: list[RenderedSample | None] = []
+        rendered: list[RenderedSample] = []
         for number, row in rows:
             with _named(f"{where}:{number}"):
                 rendered.append(self.render(row))
@@ -89,35 +106,48 @@ class SampleEncoder:
                 with _named(f"{where}:{number}"):
                     self.encode([sample])
             raise
-        return [(number, sample) for (number, _), sample in zip(rows, encoded, strict=True)]
+        numbers = (number for number, _ in rows)
+        return [(number, *became) for number, became in zip(numbers, encoded, strict=True)]
 
-    def render(self, row: dict[str, Any]) -> RenderedSample | None:
+    def render(self, row: dict[str, Any]) -> RenderedSample:
         """Renders one row; ValueError if it has not the format or is no valid text."""
         sample = self.format.render(row)
-        if sample is not None:
-            try:
-                sample.text.encode("utf-8")
-            except UnicodeEncodeError as error:
-                character = sample.text[error.start]
-                raise ValueError(f"the text holds {character!r}, half a character: remove or replace it") from error
+        try:
+            sample.text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            character = sample.text[error.start]
+            raise ValueError(f"the text holds {character!r}, half a character: remove or replace it") from error
         return sample
 
-    def encode(self, rendered: list[RenderedSample | None]) -> list[TokenisedSample | None]:
-        """Returns the tokens of each sample, None where nothing is learned."""
-        present = [sample for sample in rendered if sample is not None]
-        encoded = self.tokenizer.encode_batch([sample.text for sample in present]) if present else []
+    def encode(self, rendered: list[RenderedSample]) -> list[tuple[TokenisedSample | None, tuple[Note, ...]]]:
+        """Returns the tokens of each sample, None where nothing is learned, and notes on it."""
+        present = [sample for sample in rendered if not sample.dropped]
+        encoded = self._tokens(present)
         # Laid end to end, as numpy takes longer to begin than a short sample takes.
         bounds = np.cumsum([0, *(len(ids) for ids, _ in encoded)])
         ids = np.fromiter(chain.from_iterable(ids for ids, _ in encoded), dtype=np.int32, count=bounds[-1])
         numbers = chain.from_iterable(chain.from_iterable(offsets for _, offsets in encoded))
         spans = np.fromiter(numbers, dtype=np.int64, count=2 * bounds[-1]).reshape(-1, 2)
-        learned = self._learned_tokens(present, ids, spans, bounds)
+        learned, without_end = self._learned_tokens(present, ids, spans, bounds)
         parts = (slice(*pair) for pair in pairwise(bounds.tolist()))
         fitted = (
-            self._fit(sample, ids[part], spans[part], learned[part])
-            for sample, part in zip(present, parts, strict=True)
+            self._noted(sample, self._fit(sample, ids[part], spans[part], learned[part]), place in without_end)
+            for place, (sample, part) in enumerate(zip(present, parts, strict=True))
         )
-        return [None if sample is None else next(fitted) for sample in rendered]
+        return [_dropped(sample) if sample.dropped else next(fitted) for sample in rendered]
+
+    def _tokens(self, samples: list[RenderedSample]) -> list[tuple[list[int], Offsets]]:
+        """Ids and offsets of each sample; those that came with them are not tokenised again."""
+        texts = [sample.text for sample in samples if sample.tokens is None]
+        encoded = iter(self.tokenizer.encode_batch(texts) if texts else ())
+        return [next(encoded) if sample.tokens is None else sample.tokens for sample in samples]
+
+    def _noted(
+        self, sample: RenderedSample, fitted: TokenisedSample | None, lacks_end: bool
+    ) -> tuple[TokenisedSample | None, tuple[Note, ...]]:
+        if fitted is None:
+            return None, (*sample.notes, self.beyond_limit)
+        return fitted, (*sample.notes, NO_END) if lacks_end and not fitted.truncated else sample.notes
 
     def _fit(
         self, sample: RenderedSample, ids: np.ndarray, spans: np.ndarray, learned: np.ndarray
@@ -135,7 +165,7 @@ class SampleEncoder:
 
     def _learned_tokens(
         self, samples: list[RenderedSample], ids: np.ndarray, spans: np.ndarray, bounds: np.ndarray
-    ) -> np.ndarray:
+    ) -> tuple[np.ndarray, set[int]]:
         """Marks the tokens that stand for at least one learned character, each turn up to its end token.
 
         A token across a learned span's start counts: its last characters would otherwise never be learned. A token of
@@ -146,6 +176,10 @@ class SampleEncoder:
             ids: Of all their tokens, int32 [T].
             spans: First character and end of each token in its sample's text, int64 [T, 2].
             bounds: Where each sample's tokens begin, and T, int64 [N + 1].
+
+        Returns:
+            Which tokens are learned, bool [T], and the samples of which a learned span should end in a special token
+            and doesn't.
         """
         # Characters are counted through all texts, with a place after each for a token of no characters.
         texts = np.cumsum([0, *(len(sample.text) + 1 for sample in samples)])
@@ -162,14 +196,18 @@ class SampleEncoder:
         lasts = marked[np.diff(span[marked], append=-1) != 0]
         # "<|im_end|>\n": generation stops at the end token, so the line break after it is not learned.
         owners = np.searchsorted(bounds, lasts, side="right") - 1
+        without_end = set()
         for last, owner in zip(lasts.tolist(), owners.tolist(), strict=True):
             text, end = samples[owner].text, last
             while text[slice(*spans[end])].isspace() and end > 0 and learned[end - 1] and span[end - 1] == span[last]:
                 end -= 1
-            if end < last and ids[end] in self.special_ids:
+            is_special = ids[end] in self.special_ids
+            if samples[owner].should_end and not is_special:
+                without_end.add(owner)
+            if end < last and is_special and not samples[owner].has_exact_spans:
                 cut = slice(end + 1, last + 1)
                 learned[cut] = ends[cut] > wanted[span[last] + 1, 0]  # in the next span, too
-        return learned
+        return learned, without_end
 
     def _shorten(self, sample: RenderedSample, spans: np.ndarray, excess: int) -> np.ndarray:
         """Returns which tokens to keep after cutting up to `excess` tokens out of the cuttable spans."""
@@ -233,6 +271,10 @@ def _enter(encoder: SampleEncoder) -> None:
 
 def _encode(rows: list[Row], where: str) -> list[Encoded]:
     return _encoder.encode_rows(rows, where)
+
+
+def _dropped(sample: RenderedSample) -> tuple[None, tuple[Note, ...]]:
+    return None, (*sample.notes, Note(f"dropped: {sample.dropped}"))
 
 
 @contextlib.contextmanager

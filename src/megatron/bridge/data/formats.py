@@ -2,45 +2,16 @@
 """Turns a JSONL line into text and says which characters are learned and which may be cut off."""
 
 import string
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
+from megatron.bridge.data.chat import ChatFormat
+from megatron.bridge.data.fields import ignored_fields
+from megatron.bridge.data.samples import RenderedSample, SampleFormat, Span, json_type, nothing_to_learn
 from megatron.bridge.data.sft_options import SFTOptions
 from megatron.bridge.data.tokenizer import Tokenizer
 
-Span = tuple[int, int]
-
 PROMPT_AND_ANSWER = SFTOptions.prompt_template
-
-ROLE_OF_SPEAKER = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "tool": "tool",
-}
-
-
-@dataclass(frozen=True)
-class RenderedSample:
-    """A sample as text; spans are [start, end) in characters."""
-
-    text: str
-    learned: tuple[Span, ...]
-    cuttable: tuple[Span, ...] = ()
-
-
-class SampleFormat(Protocol):
-    """How a JSONL object becomes text."""
-
-    adds_bos: bool
-    adds_eos: bool
-
-    def render(self, row: dict[str, Any]) -> RenderedSample | None:
-        """Returns the sample, None if it holds nothing to learn; ValueError if `row` has not this format."""
-
 
 def choose_format(first_row: dict[str, Any], options: SFTOptions, tokenizer: Tokenizer) -> SampleFormat:
     """Chooses the format of a file by `options.chat`, or by the keys of its first line: conversations, text, or pairs.
@@ -77,6 +48,8 @@ class PromptFormat:
         except ValueError as error:
             raise ValueError(f"{where} cannot be parsed ({error}): expected text with {{field}} names") from error
         names = [name for _, name in self.parts]
+        self.fields = frozenset(name for name in names if name is not None)
+        self.if_ignored = f"{where} doesn't name it: put {{{{key}}}} into it, or take the field out of the data"
         if not names or names[-1] != self.label_key or names.count(self.label_key) != 1:
             raise ValueError(f"{where}: expected it to end with {{{self.label_key}}} (label_key), named once")
         self.truncation_fields = [name.strip() for name in options.truncation_field.split(",") if name.strip()]
@@ -84,7 +57,7 @@ class PromptFormat:
             if name not in names or name == self.label_key:
                 raise ValueError(f"dataset.dataset_kwargs.truncation_field={name!r} is no prompt field of {where}")
 
-    def render(self, row: dict[str, Any]) -> RenderedSample | None:
+    def render(self, row: dict[str, Any]) -> RenderedSample:
         """Joins the fields; the answer's span begins at the space before it, where a tokenizer puts the space."""
         text = ""
         spans: dict[str, Span] = {}
@@ -95,13 +68,15 @@ class PromptFormat:
             value = self._value(row, name)
             spans[name] = (len(text), len(text) + len(value))
             text += value
+        notes = ignored_fields(row, self.fields, self.if_ignored) if len(row) > len(self.fields) else ()
         start, end = spans[self.label_key]
         if not text[start:end].strip():
-            return None
+            return nothing_to_learn("a blank answer", notes)
         if text[:start].endswith(" "):
             start -= 1
         learned = (start, end) if self.answer_only_loss else (0, end)
-        return RenderedSample(text, (learned,), tuple(spans[name] for name in self.truncation_fields))
+        cuttable = tuple(spans[name] for name in self.truncation_fields)
+        return RenderedSample(text, (learned,), cuttable, notes=notes)
 
     def _value(self, row: dict[str, Any], name: str) -> str:
         if name not in row:
@@ -109,104 +84,5 @@ class PromptFormat:
             raise ValueError(f"no field {name!r} (found: {found}): add it or change dataset.dataset_kwargs")
         value = row[name]
         if not isinstance(value, str):
-            raise ValueError(f"field {name!r} is {_json_type(value)}: expected a string")
+            raise ValueError(f"field {name!r} is {json_type(value)}: expected a string")
         return value.strip(" ")
-
-
-class ChatFormat:
-    """Conversations, rendered by the tokenizer's chat template; the assistant's turns are learned."""
-
-    adds_bos = False
-    adds_eos = False
-
-    def __init__(self, options: SFTOptions, tokenizer: Tokenizer) -> None:
-        """Keeps the tokenizer.
-
-        Raises:
-            ValueError: The tokenizer has no chat template.
-        """
-        if not tokenizer.has_chat_template:
-            raise ValueError(f"tokenizer {tokenizer.name} has no chat template: set tokenizer.chat_template")
-        self.tokenizer = tokenizer
-        self.answer_only_loss = options.answer_only_loss
-
-    def render(self, row: dict[str, Any]) -> RenderedSample | None:
-        """Renders the conversation; a learned span runs from the generation prompt to the end of the turn."""
-        messages, tools = read_messages(row), row.get("tools")
-        if not any(message["role"] == "assistant" for message in messages):
-            return None
-        text = self._render(messages, tools)
-        if not self.answer_only_loss:
-            return RenderedSample(text, ((0, len(text)),))
-        spans = []
-        for turn, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            if turn == 0:
-                raise ValueError("the conversation begins with the assistant: expected a user or system message first")
-            before = self._render(messages[:turn], tools, add_generation_prompt=True)
-            until = text if turn == len(messages) - 1 else self._render(messages[: turn + 1], tools)
-            if not (until.startswith(before) and text.startswith(until)):
-                raise ValueError(
-                    f"the chat template cannot be split into turns: message {turn + 1} does not follow its generation "
-                    "prompt unchanged; set another tokenizer.chat_template, or answer_only_loss=false"
-                )
-            spans.append((len(before), len(until)))
-        return RenderedSample(text, tuple(spans))
-
-    def _render(self, messages: list[dict], tools: list | None, *, add_generation_prompt: bool = False) -> str:
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tools=tools)
-
-
-def read_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns the conversation of a line with `messages` (role, content) or `conversations` (from, value).
-
-    Raises:
-        ValueError: The line has neither, or a message is not complete.
-    """
-    key = "messages" if "messages" in row else "conversations"
-    if key not in row:
-        found = ", ".join(repr(name) for name in row) or "none"
-        raise ValueError(f"no field 'messages' or 'conversations' (found: {found})")
-    entries = row[key]
-    if not isinstance(entries, list) or not entries:
-        raise ValueError(f"field {key!r} is {_json_type(entries)}: expected a list with at least one message")
-    read_entry = _read_message if key == "messages" else _read_utterance
-    messages = [read_entry(entry, f"{key}[{index}]") for index, entry in enumerate(entries)]
-    system = row.get("system")
-    if key == "conversations" and system:
-        if not isinstance(system, str):
-            raise ValueError(f"field 'system' is {_json_type(system)}: expected a string")
-        messages.insert(0, {"role": "system", "content": system})
-    return messages
-
-
-def _read_message(entry: Any, where: str) -> dict[str, Any]:
-    if not isinstance(entry, dict):
-        raise ValueError(f"{where} is {_json_type(entry)}: expected an object with 'role' and 'content'")
-    if not isinstance(entry.get("role"), str):
-        raise ValueError(f"{where} has role {entry.get('role')!r}: expected a string such as 'user'")
-    if not isinstance(entry.get("content"), str) and not entry.get("tool_calls"):
-        found = _json_type(entry["content"]) if "content" in entry else "missing"
-        raise ValueError(f"{where}.content is {found}: expected a string")
-    return entry
-
-
-def _read_utterance(entry: Any, where: str) -> dict[str, Any]:
-    if not isinstance(entry, dict):
-        raise ValueError(f"{where} is {_json_type(entry)}: expected an object with 'from' and 'value'")
-    speaker, value = entry.get("from"), entry.get("value")
-    role = ROLE_OF_SPEAKER.get(speaker.casefold()) if isinstance(speaker, str) else None
-    if role is None:
-        raise ValueError(f"{where} is from {speaker!r}: expected one of {', '.join(ROLE_OF_SPEAKER)}")
-    if not isinstance(value, str):
-        found = _json_type(value) if "value" in entry else "missing"
-        raise ValueError(f"{where}.value is {found}: expected a string")
-    return {"role": role, "content": value}
-
-
-def _json_type(value: Any) -> str:
-    if isinstance(value, list):
-        return f"a list of {len(value)}"
-    names = {dict: "an object", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
-    return names.get(type(value), "null")

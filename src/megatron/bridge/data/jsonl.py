@@ -10,6 +10,19 @@ from tqdm import tqdm
 
 PROGRESS_FROM_BYTES = 1 << 20
 
+OTHER_FORMATS = {
+    b"\x1f\x8b": "gzip-compressed: unpack it (gunzip)",
+    b"BZh": "bzip2-compressed: unpack it (bunzip2)",
+    b"\xfd7zXZ\x00": "xz-compressed: unpack it (unxz)",
+    b"\x28\xb5\x2f\xfd": "zstd-compressed: unpack it (unzstd)",
+    b"PK\x03\x04": "a zip archive: unpack it",
+    b"PAR1": "a Parquet file: write JSON lines, or save it with datasets' save_to_disk and set dataset.hf_dataset",
+    b"ARROW1": "an Arrow file: write JSON lines, or save it with datasets' save_to_disk and set dataset.hf_dataset",
+    b"\xff\xfe": "UTF-16 text: re-encode it as UTF-8",
+    b"\xfe\xff": "UTF-16 text: re-encode it as UTF-8",
+}
+"""What files begin with that are no JSON lines, and what to do."""
+
 
 def read_rows(path: str | Path, *, show_progress: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (line number from 1, object) for each line of `path` that is not blank.
@@ -29,6 +42,8 @@ def read_rows(path: str | Path, *, show_progress: bool = False) -> Iterator[tupl
             hidden = None if show_progress and size >= PROGRESS_FROM_BYTES else True
             with tqdm(total=size, desc=f"tokenising {path.name}", unit="B", unit_scale=True, disable=hidden) as bar:
                 for number, raw in enumerate(stream, start=1):
+                    if number == 1:
+                        _check_beginning(raw, path)
                     bar.update(len(raw))
                     text = _decode(raw, path, number)
                     if text.strip():
@@ -37,6 +52,12 @@ def read_rows(path: str | Path, *, show_progress: bool = False) -> Iterator[tupl
         raise FileNotFoundError(f"{path} does not exist: expected a JSONL file") from error
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}): expected a readable JSONL file") from error
+
+
+def _check_beginning(raw: bytes, path: Path) -> None:
+    for beginning, what in OTHER_FORMATS.items():
+        if raw.startswith(beginning):
+            raise ValueError(f"{path} is {what}; expected UTF-8 text with one JSON object a line")
 
 
 def _decode(raw: bytes, path: Path, number: int) -> str:

@@ -18,8 +18,9 @@ import torch
 from torch.utils.data import Dataset
 
 from megatron.bridge.data.cache import cache_file, read_cache, write_cache
-from megatron.bridge.data.encoding import SampleEncoder, TokenisedSample, encode_all
+from megatron.bridge.data.encoding import NO_LEARNED_TOKEN, SampleEncoder, TokenisedSample, encode_all
 from megatron.bridge.data.formats import choose_format
+from megatron.bridge.data.notes import NoteCount, NoteCounter, read_counts, shown
 from megatron.bridge.data.sft_options import SFTOptions
 from megatron.bridge.data.sources import JsonlSource, Source
 from megatron.bridge.data.tokenizer import Tokenizer
@@ -43,14 +44,26 @@ class DataReport:
     longest: int
     first_truncated: int | None = None
     first_dropped: int | None = None
+    notes: tuple[NoteCount, ...] = ()
+
+    @classmethod
+    def read(cls, stored: dict[str, Any], *, path: str) -> "DataReport":
+        """The report that `asdict` made plain data of, on a file that may lie elsewhere now."""
+        return cls(**{**stored, "path": path, "notes": read_counts(stored["notes"])})
+
+    @property
+    def warnings(self) -> list[str]:
+        """A line for each thing that the user should know before training."""
+        return [f"{self.path}: {note.warning}" for note in self.notes if note.advice]
 
     def __str__(self) -> str:
         mean = self.tokens / self.samples if self.samples else 0.0
         truncated = f"{self.truncated} truncated{_first(self.first_truncated)}"
         dropped = f"{self.dropped} dropped{_first(self.first_dropped)}"
+        notes = f"; {shown(self.notes)}" if self.notes else ""
         return (
             f"{self.path}: {self.samples} samples, {self.tokens} tokens ({mean:.1f} on average, longest "
-            f"{self.longest}), {self.learned_tokens} learned; {truncated}, {dropped}"
+            f"{self.longest}), {self.learned_tokens} learned; {truncated}, {dropped}{notes}"
         )
 
 
@@ -108,6 +121,7 @@ def load_sft_dataset(
     max_samples: int | None = None,
     num_processes: int = 1,
     cache_directory: str | Path | None = None,
+    limit: str = "seq_length",
 ) -> SFTDataset:
     """Reads and tokenises a file, or takes its tokens from the cache. Call on all ranks; an error ends all of them.
 
@@ -124,6 +138,7 @@ def load_sft_dataset(
         num_processes: See `encode_all`.
         cache_directory: Where the first process of each machine keeps the tokens for the others and for later runs.
             None: every process tokenises for itself.
+        limit: The option that `seq_length` comes from, for messages.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -132,7 +147,7 @@ def load_sft_dataset(
     """
     source = JsonlSource(source) if isinstance(source, str | Path) else source
     recipe = {"seq_length": seq_length, "max_samples": max_samples, "options": asdict(options)}
-    recipe |= {"tokenizer": tokenizer.fingerprint}
+    recipe |= {"tokenizer": tokenizer.fingerprint, "limit": limit}
 
     def tokenise() -> SFTDataset:
         return _tokenise(
@@ -142,6 +157,7 @@ def load_sft_dataset(
             options=options,
             max_samples=max_samples,
             num_processes=num_processes,
+            limit=limit,
         )
 
     if cache_directory is None:
@@ -158,7 +174,7 @@ def _through_cache(
 
     def kept(digest: str) -> SFTDataset | None:
         found = read_cache(path, ARRAYS, recipe={**recipe, "source": digest})
-        return found and SFTDataset(found[0], DataReport(**{**found[1], "path": str(source)}))
+        return found and SFTDataset(found[0], DataReport.read(found[1], path=str(source)))
 
     def prepare() -> tuple[str, SFTDataset]:
         digest = source.digest()
@@ -187,19 +203,22 @@ def _tokenise(
     options: SFTOptions,
     max_samples: int | None,
     num_processes: int,
+    limit: str,
 ) -> SFTDataset:
     rows = source.rows(show_progress=is_rank_0())
     first = next(rows, None)
     if first is None:
         raise ValueError(f"{source} is empty: expected {source.expected}")
     sample_format = choose_format(first[1], options, tokenizer)
-    encoder = SampleEncoder(tokenizer, sample_format, seq_length=seq_length, options=options)
+    encoder = SampleEncoder(tokenizer, sample_format, seq_length=seq_length, options=options, limit=limit)
+    notes = NoteCounter()
     samples: list[TokenisedSample] = []
     truncated: list[int] = []
     dropped: list[int] = []
     encoded = encode_all(chain([first], rows), encoder, where=str(source), num_processes=num_processes)
     with contextlib.closing(encoded):
-        for number, sample in encoded:
+        for number, sample, noted in encoded:
+            notes.add(number, noted)
             if sample is None:
                 dropped.append(number)
                 continue
@@ -209,14 +228,27 @@ def _tokenise(
             if len(samples) == max_samples:
                 break
     if not samples:
-        raise ValueError(
-            f"{source}: none of its {len(dropped)} samples has an answer token within seq_length={seq_length}: "
-            "raise seq_length or add answers"
-        )
-    return _joined(samples, str(source), truncated=truncated, dropped=dropped)
+        raise ValueError(_nothing_learned(str(source), len(dropped), notes, f"{limit}={seq_length}", limit))
+    return _joined(samples, str(source), truncated=truncated, dropped=dropped, notes=notes.counts())
 
 
-def _joined(samples: list[TokenisedSample], path: str, *, truncated: list[int], dropped: list[int]) -> SFTDataset:
+def _nothing_learned(where: str, num_rows: int, notes: NoteCounter, limit: str, option: str) -> str:
+    """Why no sample is left, for the error: the limit, or what the rows lack."""
+    beyond = f"dropped: {NO_LEARNED_TOKEN.format(limit=limit)}"
+    if all(note.what == beyond for note in notes.counts() if note.what.startswith("dropped: ")):
+        found = f"has {NO_LEARNED_TOKEN.format(limit=limit).replace('no answer', 'an answer')}"
+        return f"{where}: none of its {num_rows} samples {found}: raise {option} or add answers"
+    return f"{where}: none of its {num_rows} samples has anything to learn ({shown(notes.counts())}): add answers"
+
+
+def _joined(
+    samples: list[TokenisedSample],
+    path: str,
+    *,
+    truncated: list[int],
+    dropped: list[int],
+    notes: tuple[NoteCount, ...],
+) -> SFTDataset:
     """The samples in flat arrays, with the report; `truncated` and `dropped` are numbers of rows."""
     sizes = np.array([len(sample.ids) for sample in samples], dtype=np.int64)
     starts = np.concatenate([[0], np.cumsum(sizes)])
@@ -231,6 +263,7 @@ def _joined(samples: list[TokenisedSample], path: str, *, truncated: list[int], 
         longest=int(sizes.max()) - 1,
         first_truncated=truncated[0] if truncated else None,
         first_dropped=dropped[0] if dropped else None,
+        notes=notes,
     )
     arrays = {
         "ids": np.concatenate([sample.ids for sample in samples]),

@@ -112,8 +112,11 @@ def _load(config: GPTSFTDatasetConfig, context: DatasetBuildContext, source: Sou
         max_samples=config.max_train_samples if split == "training" and config.split is None else None,
         num_processes=config.memmap_workers,
         cache_directory=config.path_to_cache or root / CACHE_DIRECTORY,
+        limit=config.limit_option,
     )
     logger.info("%s", dataset.report)
+    for line in dataset.report.warnings:
+        logger.warning("%s", line)
     return dataset
 
 

@@ -1,9 +1,11 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Tokenizers: a thin layer over Hugging Face's that also answers by Megatron-Core's names."""
 
+import functools
 import hashlib
 import json
 import logging
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +18,8 @@ from megatron.bridge.data.config import TokenizerConfig
 logger = logging.getLogger(__name__)
 
 Offsets = list[tuple[int, int]]
+
+GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 class HuggingFaceTokenizer:
@@ -70,6 +74,16 @@ class HuggingFaceTokenizer:
         added = self.hf_tokenizer.added_tokens_decoder
         return frozenset(self.hf_tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
 
+    @functools.cached_property
+    def special_texts(self) -> tuple[str, ...]:
+        """The special tokens as text."""
+        return tuple(self.hf_tokenizer.convert_ids_to_tokens(sorted(self.special_ids)))
+
+    @property
+    def eos_text(self) -> str | None:
+        """The end-of-sequence token as text, or None."""
+        return self.hf_tokenizer.eos_token
+
     @property
     def special_tokens_dict(self) -> dict[str, int | None]:
         """Core's view of the special tokens: role -> id."""
@@ -83,12 +97,15 @@ class HuggingFaceTokenizer:
     @property
     def fingerprint(self) -> str:
         """A hash of all that tokens depend on: vocabulary and rules, special tokens, chat template, library."""
+        import transformers  # late, as below
+
         parts = [
             self.hf_tokenizer.backend_tokenizer.to_str(),
             self.hf_tokenizer.chat_template,
             self.special_tokens_dict,
             sorted(self.special_ids),
             tokenizers.__version__,
+            transformers.__version__,  # whose rendering changes in detail
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -125,12 +142,35 @@ class HuggingFaceTokenizer:
         Raises:
             ValueError: The tokenizer has no chat template, or it refuses the conversation.
         """
+        return self._apply(messages, tokenize=False, add_generation_prompt=add_generation_prompt, tools=tools)
+
+    def marks_answers(self, tools: list | None = None) -> bool:
+        """Whether the chat template says by `{% generation %}` marks what the assistant wrote."""
+        return GENERATION_MARK.search(self.hf_tokenizer.get_chat_template(tools=tools)) is not None
+
+    def apply_marked_chat_template(
+        self, messages: list[dict[str, Any]], *, tools: list | None = None
+    ) -> tuple[list[int], Offsets, list[int]]:
+        """Returns the conversation's tokens, the characters each stands for, and 1 for those that the marks hold.
+
+        Raises:
+            ValueError: The tokenizer has no chat template, or it refuses the conversation.
+        """
+        made = self._apply(
+            messages,
+            tools=tools,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"return_offsets_mapping": True, "verbose": False},
+        )
+        return made["input_ids"], made["offset_mapping"], made["assistant_masks"]
+
+    def _apply(self, messages: list[dict[str, Any]], **options: Any) -> Any:
         if not self.has_chat_template:
             raise ValueError(f"tokenizer {self.name} has no chat template: set tokenizer.chat_template")
         try:
-            return self.hf_tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt, tools=tools
-            )
+            return self.hf_tokenizer.apply_chat_template(messages, **options)
         except Exception as error:  # a template is a program, in a sandbox that keeps it from the system
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise ValueError(f"the chat template refuses the conversation: {reason}") from error
@@ -145,6 +185,8 @@ class NullTokenizer:
 
     name = "NullTokenizer"
     bos_id = None
+    eos_text = None
+    special_texts = ()
     has_chat_template = False
 
     def __init__(self, vocab_size: int) -> None:
@@ -233,8 +275,30 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
         kind = type(hf_tokenizer).__name__
         raise ValueError(f"tokenizer.tokenizer_model={name!r} gives a {kind} without offsets: save its fast version")
     if config.chat_template is not None:
-        hf_tokenizer.chat_template = config.chat_template
+        hf_tokenizer.chat_template = _template_text(config.chat_template)
+    elif isinstance(hf_tokenizer.chat_template, str):
+        _check_template(hf_tokenizer.chat_template, f"the chat_template of tokenizer.tokenizer_model={name!r}")
     return HuggingFaceTokenizer(hf_tokenizer, name)
+
+
+def _template_text(template: str) -> str:
+    """What `tokenizer.chat_template` says: itself, or the text of the file that it names."""
+    if template.strip() and "{" not in template and "\n" not in template.strip():
+        path = Path(template.strip()).expanduser()
+        try:
+            if path.is_file():
+                template = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"tokenizer.chat_template={str(path)!r} can't be read ({error})") from error
+    _check_template(template, f"tokenizer.chat_template={template!r}")
+    return template
+
+
+def _check_template(template: str, where: str) -> None:
+    """Refuses a text that renders nothing of a conversation, such as the path of a file that isn't there."""
+    text = template.strip()
+    if text and "{" not in text and "\n" not in text and (text.endswith((".jinja", ".jinja2", ".j2")) or "/" in text):
+        raise ValueError(f"{where} is a path in place of a template: expected Jinja text, or a file that exists")
 
 
 def check_tokenizer_fits(tokenizer: Tokenizer, vocab_size: int) -> None:

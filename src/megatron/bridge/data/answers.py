@@ -1,0 +1,137 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Where the answers of a conversation stand in its rendering.
+
+A template with `{% generation %}` marks says so itself. Of another, what it renders for the first messages tells where
+the next turn begins and ends, as long as that stays as it is when more messages follow. Where it doesn't (Qwen3 takes
+the thoughts out of earlier turns), an answer is what changes in the whole rendering when another is put in its place.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.bridge.data.samples import Span
+from megatron.bridge.data.tokenizer import Tokenizer
+
+Messages = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """A conversation and its text."""
+
+    tokenizer: Tokenizer
+    messages: Messages
+    tools: list[dict[str, Any]] | None
+    text: str
+
+    def of(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
+        """The text of other messages with the same tools."""
+        return self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=add_generation_prompt, tools=self.tools
+        )
+
+
+def find_answers(rendering: Rendering, turns: Sequence[int]) -> list[Span]:
+    """Returns the span of each turn of the assistant, from the generation prompt to the end of the turn.
+
+    Args:
+        rendering: The conversation.
+        turns: Numbers of messages, from 0, in order.
+
+    Raises:
+        ValueError: An answer can't be found.
+    """
+    spans = _between_prefixes(rendering, turns) or _located(rendering, turns)
+    return [(start, _over_eos(rendering, start, end)) for start, end in spans]
+
+
+def _between_prefixes(rendering: Rendering, turns: Sequence[int]) -> list[Span] | None:
+    """The spans, if what is rendered for the first messages stays as it is; None if it doesn't."""
+    messages, text = rendering.messages, rendering.text
+    spans = []
+    for turn in turns:
+        if turn == 0:  # nothing to prompt with
+            return None
+        before = rendering.of(messages[:turn], add_generation_prompt=True)
+        until = text if turn == len(messages) - 1 else rendering.of(messages[: turn + 1])
+        if not (until.startswith(before) and text.startswith(until)):
+            return None
+        spans.append((len(before), len(until)))
+    return spans
+
+
+def _located(rendering: Rendering, turns: Sequence[int]) -> list[Span]:
+    """The spans, by what changes with each answer."""
+    text = rendering.text
+    mark = next(_unused_characters(text))
+    prompt = next((_generation_prompt(rendering, turn) for turn in turns if turn > 0), "")
+    spans: list[Span] = []
+    after = 0
+    for turn in turns:
+        start, end = _changing_part(rendering, turn, mark)
+        # What stands between the prompt and the answer is generated too: an empty thought.
+        opening = text.rfind(prompt, after, start) if prompt else -1
+        if opening >= 0:
+            start = opening + len(prompt)
+        if start < after:
+            raise _cannot_be_split(turn)
+        spans.append((start, end))
+        after = end
+    return spans
+
+
+def _changing_part(rendering: Rendering, turn: int, mark: str) -> Span:
+    """The part of the text that message `turn` decides, and the end of its turn."""
+    messages, text = rendering.messages, rendering.text
+    other = {"role": messages[turn]["role"], "content": mark}
+    try:
+        changed = rendering.of([*messages[:turn], other, *messages[turn + 1 :]])
+    except ValueError as error:
+        raise _cannot_be_split(turn) from error
+    if changed.count(mark) != 1:
+        raise _cannot_be_split(turn)
+    start = len(os.path.commonprefix([text, changed]))
+    shared = len(os.path.commonprefix([text[start:][::-1], changed[start:][::-1]]))
+    if turn == len(messages) - 1:
+        return start, len(text)
+    end = len(text) - shared
+    tail = rendering.of([*messages[:turn], other]).partition(mark)[2]
+    return start, end + len(_whole_part(os.path.commonprefix([text[end:], tail]), tail, rendering.tokenizer))
+
+
+def _whole_part(common: str, tail: str, tokenizer: Tokenizer) -> str:
+    """What a turn that is followed by another has of the text after a last one: all, or up to a special token."""
+    if common == tail:
+        return common
+    ends = [common.rfind(token) + len(token) for token in tokenizer.special_texts if token in common]
+    return common[: max(ends)] if ends else common[: len(common) - len(common.lstrip())]
+
+
+def _generation_prompt(rendering: Rendering, turn: int) -> str:
+    """What the template writes before the model's turn."""
+    before = rendering.messages[:turn]
+    prompted = rendering.of(before, add_generation_prompt=True)
+    return prompted[len(os.path.commonprefix([prompted, rendering.of(before)])) :]
+
+
+def _over_eos(rendering: Rendering, start: int, end: int) -> int:
+    """The end of a turn, behind an EOS that follows it where the turn has no end token of its own."""
+    text, eos = rendering.text, rendering.tokenizer.eos_text
+    if end == len(text) or not eos or text[start:end].rstrip().endswith(rendering.tokenizer.special_texts):
+        return end
+    space = len(text) - end - len(text[end:].lstrip())
+    return end + space + len(eos) if text.startswith(eos, end + space) else end
+
+
+def _unused_characters(text: str) -> Iterator[str]:
+    """Characters for private use that `text` doesn't hold."""
+    return (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text)
+
+
+def _cannot_be_split(turn: int) -> ValueError:
+    return ValueError(
+        f"the chat template cannot be split into turns: message {turn + 1} is not found in what it renders; set another "
+        "tokenizer.chat_template, mark its answers with {% generation %}, or use answer_only_loss=false"
+    )

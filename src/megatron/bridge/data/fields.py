@@ -1,0 +1,47 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Fields of rows and keys of messages: which are no part of a sample's text, and what is said of those that are lost."""
+
+from collections.abc import Collection
+from typing import Any
+
+from megatron.bridge.data.notes import Note
+
+FLAGS = ("weight", "train", "training", "trainable", "loss", "loss_mask", "loss_weight", "loss_scale")
+"""Keys of a message by which its author says whether it is learned."""
+
+ABOUT_THE_ROW = frozenset(
+    "id _id idx index uid uuid row_id source src dataset dataset_name origin url link file filename path license author "
+    "category categories topic topics tag tags label labels split task task_name task_type type kind lang language "
+    "languages locale domain subset version date created created_at timestamp time hash sha model model_name "
+    "generator metadata meta info score scores rating quality difficulty length num_turns turns num_tokens "
+    "tool_call_id".split()
+)
+"""Names of what tells about a row or a message and is no part of its text: counted in the report, not warned of."""
+
+
+def ignored_fields(row: dict[str, Any], used: Collection[str], advice: str) -> tuple[Note, ...]:
+    """Notes on the fields of a row that no part of a sample takes.
+
+    A field that holds text, a list or an object is warned of, unless its name says that it is about the row.
+
+    Args:
+        row: A JSONL object.
+        used: The fields that are taken.
+        advice: What to do about a field, with {key} for its name.
+    """
+    return tuple(
+        Note(f"field {key!r} is ignored", advice.replace("{key}", key) if _may_be_text(key, value) else "")
+        for key, value in row.items()
+        if key not in used and not is_empty(value)
+    )
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a field or key holds nothing: null, or an empty text, list or object."""
+    return value is None or value in ("", [], {}) or (isinstance(value, str) and not value.strip())
+
+
+def _may_be_text(key: str, value: Any) -> bool:
+    if isinstance(value, bool | int | float):
+        return key in FLAGS
+    return key.casefold() not in ABOUT_THE_ROW
