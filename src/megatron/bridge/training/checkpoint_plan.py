@@ -164,6 +164,7 @@ def _plan_resume(cfg: ConfigContainer, root: str, *, option: str) -> LoadPlan:
         OPTIMIZER_KEY.match(key) for key in stored_shapes(directory)
     )
     if checkpoint.load_optim and holds_optimizer:
+        _check_kind_of_optimizer(cfg, directory, content_metadata)
         _check_optimizer_layout(cfg, saved, directory, content_metadata.get("distrib_optim_sharding_type"))
     plan = _whole_resume(cfg, directory, Source.MEGATRON, saved=saved, holds_optimizer=holds_optimizer)
     return replace(plan, content_metadata=content_metadata)
@@ -245,6 +246,23 @@ def _changed_layout(cfg: ConfigContainer, saved: RunConfig, sizes: tuple[str, ..
         if now is not None and was != now:
             return f"{short} {was} -> {now}"
     return None
+
+
+def _check_kind_of_optimizer(cfg: ConfigContainer, directory: Path, content_metadata: dict[str, Any]) -> None:
+    """What the distributed optimizer saves, only it can load, and only that.
+
+    Raises:
+        ValueError: The checkpoint says that it was the other kind.
+    """
+    was, now = "distrib_optim_sharding_type" in content_metadata, bool(cfg.ddp.use_distributed_optimizer)
+    if content_metadata and was != now:
+        kinds = {True: "the distributed optimizer", False: "an optimizer that is not distributed"}
+        value = str(was).lower()
+        raise ValueError(
+            f"{directory} (checkpoint.load) holds the state of {kinds[was]}, and this run has {kinds[now]}: set "
+            f"optimizer.use_distributed_optimizer={value} and ddp.use_distributed_optimizer={value}, or load its "
+            "weights alone with checkpoint.load_optim=false"
+        )
 
 
 def _check_optimizer_layout(cfg: ConfigContainer, saved: RunConfig, directory: Path, sharding_type: str | None) -> None:
