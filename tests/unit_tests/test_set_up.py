@@ -4,6 +4,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,19 @@ def test_the_one_asked_for_is_checked_too(machine, answer, message):
     job = find(machine, ".venv", str(own))
     assert job.stderr.startswith(message.format(own=own))
     assert (job.returncode, job.stdout) == ((2, "") if "error" in message else (0, f"{own}\n"))
+
+
+@pytest.mark.parametrize("missing", ["ensurepip", "venv"])
+def test_a_real_interpreter_without_a_part_of_the_standard_library_is_passed_over(machine, missing):
+    """As Debian's without python3-venv, which has the one and lacks the other."""
+    (machine / f"{missing}.py").write_text("raise ImportError")
+    own = machine / "own"
+    own.write_text(f'#!/bin/sh\nPYTHONPATH={machine} exec {sys.executable} "$@"\n')
+    own.chmod(0o755)
+    job = find(machine, ".venv", str(own))
+    assert (job.returncode, job.stdout) == (2, "")
+    assert "has no venv or ensurepip: on Debian or Ubuntu: apt install python3." in job.stderr
+    assert find(machine, ".venv", sys.executable).stdout == f"{sys.executable}\n"
 
 
 def test_an_environment_is_kept_with_its_interpreter(machine):

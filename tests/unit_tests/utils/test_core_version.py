@@ -4,9 +4,14 @@
 import logging
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from megatron.bridge.training import initialize
+from megatron.bridge.training.config_logging import LoggerConfig
+from megatron.bridge.training.config_processes import DistributedInitConfig
+from megatron.bridge.utils import core_version
 from megatron.bridge.utils.core_version import NEWEST_TESTED_CORE, warn_of_an_untested_core
 
 MAKEFILE = Path(__file__).parents[3] / "Makefile"
@@ -27,6 +32,13 @@ def test_a_newer_one_is_said_in_one_line(caplog, installed):
 def test_a_tested_one_is_not(caplog, installed):
     assert not warn_of_an_untested_core(installed)
     assert caplog.records == []
+
+
+def test_a_run_says_it_as_it_starts(monkeypatch, caplog):
+    monkeypatch.setattr(core_version, "core_version", "0.20.0")
+    monkeypatch.setattr(initialize.distributed, "init_process_group", lambda *arguments: False)
+    initialize.enter_run(SimpleNamespace(logger=LoggerConfig(), dist=DistributedInitConfig()))
+    assert "megatron-core 0.20.0 is newer than the newest tested" in caplog.text
 
 
 def test_the_newest_tested_is_what_make_installs():

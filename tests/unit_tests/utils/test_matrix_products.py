@@ -78,6 +78,22 @@ def test_the_autograd_engine_runs_through_them(dtype):
     assert torch.equal(weight.grad, (flat.t() @ x.detach().float().view(-1, 300)).to(dtype))
 
 
+IN_PLACE_OR_OUT = {name for name in FORMS if "into" in name or "in place" in name}
+
+
+@pytest.mark.parametrize("form", FORMS.keys() - IN_PLACE_OR_OUT)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_torch_before_2_9_multiplies_so_too_and_says_what_it_leaves_out(monkeypatch, caplog, dtype, form):
+    monkeypatch.delattr(torch.library, "get_kernel", raising=False)
+    matrix_products.restore()
+    monkeypatch.setattr(matrix_products, "slowdown", lambda dtype: 16.0)
+    with caplog.at_level(logging.INFO):
+        matrix_products.install()
+    assert f"with torch {torch.__version__} (2.9 or newer is needed) not the forms out= and in place" in caplog.text
+    test_a_product_is_fp32s_rounded_once(dtype, form)
+    test_what_torch_refuses_stays_refused(dtype)
+
+
 def test_other_types_are_torchs_own():
     for dtype in (torch.float32, torch.float64, torch.int64):
         a, b, _ = (_made(24, 300, dtype=torch.float32).mul(8).to(dtype) for _ in range(3))

@@ -14,8 +14,9 @@ logger = logging.getLogger(__name__)
 NEWEST_TESTED_CORE = "0.19.2"
 
 
-def warn_of_an_untested_core(installed: str = core_version) -> bool:
-    """Log one warning where the installed Core is newer than the newest tested; returns whether it is."""
+def warn_of_an_untested_core(installed: str | None = None) -> bool:
+    """Log one warning where a Core (by default the installed one) is newer than the newest tested; whether it is."""
+    installed = installed or core_version
     newer = _numbers(installed) > _numbers(NEWEST_TESTED_CORE)
     if newer:
         logger.warning(

@@ -39,7 +39,12 @@ def install() -> None:
     slow = {dtype: times for dtype in SIXTEEN_BIT if (times := slowdown(dtype)) > SLOW}
     if slow:
         told = ", ".join(f"{str(dtype).removeprefix('torch.')} ({times:.0f}x)" for dtype, times in slow.items())
-        logger.info("matrix products in FP32, rounded once, where this CPU's own are slower than FP32's: %s", told)
+        logger.info(
+            "matrix products in FP32, rounded once, where this CPU's own are slower than FP32's: %s%s",
+            told,
+            "" if _hands_kernels_out() else f"; with torch {torch.__version__} (2.9 or newer is needed) not the forms "
+            "out= and in place",
+        )
         override(slow)
 
 
@@ -92,11 +97,16 @@ def restore() -> None:
 
 def _originals() -> dict[str, Callable[..., Any]]:
     """Torch's kernels by name, each to call with a dispatch key set first."""
-    if hasattr(torch.library, "get_kernel"):
+    if _hands_kernels_out():
         kernels = {name: torch.library.get_kernel(f"aten::{name}", "CPU") for name in (*FORMS, *OTHER_OVERLOADS)}
         return {name: kernel.call_boxed for name, kernel in kernels.items()}
-    # Torch before 2.9 hands no kernel out: there the out= overloads stay as they are, and compute for the others.
+    # The out= overloads stay as they are, and compute for the others.
     return {name: functools.partial(_by_out, getattr(torch.ops.aten, name).out) for name in FORMS}
+
+
+def _hands_kernels_out() -> bool:
+    """Whether torch gives its own kernels to who overrides them: from 2.9 on."""
+    return hasattr(torch.library, "get_kernel")
 
 
 def _by_out(overload: Any, keys: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
