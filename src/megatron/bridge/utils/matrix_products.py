@@ -42,8 +42,9 @@ def install() -> None:
         logger.info(
             "matrix products in FP32, rounded once, where this CPU's own are slower than FP32's: %s%s",
             told,
-            "" if _hands_kernels_out() else f"; with torch {torch.__version__} (2.9 or newer is needed) not the forms "
-            "out= and in place",
+            ""
+            if _hands_kernels_out()
+            else f"; with torch {torch.__version__} (2.9 or newer is needed) not the forms out= and in place",
         )
         override(slow)
 
