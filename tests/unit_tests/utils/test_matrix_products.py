@@ -78,10 +78,10 @@ def test_the_autograd_engine_runs_through_them(dtype):
     assert torch.equal(weight.grad, (flat.t() @ x.detach().float().view(-1, 300)).to(dtype))
 
 
-IN_PLACE_OR_OUT = {name for name in FORMS if "into" in name or "in place" in name}
+FUNCTIONAL = [name for name in FORMS if "into" not in name and "in place" not in name]
 
 
-@pytest.mark.parametrize("form", FORMS.keys() - IN_PLACE_OR_OUT)
+@pytest.mark.parametrize("form", FUNCTIONAL)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_torch_before_2_9_multiplies_so_too_and_says_what_it_leaves_out(monkeypatch, caplog, dtype, form):
     monkeypatch.delattr(torch.library, "get_kernel", raising=False)
