@@ -8,6 +8,7 @@ from torch.distributed.checkpoint import filesystem as torch_filesystem
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
+from megatron.bridge.checkpoint import sharded_state
 from megatron.bridge.checkpoint.sharded_state import PlainReader
 
 STORED = {
@@ -65,4 +66,5 @@ def test_what_is_read_is_what_was_stored(directory, monkeypatch, name, offsets, 
     for dim, (offset, length) in enumerate(zip(offsets, place.shape, strict=True)):
         wanted = wanted.narrow(dim, offset, length)
     assert torch.equal(place, wanted.to(place.dtype)) and planner.committed == 1
-    assert bool(read_by_torch) != straight
+    # Torch 2.6 does not tell where a tensor lies in its file: there all are read by it.
+    assert bool(read_by_torch) != (straight and sharded_state._torch_tells_offsets())

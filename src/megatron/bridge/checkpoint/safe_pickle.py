@@ -114,8 +114,11 @@ _OF_DCP = {
     },
     **{
         (dcp_planner.__name__, name): getattr(dcp_planner, name)
-        for name in ("BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem")
+        for name in ("SavePlan", "TensorWriteData", "WriteItem")
     },
+    # Not in torch 2.6; a file that a newer torch wrote is read by an older one too.
+    (dcp_planner.__name__, "BytesIOWriteData"): getattr(dcp_planner, "BytesIOWriteData", None)
+    or inert(f"{dcp_planner.__name__}.BytesIOWriteData"),
     (dcp_metadata.__name__, "_MEM_FORMAT_ENCODING"): Enumeration(dcp_metadata._MEM_FORMAT_ENCODING),
     (dcp_planner.__name__, "WriteItemType"): Enumeration(dcp_planner.WriteItemType),
     ("builtins", "getattr"): PLAIN_DATA["builtins.getattr"],

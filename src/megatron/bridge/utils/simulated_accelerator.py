@@ -176,10 +176,11 @@ class _SimulatedDevice(TorchFunctionMode):
 def _run_backward(*args: Any, **kwargs: Any) -> Any:
     """The autograd engine with the device in force: Core's own autograd functions make device tensors in it.
 
-    `Tensor.backward` and `torch.autograd.backward` are torch calls themselves, and a mode is out of force within the
-    call that it answers.
+    `Tensor.backward` and, in newer torch, `torch.autograd.backward` are torch calls themselves, and a mode is out of
+    force within the call that it answers. In force twice, it would take what it made itself for host memory.
     """
-    with _mode:
+    is_in_force = any(mode is _mode for mode in torch.overrides._get_current_function_mode_stack())
+    with contextlib.nullcontext() if is_in_force else _mode:
         return torch.autograd.graph._engine_run_backward(*args, **kwargs)
 
 

@@ -209,12 +209,13 @@ class FlatAdam(torch.optim.Optimizer):
             return list(islice(self.state.values(), start, stop))
         return [self.state.get(master) for master in bucket.masters]
 
-    def _init_group(self, group: dict[str, Any], *lists: list[torch.Tensor]) -> bool:
+    def _init_group(self, group: dict[str, Any], *arguments: Any) -> bool:
         """Fill the lists that torch's `adam` takes: parameters, gradients, moments, largest moments, counters."""
         bucket = self._bucket_to_step_on(group)
         if bucket is None:
-            return super()._init_group(group, *lists)
+            return super()._init_group(group, *arguments)
         of_kind = bucket.enter_step()
+        lists = [argument for argument in arguments if isinstance(argument, list)]  # torch 2.6 adds amsgrad, a bool
         for listed, kind in zip(lists, ("master", "gradient", *MOMENTS, None, "step"), strict=True):
             listed += of_kind.get(kind, [])
         return False
