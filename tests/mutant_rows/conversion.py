@@ -18,7 +18,33 @@ def _converted_wrongly(name: str, breaks: str, file: str, text: str, replacement
     )
 
 
+_UNIT = "tests/unit_tests/models/test_"
+
 THE_CONVERSION = (
+    _converted_wrongly(
+        "configuration",
+        "not read as transformers reads it",
+        "conversion/transformers_config.py",
+        "config_class.from_dict(content).to_dict()",
+        "{**config_class().to_dict(), **content}",
+        f"{_UNIT}hf_config.py::test_both_spellings_of_rope_scaling",
+    ),
+    _converted_wrongly(
+        "a head of its own",
+        "dropped from a model that says it is tied",
+        "conversion/load.py",
+        "    if is_rank_0():\n        _check_tied_head(config, weights)\n",
+        "",
+        f"{_UNIT}load_hf_weights.py::test_a_head_of_its_own_in_a_tied_model",
+    ),
+    _converted_wrongly(
+        "an old index",
+        "goes before the single file",
+        "conversion/hf_weights.py",
+        "        if single.is_file():",
+        "        if single.is_file() and not index.is_file():",
+        f"{_UNIT}hf_weights.py::test_single_file_goes_before_an_index",
+    ),
     _converted_wrongly(
         "window",
         "each token sees one more",
@@ -47,7 +73,7 @@ THE_CONVERSION = (
         "weights of the chosen experts",
         "always add up to 1",
         "qwen3_moe.py",
-        'not hf.get("norm_topk_prob", False)',
+        'not hf["norm_topk_prob"]',
         "False",
         f"{_CELL}[qwen3_moe_mixed-one_process]",
     ),

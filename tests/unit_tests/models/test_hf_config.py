@@ -1,4 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+import copy
 import subprocess
 import sys
 
@@ -7,8 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron.bridge import AutoBridge
-from megatron.bridge.models.conversion.hf_config import find_hf_directory, read_hf_config, rope_parameters
-from megatron.bridge.models.decoder import window_fields
+from megatron.bridge.models.conversion.hf_config import find_hf_directory, read_hf_config
 from megatron.bridge.models.families import FAMILY_MODULES, REFUSED_ARCHITECTURES, family_of, provider_fields
 
 SMOLLM2 = {
@@ -70,52 +70,150 @@ def test_transformers_objects_and_their_files_say_the_same(tmp_path):
     assert fields[0].rotary_base == 3e4
 
 
-def test_both_spellings_of_rope_scaling():
+DENSE = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+
+
+def fields_of(family, **config):
+    """A small configuration of a family in the provider's fields."""
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2}
+    return provider_fields({"architectures": [f"{family}ForCausalLM"], **DENSE, **heads, **config})
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Mixtral", "Qwen2", "Qwen3", "Qwen3Moe"])
+def test_both_spellings_of_rope_scaling(family):
     numbers = {**LLAMA3, "original_max_position_embeddings": 8192}
-    old = rope_parameters({"rope_theta": 5e5, "rope_scaling": numbers})
-    new = rope_parameters({"rope_parameters": {**numbers, "rope_theta": 5e5}})
-    assert old == new
+    old = fields_of(family, rope_theta=5e5, rope_scaling=numbers)
+    assert old == fields_of(family, rope_parameters={**numbers, "rope_theta": 5e5})
+    # transformers takes rope_scaling where both are there, and the base from beside it.
+    assert old == fields_of(family, rope_theta=5e5, rope_scaling=numbers, rope_parameters={"rope_theta": 7.0})
     assert old["rope_scaling"] and old["rotary_base"] == 5e5 and old["rope_scaling_factor"] == 8.0
-    linear = rope_parameters({"rope_scaling": {"type": "linear", "factor": 2.0}})
+    plain = {"rope_theta": 3e4, "rope_type": "default"}
+    linear = fields_of(family, rope_scaling={"type": "linear", "factor": 2.0}, rope_parameters=plain)
     assert linear["seq_len_interpolation_factor"] == 2.0
+    for nothing in ({}, {"rope_scaling": None}):
+        assert fields_of(family, rope_parameters=plain, **nothing)["rotary_base"] == 3e4
+    with pytest.raises(ValueError, match="rope_type='yarn' is not supported"):
+        fields_of(family, rope_scaling={"rope_type": "yarn", "factor": 4.0}, rope_parameters=plain)
+
+
+PLACES = {
+    "rope_theta": "rotary_base",
+    "rms_norm_eps": "layernorm_epsilon",
+    "initializer_range": "init_method_std",
+    "tie_word_embeddings": "share_embeddings_and_output_weights",
+    "max_position_embeddings": "seq_length",
+    "num_key_value_heads": "num_query_groups",
+    "num_local_experts": "num_moe_experts",
+    "num_experts_per_tok": "moe_router_topk",
+    "router_aux_loss_coef": "moe_aux_loss_coeff",
+}
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Mixtral", "Qwen2", "Qwen3", "Qwen3Moe"])
+def test_an_absent_key_means_what_it_means_to_transformers(family):
+    import transformers
+
+    default = getattr(transformers, f"{family}Config")()
+    sizes = ("num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
+    given = {key: getattr(default, key) for key in sizes}
+    fields = provider_fields({"architectures": [f"{family}ForCausalLM"], **given})
+    assert fields["rotary_base"] == default.rope_parameters["rope_theta"]
+    for key, name in PLACES.items():
+        if hasattr(default, key) and key != "rope_theta":
+            assert fields[name] == getattr(default, key), key
+    heads = default.num_attention_heads
+    assert fields["kv_channels"] == (getattr(default, "head_dim", None) or default.hidden_size // heads)
+    window = default.sliding_window if family == "Mistral" else None
+    assert fields.get("window_size") == (window and (window - 1, 0))
+
+
+def test_reading_changes_nothing_in_what_is_read():
+    config = {**SMOLLM2, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    before = copy.deepcopy(config)
+    AutoBridge.from_hf_config(config).to_megatron_provider(load_weights=False)
+    assert config == before
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
-        ({"attention_bias": True}, "mlp_bias=False is not supported"),
+        ({"attention_bias": True}, "attention_bias=True with mlp_bias=False is not supported"),
+        ({"mlp_bias": True}, "attention_bias=False with mlp_bias=True is not supported"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn' is not supported"),
         ({"torch_dtype": "float8_e4m3fn"}, "config.json: dtype='float8_e4m3fn' is not supported"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config=.*gptq.* is not supported"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, r"of their own for \['full_attention'\]"),
+        ({"rope_theta": "1e4"}, "rope_theta of the rotary positions .* is '1e4': expected a number"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "config.json: .*factor"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}, "partial_rotary_factor": 0.5},
+            "partial_rotary_factor=0.5 with rope_type='linear'",
+        ),
+        ({"num_hidden_layers": "30"}, "LlamaConfig refuses it .*'num_hidden_layers'"),
+        ({"rms_norm_eps": "1e-5"}, "LlamaConfig refuses it .*'rms_norm_eps'"),
+        ({"tie_word_embeddings": "false"}, "LlamaConfig refuses it .*'tie_word_embeddings'"),
+        ({"hidden_size": 577}, "LlamaConfig refuses it .*577"),
+        ({"model_type": "mistral"}, "model_type='mistral', and architectures names LlamaForCausalLM"),
+        ({"transformers_weights": "other.safetensors"}, "transformers_weights='other.safetensors' is not supported"),
+        ({"per_layer_config": {"0": {"num_key_value_heads": 1}}}, "per_layer_config=.* is not supported"),
     ],
 )
 def test_what_cannot_be_expressed_is_refused(overrides, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as raised:
         provider_of(**overrides)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("where", [{}, {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}])
+def test_partial_rotation_is_ignored_as_by_transformers(where, caplog):
+    provider = provider_of(**(where or {"partial_rotary_factor": 0.5}))
+    assert provider.rotary_percent == 1.0
+    assert "partial_rotary_factor=0.5 is ignored" in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("config", "expected"),
+    ("family", "config", "expected"),
     [
-        ({"sliding_window": None}, {}),
-        ({"sliding_window": 4096, "use_sliding_window": False}, {}),
-        ({"sliding_window": 4096, "use_sliding_window": True, "max_window_layers": 28}, {}),
-        ({"sliding_window": 4096}, {"window_size": (4095, 0), "window_attn_skip_freq": None}),
+        ("Mistral", {"sliding_window": None}, {}),
+        ("Mistral", {"sliding_window": 8}, {"window_size": (7, 0), "window_attn_skip_freq": None}),
+        # transformers' Mistral gives every layer the window, whatever layer_types says.
         (
-            {"sliding_window": 4096, "max_window_layers": 1, "use_sliding_window": True},
-            {"window_size": (4095, 0), "window_attn_skip_freq": [0, 1]},
+            "Mistral",
+            {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+            {"window_size": (7, 0), "window_attn_skip_freq": None},
+        ),
+        ("Mixtral", {}, {}),
+        ("Mixtral", {"sliding_window": 8}, {"window_size": (7, 0), "window_attn_skip_freq": None}),
+        ("Qwen2", {"sliding_window": 8}, {}),
+        ("Qwen2", {"sliding_window": 8, "use_sliding_window": True}, {}),  # from layer 28 on
+        (
+            "Qwen2",
+            {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0},
+            {"window_size": (7, 0), "window_attn_skip_freq": None},
         ),
         (
-            {"sliding_window": 4096, "layer_types": ["sliding_attention", "full_attention"]},
-            {"window_size": (4095, 0), "window_attn_skip_freq": [1, 0]},
+            "Qwen3",
+            {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
+            {"window_size": (7, 0), "window_attn_skip_freq": [0, 1]},
+        ),
+        (
+            "Qwen2",
+            {"sliding_window": 8, "use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]},
+            {"window_size": (7, 0), "window_attn_skip_freq": [1, 0]},
         ),
     ],
 )
-def test_window_of_each_spelling(config, expected):
-    fields = window_fields({"num_hidden_layers": 2, **config})
-    assert fields == ({**expected, "masked_softmax_fusion": False} if expected else {})
+def test_window_of_each_spelling(family, config, expected):
+    fields = fields_of(family, **config)
+    found = {name: fields[name] for name in ("window_size", "window_attn_skip_freq") if name in fields}
+    assert found == expected
+    assert fields.get("masked_softmax_fusion", True) == (not expected)
+
+
+def test_window_without_a_size_is_refused():
+    with pytest.raises(ValueError, match="layer_types names sliding_attention, and there is no window"):
+        fields_of("Qwen2", sliding_window=8, layer_types=["sliding_attention", "full_attention"])
 
 
 def test_published_configurations_of_experts():

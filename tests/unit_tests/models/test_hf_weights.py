@@ -87,3 +87,28 @@ def test_index_is_what_transformers_writes(tmp_path, tensors):
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
     for name, file in index["weight_map"].items():
         assert torch.equal(load_file(tmp_path / file)[name], tensors[name])
+
+
+def test_single_file_goes_before_an_index(tmp_path, tensors, caplog):
+    """As in transformers: an index and its shards are what is left of an earlier save."""
+    write(tmp_path, {name: tensor + 1 for name, tensor in tensors.items()}, 200)
+    for shards_are_there in (True, False):
+        save_file(tensors, tmp_path / "model.safetensors")
+        weights = HFWeights(tmp_path)
+        assert all(torch.equal(weights.read(name), tensor) for name, tensor in tensors.items())
+        assert f"model.safetensors is read, as by transformers, and {INDEX_FILE} is not" in caplog.text
+        caplog.clear()
+        for path in tmp_path.glob("model-*") if shards_are_there else ():
+            path.unlink()
+
+
+def test_what_a_shard_holds_counts_though_no_index_names_it(tmp_path, tensors):
+    write(tmp_path, tensors, 200)
+    index = json.loads((tmp_path / INDEX_FILE).read_text())
+    del index["weight_map"]["b"]
+    (tmp_path / INDEX_FILE).write_text(json.dumps(index))
+    assert set(HFWeights(tmp_path).files) == set(tensors)
+    save_file({**load_file(tmp_path / "model-00002-of-00002.safetensors"), "b": tensors["b"]}, tmp_path / "more")
+    (tmp_path / "more").rename(tmp_path / "model-00002-of-00002.safetensors")
+    with pytest.raises(ValueError, match="model-00002-of-00002.safetensors both hold 'b': expected it once"):
+        HFWeights(tmp_path).files  # noqa: B018

@@ -270,3 +270,49 @@ def test_config_of_another_size_is_named(llama, tmp_path):
     (directory / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
     error, differing = run_on_ranks(load_on_rank, 1, directory, llama, {"num_layers": 2})[0]
     assert "for which the model has no place (18 such tensors)" in error and differing == []
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_head_of_its_own_in_a_tied_model(tmp_path, shards):
+    """Transformers 5 doesn't tie an embedding and a head that differ: dropping the head would lose what was trained."""
+    llama = save_tiny_llama(tmp_path / "llama", tie_word_embeddings=True)
+    tensors = load_file(llama / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    other = embedding.clone()
+    other[95, 31] += 1
+    heads = {
+        "own": other,
+        "smaller": embedding[:90].clone(),
+        "equal": embedding.clone(),
+        "equal in bf16": None,
+        "none": None,
+    }
+    for name, head in heads.items():
+        directory = tmp_path / name
+        shutil.copytree(llama, directory)
+        changed = {**tensors, **({} if head is None else {"lm_head.weight": head})}
+        if name == "equal in bf16":
+            rounded = embedding.bfloat16()
+            changed |= {"lm_head.weight": rounded, "model.embed_tokens.weight": rounded.float()}
+        if shards == 2:
+            _write_two_shards(directory, changed)
+        else:
+            save_file(changed, directory / "model.safetensors", metadata={"format": "pt"})
+    found = {name: run_on_ranks(load_on_rank, 1, llama, tmp_path / name)[0] for name in heads}
+    for name in ("own", "smaller"):
+        error, differing = found[name]
+        assert "'lm_head.weight', which differs from 'model.embed_tokens.weight'" in error and "\n" not in error
+        assert "tie_word_embeddings=true" in error and differing == []
+    assert found["equal"][0] is found["equal in bf16"][0] is found["none"][0] is None
+
+
+def _write_two_shards(directory, tensors):
+    (directory / "model.safetensors").unlink()
+    shards = {"model-00001-of-00002.safetensors": {}, "model-00002-of-00002.safetensors": {}}
+    for number, (name, tensor) in enumerate(tensors.items()):
+        shards[list(shards)[number % 2]][name] = tensor
+    for file, held in shards.items():
+        save_file(held, directory / file, metadata={"format": "pt"})
+    # Half-way through an edit: the index doesn't name the head.
+    weight_map = {name: file for file, held in shards.items() for name in held if name != "lm_head.weight"}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))

@@ -4,18 +4,13 @@
 A family's file takes these parts and adds its differences.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch.nn.functional as F
 
-from megatron.bridge.models.conversion.hf_config import (
-    dtype_fields,
-    expect_value,
-    rope_parameters,
-    vocabulary_fields,
-)
+from megatron.bridge.models.conversion.hf_config import dtype_fields, vocabulary_fields
 from megatron.bridge.models.conversion.mapping import (
     WeightMapping,
     fused_gate_up,
@@ -24,6 +19,8 @@ from megatron.bridge.models.conversion.mapping import (
     split_columns,
     vocabulary,
 )
+from megatron.bridge.models.conversion.rope_fields import rope_fields
+from megatron.bridge.models.conversion.transformers_config import expect_value
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 
 
@@ -61,43 +58,53 @@ class ExpertsModelProvider(DecoderModelProvider):
 def decoder_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that every family reads alike from a Hugging Face configuration.
 
+    Args:
+        hf: From `as_transformers_reads`, as in all functions here.
+
     Raises:
         ValueError: The configuration asks for what can't be expressed.
     """
-    expect_value(hf, "hidden_act", "silu", default="silu")
-    expect_value(hf, "quantization_config", None, default=None)
+    expect_value(hf, "hidden_act", "silu")
+    for key in ("quantization_config", "transformers_weights", "per_layer_config"):
+        expect_value(hf, key, None)
     heads = hf["num_attention_heads"]
     return {
         "num_layers": hf["num_hidden_layers"],
         "hidden_size": hf["hidden_size"],
         "ffn_hidden_size": hf["intermediate_size"],
         "num_attention_heads": heads,
-        "num_query_groups": hf.get("num_key_value_heads") or heads,
+        "num_query_groups": hf["num_key_value_heads"],
         "kv_channels": hf.get("head_dim") or hf["hidden_size"] // heads,
-        "seq_length": hf.get("max_position_embeddings", 2048),
+        "seq_length": hf["max_position_embeddings"],
         "vocab_size": hf["vocab_size"],
         **vocabulary_fields(hf["vocab_size"]),
-        "layernorm_epsilon": hf.get("rms_norm_eps", 1e-6),
-        "init_method_std": hf.get("initializer_range", 0.02),
-        "attention_dropout": hf.get("attention_dropout", 0.0),
-        "share_embeddings_and_output_weights": hf.get("tie_word_embeddings", False),
-        **rope_parameters(hf),
+        "layernorm_epsilon": hf["rms_norm_eps"],
+        "init_method_std": hf["initializer_range"],
+        "attention_dropout": hf["attention_dropout"],
+        "share_embeddings_and_output_weights": hf["tie_word_embeddings"],
+        **rope_fields(hf),
         **dtype_fields(hf),
     }
 
 
-def window_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
+def window_fields(hf: Mapping[str, Any], *, layer_types: Sequence[str] | None = None) -> dict[str, Any]:
     """Sliding-window attention: each token attends to the last `sliding_window` tokens, itself included.
 
-    Reads transformers 5's `layer_types`, and the older `use_sliding_window` with `max_window_layers`.
+    Args:
+        hf: As for `decoder_fields`.
+        layer_types: `full_attention` or `sliding_attention` for each layer, in families where layers differ.
+
+    Raises:
+        ValueError: Layers with a window whose size isn't given.
     """
-    window, num_layers = hf.get("sliding_window"), hf["num_hidden_layers"]
-    if window is None or not hf.get("use_sliding_window", True):
-        return {}
-    first = hf.get("max_window_layers", 0)
-    types = hf.get("layer_types") or ["sliding_attention" if i >= first else "full" for i in range(num_layers)]
-    slides = [int(kind == "sliding_attention") for kind in types]
-    if not any(slides):
+    window = hf["sliding_window"]
+    slides = [int(kind == "sliding_attention") for kind in layer_types or ["sliding_attention"]]
+    if window is None and layer_types and any(slides):
+        raise ValueError(
+            "config.json: layer_types names sliding_attention, and there is no window (sliding_window, "
+            "use_sliding_window): set them, or correct layer_types"
+        )
+    if window is None or not any(slides):
         return {}
     return {
         "window_size": (window - 1, 0),
@@ -112,13 +119,13 @@ def expert_fields(hf: Mapping[str, Any], *, ffn_hidden_size: int) -> dict[str, A
     Raises:
         ValueError: The configuration asks for what can't be expressed.
     """
-    expect_value(hf, "router_jitter_noise", 0.0, default=0.0)
+    expect_value(hf, "router_jitter_noise", 0.0)
     return {
         # Qwen publishes num_experts, and transformers 5 saves it as num_local_experts.
         "num_moe_experts": hf["num_experts"] if "num_experts" in hf else hf["num_local_experts"],
         "moe_ffn_hidden_size": ffn_hidden_size,
         "moe_router_topk": hf["num_experts_per_tok"],
-        "moe_aux_loss_coeff": hf.get("router_aux_loss_coef", 1e-3),
+        "moe_aux_loss_coeff": hf["router_aux_loss_coef"],
     }
 
 

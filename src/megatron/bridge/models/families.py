@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.models.conversion.mapping import WeightMapping
+from megatron.bridge.models.conversion.transformers_config import as_transformers_reads
 
 if TYPE_CHECKING:
     from megatron.bridge.models.gpt_provider import GPTModelProvider
@@ -40,7 +41,8 @@ class ModelFamily:
 
     provider_class: "type[GPTModelProvider]"
     provider_fields: Callable[[Mapping[str, Any]], dict[str, Any]]
-    """Hugging Face configuration, as a dict -> fields of the provider; raises ValueError for what it can't express."""
+    """Hugging Face configuration, with transformers' defaults -> fields of the provider; raises ValueError for what it
+    can't express."""
     mappings: tuple[WeightMapping, ...]
     """Every weight that a model of the family may have; the built model says which ones it does."""
     ignored_tensors: tuple[str, ...] = ()
@@ -78,11 +80,6 @@ def provider_fields(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     """A Hugging Face configuration in fields of the family's provider.
 
     Raises:
-        ValueError: It lacks a key, or asks for what can't be expressed.
+        ValueError: transformers doesn't read it, or it asks for what can't be expressed.
     """
-    try:
-        return family_of(hf_config).provider_fields(hf_config)
-    except KeyError as error:
-        raise ValueError(
-            f"config.json lacks {error}, which {architecture_of(hf_config)} needs: restore the file from another copy"
-        ) from None
+    return family_of(hf_config).provider_fields(as_transformers_reads(hf_config, architecture_of(hf_config)))

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.bridge.models.conversion.hf_config import expect_value
 from megatron.bridge.models.decoder import (
     DECODER_MAPPINGS,
     IGNORED_TENSORS,
@@ -34,8 +33,13 @@ class Llama3ModelProvider(LlamaModelProvider):
 
 
 def _provider_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
-    expect_value(hf, "mlp_bias", hf.get("attention_bias", False), default=False)  # Core has one switch for both
-    return {**decoder_fields(hf), "add_bias_linear": hf.get("attention_bias", False)}
+    attention, mlp = hf["attention_bias"], hf["mlp_bias"]
+    if attention != mlp:
+        raise ValueError(
+            f"config.json: attention_bias={attention} with mlp_bias={mlp} is not supported for {hf['architectures']}: "
+            "Core has one switch for the biases of both; need both or neither"
+        )
+    return {**decoder_fields(hf), "add_bias_linear": attention}
 
 
 FAMILY = ModelFamily(

@@ -26,7 +26,7 @@ class Qwen2ModelProvider(DecoderModelProvider):
 
 
 def _provider_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
-    return {**decoder_fields(hf), **window_fields(hf)}
+    return {**decoder_fields(hf), **window_fields(hf, layer_types=hf["layer_types"])}
 
 
 FAMILY = ModelFamily(

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.bridge.models.conversion.hf_config import expect_value
+from megatron.bridge.models.conversion.transformers_config import expect_value
 from megatron.bridge.models.decoder import (
     DECODER_MAPPINGS,
     QK_NORM_MAPPINGS,
@@ -27,8 +27,8 @@ class Qwen3ModelProvider(DecoderModelProvider):
 
 
 def _provider_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
-    expect_value(hf, "attention_bias", False, default=False)
-    return {**decoder_fields({"head_dim": 128, **hf}), **window_fields(hf)}
+    expect_value(hf, "attention_bias", False)
+    return {**decoder_fields(hf), **window_fields(hf, layer_types=hf["layer_types"])}
 
 
 FAMILY = ModelFamily(

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.bridge.models.conversion.hf_config import expect_value
+from megatron.bridge.models.conversion.transformers_config import expect_value
 from megatron.bridge.models.decoder import (
     DECODER_MAPPINGS,
     QK_NORM_MAPPINGS,
@@ -30,16 +30,16 @@ class Qwen3MoEModelProvider(ExpertsModelProvider):
 
 
 def _provider_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
-    expect_value(hf, "attention_bias", False, default=False)
-    expect_value(hf, "use_sliding_window", False, default=False)
-    dense, step = hf.get("mlp_only_layers") or (), hf.get("decoder_sparse_step", 1)
+    expect_value(hf, "attention_bias", False)
+    expect_value(hf, "use_sliding_window", False)
+    dense, step = hf["mlp_only_layers"], hf["decoder_sparse_step"]
     layers = range(hf["num_hidden_layers"])
     return {
         **decoder_fields(hf),
         **expert_fields(hf, ffn_hidden_size=hf["moe_intermediate_size"]),
         "moe_layer_freq": [int(layer not in dense and (layer + 1) % step == 0) for layer in layers],
         # Weights of the chosen experts that don't add up to 1 are those of a softmax over all.
-        "moe_router_pre_softmax": not hf.get("norm_topk_prob", False),
+        "moe_router_pre_softmax": not hf["norm_topk_prob"],
     }
 
 

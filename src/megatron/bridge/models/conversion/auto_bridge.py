@@ -325,9 +325,10 @@ class AutoBridge(AdapterExport):
 
         sizes = {name: options.pop(name) for name in PARALLEL_SIZES if name in options}
         bridge = cls.from_hf_pretrained(hf_model_id, **options)
-        check_tokenizer(bridge.directory, bridge.hf_config.get("vocab_size", 0))
+        provider = bridge.to_megatron_provider(load_weights=False)
+        check_tokenizer(bridge.directory, provider.vocab_size)
         with model_parallel_groups(**sizes):
-            chunks = build_on_host(bridge.to_megatron_provider(load_weights=False), dtype=dtype)
+            chunks = build_on_host(provider, dtype=dtype)
             bridge.load_hf_weights(chunks, show_progress=show_progress)
             return bridge.save_megatron_model(chunks, megatron_path)
 

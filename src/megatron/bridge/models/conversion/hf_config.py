@@ -99,46 +99,6 @@ def check_tokenizer(directory: Path, vocab_size: int) -> None:
         )
 
 
-def expect_value(hf: Mapping[str, Any], key: str, expected: Any, *, default: Any) -> None:
-    """Refuse a Hugging Face configuration that asks for what the family's table can't express.
-
-    Raises:
-        ValueError: `hf[key]` is not `expected`.
-    """
-    found = hf.get(key, default)
-    if found != expected:
-        raise ValueError(f"config.json: {key}={found!r} is not supported for {hf['architectures']}: need {expected!r}")
-
-
-def rope_parameters(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """The provider's rotary fields; reads transformers 5's `rope_parameters` and the older `rope_scaling`.
-
-    Raises:
-        ValueError: A kind of scaling other than "default", "linear" and "llama3".
-    """
-    rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
-    by_kind_of_layer = sorted(name for name, value in rope.items() if isinstance(value, dict))
-    if by_kind_of_layer:
-        raise ValueError(
-            f"config.json: rotary parameters of their own for {by_kind_of_layer}: expected one set for all"
-        )
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    fields: dict[str, Any] = {
-        "rotary_base": rope.get("rope_theta") or hf.get("rope_theta", 10000.0),
-        "rotary_percent": rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor", 1.0),
-    }
-    if kind == "linear":
-        fields["seq_len_interpolation_factor"] = rope["factor"]
-    elif kind == "llama3":
-        fields["rope_scaling"] = True
-        fields["rope_scaling_factor"] = rope["factor"]
-        for name in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
-            fields[f"rope_scaling_{name}"] = rope[name]
-    elif kind != "default":
-        raise ValueError(f"config.json: rope_type={kind!r} is not supported: expected default, linear or llama3")
-    return fields
-
-
 DTYPES = ("float32", "bfloat16", "float16")
 """The dtypes that Megatron's parameters have."""
 

@@ -2,6 +2,7 @@
 """Hugging Face weights on disk: safetensors read slice by slice, and written shard by shard."""
 
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron.bridge.utils.files import is_below, use_umask
+
+logger = logging.getLogger(__name__)
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -31,27 +34,39 @@ class HFWeights:
 
     @cached_property
     def files(self) -> dict[str, Path]:
-        """The file of each tensor, by tensor name.
+        """The file of each tensor that transformers would load, by tensor name.
+
+        A single file goes before an index, and all that a shard holds counts, whether or not the index names it.
 
         Raises:
             FileNotFoundError: No safetensors weights, or a shard that the index names is missing.
-            ValueError: A file is damaged or half-written, or a shard lacks a tensor that the index puts there.
+            ValueError: A file is damaged or half-written, a shard lacks a tensor that the index puts there, or two
+                shards hold the same one.
         """
-        index = self.directory / INDEX_FILE
-        if not index.is_file():
-            single = self.directory / SINGLE_FILE
-            if not single.is_file():
-                raise FileNotFoundError(
-                    f"{single} is missing, and so is {INDEX_FILE}: expected a Hugging Face model saved as safetensors"
-                )
+        index, single = self.directory / INDEX_FILE, self.directory / SINGLE_FILE
+        if single.is_file():
+            if index.is_file():
+                logger.warning("%s is read, as by transformers, and %s is not: remove what is old", single, index.name)
             return dict.fromkeys(self._open(single).keys(), single)
+        if not index.is_file():
+            raise FileNotFoundError(
+                f"{single} is missing, and so is {INDEX_FILE}: expected a Hugging Face model saved as safetensors"
+            )
         file_of = _read_index(index)
-        paths = {file: self.directory / file for file in sorted(set(file_of.values()))}
-        held = {file: set(self._open(path).keys()) for file, path in paths.items()}
+        found: dict[str, Path] = {}
+        for path in (self.directory / file for file in sorted(set(file_of.values()))):
+            for name in self._open(path).keys():
+                if name in found:
+                    raise ValueError(
+                        f"{found[name]} and {path.name} both hold {name!r}: expected it once; take another copy of the "
+                        "model"
+                    )
+                found[name] = path
         for name, file in file_of.items():
-            if name not in held[file]:
-                raise ValueError(f"{paths[file]} holds no {name!r}, which {index} puts there: download the file again")
-        return {name: paths[file] for name, file in file_of.items()}
+            path = self.directory / file
+            if found.get(name) != path:
+                raise ValueError(f"{path} holds no {name!r}, which {index} puts there: download the file again")
+        return found
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor."""

@@ -27,6 +27,7 @@ from megatron.bridge.utils.distributed import is_rank_0, on_all_ranks
 
 logger = logging.getLogger(__name__)
 
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _BLOCK_BYTES = 1 << 19
 _SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -149,7 +150,8 @@ def check_weights(
 
     Raises:
         FileNotFoundError: No weights there, or a shard is missing.
-        ValueError: Names the file, the tensor, what was found and what is expected.
+        ValueError: Names the file, the tensor, what was found and what is expected; on rank 0 alone for a head that
+            isn't tied.
     """
     expected: set[str] = set()
     mismatched: set[str] = set()
@@ -178,6 +180,8 @@ def check_weights(
                 mismatched.add(place.mapping.megatron_name)
             else:
                 raise ValueError(_wrong_shape(weights, name, found, shape, place, config))
+    if is_rank_0():
+        _check_tied_head(config, weights)
     unexpected = [name for name in weights.files if name not in expected and not may_be_ignored(name, config, family)]
     if unexpected:
         raise ValueError(
@@ -187,6 +191,29 @@ def check_weights(
     for dtype, count in dtypes.items():
         logger.warning("%d tensors of dtype %s are cast to the model's", count, dtype)
     return mismatched
+
+
+def _check_tied_head(config: TransformerConfig, weights: HFWeights) -> None:
+    """Refuse to drop an output layer of its own: where it differs from the embedding, transformers doesn't tie them.
+
+    Raises:
+        ValueError: The model ties the two, and the files hold different ones.
+    """
+    if not config.share_embeddings_and_output_weights or _HEAD not in weights.files:
+        return
+    head, embedding = weights.read(_HEAD), weights.read(_EMBEDDING)
+    rows = max(1, _BLOCK_BYTES * embedding.shape[0] // max(1, embedding.nbytes))
+    if head.shape != embedding.shape or not all(map(_same_values, head.split(rows), embedding.split(rows))):
+        raise ValueError(
+            f"{weights.files[_HEAD]} holds {_HEAD!r}, which differs from {_EMBEDDING!r}, and config.json says "
+            "tie_word_embeddings=true: transformers doesn't tie such weights; set it to false there to keep both, or "
+            f"remove {_HEAD} from the files"
+        )
+
+
+def _same_values(left: torch.Tensor, right: torch.Tensor) -> bool:
+    same_bits = left.dtype == right.dtype and torch.equal(left.view(torch.uint8), right.view(torch.uint8))
+    return same_bits or torch.equal(left.double(), right.double())
 
 
 def _wrong_shape(
@@ -202,6 +229,6 @@ def _wrong_shape(
 
 def may_be_ignored(name: str, config: TransformerConfig, family: ModelFamily) -> bool:
     """Whether a file may hold a tensor that the model has no place for."""
-    if config.share_embeddings_and_output_weights and name == "lm_head.weight":
+    if config.share_embeddings_and_output_weights and name == _HEAD:
         return True
     return any(fnmatchcase(name, pattern) for pattern in family.ignored_tensors)

@@ -1,0 +1,59 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""A `config.json` as transformers reads it: that library's own configuration classes say what an absent key means."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+_SIZES = ("num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
+"""What a file must say: the default of a class is the size of one model of the family."""
+_OF_THE_FILE = ("dtype", "torch_dtype", "quantization_config")
+"""Keys about the files of weights rather than the model: kept as they are written."""
+
+
+def as_transformers_reads(hf_config: Mapping[str, Any], architecture: str) -> dict[str, Any]:
+    """Every key of a Hugging Face configuration, in the form and with the defaults of transformers' class.
+
+    Args:
+        hf_config: Content of `config.json`, of any age.
+        architecture: One that it names, such as `LlamaForCausalLM`.
+
+    Raises:
+        ValueError: It lacks a size, or transformers doesn't read it: a value of a wrong type, sizes that contradict
+            each other, …
+    """
+    for key in _SIZES:
+        if key not in hf_config:
+            raise ValueError(
+                f"config.json lacks {key!r}, which {architecture} needs: restore the file from another copy"
+            )
+    import transformers  # here, so that a look at a directory doesn't cost the import
+
+    config_class = getattr(transformers, architecture.removesuffix("ForCausalLM") + "Config")
+    model_type = hf_config.get("model_type", config_class.model_type)
+    if model_type != config_class.model_type:
+        raise ValueError(
+            f"config.json: model_type={model_type!r}, and architectures names {architecture}, whose model_type is "
+            f"{config_class.model_type!r}: transformers goes by model_type; correct the one that is wrong"
+        )
+    # A copy: transformers fills in what is nested.
+    content = copy.deepcopy({key: value for key, value in hf_config.items() if key not in _OF_THE_FILE})
+    try:
+        read = config_class.from_dict(content).to_dict()
+    except Exception as error:  # its checks raise several classes, some of them of huggingface_hub
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"config.json: transformers' {config_class.__name__} refuses it ({reason}): correct that key"
+        ) from error
+    return {**read, **{key: hf_config[key] for key in _OF_THE_FILE if key in hf_config}}
+
+
+def expect_value(hf: Mapping[str, Any], key: str, expected: Any) -> None:
+    """Refuse a Hugging Face configuration that asks for what the family's table can't express.
+
+    Raises:
+        ValueError: The key is there, and not `expected`.
+    """
+    found = hf.get(key, expected)
+    if found != expected:
+        raise ValueError(f"config.json: {key}={found!r} is not supported for {hf['architectures']}: need {expected!r}")
