@@ -128,4 +128,12 @@ RUNS = (
             "test_an_option_is_read_or_refused_or_named_in_the_log[train-TrainingConfig-manual_gc_eval]",
         ),
     ),
+    Mutant(
+        name="a clean-up that fails ends the run",
+        breaks="a complete checkpoint's run dies of an old one that can't be removed",
+        file="src/megatron/bridge/utils/files.py",
+        text="            path.unlink(missing_ok=True)\n    except OSError as error:\n",
+        replacement="            path.unlink(missing_ok=True)\n    except KeyError as error:\n",
+        tests=("tests/unit_tests/checkpoint/test_layout.py::test_what_cannot_be_removed_is_a_warning_and_tried_again",),
+    ),
 )

@@ -1,7 +1,10 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Names, the tracker, which directory a path means, what is complete, what may go."""
 
+import errno
 import json
+import os
+import shutil
 
 import pytest
 
@@ -180,6 +183,51 @@ def test_prune_never_removes_the_last_good_one(tmp_path, keep):
     layout.write_tracker(tmp_path, 6)
     layout.prune(tmp_path, keep)
     assert layout.is_complete(layout.checkpoint_name(tmp_path, 12)), "the tracker's is broken"
+
+
+def test_of_an_iteration_that_is_a_link_the_link_is_pruned(tmp_path):
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    moved = write_iteration(elsewhere, 2)
+    for iteration in (4, 6):
+        write_iteration(root, iteration)
+    layout.checkpoint_name(root, 2).symlink_to(moved)
+    layout.checkpoint_name(root, 3).symlink_to(tmp_path / "nowhere")
+    layout.checkpoint_name(root, 9).symlink_to(tmp_path / "nowhere")
+    layout.write_tracker(root, 6)
+    assert [path.name for path in layout.prune(root, 2)] == ["iter_0000002", "iter_0000003"]
+    assert iterations_left(root) == [4, 6] and layout.is_complete(moved), "what it pointed to stays"
+    assert layout.checkpoint_name(root, 9).is_symlink(), "newer than what is kept"
+
+
+def test_what_an_earlier_version_left_of_a_link_is_cleared(tmp_path):
+    root, moved = tmp_path / "root", write_iteration(tmp_path / "elsewhere", 2)
+    write_iteration(root, 4)
+    (root / ".iter_0000002.removed").symlink_to(moved)
+    (root / ".iter_0000001.removed").symlink_to(tmp_path / "nowhere")
+    (root / ".iter_0000003.saving").write_text("a file")
+    layout.clear_leftovers(root)
+    assert layout.leftovers(root) == [] and layout.is_complete(moved)
+
+
+def test_what_cannot_be_removed_is_a_warning_and_tried_again(tmp_path, monkeypatch, caplog):
+    def busy(path):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    for iteration in (2, 4):
+        write_iteration(tmp_path, iteration)
+    layout.write_tracker(tmp_path, 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", busy)
+        layout.prune(tmp_path, 1)
+        layout.clear_leftovers(tmp_path)
+        assert iterations_left(tmp_path) == [4]
+        write_iteration(tmp_path, 2)
+        assert layout.prune(tmp_path, 1) == [] and iterations_left(tmp_path) == [2, 4]
+    rest = tmp_path / ".iter_0000002.removed"
+    said = f"{rest} is not needed any more and could not be removed ({os.strerror(errno.EBUSY)}): remove it by hand"
+    assert len(caplog.messages) == 3 and all(message.startswith(said) for message in caplog.messages)
+    layout.clear_leftovers(tmp_path)
+    assert not rest.exists() and len(caplog.messages) == 3
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,22 @@ def test_a_failed_replacement_leaves_the_old_directory(tmp_path):
     assert names_in(tmp_path) == ["directory"]
 
 
+@pytest.mark.parametrize("kind", ["link", "dangling link", "file"])
+def test_a_directory_takes_the_place_of_anything(tmp_path, kind):
+    path, elsewhere = tmp_path / "here" / "directory", tmp_path / "elsewhere"
+    path.parent.mkdir()
+    if kind == "file":
+        path.touch()
+    else:
+        path.symlink_to(elsewhere)
+    if kind == "link":
+        elsewhere.mkdir()
+    with replaced_directory(path) as beside:
+        (beside / "fresh").touch()
+    assert not path.is_symlink() and names_in(path) == ["fresh"] and names_in(path.parent) == ["directory"]
+    assert elsewhere.exists() == (kind == "link")
+
+
 def test_check_writable_directory_makes_it_and_leaves_it_empty(tmp_path):
     check_writable_directory(tmp_path / "a" / "b", "checkpoint.save")
     assert names_in(tmp_path / "a" / "b") == []

@@ -12,13 +12,12 @@ The same layout as Megatron Bridge's and Megatron-LM's. Nothing here touches a t
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.bridge.checkpoint.manifest import check_files_of, is_small_file
-from megatron.bridge.utils.files import atomic_write, remove_directory
+from megatron.bridge.utils.files import atomic_write, clean_up, remove_directory
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 TRACKER_PREFIX = "latest"
@@ -61,13 +60,16 @@ def leftovers(root: str | os.PathLike) -> list[Path]:
 
 
 def clear_leftovers(root: str | os.PathLike) -> None:
-    """Remove what killed processes left behind; an iteration that was only taken aside gets its name back."""
+    """Remove what killed processes left behind; an iteration that was only taken aside gets its name back.
+
+    What can't be removed stays, with a warning.
+    """
     for path in leftovers(root):
         directory = path.with_name(path.name[1:].rpartition(".")[0])
-        if path.suffix == ".old" and not directory.exists():
+        if path.suffix == ".old" and not os.path.lexists(directory):
             os.replace(path, directory)
         else:
-            shutil.rmtree(path)
+            clean_up(path)
 
 
 def read_tracker(root: str | os.PathLike) -> Tracker | None:
@@ -243,21 +245,30 @@ def prune(root: str | os.PathLike, keep: int, *, retain_interval: int | None = N
         keep: How many to keep; 0 or less keeps all.
         retain_interval: Keep each iteration that this divides, too; None: no such rule.
 
+    Of an iteration that is a link, the link is removed; so is one that leads nowhere, if it is older than those kept.
+
     Returns:
-        The directories that were removed.
+        The directories and links that were removed; a warning names what could not be.
     """
     if keep <= 0:
         return []
     whole = [(iteration, path) for iteration, path in iterations(root) if is_complete(path)]
+    dangling = [(iteration, path) for iteration, path in _dangling(root) if whole and iteration < whole[-keep:][0][0]]
     tracker = read_tracker(root)
     removed = []
-    for iteration, path in whole[:-keep]:
+    for iteration, path in sorted(whole[:-keep] + dangling):
         is_the_trackers = tracker is not None and not tracker.release and iteration == tracker.iteration
         if is_the_trackers or (retain_interval is not None and iteration % retain_interval == 0):
             continue
-        remove_directory(path)
-        removed.append(path)
+        if remove_directory(path):
+            removed.append(path)
     return removed
+
+
+def _dangling(root: str | os.PathLike) -> list[tuple[int, Path]]:
+    """The (iteration, link) pairs of iterations whose directory is gone, or on a disk that isn't there."""
+    found = [(iteration_of(path), path) for path in Path(root).iterdir() if path.is_symlink() and not path.exists()]
+    return [(iteration, path) for iteration, path in found if iteration is not None]
 
 
 def forget_from(root: str | os.PathLike, step: int) -> None:

@@ -160,8 +160,19 @@ def prepare_save(root: str | Path, iteration: int, *, option: str) -> Path:
         if is_rank_0():
             check_writable_directory(root, option)
             layout.clear_leftovers(root)
-            unfinished.mkdir()
+            _make_empty(unfinished)
     return unfinished
+
+
+def _make_empty(unfinished: Path) -> None:
+    """Raises ValueError where a part of an earlier save stands there, which could not be removed."""
+    try:
+        unfinished.mkdir()
+    except FileExistsError as error:
+        raise ValueError(
+            f"{unfinished} stands in the way of this save and can't be removed: it is what a save that was killed left "
+            "behind; remove it by hand and start again"
+        ) from error
 
 
 def commit_checkpoint(

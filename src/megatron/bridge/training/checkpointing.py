@@ -204,23 +204,28 @@ def _close_save(
     directory = commit_checkpoint(unfinished, step, run_config=run_config, train_state=train_state)
     with on_all_ranks(f"removing what is older than {directory}"):
         if is_rank_0():
-            size, seconds = _num_bytes(directory) / 1e6, time.monotonic() - started
-            logger.info("saved step %d to %s (%.1f MB in %.1f s)", step, directory, size, seconds)
-            for old in layout.prune(directory.parent, keep, retain_interval=retain_interval):
-                logger.info("removed %s (the newest %d are kept)", old, keep)
+            seconds = time.monotonic() - started
+            try:
+                logger.info("saved step %d to %s (%.1f MB in %.1f s)", step, directory, _megabytes(directory), seconds)
+                for old in layout.prune(directory.parent, keep, retain_interval=retain_interval):
+                    logger.info("removed %s (the newest %d are kept)", old, keep)
+            except OSError as error:  # the checkpoint is complete: nothing that comes after it ends the run
+                logger.warning("looking for older checkpoints in %s failed: %s", directory.parent, error)
     afterwards()
     return directory
 
 
-def _num_bytes(directory: Path) -> int:
-    return sum(entry.stat().st_size for entry in directory.rglob("*") if entry.is_file())
+def _megabytes(directory: Path) -> float:
+    return sum(entry.stat().st_size for entry in directory.rglob("*") if entry.is_file()) / 1e6
 
 
 def _forget_abandoned(cfg: ConfigContainer, context: dict[str, Any], step: int) -> None:
     """A run that went back to an earlier step abandons what it saved in between after it."""
     forget_local_from(context, step)
-    if cfg.checkpoint.non_persistent_ckpt_type == "global" and is_rank_0():
-        layout.forget_from(cfg.checkpoint.non_persistent_root(cfg.checkpoint.save), step)
+    if cfg.checkpoint.non_persistent_ckpt_type == "global":
+        with on_all_ranks("removing abandoned checkpoints"):
+            if is_rank_0():
+                layout.forget_from(cfg.checkpoint.non_persistent_root(cfg.checkpoint.save), step)
     barrier()
 
 

@@ -2,6 +2,7 @@
 """Files and directories that are either there in full or not at all, with the permissions that the umask gives."""
 
 import contextlib
+import logging
 import os
 import shutil
 import stat
@@ -10,6 +11,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
+
+logger = logging.getLogger(__name__)
 
 _LONGEST_NAME = 255
 """Bytes of a file's name, on the file systems that are in use."""
@@ -99,32 +102,71 @@ def move_directory(source: str | os.PathLike, target: str | os.PathLike) -> None
 
     Args:
         source: On the same file system as `target`.
-        target: May exist.
+        target: May exist, as a directory, a link or a file.
     """
     source, target = Path(source), Path(target)
-    if target.exists():
+    if os.path.lexists(target):
         old = source.with_suffix(".old")
-        os.chmod(source, stat.S_IMODE(target.stat().st_mode))
+        if target.is_dir():
+            os.chmod(source, stat.S_IMODE(target.stat().st_mode))
         os.replace(target, old)
         os.replace(source, target)
-        shutil.rmtree(old)
+        clean_up(old)
     else:
         os.replace(source, target)
     fsync_directory(target.parent)
 
 
-def remove_directory(path: str | os.PathLike) -> None:
-    """Remove a directory so that no one ever sees a part of it under its name.
+def remove_directory(path: str | os.PathLike) -> bool:
+    """Remove a directory so that no one ever sees a part of it under its name; of a link, the link alone.
 
     Args:
         path: Killed on the way, its rest stands beside it as `.<name>.removed`.
+
+    Returns:
+        Whether nothing stands under that name any more. If not, a warning says why; so it does where a rest stays.
     """
     path = Path(path)
+    if path.is_symlink():
+        return clean_up(path)
     beside = path.with_name(f".{path.name}.removed")
-    if beside.exists():
-        shutil.rmtree(beside)
-    os.replace(path, beside)
-    shutil.rmtree(beside)
+    if os.path.lexists(beside) and not clean_up(beside):
+        return False
+    try:
+        os.replace(path, beside)
+    except OSError as error:
+        _warn_of_rest(path, error)
+        return False
+    clean_up(beside)
+    return True
+
+
+def clean_up(path: str | os.PathLike) -> bool:
+    """Remove what isn't needed any more: a directory, a file, or a link and not what it points to.
+
+    Nothing is lost where it stays, so that it fails with a warning.
+
+    Returns:
+        Whether it is gone.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        _warn_of_rest(path, error)
+        return False
+    return True
+
+
+def _warn_of_rest(path: Path, error: OSError) -> None:
+    logger.warning(
+        "%s is not needed any more and could not be removed (%s): remove it by hand, or the next save tries again",
+        path,
+        error.strerror or error,
+    )
 
 
 def fsync_directory(path: str | os.PathLike) -> None:
