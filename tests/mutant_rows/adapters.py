@@ -52,10 +52,26 @@ ADAPTERS = (
     Mutant(
         name="adapters: recomputed layers get no gradients",
         breaks="the frozen embedding's output needs none, so nothing above does",
-        file="src/megatron/bridge/peft/base.py",
-        text="config.recompute_granularity is not None or",
+        file="src/megatron/bridge/models/model_provider.py",
+        text="            open_gradient_entry(chunk)\n",
         replacement="",
         tests=(f"{_SAME}[recomputed]",),
+    ),
+    Mutant(
+        name="adapters: holes in a stack",
+        breaks="adapters in some layers can't be saved",
+        file="src/megatron/bridge/checkpoint/stacks.py",
+        text="len(elements) < math.prod(sizes)",
+        replacement="False",
+        tests=("tests/functional_tests/test_lora_in_some_layers.py::test_they_are_read_at_other_layouts",),
+    ),
+    Mutant(
+        name="adapters: resumed beside other layers",
+        breaks="trained adapters are thrown away without a word",
+        file="src/megatron/bridge/training/resumed_adapters.py",
+        text="        if is_there != is_here:\n",
+        replacement="        if False:\n",
+        tests=("tests/unit_tests/training/test_resumed_adapters.py::test_others_are_refused_in_one_line",),
     ),
     Mutant(
         name="adapters: A for the first of fused tensors alone",

@@ -5,6 +5,7 @@ from tests.mutant_rows.mutant import EXPERTS, NOT_OFFLOADED, OFFLOADED, RESHARDE
 
 INSTALL = "src/megatron/bridge/training/cpu_offload/install.py"
 
+_FROZEN = "tests/functional_tests/test_frozen_weights.py::test_"
 _REPAIRED = "tests/functional_tests/test_repairs.py::test_"
 _FINITE = "tests/functional_tests/test_finite_steps.py::test_"
 _PLAIN = "tests/functional_tests/test_plain_resume.py::test_"
@@ -26,6 +27,7 @@ def _without(repair: str, row: str, *tests: str, kept: str = "") -> Mutant:
 
 
 THE_REPAIRS = (
+    _without("empty shard", "empty_shard", f"{_FROZEN}a_frozen_stage_resumes"),
     _without("load template", "load_template", NOT_OFFLOADED, kept="[1:]"),
     _without("no dummy step", "load_template", f"{_REPAIRED}an_empty_optimizer_is_filled_without_a_step", kept="[:1]"),
     _without("master lookup", "master_lookup", OFFLOADED),

@@ -21,6 +21,7 @@ from megatron.bridge.checkpoint import layout
 from megatron.bridge.checkpoint.manifest import write_manifest
 from megatron.bridge.checkpoint.sharded_save import save_sharded
 from megatron.bridge.checkpoint.sharded_state import load_sharded
+from megatron.bridge.checkpoint.stacks import without_holes
 from megatron.bridge.utils.distributed import barrier, is_rank_0, on_all_ranks
 from megatron.bridge.utils.files import atomic_write, check_writable_directory, fsync_directory, move_directory
 from megatron.bridge.utils.yaml_io import parse_yaml
@@ -56,15 +57,18 @@ def model_sharded_state_dict(
 
 
 def wanted_weights(state_dict: dict[str, Any], is_wanted: Callable[[str], bool]) -> dict[str, Any]:
-    """A part of a model's sharded state.
+    """A part of a model's sharded state, without the holes that what is left out leaves in it. Collective.
 
     Args:
         state_dict: From `model_sharded_state_dict`.
         is_wanted: Which of a chunk's names to keep.
     """
-    return {
-        chunk: {name: value for name, value in state.items() if is_wanted(name)} for chunk, state in state_dict.items()
-    }
+    return without_holes(
+        {
+            chunk: {name: value for name, value in state.items() if is_wanted(name)}
+            for chunk, state in state_dict.items()
+        }
+    )
 
 
 def read_in_fp32(sharded_state_dict: Any) -> None:

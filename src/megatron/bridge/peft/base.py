@@ -27,6 +27,9 @@ class PEFT(abc.ABC):
     params_to_save = frozenset()
     """Names of the trainable parameters, as the unwrapped chunks name them; the call fills it."""
 
+    module_names = frozenset()
+    """Whole names of this rank's modules, as `transform` gets them; the call fills it."""
+
     @abc.abstractmethod
     def transform(self, module: torch.nn.Module, name: str = "", prefix: str = "") -> torch.nn.Module:
         """Adapt one module, or return it as it is.
@@ -53,15 +56,17 @@ class PEFT(abc.ABC):
         """
         self.check()
         self.freeze_model(model, training=training)
+        names = set()
         for chunk in _chunks(model):
             # All names first: what an adapter adds is not adapted.
             for whole_name, module in list(chunk.named_modules()):
-                prefix, _, name = whole_name.rpartition(".")
-                adapted = self.transform(module, name=name, prefix=_over_all_stages(chunk, prefix))
+                place, _, name = whole_name.rpartition(".")
+                prefix = _over_all_stages(chunk, place)
+                names.add(f"{prefix}.{name}" if prefix else name)
+                adapted = self.transform(module, name=name, prefix=prefix)
                 if adapted is not module:
-                    setattr(chunk.get_submodule(prefix), name, adapted)
-            if training:
-                _let_gradients_through_the_embedding(chunk)
+                    setattr(chunk.get_submodule(place), name, adapted)
+        self.module_names = frozenset(names)
         self.set_params_to_save(model)
         return model
 
@@ -130,17 +135,3 @@ def _switch(model: Model, *, enabled: bool) -> None:
         for module in chunk.modules():
             if isinstance(module, AdaptedLinear):
                 module.adapter_enabled = enabled
-
-
-def _let_gradients_through_the_embedding(chunk: MegatronModule) -> None:
-    """Recomputed layers, and stages that hand their output on, need an input that requires gradients."""
-    config = chunk.config
-    if chunk.pre_process and (config.recompute_granularity is not None or config.pipeline_model_parallel_size > 1):
-        chunk.embedding.register_forward_hook(_require_gradient)
-
-
-def _require_gradient(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-    if not torch.is_grad_enabled() or output.requires_grad:
-        return output
-    # A copy: what is a leaf must not be changed in place, and Core does so.
-    return output.requires_grad_().clone()

@@ -84,4 +84,5 @@ class LoRA(PEFT, ModuleMatcher):
             linear: Core's or Transformer Engine's.
             name: Its whole name.
         """
-        return LowRankAdapter(linear.weight, linear_layout(linear, name), self)
+        layout = linear_layout(linear, name)  # before its weight is looked at: it may have none
+        return LowRankAdapter(linear.weight, layout, self)

@@ -15,6 +15,7 @@ from megatron.bridge.checkpoint.model_checkpoint import read_run_config
 from megatron.bridge.checkpoint.sharded_state import read_common_state, stored_content_metadata, stored_shapes
 from megatron.bridge.training.config import CheckpointConfig, ConfigContainer
 from megatron.bridge.training.local_checkpoint import CORE_RELEASE, LocalCheckpoint
+from megatron.bridge.training.resumed_adapters import check_adapters
 from megatron.bridge.utils.distributed import world_size
 
 RunConfig = dict[str, Any]
@@ -152,7 +153,7 @@ def _plan_resume(cfg: ConfigContainer, root: str, *, option: str) -> LoadPlan:
     directory = layout.resolve_checkpoint(root, checkpoint.ckpt_step, option=option)
     saved = read_run_config(directory)
     check_vocabulary(cfg, saved, directory)
-    _check_adapters(cfg, saved, directory)
+    check_adapters(cfg, saved, directory)
     adapters_only = cfg.peft is not None
     if checkpoint.finetune:
         return _weights_only(directory, "checkpoint.finetune=true", adapters_only=adapters_only)
@@ -172,7 +173,7 @@ def _plan_resume(cfg: ConfigContainer, root: str, *, option: str) -> LoadPlan:
 
 def _plan_local(cfg: ConfigContainer, local: LocalCheckpoint) -> LoadPlan:
     check_vocabulary(cfg, local.run_config, local.path)
-    _check_adapters(cfg, local.run_config, local.path)
+    check_adapters(cfg, local.run_config, local.path)
     _check_local_layout(cfg, local)
     return _whole_resume(cfg, local.path, Source.LOCAL, saved=local.run_config, holds_optimizer=local.holds_optimizer)
 
@@ -309,31 +310,6 @@ def _check_local_layout(cfg: ConfigContainer, local: LocalCheckpoint) -> None:
             "local checkpoint can't be resharded: start as before, or remove the directory's files to go on from the "
             "newest persistent checkpoint"
         )
-
-
-def _check_adapters(cfg: ConfigContainer, run_config: RunConfig, path: Path) -> None:
-    """Adapters resume adapters, the same ones, and whole weights resume whole weights.
-
-    Raises:
-        ValueError: One of them is wanted and the other there, or the update is of another rank or scale.
-    """
-    saved = run_config.get("peft")
-    if saved is None and cfg.peft is not None:
-        raise ValueError(
-            f"{path} (checkpoint.load) holds a whole model, and peft is set: expected adapters; to adapt this model, "
-            "name it in checkpoint.pretrained_checkpoint and give the adapters a checkpoint.load of their own"
-        )
-    if saved is not None and cfg.peft is None:
-        raise ValueError(
-            f"{path} (checkpoint.load) holds adapters only, and peft is not set: set peft as in its "
-            f"{layout.CONFIG_FILE}, and checkpoint.pretrained_checkpoint to the weights that they adapt"
-        )
-    for name in ("dim", "alpha"):
-        was, now = (saved or {}).get(name), getattr(cfg.peft, name, None)
-        if was is not None and now is not None and was != now:
-            raise ValueError(
-                f"{path} (checkpoint.load) holds adapters of peft.{name}={was}, not {now}: set it to {was}"
-            )
 
 
 def check_vocabulary(cfg: ConfigContainer, run_config: RunConfig, path: Path) -> None:

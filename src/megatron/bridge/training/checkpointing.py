@@ -46,6 +46,7 @@ from megatron.bridge.training.rng_state import get_rng_state, restore_rng_state
 from megatron.bridge.training.state import GlobalState
 from megatron.bridge.training.stored_state import (
     apply_peft_adapter_filter_to_state_dict,
+    optimizer_sharded_state,
     read_train_state,
     restore_train_state,
     sharding_metadata,
@@ -357,7 +358,7 @@ def _load_megatron(
     template = dict(weights)
     with_optimizer = plan.optimizer and optimizer is not None
     if with_optimizer:
-        template["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=True, metadata=metadata)
+        template["optimizer"] = optimizer_sharded_state(optimizer, weights, metadata, is_loading=True)
     if plan.rng:
         template["rng_state"] = get_rng_state(cfg.rng.data_parallel_random_init)
     if plan.source is Source.LOCAL:

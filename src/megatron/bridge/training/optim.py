@@ -55,9 +55,22 @@ def setup_optimizer(
             use_gloo_process_groups=use_gloo_process_groups,
             pg_collection=pg_collection,
         )
+    _leave_stubs_out(optimizer)
     install_repairs(optimizer)
     logger.info("optimizer: %s", describe_optimizer(optimizer_config, optimizer))
     return optimizer, build_scheduler(optimizer, optimizer_config, scheduler_config)
+
+
+def _leave_stubs_out(optimizer: Any) -> None:
+    """Take the optimizers without an optimizer out of a chain: Core can step them, but neither save nor load them.
+
+    Core chains one for the experts' weights to one for all others, which is such a stub on every rank if only experts
+    are trained.
+    """
+    chain = getattr(optimizer, "chained_optimizers", [])
+    steps = [one for one in chain if not one.is_stub_optimizer]
+    if steps:
+        optimizer.chained_optimizers = steps
 
 
 def build_scheduler(

@@ -12,6 +12,7 @@ from megatron.core.num_microbatches_calculator import update_num_microbatches
 from megatron.bridge.checkpoint import layout
 from megatron.bridge.checkpoint.model_checkpoint import model_sharded_state_dict, wanted_weights
 from megatron.bridge.checkpoint.safe_pickle import read_blob
+from megatron.bridge.checkpoint.stacks import without_holes
 from megatron.bridge.peft.base import PEFT
 from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.training.rng_state import get_rng_state
@@ -31,7 +32,7 @@ def sharding_metadata(cfg: ConfigContainer, *, is_local: bool = False) -> dict[s
 
 
 def apply_peft_adapter_filter_to_state_dict(state_dict: dict[str, Any], peft: PEFT) -> dict[str, Any]:
-    """A model's sharded state, by chunk key, without what is frozen.
+    """A model's sharded state, by chunk key, without what is frozen. Collective.
 
     Args:
         state_dict: From `model_sharded_state_dict`.
@@ -41,9 +42,24 @@ def apply_peft_adapter_filter_to_state_dict(state_dict: dict[str, Any], peft: PE
 
 
 def weights_to_store(cfg: ConfigContainer, model: list[Any], metadata: dict[str, Any]) -> dict[str, Any]:
-    """The part of a model's sharded state that this run's checkpoints hold: all of it, or its adapters."""
+    """The part of a model's sharded state that this run's checkpoints hold: all of it, or its adapters. Collective."""
     weights = model_sharded_state_dict(model, metadata)
     return weights if cfg.peft is None else apply_peft_adapter_filter_to_state_dict(weights, cfg.peft)
+
+
+def optimizer_sharded_state(
+    optimizer: Any, weights: dict[str, Any], metadata: dict[str, Any], *, is_loading: bool = False
+) -> dict[str, Any]:
+    """The optimizer's sharded state, named after the weights that are trained. Collective.
+
+    Args:
+        optimizer: Megatron optimizer.
+        weights: From `weights_to_store`.
+        metadata: From `sharding_metadata`.
+        is_loading: Whether it is a template to load into.
+    """
+    trained = without_holes(weights, counts=lambda tensor: tensor.requires_grad)
+    return optimizer.sharded_state_dict(trained, is_loading=is_loading, metadata=metadata)
 
 
 def state_to_save(
@@ -68,7 +84,7 @@ def state_to_save(
     weights = weights_to_store(cfg, model, metadata)
     content: dict[str, Any] = {"checkpoint_version": CHECKPOINT_VERSION, "iteration": step, **weights}
     if cfg.checkpoint.save_optim and optimizer is not None:
-        content["optimizer"] = optimizer.sharded_state_dict(weights, metadata=metadata)
+        content["optimizer"] = optimizer_sharded_state(optimizer, weights, metadata)
         if opt_param_scheduler is not None:
             content["opt_param_scheduler"] = opt_param_scheduler.state_dict()
     if cfg.checkpoint.save_rng:

@@ -21,6 +21,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimize
 from megatron.bridge.training.cpu_offload import (
     adam_kernel,
     built_once,
+    empty_shard,
     exact_resume,
     finite_gradients,
     flat_shards,
@@ -42,6 +43,7 @@ from megatron.bridge.training.cpu_offload.repair import Repair, ToBuild
 logger = logging.getLogger(__name__)
 
 REPAIRS: tuple[Repair, ...] = (
+    *empty_shard.REPAIRS,
     *load_template.REPAIRS,
     *master_lookup.REPAIRS,
     *state_device.REPAIRS,

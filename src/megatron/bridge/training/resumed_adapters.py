@@ -1,0 +1,92 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Whether a checkpoint's adapters are those of this run: what its `run_config.yaml` says of peft, compared."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from megatron.bridge.checkpoint import layout
+from megatron.bridge.peft.matcher import ModuleMatcher
+from megatron.bridge.training.config import ConfigContainer
+from megatron.bridge.utils.distributed import is_rank_0
+
+logger = logging.getLogger(__name__)
+
+
+def check_adapters(cfg: ConfigContainer, run_config: dict[str, Any], path: Path) -> None:
+    """Adapters resume adapters, the same ones, and whole weights resume whole weights.
+
+    Where they stand is compared once the model has been adapted: only then is it known what a pattern matches.
+
+    Args:
+        cfg: The run's.
+        run_config: The checkpoint's, as plain data.
+        path: The checkpoint, for errors.
+
+    Raises:
+        ValueError: One of them is wanted and the other there; the adapters are of another kind, rank or scale, or
+            beside other layers.
+    """
+    saved = run_config.get("peft")
+    if saved is None and cfg.peft is None:
+        return
+    if saved is None:
+        raise ValueError(
+            f"{path} (checkpoint.load) holds a whole model, and peft is set: expected adapters; to adapt this model, "
+            "name it in checkpoint.pretrained_checkpoint and give the adapters a checkpoint.load of their own"
+        )
+    if cfg.peft is None:
+        raise ValueError(
+            f"{path} (checkpoint.load) holds adapters only, and peft is not set: set peft as in its "
+            f"{layout.CONFIG_FILE}, and checkpoint.pretrained_checkpoint to the weights that they adapt"
+        )
+    _check_kind(cfg.peft, saved, path)
+    if isinstance(cfg.peft, ModuleMatcher) and saved.get("target_modules") is not None:
+        _check_targets(cfg.peft, saved, path)
+    if cfg.peft.module_names:  # this check is done before the model is built, too: warn once
+        _warn_of_another_base(cfg, run_config, path)
+
+
+def _check_kind(peft: Any, saved: dict[str, Any], path: Path) -> None:
+    kind, target = type(peft), saved.get("_target_")
+    if target is not None and target.rpartition(".")[2] != kind.__name__:
+        raise ValueError(
+            f"{path} (checkpoint.load) holds adapters of the kind {target}, and peft is a {kind.__name__}: "
+            f"set peft to a {target.rpartition('.')[2]}, or give the new adapters a checkpoint.load of their own"
+        )
+    for name in ("dim", "alpha"):
+        was, now = saved.get(name), getattr(peft, name, None)
+        if was is not None and now is not None and was != now:
+            raise ValueError(
+                f"{path} (checkpoint.load) holds adapters of peft.{name}={was}, not {now}: set it to {was}"
+            )
+
+
+def _check_targets(peft: ModuleMatcher, saved: dict[str, Any], path: Path) -> None:
+    """Names may be given in another order, or by a pattern that matches the same layers."""
+    was = ModuleMatcher(saved["target_modules"], saved.get("exclude_modules") or [])
+    for name in sorted(peft.module_names):
+        is_there, is_here = (matcher.target_of(name) is not None for matcher in (was, peft))
+        if is_there != is_here:
+            changes = [
+                f"peft.{option}={getattr(was, option)}, not {getattr(peft, option)}"
+                for option in ("target_modules", "exclude_modules")
+                if sorted(getattr(was, option)) != sorted(getattr(peft, option))
+            ]
+            where = "there and not here" if is_there else "here and not there"
+            raise ValueError(
+                f"{path} (checkpoint.load) holds adapters of {' and '.join(changes)} ({name} has one {where}): set "
+                "them as they were, or give the new adapters a checkpoint.load of their own"
+            )
+
+
+def _warn_of_another_base(cfg: ConfigContainer, run_config: dict[str, Any], path: Path) -> None:
+    was, now = (run_config.get("checkpoint") or {}).get("pretrained_checkpoint"), cfg.checkpoint.pretrained_checkpoint
+    if was is not None and now is not None and Path(was).resolve() != Path(now).resolve() and is_rank_0():
+        logger.warning(
+            "%s holds adapters of the weights in %s, and checkpoint.pretrained_checkpoint=%s: they go on beside other "
+            "weights than they were trained with, unless these are the same",
+            path,
+            was,
+            now,
+        )
