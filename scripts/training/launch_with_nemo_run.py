@@ -18,9 +18,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron.bridge.utils.config_texts import home_expanded
-from megatron.bridge.utils.exit_codes import exit_with
-
 DEFAULT_SCRIPT = Path(__file__).with_name("run_recipe.py")
 
 
@@ -36,7 +33,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     what = parser.add_argument_group("what runs")
     what.add_argument("--recipe", help="name of a recipe")
     what.add_argument("--mode", help="sft, peft or pretrain, as for run_recipe.py")
-    what.add_argument("--script", type=home_expanded, help="another script than scripts/training/run_recipe.py")
+    what.add_argument("--script", type=os.path.expanduser, help="another script than scripts/training/run_recipe.py")
     what.add_argument(
         "--task", choices=("script", "partial"), default="script", help="partial: a function of the package, no script"
     )
@@ -49,7 +46,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     how = parser.add_argument_group("how")
     how.add_argument("--name", help="title of the experiment (the recipe's or the script's name)")
     how.add_argument(
-        "--home", type=home_expanded, help="folder for experiments and logs (NEMORUN_HOME, or ~/.nemo_run)"
+        "--home", type=os.path.expanduser, help="folder for experiments and logs (NEMORUN_HOME, or ~/.nemo_run)"
     )
     how.add_argument("--dry-run", action="store_true", help="write everything, say where, start nothing")
     how.add_argument("--detach", action="store_true", help="return once a Slurm job is submitted")
@@ -74,11 +71,13 @@ def add_slurm_options(slurm: Any) -> None:
     slurm.add_argument("--container-image", help="for pyxis; without it the machines' own software is used")
     slurm.add_argument("--container-mount", action="append", default=[], metavar="FROM:TO", help="may be repeated")
     slurm.add_argument(
-        "--workdir", type=home_expanded, help="folder that the job runs in (this one; with --packager git, the package)"
+        "--workdir",
+        type=os.path.expanduser,
+        help="folder that the job runs in (this one; with --packager git, the package)",
     )
     slurm.add_argument("--packager", choices=("none", "git"), default="none", help="git: take an archive of HEAD along")
     slurm.add_argument("--ssh", metavar="USER@HOST", help="a login node; without it sbatch runs here")
-    slurm.add_argument("--ssh-identity", type=home_expanded, help="file with the private key")
+    slurm.add_argument("--ssh-identity", type=os.path.expanduser, help="file with the private key")
     slurm.add_argument("--remote-dir", help="folder on the cluster for experiments, with --ssh")
 
 
@@ -301,4 +300,4 @@ def launch(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    exit_with(main)
+    sys.exit(main())
