@@ -35,6 +35,16 @@ RUNS = (
         tests=("tests/unit_tests/utils/test_rendezvous.py::test_ranks_of_a_start_meet_behind_one_that_is_over",),
     ),
     Mutant(
+        name="steps to skip counted from 0",
+        breaks="the step that the log shows as bad is trained, and a good one is not",
+        file=f"{SOURCE}training/train.py",
+        text="train_state.step + 1 in train_config.iterations_to_skip",
+        replacement="train_state.step in train_config.iterations_to_skip",
+        tests=(
+            "tests/functional_tests/test_what_a_step_says.py::test_steps_are_skipped_by_the_numbers_that_the_log_shows",
+        ),
+    ),
+    Mutant(
         name="a gradient of NaN is stepped on",
         breaks="all weights become NaN",
         file=f"{SOURCE}training/cpu_offload/finite_gradients.py",

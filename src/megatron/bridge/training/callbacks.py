@@ -26,6 +26,9 @@ class CallbackContext:
     loss_dict: dict[str, float] | None = None
     """Losses of the step just taken, or the means of an evaluation."""
 
+    learning_rate: float | None = None
+    """The one that the step just taken was taken with."""
+
     grad_norm: float | None = None
     skipped_iter: bool | None = None
     num_tokens: int | None = None

@@ -80,7 +80,7 @@ class TrainingConfig:
     """With manual_gc: collect all garbage before an evaluation in between, and the youngest after it."""
 
     iterations_to_skip: list[int] = field(default_factory=list)
-    """Steps whose samples are read and thrown away."""
+    """Steps whose samples are read and thrown away, by the numbers that the log shows: the first step is 1."""
 
     max_nonfinite_steps: int = 0
     """Steps in a row, whose loss or gradient is NaN or infinite, that are left out; one more stops the run.
@@ -125,6 +125,10 @@ class TrainingConfig:
             max_nonfinite_steps=self.max_nonfinite_steps,
             eval_iters=self.eval_iters,
         )
+        if wrong := [step for step in self.iterations_to_skip if step < 1]:
+            raise ValueError(
+                f"train.iterations_to_skip holds {wrong[0]}: expected numbers of steps as the log shows them, from 1 on"
+            )
         if self.exit_signal in (signal.SIGKILL, signal.SIGSTOP):
             raise ValueError(
                 f"train.exit_signal={self.exit_signal.name}: no process can catch it; set SIGTERM, SIGINT or SIGUSR1"

@@ -14,6 +14,12 @@ from megatron.bridge.training.setup import SetupOutput
 logger = logging.getLogger(__name__)
 
 
+def evaluate_once(run: SetupOutput, forward_step: Callable, callbacks: CallbackManager) -> None:
+    """Evaluate the validation set, unless it is wanted of no weights or was done with these since this start."""
+    if run.state.train_state.do_valid and run.state.evaluated_step != run.state.train_state.step:
+        evaluate(run, forward_step, callbacks)
+
+
 @torch.no_grad()
 def evaluate(
     run: SetupOutput, forward_step: Callable, callbacks: CallbackManager, *, split: str = "validation"
@@ -49,6 +55,7 @@ def evaluate(
         callbacks.fire(f"on_{event}_step_end", context)
     if split == "validation":
         run.state.train_state.consumed_valid_samples += batches.num_samples
+        run.state.evaluated_step = run.state.train_state.step
     for chunk in run.model:
         chunk.train()
     context.loss_dict = means(sums)

@@ -29,16 +29,18 @@ METRICS_FILE = "metrics.jsonl"
 
 
 def learning_rate(context: CallbackContext) -> float:
-    """The learning rate of the next step, from the first group that follows the plain schedule."""
+    """What the optimizer holds now, after a step the next one's, of the first group that follows the plain schedule."""
     groups = context.optimizer.param_groups
+    if not groups:  # a rank on which nothing is trained
+        return float(context.scheduler.get_lr({}))
     return float(next((group["lr"] for group in groups if group.get("default_config", True)), groups[0]["lr"]))
 
 
 def step_values(context: CallbackContext) -> dict[str, Any]:
     """What is logged of a training step: losses by name, and figures of the step."""
     return {
-        **context.loss_dict,
-        "learning_rate": learning_rate(context),
+        **_losses(context),
+        "learning_rate": context.learning_rate,
         "grad_norm": context.grad_norm,
         "num_tokens": context.num_tokens,
         "step_seconds": round(context.step_seconds, 4),
@@ -46,6 +48,11 @@ def step_values(context: CallbackContext) -> dict[str, Any]:
         "peak_memory_bytes": peak_memory_bytes(),
         "skipped": context.skipped_iter,
     }
+
+
+def _losses(context: CallbackContext) -> dict[str, float | None]:
+    """Of a step or an evaluation; None where no token counted, so that no curve falls to 0 there."""
+    return {name: None if math.isnan(value) else value for name, value in context.loss_dict.items()}
 
 
 class MetricsLogger(Callback):
@@ -94,11 +101,11 @@ class MetricsLogger(Callback):
 
     def on_eval_end(self, context: CallbackContext) -> None:
         if is_rank_0():
-            self.deliver(context.state, "validation", {**context.loss_dict, "num_tokens": context.num_tokens})
+            self.deliver(context.state, "validation", {**_losses(context), "num_tokens": context.num_tokens})
 
     def on_test_end(self, context: CallbackContext) -> None:
         if is_rank_0():
-            self.deliver(context.state, "test", {**context.loss_dict, "num_tokens": context.num_tokens})
+            self.deliver(context.state, "test", {**_losses(context), "num_tokens": context.num_tokens})
 
 
 class MetricsFile(MetricsLogger):

@@ -2,6 +2,7 @@
 """Run a forward step through Megatron-Core's schedules: bind the run to it, feed it micro-batches, add up losses."""
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -116,5 +117,5 @@ def _sum_over_ranks(reported: list[dict[str, torch.Tensor]]) -> dict[str, tuple[
 
 
 def means(totals: dict[str, tuple[float, float]]) -> dict[str, float]:
-    """The mean loss per token of each total."""
-    return {name: loss / max(count, 1.0) for name, (loss, count) in totals.items()}
+    """The mean loss per token of each total; NaN where no token counted."""
+    return {name: loss / count if count else math.nan for name, (loss, count) in totals.items()}

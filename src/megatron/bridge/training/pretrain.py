@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from megatron.bridge.training.callbacks import Callback, CallbackManager, normalize_callbacks
 from megatron.bridge.training.config import ConfigContainer, runtime_config_update
-from megatron.bridge.training.eval import evaluate
+from megatron.bridge.training.eval import evaluate, evaluate_once
 from megatron.bridge.training.hang_watchdog import watched
 from megatron.bridge.training.initialize import destroy_global_state, enter_run
 from megatron.bridge.training.metrics import MetricsLogger, opened
@@ -77,12 +77,11 @@ def _run(state: GlobalState, forward_step_func: Callable, callbacks: CallbackMan
     log_start(run)
     try:
         with watched(state):
-            if state.cfg.validation.eval_at_start and state.train_state.do_valid:
-                evaluate(run, forward_step, callbacks)
+            if state.cfg.validation.eval_at_start:
+                evaluate_once(run, forward_step, callbacks)
             if state.train_state.do_train:
                 train(run, forward_step_func, callbacks)
-            if state.train_state.do_valid:
-                evaluate(run, forward_step, callbacks)
+            evaluate_once(run, forward_step, callbacks)
             if state.train_state.do_test:
                 evaluate(run, forward_step, callbacks, split="test")
     finally:

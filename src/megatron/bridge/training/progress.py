@@ -39,7 +39,7 @@ class ProgressBar(Callback):
 
     def on_train_step_end(self, context: CallbackContext) -> None:
         shown: dict[str, Any] = {name: f"{value:.3f}" for name, value in context.loss_dict.items()}
-        shown["lr"] = f"{learning_rate(context):.1e}"
+        shown["lr"] = f"{context.learning_rate:.1e}"
         if context.grad_norm is not None:
             shown["grad norm"] = f"{context.grad_norm:.2f}"
         shown["tokens/s"] = f"{context.tokens_per_second:.0f}"

@@ -97,6 +97,9 @@ class GlobalState:
     exit_signal: ExitSignal | None = field(default=None, repr=False)
     """The signal that stops the run; None: none is caught."""
 
+    evaluated_step: int | None = None
+    """The step after which this start last evaluated the validation set; None: it hasn't yet."""
+
     num_nonfinite_steps: int = 0
     """The steps in a row, up to the last one, that were left out because a loss or a gradient was not finite."""
 

@@ -71,12 +71,27 @@ def log_start(run: "SetupOutput") -> None:
         "memory": _memory(count_state(run.model, run.optimizer, kind=cfg.optimizer.optimizer)),
         "steps": f"{state.train_state.step} -> {state.derived.train_iters}, {state.derived.global_batch_size} samples "
         f"each: {state.derived.num_microbatches} micro-batches of {state.derived.micro_batch_size} on each data rank",
+        **_steps_left_out(state),
         **state.data_report,
         "checkpoints": _checkpoints(cfg),
         "figures": _figures(cfg),
         "stops": _stops(cfg, state.derived.world_size),
     }
     _log_block("run starts", rows)
+
+
+def _steps_left_out(state: "GlobalState") -> dict[str, str]:
+    """A row for train.iterations_to_skip, where it says anything."""
+    steps = sorted(set(state.cfg.train.iterations_to_skip))
+    if not steps:
+        return {}
+    done, last = state.train_state.step, state.derived.train_iters
+    never = [step for step in steps if not done < step <= last]
+    text = ", ".join(map(str, steps)) + " (train.iterations_to_skip)"
+    return {
+        "left out": text
+        + (f"; without effect: {', '.join(map(str, never))}, not among the steps to come" * bool(never))
+    }
 
 
 def count_parameters(model: list[Any]) -> tuple[int, int]:

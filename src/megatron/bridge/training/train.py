@@ -20,6 +20,7 @@ from megatron.bridge.training.eval import evaluate
 from megatron.bridge.training.finite_steps import checked_loss_of, step_if_finite
 from megatron.bridge.training.flops import train_step_flops
 from megatron.bridge.training.hang_watchdog import shorten_timeouts
+from megatron.bridge.training.metrics import learning_rate
 from megatron.bridge.training.micro_batches import bind_forward_step, means, run_micro_batches
 from megatron.bridge.training.preemption import Preempted
 from megatron.bridge.training.setup import SetupOutput
@@ -126,17 +127,20 @@ def _take_step(run: SetupOutput, forward_step: Callable, context: CallbackContex
     update_num_microbatches(train_state.consumed_train_samples, consistency_check=False)
     micro_batches = next(run.train_data_iterator)
     batch_size = get_current_global_batch_size()
-    if train_state.step in train_config.iterations_to_skip:
+    if train_state.step + 1 in train_config.iterations_to_skip:
         train_state.skipped_train_samples += batch_size
         train_state.consumed_train_samples += batch_size
         train_state.step += 1
         logger.info("step %d skipped (train.iterations_to_skip)", train_state.step)
         return
     callbacks.fire("on_train_step_start", context)
+    context.learning_rate = learning_rate(context)
     started = time.perf_counter()
     result = train_step(run, forward_step, micro_batches)
     train_state.step += 1
     train_state.consumed_train_samples += batch_size
+    if result.losses and not result.num_tokens:
+        logger.warning("step %d has no token to learn: it has no loss, and its gradient is zero", train_state.step)
     context.loss_dict, context.grad_norm = result.losses, result.grad_norm
     context.skipped_iter, context.num_tokens = not result.updated, result.num_tokens
     context.step_seconds = time.perf_counter() - started
