@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 
 from megatron.bridge.training.callbacks import CallbackContext, CallbackManager
-from megatron.bridge.training.micro_batches import means, run_micro_batches
+from megatron.bridge.training.micro_batches import run_micro_batches
+from megatron.bridge.training.reported_losses import Total, means, tokens_of
 from megatron.bridge.training.setup import SetupOutput
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ def evaluate(
     for chunk in run.model:
         chunk.eval()
     callbacks.fire(f"on_{event}_start", context)
-    sums: dict[str, tuple[float, float]] = {}
+    sums: dict[str, Total] = {}
     is_checked = run.state.cfg.rerun_state_machine.check_for_nan_in_loss
     options = {
         "forward_only": True,
@@ -49,9 +50,8 @@ def evaluate(
     }
     for micro_batches in batches:
         callbacks.fire(f"on_{event}_step_start", context)
-        for name, (loss, count) in run_micro_batches(forward_step, micro_batches, run.model, **options).items():
-            before = sums.get(name, (0.0, 0.0))
-            sums[name] = (before[0] + loss, before[1] + count)
+        for name, total in run_micro_batches(forward_step, micro_batches, run.model, **options).items():
+            sums[name] = sums[name].plus(total) if name in sums else total
         callbacks.fire(f"on_{event}_step_end", context)
     if split == "validation":
         run.state.train_state.consumed_valid_samples += batches.num_samples
@@ -59,10 +59,14 @@ def evaluate(
     for chunk in run.model:
         chunk.train()
     context.loss_dict = means(sums)
-    context.num_tokens = int(max((count for _, count in sums.values()), default=0))
-    reported = ", ".join(
-        f"{name} {value:.4f} (perplexity {math.exp(min(value, 20.0)):.2f})" for name, value in context.loss_dict.items()
-    )
+    context.num_tokens = tokens_of(sums.values())
+    reported = ", ".join(_shown(name, value, sums[name]) for name, value in context.loss_dict.items())
     logger.info("step %d: %s over %d samples: %s", run.state.train_state.step, split, batches.num_samples, reported)
     callbacks.fire(f"on_{event}_end", context)
     return context.loss_dict
+
+
+def _shown(name: str, value: float, total: Total) -> str:
+    """A figure in the log; what isn't a mean per token has no perplexity."""
+    perplexity = f" (perplexity {math.exp(min(value, 20.0)):.2f})" if total.is_per_token else ""
+    return f"{name} {value:.4f}{perplexity}"

@@ -13,6 +13,7 @@ import torch
 from megatron.core.utils import unwrap_model
 
 from megatron.bridge.training.cpu_offload.finite_gradients import NonFiniteGradients
+from megatron.bridge.training.reported_losses import Total, sum_and_count
 from megatron.bridge.training.state import GlobalState
 from megatron.bridge.utils.distributed import all_gathered
 
@@ -30,21 +31,22 @@ def checked_loss_of(state: GlobalState) -> str | None:
     return f"step {state.train_state.step + 1}" if is_checked else None
 
 
-def check_loss(reported: list[dict[str, torch.Tensor]], totals: dict[str, tuple[float, float]], *, where: str) -> None:
+def check_loss(reported: list[dict[str, Any]], totals: dict[str, Total], *, where: str) -> None:
     """Refuse a loss that is NaN or infinite. Collective only then.
 
     Args:
-        reported: Of each micro-batch of this rank, [sum, count] by name; empty where this stage has no loss.
+        reported: Of each micro-batch of this rank, what its loss function reported; empty where this stage has none.
         totals: Their sums over all ranks, the same on each.
         where: The step, for the error.
 
     Raises:
         FloatingPointError: On all ranks; names the ranks whose loss it is.
     """
-    loss, num_tokens = totals.get(CHECKED_LOSS, (0.0, 0.0))
+    loss, num_tokens, _ = totals.get(CHECKED_LOSS, Total(0.0, 0.0, True))
     if math.isfinite(loss):
         return
-    is_wrong = any(not torch.isfinite(losses[CHECKED_LOSS]).all() for losses in reported if CHECKED_LOSS in losses)
+    own = [sum_and_count(CHECKED_LOSS, losses[CHECKED_LOSS], "cpu")[0] for losses in reported if CHECKED_LOSS in losses]
+    is_wrong = any(not torch.isfinite(pair).all() for pair in own)
     ranks = [rank for rank, wrong in enumerate(all_gathered(is_wrong)) if wrong]
     raise FloatingPointError(
         f"{where}: the loss over {num_tokens:.0f} tokens is {loss}, on {_ranks(ranks)}; weights and checkpoints are "

@@ -2,7 +2,6 @@
 """Run a forward step through Megatron-Core's schedules: bind the run to it, feed it micro-batches, add up losses."""
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -12,7 +11,9 @@ from megatron.core import mpu
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron.bridge.training.finite_steps import check_loss
+from megatron.bridge.training.reported_losses import Total, sum_and_count
 from megatron.bridge.training.state import GlobalState
+from megatron.bridge.utils.device import current_device
 
 
 def bind_forward_step(forward_step_func: Callable, state: GlobalState) -> Callable:
@@ -64,7 +65,7 @@ def run_micro_batches(
     *,
     forward_only: bool = False,
     checked_as: str | None = None,
-) -> dict[str, tuple[float, float]]:
+) -> dict[str, Total]:
     """Run one step's micro-batches forward (and backward), and add up the losses over all ranks.
 
     Args:
@@ -75,10 +76,10 @@ def run_micro_batches(
         checked_as: Names the step in the error for a loss that is NaN or infinite; None: that is no error.
 
     Returns:
-        For each loss that the forward step reported, its sum and its number of tokens over the global batch, the same
-        on every rank.
+        The total over the global batch of each figure that the loss function reported, the same on every rank.
 
     Raises:
+        ValueError: On all ranks: a figure has a form that can't be added up.
         FloatingPointError: On all ranks: the loss is NaN or infinite.
     """
     batch_size, seq_length = micro_batches[0]["tokens"].shape
@@ -99,23 +100,38 @@ def run_micro_batches(
     return totals
 
 
-def _sum_over_ranks(reported: list[dict[str, torch.Tensor]]) -> dict[str, tuple[float, float]]:
-    """Add up each loss over micro-batches and data-parallel ranks; only the last pipeline stage has them to add."""
-    is_last = mpu.is_pipeline_last_stage(ignore_virtual=True)
-    names = sorted(reported[0]) if is_last and reported else []
-    sums = {name: torch.stack([losses[name].detach().float() for losses in reported]).sum(0) for name in names}
-    for name in names:
-        torch.distributed.all_reduce(sums[name], group=mpu.get_data_parallel_group(with_context_parallel=True))
-    totals = {name: (float(sums[name][0]), float(sums[name][1])) for name in names}
+def _sum_over_ranks(reported: list[dict[str, Any]]) -> dict[str, Total]:
+    """Add up each figure over micro-batches and data-parallel ranks; only the last pipeline stage has them to add."""
     if mpu.get_pipeline_model_parallel_world_size() == 1:
-        return totals
-    shared = [totals]
+        return _totals(reported)
+    shared: list[Any] = [None]
+    if mpu.is_pipeline_last_stage(ignore_virtual=True):
+        try:
+            shared = [_totals(reported)]
+        except ValueError as error:  # the other stages wait for it
+            shared = [error]
     torch.distributed.broadcast_object_list(
         shared, src=mpu.get_pipeline_model_parallel_last_rank(), group=mpu.get_pipeline_model_parallel_group()
     )
+    if isinstance(shared[0], ValueError):
+        raise shared[0]
     return shared[0]
 
 
-def means(totals: dict[str, tuple[float, float]]) -> dict[str, float]:
-    """The mean loss per token of each total; NaN where no token counted."""
-    return {name: loss / count if count else math.nan for name, (loss, count) in totals.items()}
+def _totals(reported: list[dict[str, Any]]) -> dict[str, Total]:
+    """Each figure's total. All forms are looked at before any rank is asked for its sums.
+
+    Raises:
+        ValueError: A figure has a form that can't be added up.
+    """
+    device = current_device()
+    names = sorted({name for figures in reported for name in figures})
+    parts = {
+        name: [sum_and_count(name, figures[name], device) for figures in reported if name in figures] for name in names
+    }
+    totals = {}
+    for name, found in parts.items():
+        total = torch.stack([pair for pair, _ in found]).sum(0)
+        torch.distributed.all_reduce(total, group=mpu.get_data_parallel_group(with_context_parallel=True))
+        totals[name] = Total(*total.tolist(), is_per_token=all(is_per_token for _, is_per_token in found))
+    return totals

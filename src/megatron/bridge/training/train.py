@@ -21,8 +21,9 @@ from megatron.bridge.training.finite_steps import checked_loss_of, step_if_finit
 from megatron.bridge.training.flops import train_step_flops
 from megatron.bridge.training.hang_watchdog import shorten_timeouts
 from megatron.bridge.training.metrics import learning_rate
-from megatron.bridge.training.micro_batches import bind_forward_step, means, run_micro_batches
+from megatron.bridge.training.micro_batches import bind_forward_step, run_micro_batches
 from megatron.bridge.training.preemption import Preempted
+from megatron.bridge.training.reported_losses import means, tokens_of
 from megatron.bridge.training.setup import SetupOutput
 from megatron.bridge.utils.device import current_device
 
@@ -36,8 +37,8 @@ class TrainStepResult:
     losses: dict[str, float]
     """Mean per token over the global batch, by name."""
 
-    num_tokens: int
-    """Tokens that counted in the loss, over all ranks."""
+    num_tokens: int | None
+    """Tokens that counted in the loss, over all ranks. None: the loss function counts none."""
 
     grad_norm: float | None
     """Norm of the whole gradient before clipping. None: not computed (clip_grad=0)."""
@@ -117,8 +118,7 @@ def train_step(run: SetupOutput, forward_step: Callable, micro_batches: list[dic
     updated = _on_every_model_parallel_rank(updated)
     if updated:
         run.scheduler.step(increment=get_current_global_batch_size())
-    num_tokens = int(max((count for _, count in totals.values()), default=0))
-    return TrainStepResult(means(totals), num_tokens, grad_norm, updated)
+    return TrainStepResult(means(totals), tokens_of(totals.values()), grad_norm, updated)
 
 
 def _take_step(run: SetupOutput, forward_step: Callable, context: CallbackContext, callbacks: CallbackManager) -> None:
@@ -139,7 +139,7 @@ def _take_step(run: SetupOutput, forward_step: Callable, context: CallbackContex
     result = train_step(run, forward_step, micro_batches)
     train_state.step += 1
     train_state.consumed_train_samples += batch_size
-    if result.losses and not result.num_tokens:
+    if result.num_tokens == 0:
         logger.warning("step %d has no token to learn: it has no loss, and its gradient is zero", train_state.step)
     context.loss_dict, context.grad_norm = result.losses, result.grad_norm
     context.skipped_iter, context.num_tokens = not result.updated, result.num_tokens
