@@ -98,3 +98,41 @@ def test_a_step_that_learns_nothing_has_no_loss(starts):
     assert [step for step, loss in losses.items() if loss is None] == [UNLEARNED]
     assert sum(f"step {UNLEARNED} has no token to learn" in line for line in starts[0]["log"]) == 1
     assert not any("no token to learn" in line for line in starts[1]["log"])
+
+
+def _fp16_run(directory, to_tensorboard):
+    from megatron.bridge.training.gpt_step import forward_step
+    from megatron.bridge.training.metrics import METRICS_FILE, read_metrics
+    from megatron.bridge.training.pretrain import pretrain
+
+    cfg = tiny_config(
+        directory,
+        train_iters=3,
+        logger={"tensorboard_dir": f"{directory}/curves", "log_loss_scale_to_tensorboard": to_tensorboard},
+        checkpoint={"save": f"{directory}/checkpoints"},
+    )
+    cfg.mixed_precision = "fp16_mixed"  # its first loss scale is 2**32
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("megatron.bridge").addHandler(handler)
+    try:
+        pretrain(cfg, forward_step)
+    finally:
+        logging.getLogger("megatron.bridge").removeHandler(handler)
+    return "\n".join(lines), read_metrics(f"{directory}/curves/{METRICS_FILE}")
+
+
+@pytest.mark.parametrize("to_tensorboard", [True, False])
+def test_steps_that_fp16_skips_are_counted_and_the_loss_scale_is_shown(tmp_path, to_tensorboard):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    [(log, metrics)] = run_on_ranks(_fp16_run, 1, tmp_path, to_tensorboard)
+    train = [line for line in metrics if line["split"] == "train"]
+    assert [line["skipped"] for line in train] == [True] * 3
+    assert train[0]["loss_scale"] == 2.0**32
+    assert "loss scale 4.29497e+09, skipped 1 of 1 steps (gradients not finite)" in log
+    assert "3 of these steps changed nothing: a gradient was not finite" in log
+    curves = EventAccumulator(str(tmp_path / "curves"))
+    curves.Reload()
+    assert ("loss-scale" in curves.Tags()["scalars"]) == to_tensorboard

@@ -29,8 +29,13 @@ class CallbackContext:
     learning_rate: float | None = None
     """The one that the step just taken was taken with."""
 
+    fp16_loss_scale: float | None = None
+    """By which the loss of the step just taken was multiplied; with FP16 alone."""
+
     grad_norm: float | None = None
     skipped_iter: bool | None = None
+    """The step just taken changed nothing: a gradient was not finite."""
+
     num_tokens: int | None = None
     """Tokens that counted in the loss of the step just taken, over all ranks."""
 

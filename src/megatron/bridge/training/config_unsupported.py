@@ -140,7 +140,7 @@ _INERT = tuple(
 _OF_NO_USE = tuple(
     """
     train.exit_signal_handler_for_dataloader dist.local_rank rerun_state_machine.error_injection_type
-    logger.throughput_window_size logger.timing_log_option logger.log_loss_scale_to_tensorboard
+    logger.throughput_window_size logger.timing_log_option
     logger.runtime_time_unit logger.barrier_with_L1_time logger.filter_warnings profiling.memory_snapshot_path
     checkpoint.use_tokenizer_model_from_checkpoint_args checkpoint.async_strategy checkpoint.use_persistent_ckpt_worker
     checkpoint.async_ckpt_cpu_priority checkpoint.async_ckpt_io_priority checkpoint.async_ckpt_use_cpu_shm

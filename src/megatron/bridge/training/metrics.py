@@ -47,6 +47,7 @@ def step_values(context: CallbackContext) -> dict[str, Any]:
         "tokens_per_second": round(context.tokens_per_second, 1),
         "peak_memory_bytes": peak_memory_bytes(),
         "skipped": context.skipped_iter,
+        **({} if context.fp16_loss_scale is None else {"loss_scale": context.fp16_loss_scale}),
     }
 
 

@@ -25,6 +25,8 @@ class ProgressBar(Callback):
     def __init__(self) -> None:
         self._bar: tqdm | None = None
         self._is_terminal = sys.stderr.isatty()
+        self._steps = self._skipped = 0
+        """Since the last line."""
 
     def on_train_start(self, context: CallbackContext) -> None:
         state = context.state
@@ -43,11 +45,17 @@ class ProgressBar(Callback):
         if context.grad_norm is not None:
             shown["grad norm"] = f"{context.grad_norm:.2f}"
         shown["tokens/s"] = f"{context.tokens_per_second:.0f}"
+        if context.fp16_loss_scale is not None:
+            shown["loss scale"] = f"{context.fp16_loss_scale:g}"
+        self._steps, self._skipped = self._steps + 1, self._skipped + context.skipped_iter
+        if self._skipped:
+            shown["skipped"] = f"{self._skipped} of {self._steps} steps (gradients not finite)"
         self._bar.set_postfix(shown)
         self._bar.update()
         step, last = context.state.train_state.step, context.state.derived.train_iters
         if not self._is_terminal and (step % context.state.cfg.logger.log_interval == 0 or step in (1, last)):
             logger.info("step %d/%d: %s", step, last, ", ".join(f"{name} {value}" for name, value in shown.items()))
+            self._steps = self._skipped = 0
 
     def on_train_end(self, context: CallbackContext) -> None:
         self._bar.close()

@@ -32,12 +32,13 @@ class RunSummary(Callback):
 
     def __init__(self) -> None:
         self._began = time.monotonic()
-        self._steps = 0
+        self._steps = self._skipped = 0
         self._step_seconds = self._tokens = 0.0
         self._losses: dict[str, float] = {}
 
     def on_train_step_end(self, context: CallbackContext) -> None:
         self._steps += 1
+        self._skipped += context.skipped_iter
         self._step_seconds += context.step_seconds
         self._tokens += context.tokens_per_second * context.step_seconds
         self._losses = context.loss_dict
@@ -46,6 +47,8 @@ class RunSummary(Callback):
         """Say what came of the run, also where it ends with an error: how far it came, and what is saved."""
         step, last = state.train_state.step, state.derived.train_iters
         rows = {"steps": f"{step} of {last}, {self._steps} of them since this start"}
+        if self._skipped:
+            rows["skipped"] = f"{self._skipped} of these steps changed nothing: a gradient was not finite"
         if self._steps:
             rows["last loss"] = ", ".join(f"{name} {value:.4f}" for name, value in self._losses.items())
             rows["speed"] = (

@@ -29,6 +29,8 @@ class TensorBoard(MetricsLogger):
 
     def write(self, state: "GlobalState", split: str, values: dict[str, Any]) -> None:
         """Add a point to each curve."""
+        if not state.cfg.logger.log_loss_scale_to_tensorboard:
+            values = {name: value for name, value in values.items() if name != "loss_scale"}
         for name, value in _names(split, values).items():
             self._writer.add_scalar(name, value, state.train_state.step)
 

@@ -135,6 +135,7 @@ def _take_step(run: SetupOutput, forward_step: Callable, context: CallbackContex
         return
     callbacks.fire("on_train_step_start", context)
     context.learning_rate = learning_rate(context)
+    context.fp16_loss_scale = float(run.optimizer.get_loss_scale()) if run.state.cfg.model.fp16 else None
     started = time.perf_counter()
     result = train_step(run, forward_step, micro_batches)
     train_state.step += 1
