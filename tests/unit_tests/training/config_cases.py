@@ -201,7 +201,7 @@ BAD = {
     ],
     "check_sgd_is_not_distributed": [
         (
-            [*OFFLOAD, "optimizer.optimizer=sgd", "checkpoint.save=/tmp/saved"],
+            [*OFFLOAD, "optimizer.optimizer=sgd", "checkpoint.save=saved"],
             1,
             "the state of an offloaded SGD can't be saved; set checkpoint.save_optim=false",
         ),
