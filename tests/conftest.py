@@ -33,11 +33,14 @@ class CellCounts:
 def pytest_addoption(parser):
     parser.addoption("--resume-matrix", choices=("cut", "whole"), default="cut", help="how much of it runs")
     parser.addoption("--quick", action="store_true", help="only tests without ranks, other programs and models")
+    parser.addoption("--slow", action="store_true", help="only the tests that --quick leaves out")
 
 
 def pytest_configure(config):
     gpus.hide_from_tests()
     ranks.is_quick = config.getoption("--quick")
+    if ranks.is_quick and config.getoption("--slow"):
+        raise pytest.UsageError("--quick and --slow leave nothing: choose one")
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -46,8 +49,9 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--quick"):
-        left_out = [item for item in items if not quick.is_quick(item)]
+    asked = config.getoption("--quick"), config.getoption("--slow")
+    if any(asked):
+        left_out = [item for item in items if quick.is_quick(item) != asked[0]]
         items[:] = [item for item in items if item not in set(left_out)]
         config.hook.pytest_deselected(items=left_out)
 

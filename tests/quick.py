@@ -19,7 +19,7 @@ SLOW_MARKERS = ("real_model", "gpu")
 
 def is_quick(item: Any) -> bool:
     """Whether a collected test is one of these."""
-    if any(item.get_closest_marker(name) for name in SLOW_MARKERS):
+    if any(item.get_closest_marker(name) for name in SLOW_MARKERS) or IGNORED & set(item.path.parts):
         return False
     fixtures = [definition.func for used in item._fixtureinfo.name2fixturedefs.values() for definition in used]
     return not any(reaches_slow(_code_of(function)) for function in (item.function, *fixtures))
