@@ -135,5 +135,5 @@ def refusals(directory, options_by_name):
 
 
 def parts_equal(first, second):
-    """Which parts of two sets of facts are equal to the bit."""
+    """Which parts of two sets of facts are bit-equal."""
     return {name for name in first if first[name] == second[name]}

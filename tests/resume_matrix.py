@@ -14,7 +14,7 @@ from tests.tiny import fp32_norm_layer_spec
 
 STEPS, SAVES = 5, (0, 1, 3)
 RESHARDED_AT = 3
-"""The save from which another layout goes on."""
+"""The save from which another layout resumes."""
 SIZES = {
     "num_layers": 2,
     "hidden_size": 36,
@@ -81,7 +81,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class Cell:
-    """A saved run and what is changed in the run that goes on."""
+    """A saved run and what is changed in the run that resumes it."""
 
     saved: Saved
     change: str = SAME
@@ -96,7 +96,7 @@ class Cell:
 
     @property
     def refused(self) -> str:
-        """What a dp_reshardable checkpoint answers; empty where the run goes on."""
+        """What a dp_reshardable checkpoint answers; empty where the run resumes."""
         if self.saved.form != "dp_reshardable":
             return ""
         was, now = (LAYOUTS[layout][1] for layout in (self.saved.layout, self.layout))

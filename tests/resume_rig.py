@@ -1,10 +1,10 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """What a cell of the resume matrix runs, and what must be equal.
 
-One uninterrupted run saves at several steps. From each save a run with a new model and a new optimizer goes on:
+One uninterrupted run saves at several steps. From each save a run with a new model and a new optimizer resumes:
 
-- as it was, or with another part of the optimizer offloaded: all that follows must be equal to the bit;
-- in another layout: the optimizer's state, put together over all ranks, must be the saved one to the bit, and the
+- as it was, or with another part of the optimizer offloaded: all that follows must be bit-equal;
+- in another layout: the optimizer's state, put together over all ranks, must be the saved one, bit-exact, and the
   losses equal up to the order of sums;
 - with learning rate 0 and no weight decay: no weight may change.
 """
@@ -143,7 +143,7 @@ def resume_config(
         checkpoint={
             "save": None,
             "pretrained_checkpoint": f"{directory}/{saved.kind}",
-            # The run that goes on would save in the other format: how to read is the checkpoint's to say.
+            # The run that resumes would save in the other format: how to read is the checkpoint's to say.
             "dist_ckpt_optim_fully_reshardable": (saved.form == "fully_reshardable") != ("load" in load),
             **load,
         },
@@ -172,7 +172,7 @@ def run_through(directory: Path, run: str, saved: Saved, **options: Any) -> Seen
 
 
 def resume(directory: Path, run: str, cell: Cell, step: int, **options: Any) -> tuple[Seen, dict[str, float]]:
-    """A run that goes on from a save; and what a step at learning rate 0 changes there."""
+    """A run that resumes from a save; and what a step at learning rate 0 changes there."""
     options.update(load=f"{directory}/{run}", ckpt_step=step)
     seen = _finetune(resume_config(directory, cell, **options))
     return seen, _finetune(resume_config(directory, cell, still=True, steps=step + 1, **options)).moved

@@ -5,9 +5,9 @@
 
 Two ranks train a tiny model with half of the optimizer offloaded, saving every second step, with and without
 `async_save`. The faults are those of `tests/soak_faults.py`, each kind as often. After each the run is started again:
-it must go on from the last step that was reported saved, or a later one, except where the fault damaged that
+it must resume from the last step that was reported saved, or a later one, except where the fault damaged that
 checkpoint, which must be refused by name. When the last step is reached, every loss of every start and every tensor of
-the last checkpoint are compared with the uninterrupted run's, to the bit, and the next run begins, until all faults are
+the last checkpoint are compared with the uninterrupted run's, bit by bit, and the next run begins, until all faults are
 spent. `--write` puts the table into docs/reliability.md; a run of less than the usual number of faults doesn't.
 """
 

@@ -179,7 +179,7 @@ def wait_for_saves(run: Run, number: int) -> None:
 
 
 def check_equal(run: Run, whole: Run) -> None:
-    """Every loss of every start and each tensor of the last checkpoint are the uninterrupted run's, to the bit."""
+    """Every loss of every start and each tensor of the last checkpoint are the uninterrupted run's, bit-exact."""
     assert run.losses() == whole.losses(), "a start found another loss than the uninterrupted run"
     first, second = (stored_content(each.checkpoints, STEPS) for each in (run, whole))
     differing = unequal(first, second)

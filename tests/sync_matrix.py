@@ -2,7 +2,7 @@
 """One cell of the sync's matrix, on the ranks: a model, an offloaded optimizer, and every way that weights come in.
 
 Each way starts from random weights and an optimizer built on them. Then the weights come in, and three things must
-hold, to the bit:
+hold, bit-exact:
 
 1. every tensor that a sub-optimizer steps on, and every FP32 shard, equals its weight;
 2. a step with learning rate 0 leaves every weight;
@@ -154,7 +154,7 @@ def _verdicts(rig: Rig, cell: Cell, ways: list[str], plain: dict[str, Trace]) ->
     in_place = run_way("in place", rig, offload)[1]
     verdicts = {"in place": _apart(in_place, plain["in place"], tolerance=tolerance)}
     for way in ways:
-        if way in plain:  # on CUDA these have no reference to the bit, and train on gradients of their own
+        if way in plain:  # on CUDA these have no bit-exact reference, and train on gradients of their own
             found, traced = run_way(way, rig, offload, plain[way].gradients if is_simulated() else None)
             apart = _apart(traced, plain[way], tolerance=tolerance)
         else:

@@ -4,7 +4,7 @@
     launch_with_nemo_run.py --nproc-per-node 2 --recipe smollm2_135m_sft_config --mode sft train.train_iters=20
     launch_with_nemo_run.py --executor slurm --account ACCOUNT --nodes 2 --nproc-per-node 8 --dry-run --recipe ...
 
-What isn't an option of this launcher goes on to the script (scripts/training/run_recipe.py), as does all after `--`.
+What is no option of this launcher is handed on to the script (scripts/training/run_recipe.py), as is all after `--`.
 Exit code: 0 when the job succeeded (or was submitted, with --detach), 1 when it failed, 2 when it could not be started,
 128 + the signal's number when the launcher was told to stop.
 """
@@ -22,7 +22,7 @@ DEFAULT_SCRIPT = Path(__file__).with_name("run_recipe.py")
 
 
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The launcher's options, and what goes on to the script."""
+    """The launcher's options, and what is handed on to the script."""
     own, _, after = _split(argv)
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],

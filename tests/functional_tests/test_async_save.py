@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Saves that are written while the training goes on, on two ranks: what is saved is the state at the save.
+"""Saves that are written while training continues, on two ranks: what is saved is the state at the save.
 
 An offloaded optimizer's masters and moments lie on the host, where the next step changes them; here the writer is held
 back until three more steps are taken, so that whatever isn't copied at the save is seen to have moved.
@@ -125,7 +125,7 @@ def test_the_state_saved_is_the_state_at_the_save(directory, offload):
 
 
 def _resume_equals(directory, whole, offload):
-    """From the held-back save on, a resumed run equals the uninterrupted one to the bit."""
+    """From the held-back save on, a resumed run equals the uninterrupted one, bit-exact."""
     checkpoint = dict(save="async", offload=offload, ckpt_step=SAVED)
     for resumed, uninterrupted in zip(run_on_ranks(_run, 2, directory, **checkpoint), whole, strict=True):
         assert resumed.losses == uninterrupted.losses[SAVED:]

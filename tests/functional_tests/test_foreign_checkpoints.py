@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Checkpoints that stock Megatron Bridge and Megatron-LM wrote load; hostile ones: `test_hostile_checkpoints.py`.
 
-They are written here by stock Core from a run of ours, whose end the resumed run must reach to the bit.
+They are written here by stock Core from a run of ours, whose end the resumed run must reach, bit-exact.
 """
 
 import argparse

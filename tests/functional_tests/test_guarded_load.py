@@ -81,10 +81,10 @@ def directory(tmp_path_factory):
 @pytest.mark.parametrize(
     ("breakage", "weights_alone", "resume"),
     [
-        pytest.param("no sync", "ends", "goes on", id="copies of random weights"),
-        pytest.param(1 + 2.0**-22, "ends", "goes on", id="bits that the weights don't have"),
+        pytest.param("no sync", "ends", "continues", id="copies of random weights"),
+        pytest.param(1 + 2.0**-22, "ends", "continues", id="bits that the weights don't have"),
         pytest.param(1.1, "ends", "ends", id="other values"),
-        pytest.param(None, "goes on", "goes on", id="nothing wrong"),
+        pytest.param(None, "continues", "continues", id="nothing wrong"),
     ],
 )
 def test_a_load_that_leaves_wrong_copies_ends_before_the_first_step(directory, breakage, weights_alone, resume):

@@ -119,7 +119,7 @@ def test_ckpt_step_resumes_from_that_step(runs, saved, rank):
     assert resumed["start"]["step"] == 2 and resumed["start"]["consumed"] == 16
     assert resumed["start"]["adam_steps"] == [2.0]
     assert resumed["steps"] == [3]
-    assert resumed["losses"] == saved[rank]["full"]["losses"][2:3], "the third step again, to the bit"
+    assert resumed["losses"] == saved[rank]["full"]["losses"][2:3], "the third step again, bit-exact"
 
 
 @pytest.mark.parametrize("case", ["load_optim=false", "saved without optimizer"])

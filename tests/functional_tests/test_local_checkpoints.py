@@ -118,7 +118,7 @@ def test_a_damaged_file_is_named_on_all_ranks(both, damage):
         path.write_bytes(path.read_bytes()[: 0 if damage == "empty" else -100])
     for rank, (_, error, _) in enumerate(_plan(both, checkpoint={"non_persistent_local_ckpt_dir": place.name})):
         assert error.startswith("ValueError: " if rank == 1 else "RuntimeError: ")
-        assert f"{path} can't be read as a local checkpoint: " in error and "; remove it, and the run goes on" in error
+        assert f"{path} can't be read as a local checkpoint: " in error and "; remove it, and the run resumes" in error
         assert "\n" not in error
 
 
@@ -145,7 +145,7 @@ def test_another_layout_is_refused(both):
         assert (
             f"{both}/{LOCAL[rank]}" in error and "was saved under model.tensor_model_parallel_size 1 -> 2, and" in error
         )
-        assert "remove the directory's files to go on from the newest persistent checkpoint" in error
+        assert "remove the directory's files to resume from the newest persistent checkpoint" in error
 
 
 @needs_the_package

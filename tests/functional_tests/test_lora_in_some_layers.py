@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Adapters in some layers, or beside some experts: saved, resumed to the bit and read at other layouts, as all are."""
+"""Adapters in some layers, or beside some experts: saved, resumed bit-exact and read at other layouts, as all are."""
 
 import pytest
 

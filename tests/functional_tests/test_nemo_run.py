@@ -49,7 +49,7 @@ elif "what=sleep" in sys.argv:
     note("started")
     time.sleep(6000)
 elif "what=resume" in sys.argv:
-    # As a run does with train.exit_signal_handler: it saves at the signal and ends with 75; started again, it goes on.
+    # As a run does with train.exit_signal_handler: it saves at the signal and ends with 75; started again, it resumes.
     note("arguments", repr(sys.argv[1:]))
     note("environment", os.environ["TEXT"])
     if Path("saved-0").exists():

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Runs without the distributed optimizer stop and resume to the bit, from what stock Core wrote too."""
+"""Runs without the distributed optimizer stop and resume bit-exact, from what stock Core wrote too."""
 
 from types import SimpleNamespace
 

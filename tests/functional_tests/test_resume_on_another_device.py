@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""A run that goes on on another kind of device: from a GPU to a machine without one, and back, on two ranks."""
+"""A run that resumes on another kind of device: from a GPU to a machine without one, and back, on two ranks."""
 
 import contextlib
 import logging
@@ -66,7 +66,7 @@ class _Heard(logging.Handler):
 
 
 def _run(directory, device, **train):
-    """Losses, final weights, what the host's generators give next, and the warnings of a run that goes on if it can."""
+    """Losses, final weights, what the host's generators give next, and the warnings of a run that resumes if it can."""
     heard = _Heard()
     logging.getLogger("megatron.bridge").addHandler(heard)
     save = str(directory / "checkpoints")

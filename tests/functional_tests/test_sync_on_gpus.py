@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """The sync's matrix on CUDA: pinned memory, real streams, NCCL. One GPU, and two where there are two.
 
-The reference is the run whose weights were in place when its optimizer was built, to the bit. Against the run without
+The reference is the run whose weights were in place when its optimizer was built, bit-exact. Against the run without
 offload there is a tolerance (`sync_matrix.ADAMS_APART`).
 """
 

@@ -99,7 +99,7 @@ THE_FLAT_STEP = (
     ),
     _flat(
         "state that a load left elsewhere",
-        "steps go on with the moments from before the load",
+        "steps continue with the moments from before the load",
         "                    place.copy_(tensor)\n",
         "                    pass\n",
     ),

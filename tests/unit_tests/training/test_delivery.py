@@ -60,7 +60,7 @@ def test_what_was_missed_comes_later_and_in_order(at_once, caplog):
     _hand_over(place, [1, 2, 3, 4, 5], at_once=at_once)
     assert place.taken == [1, 2, 3, 4, 5]
     assert _warnings(caplog) == [
-        "Place did not take the figures of step 3 (ConnectionError: the server is away): the run goes on; they wait "
+        "Place did not take the figures of step 3 (ConnectionError: the server is away): the run continues; they wait "
         "and are offered again"
     ]
 

@@ -244,5 +244,5 @@ def _errors_of_the_disk(directory: str | Path) -> Iterator[None]:
         raise OSError(
             cause.errno,
             f"{directory} can't be written on rank {rank()} ({cause.strerror}): make it writable or free space there, "
-            "and start again: the run goes on from the last complete checkpoint",
+            "and start again: the run resumes from the last complete checkpoint",
         ) from error

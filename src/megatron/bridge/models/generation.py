@@ -133,7 +133,7 @@ def generate_tokens(
         end_ids: Stop after one of these, which is yielded too.
 
     Raises:
-        ValueError: The prompt is empty or holds an unknown token, or the model can't go on from it.
+        ValueError: The prompt is empty or holds an unknown token, or the model can't continue it.
     """
     from megatron.core.inference.contexts import StaticInferenceContext
     from megatron.core.utils import get_model_config

@@ -176,7 +176,7 @@ class _Stopper:
                 signal.signal(number, handler)
 
     def started(self, experiment: Any) -> None:
-        """The job runs: from here on a signal ends it, and the wait for it goes on."""
+        """The job runs: from here on a signal ends it, and the wait for it continues."""
         self._experiment = experiment
 
     def _on_signal(self, number: int, frame: Any) -> None:

@@ -100,7 +100,7 @@ class FaultTolerancePluginScriptArgs:
 
 @dataclass(kw_only=True)
 class FaultTolerancePlugin(run.Plugin):
-    """Start a failed run again: torchrun its workers, then Slurm the job. Each goes on from the newest checkpoint.
+    """Start a failed run again: torchrun its workers, then Slurm the job. Each resumes from the newest checkpoint.
 
     The heartbeats of nvidia-resiliency-ext aren't built: a hang ends through `dist.distributed_timeout_minutes`.
     """

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""A save whose files are written while the training goes on (`checkpoint.async_save`), one at a time.
+"""A save whose files are written while training continues (`checkpoint.async_save`), one at a time.
 
 What is saved is copied first; a thread of each rank writes the copies. The closing steps are those of any save, taken
 by all ranks together at the first step at which all have written.

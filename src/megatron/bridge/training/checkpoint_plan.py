@@ -307,7 +307,7 @@ def _check_local_layout(cfg: ConfigContainer, local: LocalCheckpoint) -> None:
     if differing:
         raise ValueError(
             f"{local.path} (checkpoint.non_persistent_local_ckpt_dir) was saved under {', '.join(differing)}, and a "
-            "local checkpoint can't be resharded: start as before, or remove the directory's files to go on from the "
+            "local checkpoint can't be resharded: start as before, or remove the directory's files to resume from the "
             "newest persistent checkpoint"
         )
 

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Save and load: the two verbs of checkpointing, and the sync that makes a load right under CPU offload.
 
-The rule: masters follow what was loaded. Optimizer state loaded: theirs, to the bit. Weights only: rebuilt from the
+The rule: masters follow what was loaded. Optimizer state loaded: theirs, bit-exact. Weights only: rebuilt from the
 weights. It is decided by what the load did (`LoadPlan.optimizer`), never by a flag.
 """
 

@@ -114,7 +114,7 @@ class CheckpointConfig:
     """All data-parallel ranks share the writing of a checkpoint."""
 
     async_save: bool = False
-    """Copy what is saved and write it while the training goes on; one checkpoint at a time."""
+    """Copy what is saved and write it while training continues; one checkpoint at a time."""
 
     async_strategy: Literal["nvrx", "mcore"] = "nvrx"
     """Megatron Bridge's choice of a background writer. Here a thread of each rank writes, whatever it says."""

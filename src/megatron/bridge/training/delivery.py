@@ -170,7 +170,7 @@ class Delivery:
         self._next_try = time.monotonic() + pause
         if not self._failures:
             logger.warning(
-                "%s did not take the figures of step %d (%s): the run goes on; they wait and are offered again",
+                "%s did not take the figures of step %d (%s): the run continues; they wait and are offered again",
                 self._name,
                 line[0].train_state.step,
                 _one_line(error),

@@ -93,6 +93,6 @@ def _check_sums(path: Path) -> None:
 
 def _damaged(path: Path, reason: str) -> str:
     return (
-        f"{path} can't be read as a local checkpoint: {reason}; remove it, and the run goes on from the newest "
+        f"{path} can't be read as a local checkpoint: {reason}; remove it, and the run resumes from the newest "
         "checkpoint that all ranks can read"
     )

@@ -59,9 +59,9 @@ def _losses(context: CallbackContext) -> dict[str, float | None]:
 class MetricsLogger(Callback):
     """A place for figures. Override `write`, and `open` and `close` where there is something to; rank 0 calls them.
 
-    An error of `write` or `close` is a warning, and the run goes on: what wasn't taken waits and is offered again. Only
-    `open` can refuse a run. `write` is called by a thread of its own, so that a place that answers slowly holds no
-    step, unless `writes_at_once`.
+    An error of `write` or `close` is a warning, and the run continues: what wasn't taken waits and is offered again.
+    Only `open` can refuse a run. `write` is called by a thread of its own, so that a place that answers slowly holds
+    no step, unless `writes_at_once`.
     """
 
     title: str | None = None

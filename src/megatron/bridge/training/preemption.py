@@ -29,7 +29,7 @@ class Preempted(SystemExit):
 
     def __init__(self, step: int) -> None:
         super().__init__(PREEMPTED)
-        logger.info("stopped by a signal after step %d; exit code %d: started again, the run goes on", step, PREEMPTED)
+        logger.info("stopped by a signal after step %d; exit code %d: started again, the run resumes", step, PREEMPTED)
 
 
 class ExitSignal:

@@ -84,7 +84,7 @@ def _warn_of_another_base(cfg: ConfigContainer, run_config: dict[str, Any], path
     was, now = (run_config.get("checkpoint") or {}).get("pretrained_checkpoint"), cfg.checkpoint.pretrained_checkpoint
     if was is not None and now is not None and Path(was).resolve() != Path(now).resolve() and is_rank_0():
         logger.warning(
-            "%s holds adapters of the weights in %s, and checkpoint.pretrained_checkpoint=%s: they go on beside other "
+            "%s holds adapters of the weights in %s, and checkpoint.pretrained_checkpoint=%s: they resume beside other "
             "weights than they were trained with, unless these are the same",
             path,
             was,

@@ -73,7 +73,7 @@ def _check_schedule_is_decided(scheduler: OptimizerParamScheduler, saved: dict[s
 
 
 def _without_what_has_no_effect(saved: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
-    """The saved schedule, where a length that changes nothing is this run's: a constant rate may go on for longer."""
+    """The saved schedule, where a length that changes nothing is this run's: a constant rate may last longer."""
     saved = dict(saved)
     if saved.get("start_wd") == saved.get("end_wd") == ours["start_wd"] == ours["end_wd"]:
         saved["wd_incr_steps"] = ours["wd_incr_steps"]

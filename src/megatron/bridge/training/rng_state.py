@@ -79,7 +79,7 @@ def restore_rng_state(states: list[dict[str, Any]], *, data_parallel_random_init
 
     The device's are all put back, or, where any rank's are another kind of device's, none: what they have from this
     run's seed stays, one warning says so, and the host's are put back all the same. (A simulated device draws from the
-    host's generator, and so goes on from its state.)
+    host's generator, and so continues from its state.)
 
     Args:
         states: One entry, or one per data-parallel rank.
@@ -101,7 +101,7 @@ def restore_rng_state(states: list[dict[str, Any]], *, data_parallel_random_init
     elif is_rank_0():
         logger.warning(
             "random states: the device's generator and tracker, which dropout draws from, start anew from rng.seed: "
-            "%s; all else goes on as saved",
+            "%s; all else is as saved",
             foreign,
         )
 

@@ -92,7 +92,7 @@ class GlobalState:
     """What became of the data, by split, in words."""
 
     background_save: BackgroundSave | None = field(default=None, repr=False)
-    """The save that is being written while the training goes on; None: there is none."""
+    """The save that is being written while training continues; None: there is none."""
 
     exit_signal: ExitSignal | None = field(default=None, repr=False)
     """The signal that stops the run; None: none is caught."""

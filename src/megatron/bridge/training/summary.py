@@ -179,7 +179,7 @@ def _checkpoints(cfg: "ConfigContainer") -> str:
     if options.most_recent_k and options.most_recent_k > 0:
         text += f"; the newest {options.most_recent_k} are kept"
     text += "; written in the background" if options.async_save else ""
-    resumes = "a new start goes on from there" if options.load == options.save else "checkpoint.load is elsewhere"
+    resumes = "a new start resumes from there" if options.load == options.save else "checkpoint.load is elsewhere"
     return f"{text}; {resumes}"
 
 

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""A Megatron-Core newer than any that was tested: said once, and the run goes on.
+"""A Megatron-Core newer than any that was tested: said once, and the run continues.
 
 Nothing here is refused by its version. Where a later Core has lost what is used of it, the place that needs it says so.
 """
@@ -20,8 +20,8 @@ def warn_of_an_untested_core(installed: str | None = None) -> bool:
     newer = _numbers(installed) > _numbers(NEWEST_TESTED_CORE)
     if newer:
         logger.warning(
-            "megatron-core %s is newer than the newest tested (%s): the run goes on; repairs are chosen by looking at "
-            "its code, and what it no longer has is named where it is needed",
+            "megatron-core %s is newer than the newest tested (%s): the run continues; repairs are chosen by looking "
+            "at its code, and what it no longer has is named where it is needed",
             installed,
             NEWEST_TESTED_CORE,
         )

@@ -19,7 +19,7 @@ class TensorResult:
     name: str
     shape: tuple[int, ...]
     found: str
-    """`equal`, to the bit, or what differs."""
+    """`equal`: bit-equal; or what differs."""
 
     @property
     def is_equal(self) -> bool:

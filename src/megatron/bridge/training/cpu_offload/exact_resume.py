@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""What a resume restores, to the bit: Adam's step counter and the masters that are stepped on.
+"""What a resume restores, bit-exact: Adam's step counter and the masters that are stepped on.
 
 The dp_reshardable format keeps `step` out of the sharded state and hands the load template's value back, which then
 overwrites the counter that the param groups brought (NovaSky-AI/SkyRL PR 1403, Megatron-LM PR 7449). And a loaded
