@@ -131,7 +131,7 @@ def test_steps_that_fp16_skips_are_counted_and_the_loss_scale_is_shown(tmp_path,
     train = [line for line in metrics if line["split"] == "train"]
     assert [line["skipped"] for line in train] == [True] * 3
     assert train[0]["loss_scale"] == 2.0**32
-    assert "loss scale 4.29497e+09, skipped 1 of 1 steps (gradients not finite)" in log
+    assert "loss scale 4.29497e+09, skipped 1 of 1 steps (a gradient was not finite)" in log
     assert "3 of these steps changed nothing: a gradient was not finite" in log
     curves = EventAccumulator(str(tmp_path / "curves"))
     curves.Reload()

@@ -34,7 +34,7 @@ class CallbackContext:
 
     grad_norm: float | None = None
     skipped_iter: bool | None = None
-    """The step just taken changed nothing: a gradient was not finite."""
+    """The step just taken changed nothing: a gradient was not finite, or its norm above Core's threshold."""
 
     num_tokens: int | None = None
     """Tokens that counted in the loss of the step just taken, over all ranks."""

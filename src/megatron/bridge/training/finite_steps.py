@@ -73,7 +73,27 @@ def step_if_finite(state: GlobalState, model: list[Any], optimizer: Any) -> tupl
     except NonFiniteGradients as found:
         return leave_out(state, f"the gradient's norm is {found.norm}: {_where(model)}"), found.norm
     state.num_nonfinite_steps = 0
+    threshold = _norm_above_which_core_skips(state)
+    if not updated and grad_norm is not None and threshold < grad_norm < math.inf:
+        logger.warning(
+            "step %d is left out: the gradient's norm is %.4g, above optimizer.grad_norm_skip_threshold=%g",
+            state.train_state.step + 1,
+            grad_norm,
+            threshold,
+        )
     return updated, None if grad_norm is None else float(grad_norm)
+
+
+def reasons_to_skip(state: GlobalState) -> str:
+    """Why a step of this run may have changed nothing, in a few words."""
+    threshold = _norm_above_which_core_skips(state)
+    also = f" or its norm above optimizer.grad_norm_skip_threshold={threshold:g}" if threshold < math.inf else ""
+    return f"a gradient was not finite{also}"
+
+
+def _norm_above_which_core_skips(state: GlobalState) -> float:
+    # An option of Core's since 0.19.
+    return getattr(state.cfg.optimizer, "grad_norm_skip_threshold", math.inf)
 
 
 def leave_out(state: GlobalState, reason: str) -> bool:

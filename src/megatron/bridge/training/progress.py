@@ -8,6 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron.bridge.training.callbacks import Callback, CallbackContext
+from megatron.bridge.training.finite_steps import reasons_to_skip
 from megatron.bridge.training.metrics import MetricsFile, learning_rate
 from megatron.bridge.utils.distributed import is_rank_0
 
@@ -49,7 +50,7 @@ class ProgressBar(Callback):
             shown["loss scale"] = f"{context.fp16_loss_scale:g}"
         self._steps, self._skipped = self._steps + 1, self._skipped + context.skipped_iter
         if self._skipped:
-            shown["skipped"] = f"{self._skipped} of {self._steps} steps (gradients not finite)"
+            shown["skipped"] = f"{self._skipped} of {self._steps} steps ({reasons_to_skip(context.state)})"
         self._bar.set_postfix(shown)
         self._bar.update()
         step, last = context.state.train_state.step, context.state.derived.train_iters

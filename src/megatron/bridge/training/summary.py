@@ -14,6 +14,7 @@ from megatron.core.transformer.module import param_is_not_shared
 
 from megatron.bridge.checkpoint import layout
 from megatron.bridge.training.callbacks import Callback, CallbackContext
+from megatron.bridge.training.finite_steps import reasons_to_skip
 from megatron.bridge.training.metrics import metrics_file_of
 from megatron.bridge.training.state_memory import StateBytes, count_state
 from megatron.bridge.utils.device import current_device, peak_memory_bytes
@@ -48,7 +49,7 @@ class RunSummary(Callback):
         step, last = state.train_state.step, state.derived.train_iters
         rows = {"steps": f"{step} of {last}, {self._steps} of them since this start"}
         if self._skipped:
-            rows["skipped"] = f"{self._skipped} of these steps changed nothing: a gradient was not finite"
+            rows["skipped"] = f"{self._skipped} of these steps changed nothing: {reasons_to_skip(state)}"
         if self._steps:
             rows["last loss"] = ", ".join(f"{name} {value:.4f}" for name, value in self._losses.items())
             rows["speed"] = (

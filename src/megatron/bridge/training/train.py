@@ -44,7 +44,7 @@ class TrainStepResult:
     """Norm of the whole gradient before clipping. None: not computed (clip_grad=0)."""
 
     updated: bool
-    """False: the step was skipped because a gradient was not finite (FP16 with dynamic loss scaling)."""
+    """False: the step was skipped, since a gradient was not finite or its norm above Core's threshold."""
 
 
 def train(run: SetupOutput, forward_step_func: Callable, callbacks: CallbackManager) -> None:

@@ -1,9 +1,10 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""What Megatron-Core says at its import on every machine, each time, and nobody can act on: left out.
+"""What Megatron-Core says on every machine, each time, and nobody can act on: left out.
 
-A module of Core's warns, once in each of some five files, that Transformer Engine and Apex are not there and what it
+At its import Core warns, once in each of some five files, that Transformer Engine and Apex are not there and what it
 does instead; and logs that what it is asked for is about to change, which is this package's to follow. That stands
-before the first line of every command, on each rank. Other warnings of Core's stay.
+before the first line of every command, on each rank. When an optimizer is built it logs all of its configuration in one
+line, defaults too; `run_config.yaml` has it. Other warnings of Core's stay.
 """
 
 import logging
@@ -17,6 +18,7 @@ _EXPERIMENTAL = r"MimoModelConfig is experimental "
 _LOGGED = {
     "megatron.core.rerun_state_machine": "RerunStateMachine initialized in mode ",
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    "megatron.core.optimizer": "Setting up optimizer with config ",
     "megatron.core.distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not provided",
 }
 """By logger: how a record starts that is left out."""
