@@ -177,12 +177,14 @@ def test_partial_rotation_is_ignored_as_by_transformers(where, caplog):
     [
         ("Mistral", {"sliding_window": None}, {}),
         ("Mistral", {"sliding_window": 8}, {"window_size": (7, 0), "window_attn_skip_freq": None}),
-        # transformers' Mistral gives every layer the window, whatever layer_types says.
+        # AutoModel makes a Ministral of it, whose layers differ.
         (
             "Mistral",
             {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
-            {"window_size": (7, 0), "window_attn_skip_freq": None},
+            {"window_size": (7, 0), "window_attn_skip_freq": [1, 0]},
         ),
+        ("Mistral", {"sliding_window": 8, "layer_types": ["full_attention", "full_attention"]}, {}),
+        ("Mistral", {"sliding_window": 8, "layer_types": None}, {"window_size": (7, 0), "window_attn_skip_freq": None}),
         ("Mixtral", {}, {}),
         ("Mixtral", {"sliding_window": 8}, {"window_size": (7, 0), "window_attn_skip_freq": None}),
         ("Qwen2", {"sliding_window": 8}, {}),
@@ -211,9 +213,28 @@ def test_window_of_each_spelling(family, config, expected):
     assert fields.get("masked_softmax_fusion", True) == (not expected)
 
 
-def test_window_without_a_size_is_refused():
-    with pytest.raises(ValueError, match="layer_types names sliding_attention, and there is no window"):
-        fields_of("Qwen2", sliding_window=8, layer_types=["sliding_attention", "full_attention"])
+@pytest.mark.parametrize(
+    ("family", "config", "message"),
+    [
+        ("Qwen2", {"layer_types": ["sliding_attention", "full_attention"]}, "names sliding_attention, and there is no"),
+        ("Mistral", {"sliding_window": 0}, "sliding_window=0: expected 1 or more"),
+        ("Mistral", {"layer_types": ["chunked_attention", "full_attention"]}, "layer_types=.*chunked_attention"),
+        ("Mistral", {"layer_types": ["full_attention"]}, "refuses it .*`layer_types` .1."),
+        ("Mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok=1 with weights that add up to 1"),
+        ("Qwen3Moe", {"num_experts_per_tok": 1, "norm_topk_prob": True}, "num_experts_per_tok=1 with weights"),
+    ],
+)
+def test_windows_and_experts_that_cannot_be_are_refused(family, config, message):
+    with pytest.raises(ValueError, match=message):
+        fields_of(family, **{"sliding_window": 8, **config})
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Mixtral", "Qwen2", "Qwen3", "Qwen3Moe"])
+def test_the_length_that_was_trained_on_may_stand_beside_the_rotary_settings(family):
+    fields = fields_of(family, rope_theta=5e5, rope_scaling=LLAMA3, original_max_position_embeddings=4096)
+    assert fields["rope_scaling_original_max_position_embeddings"] == 4096
+    fields = fields_of(family, rope_theta=5e5, rope_scaling=LLAMA3, max_position_embeddings=2048)
+    assert fields["rope_scaling_original_max_position_embeddings"] == 2048
 
 
 def test_published_configurations_of_experts():

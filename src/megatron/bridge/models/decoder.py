@@ -87,6 +87,9 @@ def decoder_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
 def window_fields(hf: Mapping[str, Any], *, layer_types: Sequence[str] | None = None) -> dict[str, Any]:
     """Sliding-window attention: each token attends to the last `sliding_window` tokens, itself included.
 
@@ -95,9 +98,11 @@ def window_fields(hf: Mapping[str, Any], *, layer_types: Sequence[str] | None = 
         layer_types: `full_attention` or `sliding_attention` for each layer, in families where layers differ.
 
     Raises:
-        ValueError: Layers with a window whose size isn't given.
+        ValueError: Layers with a window whose size isn't given or is none, or of another type.
     """
     window = hf["sliding_window"]
+    if not _LAYER_TYPES.issuperset(layer_types or ()):
+        raise ValueError(f"config.json: layer_types={layer_types!r} is not supported: need {sorted(_LAYER_TYPES)}")
     slides = [int(kind == "sliding_attention") for kind in layer_types or ["sliding_attention"]]
     if window is None and layer_types and any(slides):
         raise ValueError(
@@ -106,6 +111,8 @@ def window_fields(hf: Mapping[str, Any], *, layer_types: Sequence[str] | None = 
         )
     if window is None or not any(slides):
         return {}
+    if window < 1:
+        raise ValueError(f"config.json: sliding_window={window}: expected 1 or more, or null for full attention")
     return {
         "window_size": (window - 1, 0),
         "window_attn_skip_freq": None if all(slides) else slides,
@@ -120,6 +127,11 @@ def expert_fields(hf: Mapping[str, Any], *, ffn_hidden_size: int) -> dict[str, A
         ValueError: The configuration asks for what can't be expressed.
     """
     expect_value(hf, "router_jitter_noise", 0.0)
+    if hf["num_experts_per_tok"] == 1 and hf.get("norm_topk_prob", True):
+        raise ValueError(
+            "config.json: num_experts_per_tok=1 with weights that add up to 1 (norm_topk_prob) is not supported: Core "
+            "has no router for it; need 2 or more"
+        )
     return {
         # Qwen publishes num_experts, and transformers 5 saves it as num_local_experts.
         "num_moe_experts": hf["num_experts"] if "num_experts" in hf else hf["num_local_experts"],

@@ -25,7 +25,8 @@ class MistralModelProvider(DecoderModelProvider):
 
 
 def _provider_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
-    return {**decoder_fields(hf), **window_fields(hf)}
+    # transformers makes a Ministral of one that has layer_types.
+    return {**decoder_fields(hf), **window_fields(hf, layer_types=hf.get("layer_types"))}
 
 
 FAMILY = ModelFamily(

@@ -39,7 +39,10 @@ def as_transformers_reads(hf_config: Mapping[str, Any], architecture: str) -> di
     # A copy: transformers fills in what is nested.
     content = copy.deepcopy({key: value for key, value in hf_config.items() if key not in _OF_THE_FILE})
     try:
-        read = config_class.from_dict(content).to_dict()
+        config = config_class.from_dict(content)
+        if config.rope_parameters:
+            config.standardize_rope_params()  # again, as its models do: by now it has keys that no field is for
+        read = config.to_dict()
     except Exception as error:  # its checks raise several classes, some of them of huggingface_hub
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
