@@ -12,9 +12,10 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from megatron.bridge.training import delivery
-from megatron.bridge.training.metrics import MetricsFile, metrics_file_of, opened, read_metrics
+from megatron.bridge.training.callbacks import CallbackContext
+from megatron.bridge.training.metrics import MetricsFile, metrics_file_of, opened, read_metrics, step_losses
 from megatron.bridge.training.state import GlobalState, TrainState
-from megatron.bridge.training.trackers import build_loggers, check_trackers_are_installed
+from megatron.bridge.training.trackers import build_loggers, check_trackers_are_installed, curve_names
 from tests.unit_tests.training.config_examples import make_config
 
 
@@ -172,6 +173,23 @@ def test_mlflow_gets_what_another_thread_hands_over(tmp_path, monkeypatch):
         ("figures for MLflow", {"lm loss": 2.0}, {"step": 4, "run_id": "r"}),
         (threading.current_thread().name, "FINISHED"),
     ]
+
+
+def test_curves_have_megatrons_names():
+    values = {"lm loss": 2, "grad_norm": None, "learning_rate": 1, "z_loss": 3, "moe/load_balancing_loss_layer_0": 1}
+    assert list(curve_names("train", values)) == [
+        "lm loss",
+        "learning-rate",
+        "z_loss",
+        "moe/load_balancing_loss_layer_0",
+    ]
+    assert curve_names("validation", {"lm loss": 2, "my_loss": 1}) == {"lm loss validation": 2, "my-loss validation": 1}
+
+
+def test_of_one_name_the_loss_functions_figure_is_shown():
+    context = CallbackContext(None, [], loss_dict={"lm loss": 2.0, "z_loss": 1.0})
+    context.router_losses = {"z_loss": 5.0, "load_balancing_loss": 1.5}
+    assert list(step_losses(context).items()) == [("lm loss", 2.0), ("z_loss", 1.0), ("load_balancing_loss", 1.5)]
 
 
 def test_a_run_that_fails_is_told_so(tmp_path):

@@ -26,6 +26,12 @@ class CallbackContext:
     loss_dict: dict[str, float] | None = None
     """Losses of the step just taken, or the means of an evaluation."""
 
+    router_losses: dict[str, float] = field(default_factory=dict)
+    """Of the step just taken, what experts' routers added to its loss: means over layers, without coefficients."""
+
+    router_losses_by_layer: dict[str, float] = field(default_factory=dict)
+    """The same of each layer, with `model.moe_per_layer_logging`."""
+
     learning_rate: float | None = None
     """The one that the step just taken was taken with."""
 

@@ -36,10 +36,17 @@ def learning_rate(context: CallbackContext) -> float:
     return float(next((group["lr"] for group in groups if group.get("default_config", True)), groups[0]["lr"]))
 
 
+def step_losses(context: CallbackContext) -> dict[str, float]:
+    """What the loss function reported of a step, and what routers added; of one name, the former."""
+    of_routers = {name: value for name, value in context.router_losses.items() if name not in context.loss_dict}
+    return context.loss_dict | of_routers
+
+
 def step_values(context: CallbackContext) -> dict[str, Any]:
     """What is logged of a training step: losses by name, and figures of the step."""
     return {
-        **_losses(context),
+        **context.router_losses_by_layer,
+        **_numbers(step_losses(context)),
         "learning_rate": context.learning_rate,
         "grad_norm": context.grad_norm,
         "num_tokens": context.num_tokens,
@@ -51,9 +58,9 @@ def step_values(context: CallbackContext) -> dict[str, Any]:
     }
 
 
-def _losses(context: CallbackContext) -> dict[str, float | None]:
+def _numbers(losses: dict[str, float]) -> dict[str, float | None]:
     """Of a step or an evaluation; None where no token counted, so that no curve falls to 0 there."""
-    return {name: None if math.isnan(value) else value for name, value in context.loss_dict.items()}
+    return {name: None if math.isnan(value) else value for name, value in losses.items()}
 
 
 class MetricsLogger(Callback):
@@ -102,11 +109,11 @@ class MetricsLogger(Callback):
 
     def on_eval_end(self, context: CallbackContext) -> None:
         if is_rank_0():
-            self.deliver(context.state, "validation", {**_losses(context), "num_tokens": context.num_tokens})
+            self.deliver(context.state, "validation", {**_numbers(context.loss_dict), "num_tokens": context.num_tokens})
 
     def on_test_end(self, context: CallbackContext) -> None:
         if is_rank_0():
-            self.deliver(context.state, "test", {**_losses(context), "num_tokens": context.num_tokens})
+            self.deliver(context.state, "test", {**_numbers(context.loss_dict), "num_tokens": context.num_tokens})
 
 
 class MetricsFile(MetricsLogger):

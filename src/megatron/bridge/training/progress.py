@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.training.finite_steps import reasons_to_skip
-from megatron.bridge.training.metrics import MetricsFile, learning_rate
+from megatron.bridge.training.metrics import MetricsFile, learning_rate, step_losses
 from megatron.bridge.utils.distributed import is_rank_0
 
 __all__ = ["MetricsFile", "ProgressBar", "learning_rate"]
@@ -41,7 +41,7 @@ class ProgressBar(Callback):
         )
 
     def on_train_step_end(self, context: CallbackContext) -> None:
-        shown: dict[str, Any] = {name: f"{value:.3f}" for name, value in context.loss_dict.items()}
+        shown: dict[str, Any] = {name: f"{value:.3f}" for name, value in step_losses(context).items()}
         shown["lr"] = f"{context.learning_rate:.1e}"
         if context.grad_norm is not None:
             shown["grad norm"] = f"{context.grad_norm:.2f}"

@@ -7,17 +7,19 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.training.metrics import MetricsLogger, metrics_file_of
+from megatron.bridge.training.router_losses import is_router_loss
 
 if TYPE_CHECKING:
     from megatron.bridge.training.config import ConfigContainer
     from megatron.bridge.training.state import GlobalState
 
 
-def _names(split: str, values: dict[str, Any]) -> dict[str, float]:
+def curve_names(split: str, values: dict[str, Any]) -> dict[str, float]:
     """Numbers under the names that Megatron's curves have: `lm loss`, `learning-rate`, `lm loss validation`."""
     suffix = "" if split == "train" else f" {split}"
     numbers = {name: float(value) for name, value in values.items() if value is not None}
-    return {name.replace("_", "-") + suffix: value for name, value in numbers.items()}
+    curves = {name: name if is_router_loss(name) else name.replace("_", "-") for name in numbers}
+    return {curves[name] + suffix: value for name, value in numbers.items()}
 
 
 class TensorBoard(MetricsLogger):
@@ -31,7 +33,7 @@ class TensorBoard(MetricsLogger):
         """Add a point to each curve."""
         if not state.cfg.logger.log_loss_scale_to_tensorboard:
             values = {name: value for name, value in values.items() if name != "loss_scale"}
-        for name, value in _names(split, values).items():
+        for name, value in curve_names(split, values).items():
             self._writer.add_scalar(name, value, state.train_state.step)
 
     def close(self, *, failed: bool) -> None:
@@ -67,7 +69,7 @@ class WeightsAndBiases(MetricsLogger):
 
     def write(self, state: "GlobalState", split: str, values: dict[str, Any]) -> None:
         """Add a point to each curve."""
-        self._run.log(_names(split, values), step=state.train_state.step)
+        self._run.log(curve_names(split, values), step=state.train_state.step)
 
     def close(self, *, failed: bool) -> None:
         """End the run there."""
@@ -107,7 +109,7 @@ class MLflow(MetricsLogger):
 
     def write(self, state: "GlobalState", split: str, values: dict[str, Any]) -> None:
         """Add a point to each curve; MLflow's stores take no number that isn't finite."""
-        finite = {name: value for name, value in _names(split, values).items() if math.isfinite(value)}
+        finite = {name: value for name, value in curve_names(split, values).items() if math.isfinite(value)}
         self._mlflow.log_metrics(finite, step=state.train_state.step, **self._run)
 
     def close(self, *, failed: bool) -> None:

@@ -24,6 +24,12 @@ from megatron.bridge.training.metrics import learning_rate
 from megatron.bridge.training.micro_batches import bind_forward_step, run_micro_batches
 from megatron.bridge.training.preemption import Preempted
 from megatron.bridge.training.reported_losses import means, tokens_of
+from megatron.bridge.training.router_losses import (
+    RouterLosses,
+    clear_router_losses,
+    forget_router_losses,
+    read_router_losses,
+)
 from megatron.bridge.training.setup import SetupOutput
 from megatron.bridge.utils.device import current_device
 
@@ -46,6 +52,9 @@ class TrainStepResult:
     updated: bool
     """False: the step was skipped, since a gradient was not finite or its norm above Core's threshold."""
 
+    router_losses: RouterLosses
+    """What experts' routers added to the loss."""
+
 
 def train(run: SetupOutput, forward_step_func: Callable, callbacks: CallbackManager) -> None:
     """Train until the configured number of steps, evaluating and saving on the way and at the end.
@@ -61,6 +70,7 @@ def train(run: SetupOutput, forward_step_func: Callable, callbacks: CallbackMana
     state, cfg = run.state, run.state.cfg
     forward_step = bind_forward_step(forward_step_func, state)
     context = CallbackContext(state, run.model, run.optimizer, run.scheduler)
+    forget_router_losses()
     for chunk in run.model:
         chunk.train()
     started = time.monotonic()
@@ -113,12 +123,14 @@ def train_step(run: SetupOutput, forward_step: Callable, micro_batches: list[dic
     for chunk in run.model:
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
+    clear_router_losses()
     totals = run_micro_batches(forward_step, micro_batches, run.model, checked_as=checked_loss_of(run.state))
+    router_losses = read_router_losses(run.state.cfg.model, num_micro_batches=len(micro_batches))
     updated, grad_norm = step_if_finite(run.state, run.model, run.optimizer)
     updated = _on_every_model_parallel_rank(updated)
     if updated:
         run.scheduler.step(increment=get_current_global_batch_size())
-    return TrainStepResult(means(totals), tokens_of(totals.values()), grad_norm, updated)
+    return TrainStepResult(means(totals), tokens_of(totals.values()), grad_norm, updated, router_losses)
 
 
 def _take_step(run: SetupOutput, forward_step: Callable, context: CallbackContext, callbacks: CallbackManager) -> None:
@@ -143,6 +155,7 @@ def _take_step(run: SetupOutput, forward_step: Callable, context: CallbackContex
     if result.num_tokens == 0:
         logger.warning("step %d has no token to learn: it has no loss, and its gradient is zero", train_state.step)
     context.loss_dict, context.grad_norm = result.losses, result.grad_norm
+    context.router_losses, context.router_losses_by_layer = result.router_losses
     context.skipped_iter, context.num_tokens = not result.updated, result.num_tokens
     context.step_seconds = time.perf_counter() - started
     shapes = [tuple(batch["tokens"].shape) for batch in micro_batches]
