@@ -2,33 +2,49 @@
 """Runs with frozen weights: recomputed layers are trained, ranks that train nothing are saved and resumed."""
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from tests.on_ranks import Recorder, differing
 from tests.ranks import RankError, run_on_ranks
 from tests.tiny import tiny_config
 
 FULL = {"recompute_granularity": "full", "recompute_num_layers": 1}
-PP2 = {"pipeline_model_parallel_size": 2}
+PP2, TP2 = {"pipeline_model_parallel_size": 2}, {"tensor_model_parallel_size": 2}
+EP2 = {
+    "num_moe_experts": 4,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 32,
+    "moe_token_dispatcher_type": "alltoall",
+    "expert_model_parallel_size": 2,
+}
+EVERYTHING = ("embedding", "decoder", "output_layer")
+LAST_EXPERT = "decoder.layers.1.mlp.experts.local_experts.1.linear_fc1"
+PLAIN = {"use_distributed_optimizer": False}
 
 
 class _Frozen(Recorder):
     def __init__(self):
         super().__init__()
-        self.norms = []
+        self.norms, self.gradient = [], None
 
     def on_train_step_end(self, context):
         super().on_train_step_end(context)
         self.norms.append(context.grad_norm)
+        for name, param in context.model[0].named_parameters():
+            if LAST_EXPERT in name and param.requires_grad and self.gradient is None:
+                self.gradient = param.main_grad.clone()
 
 
-def _train(directory, frozen, *, kept=(), wrapped=False, **sections):
+def _train(directory, frozen, *, kept=(), rank=None, wrapped=False, **sections):
     from megatron.bridge.training.gpt_step import forward_step
     from megatron.bridge.training.pretrain import pretrain
 
     def freeze(chunks):
         for name, param in (named for chunk in chunks for named in chunk.named_parameters()):
             name = name.removeprefix("module.module.")
-            param.requires_grad_(not name.startswith(frozen) or name.startswith(tuple(kept)))
+            is_kept = name.startswith(tuple(kept)) and rank in (None, dist.get_rank())
+            param.requires_grad_(not name.startswith(frozen) or is_kept)
 
     cfg = tiny_config(directory, **sections)
     cfg.checkpoint.load = cfg.checkpoint.save
@@ -54,27 +70,81 @@ def test_a_frozen_stage_resumes(tmp_path, fully):
     _check_resume(tmp_path, ("embedding", "decoder"), fully, model=PP2)
 
 
-@pytest.mark.parametrize("fraction", [None, 0.5], ids=["no offload", "half"])
-def test_a_shard_of_padding_resumes(tmp_path, fraction):
-    offload = {} if fraction is None else {"optimizer_cpu_offload": True, "optimizer_offload_fraction": fraction}
-    everything = ("embedding", "decoder", "output_layer")
-    _check_resume(tmp_path, everything, True, kept=("decoder.final_layernorm",), optimizer=offload)
+@pytest.mark.parametrize(
+    ("fraction", "fully"),
+    [(0.0, False), (0.5, False), (0.5, True)],
+    ids=["by bucket", "by bucket, half offloaded", "fully reshardable, half offloaded"],
+)
+def test_a_shard_of_padding_resumes(tmp_path, fraction, fully):
+    optimizer = {"optimizer_cpu_offload": fraction > 0, "optimizer_offload_fraction": fraction}
+    _check_resume(tmp_path, EVERYTHING, fully, kept=("decoder.final_layernorm",), optimizer=optimizer)
+
+
+def test_a_shard_of_padding_between_two_parameters_resumes_by_bucket(tmp_path):
+    """Of 4 shards of 32 elements, the second holds none of two parameters of 32, nor does the last."""
+    options = {"kept": ("decoder.final_layernorm", "decoder.layers.1.input_layernorm"), "model": {"hidden_size": 32}}
+    options |= {"train": {"micro_batch_size": 1}, "timeout_seconds": 60}
+    whole = _check_resume(tmp_path, EVERYTHING, False, ranks=4, **options)
+    on_two = run_on_ranks(_train, 2, tmp_path, EVERYTHING, checkpoint={"ckpt_step": 1}, **options)
+    assert on_two[0].losses == pytest.approx(whole[0].losses[1:], rel=1e-5)
 
 
 def test_some_layers_trained_resume(tmp_path):
     _check_resume(tmp_path, ("embedding", "decoder.layers.0"), True)
 
 
-def _check_resume(directory, frozen, fully, *, model=None, optimizer=None, **options):
+@pytest.mark.parametrize("frozen", [EVERYTHING, ("embedding", "decoder.layers.0.self_attention")], ids=["all", "some"])
+def test_a_frozen_stage_resumes_without_the_distributed_optimizer(tmp_path, frozen):
+    kept = ("decoder.layers.0.input_layernorm", "decoder.final_layernorm")
+    _check_resume(tmp_path, frozen, True, kept=kept, rank=1, model=PP2, optimizer=PLAIN, ddp=PLAIN)
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["distributed", "plain"])
+def test_an_expert_of_one_rank_gets_the_gradient_that_it_gets_among_trained_ones(tmp_path, plain):
+    options = {"kept": (LAST_EXPERT,), "rank": 1, "model": EP2, "optimizer": {"clip_grad": 0.0}, "ddp": {}}
+    if plain:
+        options["optimizer"] |= PLAIN
+        options |= {"ddp": PLAIN, "model": {**EP2, **FULL, "recompute_method": "uniform"}}
+    _, trained = _check_resume(tmp_path / "frozen", EVERYTHING, False, **options)
+    (tmp_path / "whole").mkdir()
+    _, whole = run_on_ranks(_train, 2, tmp_path / "whole", (), **options)
+    assert trained.gradient.any() and torch.allclose(trained.gradient, whole.gradient, rtol=1e-2, atol=1e-5)
+
+
+def _check_resume(directory, frozen, fully, *, ranks=2, model=None, optimizer=None, **options):
     checkpoint = {"save_interval": 1, "dist_ckpt_optim_fully_reshardable": fully}
-    options |= {"model": model or {}, "optimizer": optimizer or {}}
-    whole = run_on_ranks(_train, 2, directory, frozen, checkpoint=checkpoint, **options)
-    resumed = run_on_ranks(_train, 2, directory, frozen, checkpoint={**checkpoint, "ckpt_step": 1}, **options)
+    options |= {"model": model or {}, "optimizer": optimizer or {}, "timeout_seconds": 60}
+    whole = run_on_ranks(_train, ranks, directory, frozen, checkpoint=checkpoint, **options)
+    resumed = run_on_ranks(_train, ranks, directory, frozen, checkpoint={**checkpoint, "ckpt_step": 1}, **options)
+    assert any(differing(one.weights_before, one.weights_after) for one in whole)
     for uninterrupted, continued in zip(whole, resumed, strict=True):
         assert continued.losses == uninterrupted.losses[1:]
         assert differing(continued.weights_after, uninterrupted.weights_after) == {}
+    return whole
+
+
+@pytest.mark.parametrize(
+    ("model", "kept"),
+    [
+        (TP2, "decoder.layers.1.self_attention.linear_qkv.weight"),
+        ({}, "decoder.final_layernorm.weight"),
+        ({**PP2, "share_embeddings_and_output_weights": True}, "output_layer.weight"),
+    ],
+    ids=["TP 2", "DP 2", "PP 2, tied"],
+)
+def test_a_weight_frozen_on_a_part_of_its_ranks_is_refused(tmp_path, model, kept):
+    name = "the tied embedding" if "share_embeddings_and_output_weights" in model else kept
+    with pytest.raises(RankError, match=rf"ValueError: {name} is trained on rank 1 and frozen on rank 0, which hold"):
+        run_on_ranks(_train, 2, tmp_path, EVERYTHING, kept=(kept,), rank=1, model=model, timeout_seconds=60)
+
+
+def test_weights_frozen_after_they_were_wrapped_are_refused(tmp_path):
+    with pytest.raises(
+        RankError, match=r"embedding.word_embeddings.weight has requires_grad=False, and was trained when"
+    ):
+        run_on_ranks(_train, 2, tmp_path, ("embedding",), wrapped=True)
 
 
 def test_nothing_to_train_is_refused(tmp_path):
     with pytest.raises(RankError, match=r"nothing to train"):
-        run_on_ranks(_train, 2, tmp_path, ("embedding", "decoder", "output_layer"))
+        run_on_ranks(_train, 2, tmp_path, EVERYTHING)

@@ -18,10 +18,10 @@ CELLS = {
         "optimizer": HALF,
         **FULLY,
     },
-    "EP 2, an expert of each rank in three layers": {
-        "lora": {"target_modules": ["*.local_experts.1.linear_fc1"], "exclude_modules": ["*.layers.1.*"]},
+    "EP 2, an expert of one rank in three layers, by bucket": {
+        "lora": {"target_modules": ["*.local_experts.3.linear_fc1"], "exclude_modules": ["*.layers.1.*"]},
         "model": {**EXPERTS, **EP2},
-        **FULLY,
+        **BY_BUCKET,
     },
 }
 
@@ -57,3 +57,15 @@ def test_they_are_read_at_other_layouts(directory):
     for layout in (TP2, PP2):
         resumed = run_on_ranks(_train, 2, directory, load=run, ckpt_step=1, model=layout, **options)
         assert resumed[-1].losses == pytest.approx(whole[-1].losses[1:], rel=1e-4)
+
+
+def test_an_expert_has_one_number_and_one_adapter_at_every_layout(directory):
+    targets = {"target_modules": ["*.local_experts.3.linear_fc1", "*.layers.2.*.linear_qkv"]}
+    options, run = {"lora": targets, "timeout_seconds": 60}, f"{directory}/experts-together"
+    whole = run_on_ranks(_train, 2, directory, model=EXPERTS, save=run, save_interval=1, **options)
+    spread = run_on_ranks(_train, 2, directory, model={**EXPERTS, **EP2}, **options)
+    resumed = run_on_ranks(_train, 2, directory, model={**EXPERTS, **EP2}, load=run, ckpt_step=1, **options)
+    assert [len(differing(one.weights_before, one.weights_after)) for one in spread] == [2, 10]  # 4 layers and one
+    for together, apart, later in zip(whole, spread, resumed, strict=True):
+        assert apart.losses == pytest.approx(together.losses, rel=1e-6)
+        assert later.losses == pytest.approx(together.losses[1:], rel=1e-6)

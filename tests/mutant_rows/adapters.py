@@ -6,6 +6,9 @@ from tests.mutant_rows.mutant import Mutant
 _LAYERS = "src/megatron/bridge/peft/lora_layers.py"
 _LORA = "tests/functional_tests/test_lora.py::test_"
 _SAME = f"{_LORA}every_layout_computes_and_trains_the_same"
+_SOME = "tests/functional_tests/test_lora_in_some_layers.py::test_"
+_NUMBER = f"{_SOME}an_expert_has_one_number_and_one_adapter_at_every_layout"
+_FROZEN = "tests/functional_tests/test_frozen_weights.py::test_"
 _EXPORT = "tests/functional_tests/test_lora_export.py::test_peft_and_merged_weights_give_the_logits_of_the_run"
 
 ADAPTERS = (
@@ -63,7 +66,63 @@ ADAPTERS = (
         file="src/megatron/bridge/checkpoint/stacks.py",
         text="len(elements) < math.prod(sizes)",
         replacement="False",
-        tests=("tests/functional_tests/test_lora_in_some_layers.py::test_they_are_read_at_other_layouts",),
+        tests=(f"{_SOME}they_are_read_at_other_layouts",),
+    ),
+    Mutant(
+        name="adapters: an expert counted on its own rank",
+        breaks="a pattern names another expert at another layout",
+        file="src/megatron/bridge/peft/base.py",
+        text="    if config.expert_model_parallel_size == 1:\n        return local[0]\n",
+        replacement="    return local[0]\n",
+        tests=(_NUMBER,),
+    ),
+    Mutant(
+        name="adapters: drawn one after the other",
+        breaks="ranks that share a weight start with other adapters beside it where one has more experts' before",
+        file="src/megatron/bridge/peft/lora_layers.py",
+        text="        self._generator = _generator_for(name)\n",
+        replacement="        self._generator = torch.default_generator\n",
+        tests=(_NUMBER,),
+    ),
+    Mutant(
+        name="frozen weights: not compared among ranks",
+        breaks="gradients are summed with those of other weights, or waited for",
+        file="src/megatron/bridge/training/trained_weights.py",
+        text="for holders, found in digests.items() if len(found) > 1}",
+        replacement="for holders, found in digests.items() if False}",
+        tests=(f"{_FROZEN}a_weight_frozen_on_a_part_of_its_ranks_is_refused[DP 2]",),
+    ),
+    Mutant(
+        name="frozen weights: after they were wrapped",
+        breaks="Core's own assertion, or weight decay on frozen weights",
+        file="src/megatron/bridge/training/trained_weights.py",
+        text="        if has_buffer != param.requires_grad:\n",
+        replacement="        if False:\n",
+        tests=(f"{_FROZEN}weights_frozen_after_they_were_wrapped_are_refused",),
+    ),
+    Mutant(
+        name="frozen weights: no step counted by a plain optimizer without parameters",
+        breaks="all ranks resume at step 0 of Adam",
+        file="src/megatron/bridge/training/cpu_offload/plain_state.py",
+        text="                count_step(self.optimizer)\n",
+        replacement="                pass\n",
+        tests=(f"{_FROZEN}a_frozen_stage_resumes_without_the_distributed_optimizer[all]",),
+    ),
+    Mutant(
+        name="frozen weights: masters in lists of other lengths",
+        breaks="a plain optimizer's state can't be put together",
+        file="src/megatron/bridge/training/cpu_offload/plain_state.py",
+        text="{number: masters for number, masters in enumerate(saved[MASTERS]) if masters}",
+        replacement="dict(enumerate(saved[MASTERS]))",
+        tests=(f"{_FROZEN}a_frozen_stage_resumes_without_the_distributed_optimizer[all]",),
+    ),
+    Mutant(
+        name="frozen weights: an optimizer without state on this rank",
+        breaks="adapters of experts together can't be spread",
+        file="src/megatron/bridge/training/optimizer_chain.py",
+        text='saved.get(number, {})).get("param_state", {})',
+        replacement='saved[number])["param_state"]',
+        tests=(_NUMBER,),
     ),
     Mutant(
         name="adapters: resumed beside other layers",

@@ -28,6 +28,7 @@ def _without(repair: str, row: str, *tests: str, kept: str = "") -> Mutant:
 
 THE_REPAIRS = (
     _without("empty shard", "empty_shard", f"{_FROZEN}a_frozen_stage_resumes"),
+    _without("empty bucket", "empty_bucket", f"{_FROZEN}a_shard_of_padding_between_two_parameters_resumes_by_bucket"),
     _without("load template", "load_template", NOT_OFFLOADED, kept="[1:]"),
     _without("no dummy step", "load_template", f"{_REPAIRED}an_empty_optimizer_is_filled_without_a_step", kept="[:1]"),
     _without("master lookup", "master_lookup", OFFLOADED),

@@ -6,9 +6,12 @@ import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 
@@ -38,7 +41,7 @@ class PEFT(abc.ABC):
             module: Any module of the model, each one once.
             name: Its last name, such as "linear_qkv".
             prefix: What comes before it, such as "decoder.layers.0.self_attention"; layers count from 0 over all
-                pipeline stages.
+                pipeline stages, experts over all expert-parallel ranks.
 
         Returns:
             The module that takes its place.
@@ -60,12 +63,13 @@ class PEFT(abc.ABC):
         for chunk in _chunks(model):
             # All names first: what an adapter adds is not adapted.
             for whole_name, module in list(chunk.named_modules()):
-                place, _, name = whole_name.rpartition(".")
-                prefix = _over_all_stages(chunk, place)
-                names.add(f"{prefix}.{name}" if prefix else name)
+                as_all_name_it = _over_all_ranks(chunk, whole_name)
+                names.add(as_all_name_it)
+                prefix, _, name = as_all_name_it.rpartition(".")
                 adapted = self.transform(module, name=name, prefix=prefix)
                 if adapted is not module:
-                    setattr(chunk.get_submodule(place), name, adapted)
+                    place, _, own_name = whole_name.rpartition(".")
+                    setattr(chunk.get_submodule(place), own_name, adapted)
         self.module_names = frozenset(names)
         self.set_params_to_save(model)
         return model
@@ -120,14 +124,23 @@ def _chunks(model: Any) -> list[MegatronModule]:
     return [unwrap_model(chunk) for chunk in (model if isinstance(model, list) else [model])]
 
 
-def _over_all_stages(chunk: MegatronModule, name: str) -> str:
-    """A module's name with its layer counted over all pipeline stages."""
+def _over_all_ranks(chunk: MegatronModule, name: str) -> str:
+    """A module's name with its layer counted over all pipeline stages, its expert over all expert-parallel ranks."""
     layer = re.match(r"decoder\.layers\.(\d+)", name)
-    return (
-        name
-        if layer is None
-        else f"decoder.layers.{chunk.decoder.layers[int(layer[1])].layer_number - 1}{name[layer.end() :]}"
-    )
+    if layer is None:
+        return name
+    number = chunk.decoder.layers[int(layer[1])].layer_number - 1
+    return f"decoder.layers.{number}" + _EXPERT.sub(partial(_global_expert, chunk.config), name[layer.end() :])
+
+
+_EXPERT = re.compile(r"(?<=\.local_experts\.)\d+")
+
+
+def _global_expert(config: TransformerConfig, local: re.Match) -> str:
+    if config.expert_model_parallel_size == 1:
+        return local[0]
+    on_each_rank = config.num_moe_experts // config.expert_model_parallel_size
+    return str(on_each_rank * parallel_state.get_expert_model_parallel_rank() + int(local[0]))
 
 
 def _switch(model: Model, *, enabled: bool) -> None:

@@ -21,7 +21,7 @@ class DoRA(LoRA):
 
     def adapter_for(self, linear: torch.nn.Module, name: str) -> torch.nn.Module:
         """See `LoRA.adapter_for`."""
-        return MagnitudeAdapter(linear, linear_layout(linear, name), self)
+        return MagnitudeAdapter(linear, linear_layout(linear, name), self, name)
 
 
 class MagnitudeAdapter(LowRankAdapter):
@@ -31,8 +31,8 @@ class MagnitudeAdapter(LowRankAdapter):
     for a moment in each forward pass. Dropout acts on the low-rank path alone.
     """
 
-    def __init__(self, linear: torch.nn.Module, layout: LinearLayout, options: LoRAOptions) -> None:
-        super().__init__(linear.weight, layout, options)
+    def __init__(self, linear: torch.nn.Module, layout: LinearLayout, options: LoRAOptions, name: str) -> None:
+        super().__init__(linear.weight, layout, options, name)
         self.magnitude = torch.nn.Parameter(self._row_lengths(linear.weight.detach().float()).to(linear.weight.dtype))
         is_cut = layout.is_cut and layout.split == "output"
         set_tensor_model_parallel_attributes(self.magnitude, is_cut, 0 if is_cut else -1, 1)

@@ -85,4 +85,4 @@ class LoRA(PEFT, ModuleMatcher):
             name: Its whole name.
         """
         layout = linear_layout(linear, name)  # before its weight is looked at: it may have none
-        return LowRankAdapter(linear.weight, layout, self)
+        return LowRankAdapter(linear.weight, layout, self, name)

@@ -8,6 +8,7 @@ S sequence, B batch, r the update's rank; tp tensor-parallel ranks. Only r chann
 """
 
 import contextlib
+import hashlib
 import math
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -28,12 +29,18 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, mak
 
 from megatron.bridge.peft.linear_layout import LinearLayout
 
-INITIALISERS: dict[str, Callable[[torch.Tensor], Any]] = {
-    "xavier": torch.nn.init.xavier_normal_,
-    "uniform": lambda weight: torch.nn.init.kaiming_uniform_(weight, a=math.sqrt(5)),
-    "normal": lambda weight: torch.nn.init.normal_(weight, mean=0.0, std=0.02),
-    "zero": torch.nn.init.zeros_,
+INITIALISERS: dict[str, Callable[[torch.Tensor, torch.Generator], Any]] = {
+    "xavier": lambda weight, generator: torch.nn.init.xavier_normal_(weight, generator=generator),
+    "uniform": lambda weight, generator: torch.nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator),
+    "normal": lambda weight, generator: torch.nn.init.normal_(weight, mean=0.0, std=0.02, generator=generator),
+    "zero": lambda weight, generator: torch.nn.init.zeros_(weight),
 }
+
+
+def _generator_for(name: str) -> torch.Generator:
+    """Of a layer's own: whatever adapters this rank has before it, as not all ranks need, ranks that share it agree."""
+    digest = hashlib.sha256(f"{torch.initial_seed()} {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 class LoRAOptions(Protocol):
@@ -53,20 +60,23 @@ class LowRankAdapter(torch.nn.Module):
     Parameters, in the layer's dtype and on its device: `linear_in.weight` A, `linear_out.weight` B.
     """
 
-    def __init__(self, weight: torch.Tensor, layout: LinearLayout, options: LoRAOptions) -> None:
+    def __init__(self, weight: torch.Tensor, layout: LinearLayout, options: LoRAOptions, name: str) -> None:
         """Make a path beside a layer.
 
         Args:
             weight: The layer's [out, in], this rank's part.
             layout: How the layer is cut.
             options: The size and what else there is to choose.
+            name: The layer's whole name, counted over all ranks.
         """
         super().__init__()
+        self._generator = _generator_for(name)
         self.layout, self.dim, self.scale = layout, options.dim, options.alpha / options.dim
         self.dropout, self.drops_input = options.dropout, options.dropout_position == "pre"
         outputs, inputs = weight.shape
         self.linear_in = self._linear((options.dim, inputs), options.lora_A_init_method, like=weight, cut=1)
         self.linear_out = self._linear((outputs, options.dim), options.lora_B_init_method, like=weight, cut=0)
+        del self._generator
 
     def _linear(self, shape: tuple[int, int], init_method: str, *, like: torch.Tensor, cut: int) -> torch.nn.Linear:
         """One of the two matrices; the one at the layer's cut side is cut along the axis `cut`, the other whole."""
@@ -76,8 +86,9 @@ class LowRankAdapter(torch.nn.Module):
         whole = list(shape)
         whole[cut] *= layout.group.size() if is_cut else 1
         # Made whole on every rank and cut then, so that the values don't depend on the layout.
-        initial = torch.empty(whole, dtype=like.dtype, device=like.device)
-        INITIALISERS[init_method](initial)
+        initial = torch.empty(whole, dtype=like.dtype, device="meta" if like.is_meta else "cpu")
+        if not like.is_meta:
+            INITIALISERS[init_method](initial, self._generator)
         with torch.no_grad():
             linear.weight.copy_(initial.chunk(layout.group.size(), dim=cut)[layout.group.rank()] if is_cut else initial)
         set_tensor_model_parallel_attributes(linear.weight, is_cut, cut if is_cut else -1, 1)

@@ -14,7 +14,8 @@ class ModuleMatcher:
 
     target_modules: list[str] = field(default_factory=lambda: list(TARGET_MODULES))
     """Modules to adapt: a last name such as "linear_qkv", or a pattern of the whole name in which * stands for any
-    text, such as "*.layers.0.*.linear_qkv"; layers count from 0 over all pipeline stages."""
+    text, such as "*.layers.0.*.linear_qkv"; layers count from 0 over all pipeline stages, experts
+    ("*.local_experts.3.linear_fc1") over all expert-parallel ranks."""
     exclude_modules: list[str] = field(default_factory=list)
     """Modules to leave alone though they match a target, written likewise."""
 

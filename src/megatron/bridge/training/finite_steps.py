@@ -15,7 +15,7 @@ from megatron.core.utils import unwrap_model
 from megatron.bridge.training.cpu_offload.finite_gradients import NonFiniteGradients
 from megatron.bridge.training.reported_losses import Total, sum_and_count
 from megatron.bridge.training.state import GlobalState
-from megatron.bridge.utils.distributed import all_gathered
+from megatron.bridge.utils.distributed import all_gathered, in_words
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def check_loss(reported: list[dict[str, Any]], totals: dict[str, Total], *, wher
     is_wrong = any(not torch.isfinite(pair).all() for pair in own)
     ranks = [rank for rank, wrong in enumerate(all_gathered(is_wrong)) if wrong]
     raise FloatingPointError(
-        f"{where}: the loss over {num_tokens:.0f} tokens is {loss}, on {_ranks(ranks)}; weights and checkpoints are "
+        f"{where}: the loss over {num_tokens:.0f} tokens is {loss}, on {in_words(ranks)}; weights and checkpoints are "
         "those of the steps before it. Check the data and optimizer.lr"
     )
 
@@ -169,9 +169,4 @@ def _summary(by_rank: list[list[str]]) -> str:
     ranks = [rank for rank, names in enumerate(by_rank) if names]
     names = list(dict.fromkeys(name for of_rank in by_rank for name in of_rank))
     others = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"NaN or infinite in {names[0]}{others}, on {_ranks(ranks)}"
-
-
-def _ranks(ranks: list[int]) -> str:
-    shown = ", ".join(map(str, ranks[:8])) + (", …" if len(ranks) > 8 else "")
-    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
+    return f"NaN or infinite in {names[0]}{others}, on {in_words(ranks)}"

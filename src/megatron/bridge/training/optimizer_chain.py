@@ -41,7 +41,8 @@ def in_this_chain(optimizer: Any, saved: dict[Any, Any]) -> dict[Any, Any]:
         number: {
             **common,
             "optimizer": {**common["optimizer"], "param_groups": [_like(groups, own) for own in one.param_groups]},
-            "param_state": (saved if len(chain) == 1 else saved[number])["param_state"],
+            # Absent where this rank trains nothing that the optimizer steps on.
+            "param_state": (saved if len(chain) == 1 else saved.get(number, {})).get("param_state", {}),
         }
         for number, one in enumerate(chain)
     }

@@ -26,7 +26,8 @@ from megatron.bridge.training.initialize import initialize_megatron
 from megatron.bridge.training.optim import setup_optimizer
 from megatron.bridge.training.packed_attention import check_samples_are_kept_apart
 from megatron.bridge.training.state import GlobalState
-from megatron.bridge.utils.distributed import all_gathered, is_rank_0, on_all_ranks, world_size
+from megatron.bridge.training.trained_weights import check_trained_weights
+from megatron.bridge.utils.distributed import is_rank_0, on_all_ranks, world_size
 from megatron.bridge.utils.files import check_writable_directory
 
 logger = logging.getLogger(__name__)
@@ -93,7 +94,8 @@ def setup(state: GlobalState, train_valid_test_datasets_provider: Callable[..., 
         pre_wrap_hook=None if cfg.peft is None else partial(_adapt, cfg),
     )
     _check_attention(state, data, model)
-    _check_something_is_trained(state, model)
+    if state.derived.train_iters > 0 and not state.derived.skip_train:
+        check_trained_weights(model)
     optimizer, scheduler = setup_optimizer(
         cfg.optimizer,
         cfg.scheduler,
@@ -129,17 +131,6 @@ def _with_the_runs_own_checks(ddp: DistributedDataParallelConfig) -> Distributed
     ddp = copy.copy(ddp)
     ddp.check_for_nan_in_grad = False
     return ddp
-
-
-def _check_something_is_trained(state: GlobalState, model: list[Any]) -> None:
-    """Refuse, on all ranks, a run whose weights are all frozen."""
-    is_trained = any(parameter.requires_grad for chunk in model for parameter in chunk.parameters())
-    trains = state.derived.train_iters > 0 and not state.derived.skip_train
-    if trains and not any(all_gathered(is_trained)):
-        raise ValueError(
-            "there is nothing to train: every weight of the model has requires_grad=False on every rank; let some be "
-            "trained, or set validation.skip_train=true to evaluate only"
-        )
 
 
 def _adapt(cfg: ConfigContainer, chunks: list[Any]) -> list[Any]:

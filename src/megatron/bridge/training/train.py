@@ -31,6 +31,7 @@ from megatron.bridge.training.router_losses import (
     read_router_losses,
 )
 from megatron.bridge.training.setup import SetupOutput
+from megatron.bridge.training.trained_weights import check_trained_as_wrapped
 from megatron.bridge.utils.device import current_device
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ def train(run: SetupOutput, forward_step_func: Callable, callbacks: CallbackMana
     saved_step = state.train_state.step  # nothing to save before the first step
     first_step = saved_step + 1
     callbacks.fire("on_train_start", context)
+    check_trained_as_wrapped(run.model)
     is_preempted = _is_preempted(run)
     with _garbage_collection(cfg.train):
         while state.train_state.step < state.derived.train_iters and not is_preempted:

@@ -213,6 +213,12 @@ def all_gathered(value: Any) -> list[Any]:
     return values
 
 
+def in_words(ranks: list[int]) -> str:
+    """Ranks in an error's text: "rank 3", "ranks 0, 2"; the first eight."""
+    shown = ", ".join(map(str, ranks[:8])) + (", …" if len(ranks) > 8 else "")
+    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
+
+
 @contextlib.contextmanager
 def on_all_ranks(doing: str) -> Iterator[None]:
     """Run a body that holds no collective; if it raises on any rank, raise on every rank.

@@ -7,6 +7,7 @@ no step; and what rank 0 saves is what all ranks resume from. Here such a rank c
 
 from typing import Any
 
+import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron.bridge.training.cpu_offload.repair import Repair
@@ -18,8 +19,7 @@ def _count_without_parameters(base: type) -> type:
     class CountWithoutParameters(base):
         def step_with_ready_grads(self) -> bool:
             is_stepped = super().step_with_ready_grads()
-            for group in self.optimizer.param_groups:
-                group["step"] = int(group.get("step", 0)) + 1
+            count_step(self.optimizer)
             return is_stepped
 
         def state_dict(self) -> dict[str, Any]:
@@ -35,8 +35,15 @@ def _count_without_parameters(base: type) -> type:
     return CountWithoutParameters
 
 
-def _has_no_parameters(optimizer: DistributedOptimizer) -> bool:
-    return not any(group["params"] for group in optimizer.optimizer.param_groups)
+def has_no_parameters(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether there is nothing for it to step on."""
+    return not any(group["params"] for group in optimizer.param_groups)
+
+
+def count_step(optimizer: torch.optim.Optimizer) -> None:
+    """Count a step in the param groups of an optimizer without parameters."""
+    for group in optimizer.param_groups:
+        group["step"] = int(group.get("step", 0)) + 1
 
 
 REPAIRS = (
@@ -47,6 +54,6 @@ REPAIRS = (
         core_versions="0.16.1 to 0.19.2",
         target=DistributedOptimizer,
         subclass=_count_without_parameters,
-        is_needed=_has_no_parameters,
+        is_needed=lambda optimizer: has_no_parameters(optimizer.optimizer),
     ),
 )

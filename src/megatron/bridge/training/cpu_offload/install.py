@@ -21,6 +21,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimize
 from megatron.bridge.training.cpu_offload import (
     adam_kernel,
     built_once,
+    empty_bucket,
     empty_shard,
     exact_resume,
     finite_gradients,
@@ -44,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 REPAIRS: tuple[Repair, ...] = (
     *empty_shard.REPAIRS,
+    *empty_bucket.REPAIRS,
     *load_template.REPAIRS,
     *master_lookup.REPAIRS,
     *state_device.REPAIRS,

@@ -5,6 +5,9 @@ Core fills it before a load by a function that SGD doesn't have (`TypeError`), w
 there. A step of 0 isn't saved, and where no step was taken (each overflowed, in FP16) nothing is; a load then asks for
 tensors that are not there, or dies with KeyError at the next step. And Transformer Engine's and Apex's Adam keep the
 step in the param groups, torch's beside the moments: what one saved, the other resumes with a step of its own.
+
+What rank 0 saves of it is what all ranks resume from. Where it trains nothing (a frozen stage, no expert of its own) it
+saves no step, and empty lists that fit no other rank's.
 """
 
 from typing import Any
@@ -12,29 +15,57 @@ from typing import Any
 import torch
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer, MegatronOptimizer
 
+from megatron.bridge.training.cpu_offload.empty_shard import count_step, has_no_parameters
 from megatron.bridge.training.cpu_offload.load_template import allocate_state
 from megatron.bridge.training.cpu_offload.repair import Repair, source_of
+
+MASTERS = "fp32_from_fp16_params"
+"""Core's name of the FP32 weights behind 16-bit ones, a list for each param group."""
 
 
 def _state_from_step_zero(base: type) -> type:
     """Overrides of `FP32Optimizer` and `Float16OptimizerWithFloat16Params`."""
 
     class StateFromStepZero(base):
+        def step_with_ready_grads(self) -> bool:
+            is_stepped = super().step_with_ready_grads()
+            if has_no_parameters(self.optimizer):
+                count_step(self.optimizer)
+            return is_stepped
+
         def sharded_state_dict(
             self, model_sharded_state_dict: Any, is_loading: bool = False, metadata: dict[str, Any] | None = None
         ) -> Any:
             allocate_state(self.optimizer)  # instead of what `is_loading` would do
-            return super().sharded_state_dict(model_sharded_state_dict, is_loading=False, metadata=metadata)
+            saved = super().sharded_state_dict(model_sharded_state_dict, is_loading=False, metadata=metadata)
+            if has_no_parameters(self.optimizer):
+                _keep_step_without_parameters(saved.get("optimizer", saved))
+            if MASTERS in saved:
+                # By number: Core takes what is empty out of a list, and the rest moves up.
+                saved[MASTERS] = {number: masters for number, masters in enumerate(saved[MASTERS]) if masters}
+            return saved
 
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-            _put_step_where_it_is_kept(self.optimizer, state_dict.get("optimizer", state_dict))
+            step = _put_step_where_it_is_kept(self.optimizer, state_dict.get("optimizer", state_dict))
+            if isinstance(self, Float16OptimizerWithFloat16Params):
+                masters, numbers = state_dict.get(MASTERS, {}), range(len(self.optimizer.param_groups))
+                state_dict[MASTERS] = [masters.get(number, []) for number in numbers]
             super().load_state_dict(state_dict)
+            if has_no_parameters(self.optimizer):
+                for group in self.optimizer.param_groups:
+                    group["step"] = int(step)
 
     return StateFromStepZero
 
 
-def _put_step_where_it_is_kept(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Move a saved step to where this optimizer looks for it; changes `saved`."""
+def _keep_step_without_parameters(saved: dict[str, Any]) -> None:
+    """Save the step that was counted in the param groups where torch's Adam keeps it; changes `saved`."""
+    steps = [group.pop("step", 0) for group in saved["param_groups"]]
+    saved["state"]["common_step"] = torch.tensor(float(max(steps, default=0)))
+
+
+def _put_step_where_it_is_kept(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> float:
+    """Move a saved step to where this optimizer looks for it, and return it; changes `saved`."""
     groups = saved["param_groups"]
     in_groups = [group.pop("step") for group in groups if group.get("step") is not None]
     step = float(saved["state"].pop("common_step", max(map(float, in_groups), default=0.0)))
@@ -43,6 +74,7 @@ def _put_step_where_it_is_kept(optimizer: torch.optim.Optimizer, saved: dict[str
     elif any("betas" in group for group in groups):
         for group in groups:
             group["step"] = int(step)
+    return step
 
 
 def _loses_the_step(optimizer: MegatronOptimizer) -> bool:
