@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from megatron.bridge.utils.command_options import DTYPES, add_checkpoint_options
 from megatron.bridge.utils.config_texts import home_expanded
 from megatron.bridge.utils.exit_codes import exit_with
 
@@ -29,7 +30,6 @@ _SIZES = {
     "ep": ("expert_model_parallel_size", "processes that share the experts"),
     "etp": ("expert_tensor_parallel_size", "processes that share each expert's matrices (default: --tp)"),
 }
-_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,19 +53,10 @@ def build_parser() -> argparse.ArgumentParser:
     adapting = commands.add_parser("export-adapter", help="checkpoint of adapters -> directory for the peft library")
     merging = commands.add_parser("merge", help="checkpoint of adapters -> Megatron checkpoint of the whole model")
     for command in (exporting, adapting, merging):
-        command.add_argument(
-            "--megatron-path", type=home_expanded, required=True, help="directory of checkpoints, or one iter_N in it"
-        )
-        command.add_argument(
-            "--hf-model",
-            type=home_expanded,
-            help="where configuration and tokenizer come from; default: the model that was imported",
-        )
+        add_checkpoint_options(command, with_base=command is not adapting)
     for command in (exporting, adapting):
         command.add_argument("--hf-path", type=home_expanded, required=True, help="directory to write")
     merging.add_argument("--output", type=home_expanded, required=True, help="directory of the checkpoint to write")
-    for command in (exporting, merging):
-        command.add_argument("--base", help="weights under adapters; default: those that they were trained on")
 
     roundtrip = commands.add_parser("roundtrip", help="prove that a model survives both ways bit by bit")
     roundtrip.add_argument(
@@ -73,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     for command in (importing, exporting):
-        command.add_argument("--dtype", choices=_DTYPES, help="of the weights written (default: as they are)")
+        command.add_argument("--dtype", choices=DTYPES, help="of the weights written (default: as they are)")
     for command in (importing, exporting, adapting, merging, roundtrip):
         for option, (_, meaning) in _SIZES.items():
             command.add_argument(f"--{option}", type=int, help=f"{meaning}, while converting")
@@ -133,7 +124,7 @@ def run_merge(args: argparse.Namespace) -> str:
         count = merge_adapters(chunks)
         if count == 0:
             raise ValueError(f"{args.megatron_path} holds a whole model: there are no adapters to merge")
-        written = bridge.save_megatron_model(chunks, args.output)
+        written = bridge.save_megatron_model(chunks, args.output, checkpoint=args.megatron_path)
     return f"merged {count} adapters of this process into {written}"
 
 
@@ -141,10 +132,7 @@ def _bridge_of(args: argparse.Namespace) -> "AutoBridge":
     """The bridge of a Megatron checkpoint's model."""
     from megatron.bridge.models.conversion.auto_bridge import AutoBridge
 
-    hf_model = args.hf_model or AutoBridge.get_hf_model_id_from_checkpoint(args.megatron_path)
-    if hf_model is None:
-        raise ValueError(f"{args.megatron_path} doesn't say which model it came from: pass --hf-model")
-    return AutoBridge.from_hf_pretrained(hf_model)
+    return AutoBridge.from_megatron_checkpoint(args.megatron_path, args.hf_model)
 
 
 def run_roundtrip(args: argparse.Namespace) -> str:

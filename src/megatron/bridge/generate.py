@@ -9,23 +9,24 @@ and --ep. A checkpoint of adapters is read with the model that they were trained
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from megatron.bridge.utils.config_texts import home_expanded
+from megatron.bridge.utils.command_options import DTYPES, add_checkpoint_options
 from megatron.bridge.utils.exit_codes import exit_with
 
 if TYPE_CHECKING:
     from megatron.bridge.data.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 _SIZES = {
     "tp": ("tensor_model_parallel_size", "processes that share each matrix"),
     "pp": ("pipeline_model_parallel_size", "processes that share the layers"),
     "ep": ("expert_model_parallel_size", "processes that share the experts"),
 }
-
-_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -35,43 +36,51 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--megatron-path", type=home_expanded, required=True, help="directory of checkpoints, or one iter_N in it"
-    )
-    parser.add_argument(
-        "--hf-model",
-        type=home_expanded,
-        help="take tokenizer and configuration from here (default: the checkpoint's own)",
-    )
+    add_checkpoint_options(parser, with_base=True)
     parser.add_argument("--prompt", required=True, help="what to continue; with --chat, the user's message")
     parser.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
     parser.add_argument("--system", help="with --chat: the system message")
-    parser.add_argument("--add-bos", action="store_true", help="begin with the tokenizer's BOS (without --chat)")
+    parser.add_argument("--add-bos", action="store_true", help="begin with BOS though the tokenizer doesn't put it")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="stop after this many (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default: always the likeliest token")
     parser.add_argument("--top-k", type=int, default=0, help="draw among this many of the likeliest tokens")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest with this probability")
     parser.add_argument("--seed", type=int, default=1234, help="of the draws (default: %(default)s)")
-    parser.add_argument("--dtype", choices=_DTYPES, help="to compute in (default: the checkpoint's)")
+    parser.add_argument("--dtype", choices=DTYPES, help="to compute in (default: the checkpoint's)")
     for option, (_, meaning) in _SIZES.items():
         parser.add_argument(f"--{option}", type=int, default=1, help=meaning)
     return parser
 
 
-def load_tokenizer(args: argparse.Namespace) -> "Tokenizer":
-    """The tokenizer that was saved with the checkpoint, or that of `--hf-model`.
+def read_text_files(args: argparse.Namespace) -> "tuple[Tokenizer, dict[str, Any]]":
+    """The tokenizer that was saved with the checkpoint, or else its model's, and what `generation_config.json` says.
 
     Raises:
-        FileNotFoundError: The checkpoint has none.
+        FileNotFoundError: There is no tokenizer.
     """
-    from megatron.bridge.checkpoint.layout import TOKENIZER_DIRECTORY, resolve_checkpoint
     from megatron.bridge.data.config import TokenizerConfig
     from megatron.bridge.data.tokenizer import build_tokenizer
+    from megatron.bridge.models.conversion.hf_config import find_hf_directory
+    from megatron.bridge.models.conversion.text_files import TextFiles, has_tokenizer
 
-    directory = args.hf_model or resolve_checkpoint(args.megatron_path) / TOKENIZER_DIRECTORY
-    if args.hf_model is None and not (directory / "tokenizer_config.json").exists():
-        raise FileNotFoundError(f"{directory} holds no tokenizer: pass --hf-model with the model's directory")
-    return build_tokenizer(TokenizerConfig(tokenizer_model=str(directory)))
+    model = None if args.hf_model is None else find_hf_directory(args.hf_model)
+    text = TextFiles.of_checkpoint(args.megatron_path, model)
+    if text.tokenizer is None or not has_tokenizer(text.tokenizer):
+        raise FileNotFoundError(f"{args.megatron_path} holds no tokenizer: pass --hf-model with the model's directory")
+    return build_tokenizer(TokenizerConfig(tokenizer_model=str(text.tokenizer))), text.generation or {}
+
+
+def warn_of_settings(generation: "dict[str, Any]") -> None:
+    """Say which settings transformers would heed with greedy tokens that are not heeded here."""
+    from megatron.bridge.models.conversion.generation_config import not_applied
+
+    settings = ", ".join(f"{name}={value!r}" for name, value in not_applied(generation).items())
+    if settings:
+        logger.warning(
+            "generation_config.json says %s, which transformers' generate applies and this command doesn't: the text "
+            "may be another",
+            settings,
+        )
 
 
 def encode_prompt(args: argparse.Namespace, tokenizer: "Tokenizer") -> list[int]:
@@ -85,7 +94,8 @@ def encode_prompt(args: argparse.Namespace, tokenizer: "Tokenizer") -> list[int]
             raise ValueError("--system is part of a conversation: add --chat")
         if args.add_bos and tokenizer.bos_id is None:
             raise ValueError(f"--add-bos: tokenizer {tokenizer.name} has no BOS token")
-        return [tokenizer.bos_id] * args.add_bos + tokenizer.text_to_ids(args.prompt)
+        ids = tokenizer.prompt_to_ids(args.prompt)
+        return [tokenizer.bos_id, *ids] if args.add_bos and ids[:1] != [tokenizer.bos_id] else ids
     if args.add_bos:
         raise ValueError("--add-bos with --chat: the chat template begins the text; leave it out")
     messages = [{"role": "user", "content": args.prompt}]
@@ -115,6 +125,7 @@ def as_text(tokens: Iterator[int], tokenizer: "Tokenizer", *, before: Sequence[i
 
 def run(args: argparse.Namespace) -> None:
     """Load, generate, and write to stdout on rank 0."""
+    from megatron.bridge.models.conversion.generation_config import end_ids
     from megatron.bridge.models.generation import Sampling, generate_tokens, load_for_generation
     from megatron.bridge.utils.distributed import is_rank_0, model_parallel_groups, on_all_ranks
 
@@ -124,11 +135,13 @@ def run(args: argparse.Namespace) -> None:
             if args.max_new_tokens < 1:
                 raise ValueError(f"--max-new-tokens {args.max_new_tokens}: expected 1 or more")
             sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
-            tokenizer = load_tokenizer(args)
+            tokenizer, generation = read_text_files(args)
             prompt = encode_prompt(args, tokenizer)
-        model = load_for_generation(args.megatron_path, hf_model=args.hf_model, dtype=args.dtype)
-        end_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-        tokens = generate_tokens(model, prompt, max_new_tokens=args.max_new_tokens, sampling=sampling, end_ids=end_ids)
+            if is_rank_0():
+                warn_of_settings(generation)
+        model = load_for_generation(args.megatron_path, hf_model=args.hf_model, base=args.base, dtype=args.dtype)
+        limits = {"max_new_tokens": args.max_new_tokens, "end_ids": end_ids(generation)}
+        tokens = generate_tokens(model, prompt, sampling=sampling, **limits)
         for text in as_text(tokens, tokenizer, before=prompt):
             if is_rank_0():
                 print(text, end="", flush=True)

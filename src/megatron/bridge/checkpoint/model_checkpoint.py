@@ -124,6 +124,7 @@ def save_model_checkpoint(
     run_config: dict[str, Any],
     train_state: dict[str, torch.Tensor] | None = None,
     iteration: int = 0,
+    write_beside: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write a weights-only checkpoint with all ranks, in the layout that `layout` describes.
 
@@ -133,6 +134,7 @@ def save_model_checkpoint(
         run_config: Plain data for `run_config.yaml`; `run_config["model"]` describes the model.
         train_state: Tensors for `train_state.pt`; None writes none.
         iteration: The iteration to save as.
+        write_beside: Called on rank 0 to write what stands beside the tensors into the iteration's directory.
 
     Returns:
         The iteration's directory.
@@ -142,6 +144,9 @@ def save_model_checkpoint(
     """
     unfinished = prepare_save(Path(path).expanduser(), iteration, option="the checkpoint's directory")
     save_sharded(model_sharded_state_dict(model), unfinished)
+    with on_all_ranks(f"writing what stands beside the tensors in {unfinished}"):
+        if write_beside is not None and is_rank_0():
+            write_beside(unfinished)
     return commit_checkpoint(unfinished, iteration, run_config=run_config, train_state=train_state)
 
 

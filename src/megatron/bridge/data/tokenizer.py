@@ -120,6 +120,10 @@ class HuggingFaceTokenizer:
 
     tokenize = text_to_ids
 
+    def prompt_to_ids(self, text: str) -> list[int]:
+        """Returns the tokens of `text` as transformers makes them, with the BOS that some tokenizers put before it."""
+        return self.hf_tokenizer(text, verbose=False)["input_ids"]
+
     def ids_to_text(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Returns the text of `ids`."""
         return self.hf_tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)

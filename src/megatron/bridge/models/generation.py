@@ -71,6 +71,7 @@ def load_for_generation(
     path: str | Path,
     *,
     hf_model: str | Path | None = None,
+    base: str | Path | None = None,
     sizes: Mapping[str, Any] | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> "list[MegatronModule]":
@@ -82,11 +83,12 @@ def load_for_generation(
         path: Root, or `iter_N` directory.
         hf_model: Directory or hub name of the Hugging Face model whose configuration counts. None: what the checkpoint
             says of its model; with adapters, the model that it says they were trained on.
+        base: With adapters: the weights that they stand beside; None: those that they were trained on.
         sizes: Parallel sizes, by their names in a provider.
         dtype: To compute in; None: the checkpoint's.
 
     Raises:
-        FileNotFoundError: No checkpoint there.
+        FileNotFoundError: No checkpoint there, or no longer the model that adapters were trained on.
         ValueError: Not complete, or its model isn't one of Megatron Bridge's.
     """
     from megatron.bridge.checkpoint.layout import resolve_checkpoint
@@ -99,12 +101,12 @@ def load_for_generation(
 
     overrides = {**(sizes or {}), **(precision_fields(dtype) if dtype else {})}
     section = read_model_section(path)
-    if hf_model is None and read_run_config(resolve_checkpoint(path)).get("peft") is not None:
-        hf_model = section.get("hf_model_id")
-        if hf_model is None:
-            raise ValueError(f"{path} holds adapters and doesn't say of which model: pass --hf-model")
-    if hf_model is not None:
-        chunks = AutoBridge.from_hf_pretrained(hf_model).load_megatron_model(path, mp_overrides=overrides)
+    has_adapters = read_run_config(resolve_checkpoint(path)).get("peft") is not None
+    if base is not None and not has_adapters:
+        raise ValueError(f"--base: {path} holds a whole model, not adapters; leave it out")
+    if hf_model is not None or has_adapters:
+        bridge = AutoBridge.from_megatron_checkpoint(path, hf_model)
+        chunks = bridge.load_megatron_model(path, mp_overrides=overrides, base=base)
         return [chunk.eval() for chunk in chunks]
     # Not strict: how another version of Core trained it doesn't count here.
     provider = from_yaml_dict(section, expected=GPTModelProvider, strict=False, where=f"{path}: model")

@@ -25,6 +25,7 @@ from megatron.bridge.checkpoint.model_checkpoint import (
 )
 from megatron.bridge.checkpoint.sharded_save import plan_save
 from megatron.bridge.checkpoint.sharded_state import load_sharded
+from megatron.bridge.models.conversion.generation_config import write_generation_config
 from megatron.bridge.training.background_save import BackgroundSave, finish_background_save
 from megatron.bridge.training.checkpoint_plan import LoadPlan, Source, plan_base, plan_load
 from megatron.bridge.training.config import ConfigContainer
@@ -171,6 +172,8 @@ def _save_iteration(
     with on_all_ranks(f"saving the tokenizer in {unfinished}"):
         if is_rank_0() and cfg.checkpoint.save_tokenizer_assets and state.tokenizer is not None:
             state.tokenizer.save_pretrained(unfinished / layout.TOKENIZER_DIRECTORY)
+            if state.generation_config is not None:
+                write_generation_config(unfinished / layout.TOKENIZER_DIRECTORY, state.generation_config)
     close = partial(
         _close_save,
         unfinished,

@@ -22,6 +22,7 @@ from megatron.bridge.training.checkpointing import (
     plan_on_all_ranks,
 )
 from megatron.bridge.training.config import ConfigContainer, DistributedDataParallelConfig
+from megatron.bridge.training.end_tokens import generation_config_to_save
 from megatron.bridge.training.initialize import initialize_megatron
 from megatron.bridge.training.optim import setup_optimizer
 from megatron.bridge.training.packed_attention import check_samples_are_kept_apart
@@ -85,7 +86,9 @@ def setup(state: GlobalState, train_valid_test_datasets_provider: Callable[..., 
     # Both are done again later: too few samples or a wrong checkpoint must be said before minutes of building.
     _train_iterator(state, data, pg_collection)
     context = init_checkpointing_context(cfg)
-    plan_on_all_ranks(cfg, context)
+    plan = plan_on_all_ranks(cfg, context)
+    with on_all_ranks("reading where a text ends"):
+        state.generation_config = generation_config_to_save(state, plan) if is_rank_0() else None
 
     model = cfg.model.provide_distributed_model(
         ddp_config=_with_the_runs_own_checks(cfg.ddp),

@@ -94,6 +94,9 @@ class GlobalState:
     background_save: BackgroundSave | None = field(default=None, repr=False)
     """The save that is being written while training continues; None: there is none."""
 
+    generation_config: dict[str, Any] | None = None
+    """What is saved beside the tokenizer as `generation_config.json`, on rank 0; None: nothing."""
+
     exit_signal: ExitSignal | None = field(default=None, repr=False)
     """The signal that stops the run; None: none is caught."""
 

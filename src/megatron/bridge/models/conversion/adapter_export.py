@@ -32,7 +32,15 @@ class AdapterExport:
 
         return export_adapter_weights(as_chunks(model), self.family, cpu=cpu, show_progress=show_progress)
 
-    def save_hf_adapter(self, model: "Model", path: "str | Path", peft: Any, *, show_progress: bool = True) -> None:
+    def save_hf_adapter(
+        self,
+        model: "Model",
+        path: "str | Path",
+        peft: Any,
+        *,
+        show_progress: bool = True,
+        checkpoint: "str | Path | None" = None,
+    ) -> None:
         """Write the adapters of a model as a directory that the peft library loads. Collective.
 
         Args:
@@ -40,15 +48,25 @@ class AdapterExport:
             path: New directory, or an earlier export of adapters to replace.
             peft: What adapted the model.
             show_progress: Whether rank 0 shows a bar.
+            checkpoint: Megatron checkpoint whose tokenizer and end tokens are written too; None: none are.
 
         Raises:
             ValueError: `path` is taken, or peft has no place for an adapter.
         """
         from megatron.bridge.models.conversion.adapters import save_hf_adapter
+        from megatron.bridge.models.conversion.text_files import TextFiles
+        from megatron.bridge.utils.distributed import on_all_ranks
 
-        base = str(self.directory) if self.directory is not None else None
+        with on_all_ranks("reading the adapters' tokenizer"):
+            text = TextFiles.of(self.directory, checkpoint=checkpoint) if checkpoint else TextFiles(None, None)
         save_hf_adapter(
-            as_chunks(model), self.family, path, options=asdict(peft), base=base, show_progress=show_progress
+            as_chunks(model),
+            self.family,
+            path,
+            options=asdict(peft),
+            base=self.directory,
+            text=text,
+            show_progress=show_progress,
         )
 
     def export_adapter_ckpt(
@@ -56,7 +74,7 @@ class AdapterExport:
     ) -> None:
         """Convert a checkpoint of adapters to a directory that the peft library loads. Collective under torchrun.
 
-        The weights that they stand beside are not read.
+        The weights that they stand beside are not read. The checkpoint's tokenizer is written beside the adapters.
 
         Args:
             megatron_path: Root, or `iter_N` directory.
@@ -81,7 +99,9 @@ class AdapterExport:
             fields: Mapping[str, Any] = provider_fields(self.hf_config)
             chunks = build_saved_model(provider, megatron_path, fields, mp_overrides={}, use_cpu_initialization=True)
             load_adapters(chunks, saved)
-            self.save_hf_adapter(chunks, hf_path, saved.peft, show_progress=show_progress)
+            self.save_hf_adapter(
+                chunks, hf_path, saved.peft, show_progress=show_progress, checkpoint=megatron_path
+            )
 
 
 def as_chunks(model: "Model") -> "list[MegatronModule]":

@@ -5,6 +5,7 @@ A layer with an adapter is known by what it offers, `AdaptedLayer`: this room ne
 """
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,16 @@ from megatron.core.transformer.module import MegatronModule
 from safetensors.torch import save_file
 
 from megatron.bridge.models.conversion.export import export_weights
+from megatron.bridge.models.conversion.generation_config import FILE as GENERATION_FILE
+from megatron.bridge.models.conversion.generation_config import end_ids, generation_config_of_model
 from megatron.bridge.models.conversion.mapping import WeightMapping, replicated
 from megatron.bridge.models.conversion.tasks import ConversionTask, WeightPlace, all_places, local_tasks, model_config
+from megatron.bridge.models.conversion.text_files import TextFiles
 from megatron.bridge.models.families import ModelFamily
 from megatron.bridge.utils.distributed import is_rank_0, on_all_ranks
 from megatron.bridge.utils.files import replaced_directory, use_umask
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -84,7 +90,8 @@ def save_hf_adapter(
     path: str | Path,
     *,
     options: Mapping[str, Any],
-    base: str | None,
+    base: Path | None,
+    text: TextFiles,
     show_progress: bool = True,
 ) -> None:
     """Write the adapters as a directory that the peft library loads. Collective; rank 0 writes.
@@ -94,7 +101,8 @@ def save_hf_adapter(
         family: Its table of mappings.
         path: The directory; an earlier export there is replaced once the new one is complete.
         options: `dim`, `alpha` and `dropout` of the adapters.
-        base: Name or directory of the Hugging Face model under them.
+        base: Directory of the Hugging Face model under them.
+        text: The tokenizer, and where a text ends.
         show_progress: Whether rank 0 shows a bar.
 
     Raises:
@@ -110,15 +118,32 @@ def save_hf_adapter(
             raise ValueError(f"the model has no adapters: there is nothing to write to {path}")
         if is_rank_0():
             config = adapter_config(tensors, options, num_layers=model_config(chunks).num_layers, base=base)
+            warn_of_end_ids(path, text, base)
             with replaced_directory(path) as directory:
                 weights = {name: tensor.contiguous() for name, tensor in tensors.items()}
                 save_file(weights, directory / WEIGHTS_FILE, metadata={"format": "pt"})
                 use_umask(directory / WEIGHTS_FILE)  # safetensors makes files that only their owner can read
                 (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+                text.write(directory)
+
+
+def warn_of_end_ids(path: Path, text: TextFiles, base: Path | None) -> None:
+    """Say it where the adapters end a text with tokens that the model under them, whose settings count, doesn't."""
+    ids = end_ids(text.generation or {})
+    if base is not None and set(ids) - set(end_ids(generation_config_of_model(base))):
+        logger.warning(
+            "the adapters in %s learned to end with the tokens %s, and the peft library goes by the %s of %s, which "
+            "lacks some: pass it generate(eos_token_id=%s)",
+            path,
+            list(ids),
+            GENERATION_FILE,
+            base,
+            list(ids),
+        )
 
 
 def adapter_config(
-    tensors: Mapping[str, torch.Tensor], options: Mapping[str, Any], *, num_layers: int, base: str | None
+    tensors: Mapping[str, torch.Tensor], options: Mapping[str, Any], *, num_layers: int, base: Path | None
 ) -> dict[str, Any]:
     """What `adapter_config.json` says.
 
@@ -134,7 +159,7 @@ def adapter_config(
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": None if base is None else str(base),
         "r": options["dim"],
         "lora_alpha": options["alpha"],
         "lora_dropout": options["dropout"],

@@ -9,10 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron.bridge.checkpoint.layout import is_hf_directory
 from megatron.bridge.models.conversion.adapter_export import AdapterExport, as_chunks
+from megatron.bridge.models.conversion.checkpoint_conversion import CheckpointConversion
 from megatron.bridge.models.conversion.hf_config import (
-    check_tokenizer,
     config_as_dict,
     find_hf_directory,
     precision_fields,
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
     Model = MegatronModule | Sequence[MegatronModule]
 
 
-class AutoBridge(AdapterExport):
+class AutoBridge(CheckpointConversion, AdapterExport):
     """Converts one Hugging Face model. Make it with `from_hf_pretrained` or `from_hf_config`.
 
     Args:
@@ -205,6 +204,7 @@ class AutoBridge(AdapterExport):
         *,
         max_shard_bytes: int = 5_000_000_000,
         dtype: "str | torch.dtype | None" = None,
+        checkpoint: "str | Path | None" = None,
     ) -> None:
         """Write a Hugging Face directory: configuration, tokenizer and weights. Collective.
 
@@ -216,151 +216,30 @@ class AutoBridge(AdapterExport):
             strict: Refuse an export whose tensor names differ from the source's.
             max_shard_bytes: Size that a file of weights stays below.
             dtype: Of the tensors in the files; None: the model's.
+            checkpoint: Take tokenizer and end tokens from this Megatron checkpoint, where it has them.
 
         Raises:
             ValueError: `path` is taken, or the names differ.
         """
         from megatron.bridge.models.conversion.hf_directory import save_hf_directory
+        from megatron.bridge.models.conversion.text_files import TextFiles
+        from megatron.bridge.utils.distributed import on_all_ranks
 
         source = find_hf_directory(source_path) if source_path else self.directory
+        with on_all_ranks("reading the model's tokenizer"):
+            text = TextFiles.of(source, checkpoint=checkpoint)
         save_hf_directory(
             as_chunks(model),
             self.family,
             path,
             hf_config=read_hf_config(source) if source_path else self.hf_config,
             source=source,
+            text=text,
             strict=strict,
             show_progress=show_progress,
             max_shard_bytes=max_shard_bytes,
             dtype=precision_fields(dtype)["params_dtype"] if dtype else None,
         )
-
-    def save_megatron_model(
-        self, model: "Model", path: "str | Path", hf_tokenizer_path: "str | Path | None" = None
-    ) -> Path:
-        """Write a weights-only Megatron checkpoint, iteration 0. Collective.
-
-        Args:
-            model: This rank's chunks, wrapped or not.
-            path: Root directory of the checkpoint.
-            hf_tokenizer_path: Directory whose tokenizer is stored with it; None: the model's own.
-
-        Returns:
-            The iteration's directory.
-        """
-        from megatron.bridge.models.conversion.saved_provider import save_model
-
-        return save_model(as_chunks(model), path, tokenizer=hf_tokenizer_path or self.directory)
-
-    def load_megatron_model(
-        self,
-        path: "str | Path",
-        *,
-        mp_overrides: Mapping[str, Any] | None = None,
-        base: "str | Path | None" = None,
-        **options: Any,
-    ) -> "list[MegatronModule]":
-        """Build the model of a Megatron checkpoint and load its weights, with adapters if it holds those. Collective.
-
-        Brings up a process group and model-parallel state where there are none, and leaves them up.
-
-        Args:
-            path: Root, or `iter_N` directory.
-            mp_overrides: Parallel sizes and other provider fields that differ from the checkpoint's; by default the
-                sizes of the model-parallel state, or 1.
-            base: With adapters: the weights they stand beside, a Megatron checkpoint or Hugging Face directory; None:
-                those that they were trained on.
-            options: For `provide_distributed_model`; not wrapped for training by default.
-
-        Raises:
-            FileNotFoundError: No checkpoint there, or no weights under the adapters.
-            ValueError: Not complete, or of another model than this bridge's.
-        """
-        from megatron.bridge.checkpoint.model_checkpoint import load_model_weights
-        from megatron.bridge.models.conversion.saved_adapters import check_base, find_saved_adapters, load_adapters
-        from megatron.bridge.models.conversion.saved_provider import build_saved_model
-
-        provider = self.to_megatron_provider(load_weights=False)
-        saved = find_saved_adapters(path)
-        weights = path if saved is None else check_base(saved, base)
-        chunks = build_saved_model(
-            provider, path, provider_fields(self.hf_config), mp_overrides=mp_overrides or {}, **options
-        )
-        if is_hf_directory(weights):
-            self.load_hf_weights(chunks, weights)
-        else:
-            load_model_weights(chunks, weights)
-        if saved is not None:
-            load_adapters(chunks, saved)
-        return chunks
-
-    @classmethod
-    def import_ckpt(
-        cls,
-        hf_model_id: "str | Path",
-        megatron_path: "str | Path",
-        *,
-        dtype: "str | torch.dtype | None" = None,
-        show_progress: bool = True,
-        **options: Any,
-    ) -> Path:
-        """Convert a Hugging Face model to a Megatron checkpoint, in host memory. Collective under torchrun.
-
-        Args:
-            hf_model_id: Directory, or hub name.
-            megatron_path: Root directory of the checkpoint.
-            dtype: Of the checkpoint's weights; None: the one that `config.json` names.
-            show_progress: Whether rank 0 shows a bar.
-            options: Parallel sizes while converting, by their names in a provider; the others are for the hub.
-
-        Returns:
-            The iteration's directory.
-
-        Raises:
-            FileNotFoundError: No such model, or a shard is missing.
-            ValueError: The model can't be read or expressed, or its tokenizer is too large for it.
-        """
-        from megatron.bridge.models.conversion.saved_provider import PARALLEL_SIZES, build_on_host
-        from megatron.bridge.utils.distributed import model_parallel_groups
-
-        sizes = {name: options.pop(name) for name in PARALLEL_SIZES if name in options}
-        bridge = cls.from_hf_pretrained(hf_model_id, **options)
-        provider = bridge.to_megatron_provider(load_weights=False)
-        check_tokenizer(bridge.directory, provider.vocab_size)
-        with model_parallel_groups(**sizes):
-            chunks = build_on_host(provider, dtype=dtype)
-            bridge.load_hf_weights(chunks, show_progress=show_progress)
-            return bridge.save_megatron_model(chunks, megatron_path)
-
-    def export_ckpt(
-        self,
-        megatron_path: "str | Path",
-        hf_path: "str | Path",
-        show_progress: bool = True,
-        strict: bool = True,
-        *,
-        dtype: "str | torch.dtype | None" = None,
-        base: "str | Path | None" = None,
-        **sizes: int | None,
-    ) -> None:
-        """Convert a Megatron checkpoint to a Hugging Face directory, in host memory. Collective under torchrun.
-
-        Adapters are merged into the weights that they stand beside.
-
-        Args:
-            megatron_path: Root, or `iter_N` directory.
-            hf_path: New directory, or an earlier export to replace.
-            show_progress: Whether rank 0 shows a bar.
-            strict: Refuse an export whose tensor names differ from the source's.
-            dtype: Of the tensors in the files; None: the checkpoint's.
-            base: As for `load_megatron_model`.
-            sizes: Parallel sizes while converting, by their names in a provider.
-        """
-        from megatron.bridge.utils.distributed import model_parallel_groups
-
-        with model_parallel_groups(**sizes):
-            chunks = self.load_megatron_model(megatron_path, base=base, use_cpu_initialization=True)
-            self.save_hf_pretrained(chunks, hf_path, show_progress, strict=strict, dtype=dtype)
 
     def check_roundtrip(self, *, show_progress: bool = True, **sizes: int | None) -> "list[TensorResult]":
         """Load the weights into a Megatron model, export them, and compare bit by bit with the files. Collective.
@@ -382,13 +261,6 @@ class AutoBridge(AdapterExport):
             self.load_hf_weights(chunks, show_progress=show_progress)
             weights = HFWeights(self._weights_directory(None))
             return compare_with_files(chunks, self.family, weights, show_progress=show_progress)
-
-    @staticmethod
-    def get_hf_model_id_from_checkpoint(path: "str | Path") -> str | None:
-        """The Hugging Face directory or hub name that a Megatron checkpoint came from; None: it doesn't say."""
-        from megatron.bridge.models.conversion.saved_provider import read_model_section
-
-        return read_model_section(path).get("hf_model_id")
 
     def _weights_directory(self, hf_path: "str | Path | None") -> Path:
         directory = find_hf_directory(hf_path) if hf_path else self.directory

@@ -3,7 +3,6 @@
 
 import json
 import logging
-import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,28 +15,14 @@ from megatron.bridge.models.conversion.export import export_weights, exported_pl
 from megatron.bridge.models.conversion.hf_weights import HFWeights, HFWeightsWriter, ShardPlan
 from megatron.bridge.models.conversion.load import cast, may_be_ignored
 from megatron.bridge.models.conversion.tasks import local_tasks, model_config
+from megatron.bridge.models.conversion.text_files import TextFiles, copy_files
 from megatron.bridge.models.families import ModelFamily
 from megatron.bridge.utils.distributed import is_rank_0, on_all_ranks
 from megatron.bridge.utils.files import replaced_directory
 
 logger = logging.getLogger(__name__)
 
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-)
-OTHER_FILES = ("generation_config.json", "LICENSE*", "NOTICE*")
-
-
-def copy_files(source: Path, target: Path, patterns: Sequence[str]) -> None:
-    """Copy the files at the top of `source` that match a pattern."""
-    for path in sorted({path for pattern in patterns for path in source.glob(pattern) if path.is_file()}):
-        shutil.copyfile(path, target / path.name)
+OTHER_FILES = ("LICENSE*", "NOTICE*")
 
 
 def save_hf_directory(
@@ -47,6 +32,7 @@ def save_hf_directory(
     *,
     hf_config: dict[str, Any],
     source: Path | None,
+    text: TextFiles,
     strict: bool = True,
     show_progress: bool = True,
     max_shard_bytes: int = 5_000_000_000,
@@ -59,7 +45,8 @@ def save_hf_directory(
         family: Its table of mappings.
         path: The directory; an older export there is replaced once the new one is complete.
         hf_config: Becomes `config.json`, with the model's dtype.
-        source: Directory whose tokenizer, generation configuration and licence are copied; None copies none.
+        source: Directory that the model came from, whose licence is copied; None: there is none.
+        text: The tokenizer, and where a text ends.
         strict: Refuse an export whose tensor names differ from those of `source`.
         show_progress: Whether rank 0 shows a bar.
         max_shard_bytes: Size that a file of weights stays below, unless a single tensor is larger.
@@ -80,7 +67,8 @@ def save_hf_directory(
                 directory = stack.enter_context(replaced_directory(path))
                 _write_config(directory, hf_config, dtype or config.params_dtype)
                 if source is not None:
-                    copy_files(source, directory, (*TOKENIZER_FILES, *OTHER_FILES))
+                    copy_files(source, directory, OTHER_FILES)
+                text.write(directory)
                 writer = HFWeightsWriter(directory, plan)
         for name, tensor in export_weights(chunks, family, cpu=True, show_progress=show_progress, copies=False):
             with on_all_ranks(f"writing {path}"):

@@ -1,6 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """A checkpoint that holds adapters only: what they are, what they stand beside, and how they come into a model."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.bridge.checkpoint import layout
 from megatron.bridge.checkpoint.model_checkpoint import load_model_weights, read_run_config
 from megatron.bridge.utils.yaml_io import from_yaml_dict
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,8 @@ class SavedAdapters:
     """Adapts a model when called with its chunks."""
     base: str | None
     """Where the weights came from that they adapt: a Megatron checkpoint or a Hugging Face directory."""
+    hf_model_id: str | None
+    """The Hugging Face model that all of it came from."""
 
 
 def find_saved_adapters(path: str | Path) -> SavedAdapters | None:
@@ -40,26 +45,44 @@ def find_saved_adapters(path: str | Path) -> SavedAdapters | None:
     peft = from_yaml_dict(run_config["peft"], where=where)
     if not callable(peft):
         raise ValueError(f"{where} is a {type(peft).__name__}: expected a kind of adapters such as LoRA")
-    return SavedAdapters(directory, peft, (run_config.get("checkpoint") or {}).get("pretrained_checkpoint"))
+    base = (run_config.get("checkpoint") or {}).get("pretrained_checkpoint")
+    return SavedAdapters(directory, peft, base, (run_config.get("model") or {}).get("hf_model_id"))
 
 
-def check_base(saved: SavedAdapters, base: str | Path | None) -> Path:
+def check_base(saved: SavedAdapters, base: str | Path | None, *, model: Path | None) -> Path:
     """The directory of the weights under the adapters.
 
     Args:
         saved: From `find_saved_adapters`.
         base: The directory to take in place of the one that was trained on.
+        model: Where the Hugging Face model is now, which may have been what was trained on.
 
     Raises:
         FileNotFoundError: There is nothing.
     """
     path = base or saved.base
-    if path is None or not (layout.is_hf_directory(path) or layout.checkpoint_exists(path)):
+    if base is None and model is not None and not _holds_weights(path) and _is_the_model(saved):
+        logger.info("the weights under the adapters: %s, as %s is not there any more", model, path)
+        path = model
+    if not _holds_weights(path):
         raise FileNotFoundError(
             f"{saved.directory} holds adapters of the weights in {path}, which hold neither a Megatron checkpoint nor "
             "a Hugging Face model: name them (--base on the command line)"
         )
-    return Path(path)
+    return Path(path).expanduser()
+
+
+def _holds_weights(path: str | Path | None) -> bool:
+    path = None if path is None else Path(path).expanduser()
+    return path is not None and (layout.is_hf_directory(path) or layout.checkpoint_exists(path))
+
+
+def _is_the_model(saved: SavedAdapters) -> bool:
+    """Whether the adapters were trained on the Hugging Face directory itself; runs name it by a relative path, too."""
+    if saved.base is None or saved.hf_model_id is None:
+        return False
+    parts, named = Path(saved.base).expanduser().parts, Path(saved.hf_model_id).parts
+    return named[-len(parts) :] == parts
 
 
 def load_adapters(chunks: Sequence[MegatronModule], saved: SavedAdapters) -> None:

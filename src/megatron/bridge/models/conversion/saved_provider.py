@@ -13,10 +13,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.bridge.checkpoint.layout import TOKENIZER_DIRECTORY, resolve_checkpoint
 from megatron.bridge.checkpoint.model_checkpoint import read_run_config, save_model_checkpoint
 from megatron.bridge.models.conversion.hf_config import precision_fields
-from megatron.bridge.models.conversion.hf_directory import TOKENIZER_FILES, copy_files
 from megatron.bridge.models.conversion.tasks import model_config
+from megatron.bridge.models.conversion.text_files import TextFiles
 from megatron.bridge.models.gpt_provider import GPTModelProvider
-from megatron.bridge.utils.distributed import is_rank_0, on_all_ranks
 from megatron.bridge.utils.field_types import field_hints
 from megatron.bridge.utils.yaml_io import from_yaml_dict, to_yaml_dict
 
@@ -43,26 +42,27 @@ _SIZES = (
 )
 
 
-def save_model(chunks: Sequence[MegatronModule], path: str | Path, *, tokenizer: str | Path | None) -> Path:
+def save_model(chunks: Sequence[MegatronModule], path: str | Path, *, text: TextFiles) -> Path:
     """Write a weights-only checkpoint, iteration 0, that says which model it holds. Collective.
 
     Args:
         chunks: The model, wrapped or not.
         path: Root directory of the checkpoint.
-        tokenizer: Directory whose tokenizer is stored with it.
+        text: The tokenizer, and where a text ends.
 
     Returns:
         The iteration's directory.
     """
     provider = copy.copy(model_config(chunks))
     provider.perform_initialization, provider.use_cpu_initialization = True, False  # how it was built, not what
-    iteration_directory = save_model_checkpoint(chunks, path, run_config={"model": to_yaml_dict(provider)})
-    with on_all_ranks(f"storing the tokenizer in {iteration_directory}"):
-        if is_rank_0() and tokenizer is not None:
-            target = iteration_directory / TOKENIZER_DIRECTORY
-            target.mkdir(exist_ok=True)
-            copy_files(Path(tokenizer), target, TOKENIZER_FILES)
-    return iteration_directory
+
+    def write_text_files(directory: Path) -> None:
+        target = directory / TOKENIZER_DIRECTORY
+        target.mkdir()
+        text.write(target)
+
+    run_config = {"model": to_yaml_dict(provider)}
+    return save_model_checkpoint(chunks, path, run_config=run_config, write_beside=write_text_files)
 
 
 def build_saved_model(

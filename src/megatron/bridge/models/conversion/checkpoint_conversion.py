@@ -1,0 +1,199 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""What `AutoBridge` does with Megatron checkpoints. Cheap to import, as `auto_bridge` is."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron.bridge.checkpoint.layout import is_hf_directory
+from megatron.bridge.models.conversion.adapter_export import as_chunks
+from megatron.bridge.models.conversion.hf_config import check_tokenizer
+from megatron.bridge.models.families import provider_fields
+
+if TYPE_CHECKING:
+    import torch
+    from megatron.core.transformer.module import MegatronModule
+
+    from megatron.bridge.models.conversion.adapter_export import Model
+    from megatron.bridge.models.conversion.auto_bridge import AutoBridge
+
+
+class CheckpointConversion:
+    """The part of `AutoBridge` that reads and writes Megatron checkpoints."""
+
+    @classmethod
+    def from_megatron_checkpoint(cls, path: "str | Path", hf_model: "str | Path | None" = None) -> "AutoBridge":
+        """Bridge the model that a Megatron checkpoint came from.
+
+        Args:
+            path: Root, or `iter_N` directory.
+            hf_model: Directory or hub name of the model; None: the one that the checkpoint names.
+
+        Raises:
+            FileNotFoundError: No checkpoint there, or no longer a model where the checkpoint says.
+            ValueError: The checkpoint names no model.
+        """
+        if hf_model is not None:
+            return cls.from_hf_pretrained(hf_model)
+        named = cls.get_hf_model_id_from_checkpoint(path)
+        if named is None:
+            raise ValueError(f"{path} doesn't say which model it came from: pass --hf-model (hf_model in Python)")
+        try:
+            return cls.from_hf_pretrained(named)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{path} came from the model {named}, which isn't there any more ({error}); pass --hf-model (hf_model "
+                "in Python) with the directory where it is now"
+            ) from error
+
+    @staticmethod
+    def get_hf_model_id_from_checkpoint(path: "str | Path") -> str | None:
+        """The Hugging Face directory or hub name that a Megatron checkpoint came from; None: it doesn't say."""
+        from megatron.bridge.models.conversion.saved_provider import read_model_section
+
+        return read_model_section(path).get("hf_model_id")
+
+    def save_megatron_model(
+        self,
+        model: "Model",
+        path: "str | Path",
+        hf_tokenizer_path: "str | Path | None" = None,
+        *,
+        checkpoint: "str | Path | None" = None,
+    ) -> Path:
+        """Write a weights-only Megatron checkpoint, iteration 0. Collective.
+
+        Args:
+            model: This rank's chunks, wrapped or not.
+            path: Root directory of the checkpoint.
+            hf_tokenizer_path: Directory whose tokenizer is stored with it; None: `checkpoint`'s, or the model's own.
+            checkpoint: Megatron checkpoint whose tokenizer and end tokens are stored with it; None: the model's own.
+
+        Returns:
+            The iteration's directory.
+
+        Raises:
+            ValueError: `generation_config.json` is damaged; nothing is written then.
+        """
+        from megatron.bridge.models.conversion.saved_provider import save_model
+        from megatron.bridge.models.conversion.text_files import TextFiles
+        from megatron.bridge.utils.distributed import on_all_ranks
+
+        with on_all_ranks("reading the model's tokenizer"):
+            text = TextFiles.of(self.directory, checkpoint=checkpoint, tokenizer=hf_tokenizer_path)
+        return save_model(as_chunks(model), path, text=text)
+
+    def load_megatron_model(
+        self,
+        path: "str | Path",
+        *,
+        mp_overrides: Mapping[str, Any] | None = None,
+        base: "str | Path | None" = None,
+        **options: Any,
+    ) -> "list[MegatronModule]":
+        """Build the model of a Megatron checkpoint and load its weights, with adapters if it holds those. Collective.
+
+        Brings up a process group and model-parallel state where there are none, and leaves them up.
+
+        Args:
+            path: Root, or `iter_N` directory.
+            mp_overrides: Parallel sizes and other provider fields that differ from the checkpoint's; by default the
+                sizes of the model-parallel state, or 1.
+            base: With adapters: the weights they stand beside, a Megatron checkpoint or Hugging Face directory; None:
+                those that they were trained on.
+            options: For `provide_distributed_model`; not wrapped for training by default.
+
+        Raises:
+            FileNotFoundError: No checkpoint there, or no weights under the adapters.
+            ValueError: Not complete, or of another model than this bridge's.
+        """
+        from megatron.bridge.checkpoint.model_checkpoint import load_model_weights
+        from megatron.bridge.models.conversion.saved_adapters import check_base, find_saved_adapters, load_adapters
+        from megatron.bridge.models.conversion.saved_provider import build_saved_model
+
+        provider = self.to_megatron_provider(load_weights=False)
+        saved = find_saved_adapters(path)
+        weights = path if saved is None else check_base(saved, base, model=self.directory)
+        chunks = build_saved_model(
+            provider, path, provider_fields(self.hf_config), mp_overrides=mp_overrides or {}, **options
+        )
+        if is_hf_directory(weights):
+            self.load_hf_weights(chunks, weights)
+        else:
+            load_model_weights(chunks, weights)
+        if saved is not None:
+            load_adapters(chunks, saved)
+        return chunks
+
+    @classmethod
+    def import_ckpt(
+        cls,
+        hf_model_id: "str | Path",
+        megatron_path: "str | Path",
+        *,
+        dtype: "str | torch.dtype | None" = None,
+        show_progress: bool = True,
+        **options: Any,
+    ) -> Path:
+        """Convert a Hugging Face model to a Megatron checkpoint, in host memory. Collective under torchrun.
+
+        Args:
+            hf_model_id: Directory, or hub name.
+            megatron_path: Root directory of the checkpoint.
+            dtype: Of the checkpoint's weights; None: the one that `config.json` names.
+            show_progress: Whether rank 0 shows a bar.
+            options: Parallel sizes while converting, by their names in a provider; the others are for the hub.
+
+        Returns:
+            The iteration's directory.
+
+        Raises:
+            FileNotFoundError: No such model, or a shard is missing.
+            ValueError: The model can't be read or expressed, or its tokenizer is too large for it.
+        """
+        from megatron.bridge.models.conversion.generation_config import generation_config_of_model
+        from megatron.bridge.models.conversion.saved_provider import PARALLEL_SIZES, build_on_host
+        from megatron.bridge.utils.distributed import model_parallel_groups
+
+        sizes = {name: options.pop(name) for name in PARALLEL_SIZES if name in options}
+        bridge = cls.from_hf_pretrained(hf_model_id, **options)
+        provider = bridge.to_megatron_provider(load_weights=False)
+        check_tokenizer(bridge.directory, provider.vocab_size)
+        generation_config_of_model(bridge.directory)  # refuse now rather than after the weights are read
+        with model_parallel_groups(**sizes):
+            chunks = build_on_host(provider, dtype=dtype)
+            bridge.load_hf_weights(chunks, show_progress=show_progress)
+            return bridge.save_megatron_model(chunks, megatron_path)
+
+    def export_ckpt(
+        self,
+        megatron_path: "str | Path",
+        hf_path: "str | Path",
+        show_progress: bool = True,
+        strict: bool = True,
+        *,
+        dtype: "str | torch.dtype | None" = None,
+        base: "str | Path | None" = None,
+        **sizes: int | None,
+    ) -> None:
+        """Convert a Megatron checkpoint to a Hugging Face directory, in host memory. Collective under torchrun.
+
+        Adapters are merged into the weights that they stand beside. The tokenizer and the end tokens are the
+        checkpoint's, where it has them.
+
+        Args:
+            megatron_path: Root, or `iter_N` directory.
+            hf_path: New directory, or an earlier export to replace.
+            show_progress: Whether rank 0 shows a bar.
+            strict: Refuse an export whose tensor names differ from the source's.
+            dtype: Of the tensors in the files; None: the checkpoint's.
+            base: As for `load_megatron_model`.
+            sizes: Parallel sizes while converting, by their names in a provider.
+        """
+        from megatron.bridge.utils.distributed import model_parallel_groups
+
+        with model_parallel_groups(**sizes):
+            chunks = self.load_megatron_model(megatron_path, base=base, use_cpu_initialization=True)
+            self.save_hf_pretrained(
+                chunks, hf_path, show_progress, strict=strict, dtype=dtype, checkpoint=megatron_path
+            )

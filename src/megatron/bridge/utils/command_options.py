@@ -1,0 +1,30 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Options that several commands have."""
+
+import argparse
+
+from megatron.bridge.utils.config_texts import home_expanded
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_checkpoint_options(parser: argparse.ArgumentParser, *, with_base: bool) -> None:
+    """Which checkpoint is read, and where the model is that it came from.
+
+    Args:
+        parser: Of the command.
+        with_base: Whether the weights under adapters are read, too.
+    """
+    parser.add_argument(
+        "--megatron-path", type=home_expanded, required=True, help="directory of checkpoints, or one iter_N in it"
+    )
+    parser.add_argument(
+        "--hf-model",
+        type=home_expanded,
+        help="directory or hub name of the model that it came from (default: as the checkpoint says); gives the "
+        "configuration, and the tokenizer where the checkpoint has none",
+    )
+    if with_base:
+        parser.add_argument(
+            "--base", type=home_expanded, help="weights under adapters (default: those that they were trained on)"
+        )
