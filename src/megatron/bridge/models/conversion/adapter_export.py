@@ -99,9 +99,7 @@ class AdapterExport:
             fields: Mapping[str, Any] = provider_fields(self.hf_config)
             chunks = build_saved_model(provider, megatron_path, fields, mp_overrides={}, use_cpu_initialization=True)
             load_adapters(chunks, saved)
-            self.save_hf_adapter(
-                chunks, hf_path, saved.peft, show_progress=show_progress, checkpoint=megatron_path
-            )
+            self.save_hf_adapter(chunks, hf_path, saved.peft, show_progress=show_progress, checkpoint=megatron_path)
 
 
 def as_chunks(model: "Model") -> "list[MegatronModule]":
