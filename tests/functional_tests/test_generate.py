@@ -3,7 +3,10 @@
 
 import contextlib
 import io
+import json
 import shutil
+import unittest
+import unittest.mock
 
 import pytest
 import torch
@@ -191,6 +194,74 @@ def test_the_command_streams_text_and_names_what_is_wrong(checkpoint):
         status, output, errors = done[name]
         assert (status, output) == (1, ""), name
         assert errors.splitlines()[-1].startswith("generate: ") and message in errors.splitlines()[-1], name
+
+
+def _begins_and_ends(directory):
+    """A model whose tokenizer puts BOS and that names two end tokens: what both sides say, in text."""
+    from megatron.bridge.models.conversion.auto_bridge import AutoBridge
+
+    shutil.copytree(directory / "hf", directory / "other" / "hf")
+    directory = directory / "other"
+    write_tokenizer(directory / "hf", adds_bos=True)
+    free = _continued(directory / "hf", "the cat")
+    settings = {"eos_token_id": [279, free[3]], "repetition_penalty": 1.0}
+    (directory / "hf" / "generation_config.json").write_text(json.dumps(settings))
+    _import(directory)
+    ckpt = ("--megatron-path", directory / "megatron", "--prompt", "the cat", "--dtype", "float32")
+    AutoBridge.from_hf_pretrained(directory / "hf").export_ckpt(directory / "megatron", directory / "exported", False)
+    stored = directory / "megatron" / "iter_0000000" / "tokenizer" / "generation_config.json"
+    found = {
+        "free": free,
+        "transformers": [_continued(directory / name, "the cat") for name in ("hf", "exported")],
+        "chat": (_continued(directory / "exported", "the cat", chat=True), _tokens_of(*ckpt, "--chat")),
+        "ours": [_tokens_of(*ckpt), _tokens_of(*ckpt, "--add-bos")],
+        "exported": json.loads((directory / "exported" / "generation_config.json").read_text()),
+    }
+    stored.write_text(json.dumps({**settings, "repetition_penalty": 1.3}))
+    (directory / "megatron" / "iter_0000000" / "manifest.json").unlink()
+    with unittest.TestCase().assertLogs("megatron.bridge.generate", "WARNING") as heard:
+        _tokens_of(*ckpt)
+    return {**found, "settings": settings, "heard": heard.output}
+
+
+def _continued(directory, prompt, *, chat=False):
+    """What transformers' `generate` adds to a prompt."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from megatron.bridge.utils.simulated_accelerator import suspended
+
+    tokenizer, turns = AutoTokenizer.from_pretrained(directory), [{"role": "user", "content": prompt}]
+    as_chat = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+    with suspended():
+        ids = (tokenizer.apply_chat_template(turns, **as_chat) if chat else tokenizer(prompt, return_tensors="pt"))[
+            "input_ids"
+        ]
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+    return made[0, ids.shape[1] :].tolist()
+
+
+def _tokens_of(*args):
+    """The tokens that the command makes."""
+    from megatron.bridge.models import generation
+
+    made, whole = [], generation.generate_tokens
+    with unittest.mock.patch.object(
+        generation, "generate_tokens", lambda *a, **k: (made.append(one) or one for one in whole(*a, **k))
+    ):
+        status, _, errors = _on_rank(*args)
+    assert status == 0, errors
+    return made
+
+
+def test_a_text_begins_and_ends_as_in_transformers(checkpoint):
+    """Its BOS, its end tokens, after an export too; what of its settings isn't applied is said."""
+    found = run_on_ranks(_begins_and_ends, 1, checkpoint)[0]
+    assert found["free"][3] not in found["free"][:3], "another token has to be made the end"
+    assert found["transformers"] == found["ours"] == [found["free"][:4]] * 2
+    assert found["chat"][0] == found["chat"][1]
+    assert found["exported"] == found["settings"]
+    assert "generation_config.json says repetition_penalty=1.3" in found["heard"][0]
 
 
 def _on_two(directory):

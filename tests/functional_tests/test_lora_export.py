@@ -7,16 +7,20 @@ import peft
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.families import MODELS
 from tests.functional_tests.test_conversion_command import on_rank
 from tests.on_ranks import Recorder
 from tests.ranks import run_on_ranks
 from tests.tiny import tiny_config
+from tests.unit_tests.data.conftest import CHATML, write_tokenizer
 from tests.unit_tests.models.tiny_llama import megatron_logits, save_tiny_model
 
+VOCAB_SIZE = 337
+"""More than the tokenizer's; two tensor-parallel ranks have padding beside it."""
 TOKENS = torch.arange(24).reshape(2, 12)
+IM_END = 279
 TP2, PP2 = ({f"{axis}_parallel_size": 2} for axis in ("tensor_model", "pipeline_model"))
 CELLS = {
     "llama, LoRA, TP 2": ("llama", "lora", TP2),
@@ -36,6 +40,7 @@ class LastLogits(Recorder):
 
 def _train(directory, scheme, layout):
     from megatron.bridge import AutoBridge
+    from megatron.bridge.data.config import TokenizerConfig
     from megatron.bridge.peft.dora import DoRA
     from megatron.bridge.peft.lora import LoRA
     from megatron.bridge.training.finetune import finetune
@@ -46,7 +51,8 @@ def _train(directory, scheme, layout):
     cfg.model.seq_length, cfg.model.calculate_per_token_loss = 16, True
     for name, value in layout.items():
         setattr(cfg.model, name, value)
-    cfg.tokenizer.vocab_size = cfg.model.vocab_size
+    # A tokenizer of its own, with a chat template that the model's doesn't have.
+    cfg.tokenizer = TokenizerConfig(tokenizer_model=str(directory / "tokenizer"))
     cfg.mixed_precision = "fp32"
     cfg.checkpoint.pretrained_checkpoint = str(directory / "hf")
     cfg.peft = {"lora": LoRA, "dora": DoRA}[scheme](dim=4, alpha=8, lora_B_init_method="normal")
@@ -56,15 +62,17 @@ def _train(directory, scheme, layout):
 
 
 @torch.no_grad()
-def _logits(model, vocab_size):
-    return model.eval()(TOKENS).logits[..., :vocab_size]
+def _logits(model):
+    return model.eval()(TOKENS).logits[..., :VOCAB_SIZE]
 
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_peft_and_merged_weights_give_the_logits_of_the_run(tmp_path, cell):
     name, scheme, layout = CELLS[cell]
-    options = {**MODELS[name].options, "vocab_size": 131}
+    options = {**MODELS[name].options, "vocab_size": VOCAB_SIZE, "eos_token_id": [2, 7]}
     hf = save_tiny_model(tmp_path / "hf", MODELS[name].architecture, **options)
+    write_tokenizer(hf, chat_template=None)
+    write_tokenizer(tmp_path / "tokenizer")
     trained = run_on_ranks(_train, 2, tmp_path, scheme, layout)[-1]
 
     adapters = tmp_path / "checkpoints"
@@ -78,17 +86,21 @@ def test_peft_and_merged_weights_give_the_logits_of_the_run(tmp_path, cell):
         status, output, errors = run_on_ranks(on_rank, 2, *step, "--hf-model", hf, "--no-progress")[0]
         assert status == 0, errors
     base = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
-    before = _logits(base, 131)
-    with_adapters = _logits(peft.PeftModel.from_pretrained(base, tmp_path / "adapter"), 131)
-    merged = _logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32), 131)
-    twice = _logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged-twice", dtype=torch.float32), 131)
+    before = _logits(base)
+    with_adapters = _logits(peft.PeftModel.from_pretrained(base, tmp_path / "adapter"))
+    merged = _logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
+    twice = _logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged-twice", dtype=torch.float32))
     assert (with_adapters - before).abs().max() > 1e-2
     torch.testing.assert_close(merged, with_adapters, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(twice, merged, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(with_adapters, trained[..., :131], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(with_adapters, trained[..., :VOCAB_SIZE], rtol=1e-4, atol=1e-4)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["use_dora"]) == (4, 8, scheme == "dora")
     assert "q_proj" in config["target_modules"]
+    for directory in ("adapter", "merged", "merged-twice"):
+        assert AutoTokenizer.from_pretrained(tmp_path / directory).chat_template == CHATML
+        settings = json.loads((tmp_path / directory / "generation_config.json").read_text())
+        assert settings["eos_token_id"] == [2, 7, IM_END], "the model's end tokens, and the one that was learned"
 
 
 def test_one_adapted_layer_is_named_in_full(tmp_path):
@@ -123,6 +135,10 @@ BAD = {
         "holds a whole model, not adapters: convert it with export",
     ),
     "nothing to merge": (("merge", "--output", "new"), "holds a whole model: there are no adapters to merge"),
+    "a model that was moved": (
+        ("export", "--hf-path", "new"),
+        "which isn't there any more: pass --hf-model (hf_model in Python) with the directory where it is now",
+    ),
 }
 
 
@@ -131,6 +147,8 @@ def test_what_cannot_be_converted_is_refused_in_one_line(tmp_path, case):
     (command, option, target), message = BAD[case]
     hf = save_tiny_model(tmp_path / "hf", "LlamaForCausalLM")
     assert run_on_ranks(on_rank, 2, "import", "--hf-model", hf, "--megatron-path", tmp_path / "megatron")[0][0] == 0
+    if "moved" in case:
+        hf.rename(tmp_path / "elsewhere")
     arguments = (command, "--megatron-path", tmp_path / "megatron", option, tmp_path / target)
     for status, _, errors in run_on_ranks(on_rank, 2, *arguments):
         assert status == 1 and message in errors.splitlines()[-1]

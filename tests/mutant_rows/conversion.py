@@ -19,8 +19,17 @@ def _converted_wrongly(name: str, breaks: str, file: str, text: str, replacement
 
 
 _UNIT = "tests/unit_tests/models/test_"
+_EXPORTED = "tests/functional_tests/test_lora_export.py::test_peft_and_merged_weights_give_the_logits_of_the_run"
 
 THE_CONVERSION = (
+    Mutant(
+        name="conversion: end tokens",
+        breaks="a finetuned model is exported without the token that its turns end with, and runs on",
+        file="src/megatron/bridge/training/end_tokens.py",
+        text="with_end_ids(found, learned_end_ids(hf_tokenizer))",
+        replacement="found",
+        tests=(f"{_EXPORTED}[llama3, DoRA]",),
+    ),
     _converted_wrongly(
         "configuration",
         "not read as transformers reads it",

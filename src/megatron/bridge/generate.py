@@ -53,20 +53,22 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def read_text_files(args: argparse.Namespace) -> "tuple[Tokenizer, dict[str, Any]]":
-    """The tokenizer that was saved with the checkpoint, or else its model's, and what `generation_config.json` says.
+    """The tokenizer that was saved with the checkpoint, or else that of `--hf-model`, and `generation_config.json`.
 
     Raises:
         FileNotFoundError: There is no tokenizer.
     """
+    from megatron.bridge.checkpoint.layout import TOKENIZER_DIRECTORY, resolve_checkpoint
     from megatron.bridge.data.config import TokenizerConfig
     from megatron.bridge.data.tokenizer import build_tokenizer
     from megatron.bridge.models.conversion.hf_config import find_hf_directory
     from megatron.bridge.models.conversion.text_files import TextFiles, has_tokenizer
 
+    own = resolve_checkpoint(args.megatron_path) / TOKENIZER_DIRECTORY
+    if args.hf_model is None and not has_tokenizer(own):
+        raise FileNotFoundError(f"{own} holds no tokenizer: pass --hf-model with the model's directory")
     model = None if args.hf_model is None else find_hf_directory(args.hf_model)
     text = TextFiles.of_checkpoint(args.megatron_path, model)
-    if text.tokenizer is None or not has_tokenizer(text.tokenizer):
-        raise FileNotFoundError(f"{args.megatron_path} holds no tokenizer: pass --hf-model with the model's directory")
     return build_tokenizer(TokenizerConfig(tokenizer_model=str(text.tokenizer))), text.generation or {}
 
 

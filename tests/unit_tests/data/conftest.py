@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from megatron.bridge.data.config import TokenizerConfig
 from megatron.bridge.data.tokenizer import HuggingFaceTokenizer, build_tokenizer
@@ -23,8 +23,8 @@ MARKED_CHATML = (
 CHATML = MARKED_CHATML.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 
 
-def write_tokenizer(directory: Path, *, chat_template: str | None = CHATML) -> Path:
-    """Trains the tokenizer on a few words and writes it into `directory`."""
+def write_tokenizer(directory: Path, *, chat_template: str | None = CHATML, adds_bos: bool = False) -> Path:
+    """Trains the tokenizer on a few words and writes it into `directory`; it has BOS, and may put it before a text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -32,6 +32,9 @@ def write_tokenizer(directory: Path, *, chat_template: str | None = CHATML) -> P
     trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(["the cat sat on the mat and the dog ran to the cat"] * 4, trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    if adds_bos:
+        bos = ("<|begin|>", tokenizer.token_to_id("<|begin|>"))
+        tokenizer.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[bos])
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = {

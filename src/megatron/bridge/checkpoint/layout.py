@@ -176,6 +176,8 @@ def checkpoint_exists(root: str | os.PathLike | None) -> bool:
 def resolve_checkpoint(path: str | os.PathLike, ckpt_step: int | None = None, *, option: str = "path") -> Path:
     """Find the one iteration that a path means, and see that it can be read: `find_checkpoint`, then its small files.
 
+    The tokenizer's directory may be gone as a whole: a checkpoint is complete without it.
+
     Args:
         path: See `find_checkpoint`; so are the others.
         ckpt_step: An iteration.
@@ -186,7 +188,8 @@ def resolve_checkpoint(path: str | os.PathLike, ckpt_step: int | None = None, *,
         ValueError: There is one, but it is not complete, or a file of it other than the tensors' is damaged.
     """
     directory = find_checkpoint(path, ckpt_step, option=option)
-    check_files_of(directory, is_small_file)
+    removed = () if (directory / TOKENIZER_DIRECTORY).exists() else (f"{TOKENIZER_DIRECTORY}/",)
+    check_files_of(directory, lambda name: is_small_file(name) and not name.startswith(removed))
     return directory
 
 

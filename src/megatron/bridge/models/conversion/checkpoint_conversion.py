@@ -41,9 +41,10 @@ class CheckpointConversion:
         try:
             return cls.from_hf_pretrained(named)
         except FileNotFoundError as error:
+            found = "which isn't there any more" if Path(named).is_absolute() else f"which can't be had ({error})"
             raise FileNotFoundError(
-                f"{path} came from the model {named}, which isn't there any more ({error}); pass --hf-model (hf_model "
-                "in Python) with the directory where it is now"
+                f"{path} came from the model {named}, {found}: pass --hf-model (hf_model in Python) with the directory "
+                "where it is now"
             ) from error
 
     @staticmethod

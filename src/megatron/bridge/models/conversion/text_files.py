@@ -4,6 +4,7 @@
 They go together, from a Hugging Face directory into each checkpoint, and from there into what is exported.
 """
 
+import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from megatron.bridge.models.conversion.generation_config import (
     write_generation_config,
 )
 from megatron.bridge.models.conversion.hf_config import find_hf_directory
+
+logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -92,6 +95,8 @@ class TextFiles:
         own = directory / layout.TOKENIZER_DIRECTORY
         model = _model_of(directory) if model is None else model
         tokenizer = own if has_tokenizer(own) else model
+        if tokenizer is not own:
+            logger.info("%s has no tokenizer of its own: that of %s is taken", directory, model)
         generation = read_generation_config(own)
         if generation is None:
             generation = {} if model is None else generation_config_of_model(model)
