@@ -4,6 +4,7 @@
 from tests.mutant_rows.mutant import Mutant
 
 _PACKED = "tests/functional_tests/test_packing.py::test_"
+_CONVERSATIONS = "tests/unit_tests/data/test_conversations.py::test_"
 _CACHE = "tests/unit_tests/data/test_cache.py::test_"
 _GENERATE = "tests/functional_tests/test_generate.py::test_"
 SOURCE = "src/megatron/bridge/"
@@ -32,6 +33,22 @@ THE_DATA = (
         text="        digest = source.digest()\n",
         replacement='        digest = "the same"\n',
         tests=(f"{_CACHE}changed_data_is_tokenised_anew_though_size_and_time_are_the_same",),
+    ),
+    Mutant(
+        name="a prompt that wasn't asked for",
+        breaks="is learned behind each answer",
+        file=f"{SOURCE}data/answers.py",
+        text="    if turn is None or rendering.tokenizer.heeds_generation_prompt(rendering.tools):\n",
+        replacement="    if True:\n",
+        tests=(f"{_CONVERSATIONS}answers_are_found_in_the_rendering_of_the_whole",),
+    ),
+    Mutant(
+        name="a flagged turn whose marks touch another's",
+        breaks="is learned",
+        file=f"{SOURCE}data/chat.py",
+        text="mark and owners[bisect_right(ends, start)] not in said.unlearned",
+        replacement="mark",
+        tests=(f"{_CONVERSATIONS}a_flag_counts_with_marks_too",),
     ),
     Mutant(
         name="everyone tokenises",

@@ -31,6 +31,10 @@ PLAIN = (
 )
 END_AT_LAST = PLAIN.replace("{% endfor %}", "{% endfor %}{% if not add_generation_prompt %}<|im_end|>{% endif %}")
 END_BETWEEN = PLAIN.replace("+ '\n' }}", "}}{% if m.role == 'assistant' and not loop.last %}<|im_end|>{% endif %}")
+# As Llama 3's first one: the generation prompt stands behind every conversation, asked for or not.
+ALWAYS_PROMPTED = CHATML.replace("{% if add_generation_prompt %}", "{% if true %}")
+ALWAYS_PROMPTED_PLAIN = EACH + "{{ '[' + m.role + ']' + m.content }}{% endfor %}[assistant]"
+SPACED = EACH + "{{ m.content + '<|im_end|> ' }}{% endfor %}"  # as Mistral's first one: a space behind the end token
 TOOLS = (
     "{% for t in tools or [] %}{{ t | tojson + '\n' }}{% endfor %}" + EACH + "{{ '<|im_start|>' + m.role + '\n' }}"
     "{{ m.content or '' }}{% for c in m.tool_calls or [] %}{{ c.function.name + ' ' + ARGUMENTS }}{% endfor %}"
@@ -124,6 +128,12 @@ def test_a_flag_counts_with_marks_too(learn):
     flagged = [TWO[0], answer("sat", weight=0), *TWO[2:]]
     assert learn([flagged], MARKED_CHATML) == [["ran<|im_end|>"]]
     assert learn([flagged], QWEN3) == [["<think>\n\n</think>\n\nran<|im_end|>"]]
+    beside = (  # answers whose marks touch
+        EACH + "{% if m.role == 'user' %}{{ m.content }}{% else %}{% generation %}{{ m.content + '<|im_end|>' }}"
+        "{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    said = [user("a"), answer("sat"), answer("ran", weight=0), answer("mat")]
+    assert learn([said], beside) == [["sat<|im_end|>", "mat<|im_end|>"]]
 
 
 UNMARKED_QWEN3 = QWEN3.replace("{% generation %}", "").replace("{% endgeneration %}", "")
@@ -141,6 +151,12 @@ EMPTY = "<think>\n\n</think>\n\n"
         (R1, [user("a"), answer("<think>mat</think>sat")], ["sat<|im_end|>"]),
         (END_AT_LAST, TWO, [" sat\n", " ran\n<|im_end|>"]),
         (END_BETWEEN, TWO, [" sat<|im_end|>", " ran"]),
+        (ALWAYS_PROMPTED, TWO, ["sat<|im_end|>", "ran<|im_end|>"]),
+        (ALWAYS_PROMPTED, TWO[:2], ["sat<|im_end|>"]),
+        (ALWAYS_PROMPTED, TWO[:3], ["sat<|im_end|>"]),
+        (ALWAYS_PROMPTED, [*TWO[:2], answer("ran")], ["sat<|im_end|>", "ran<|im_end|>"]),
+        (ALWAYS_PROMPTED_PLAIN, TWO, ["sat", "ran"]),
+        (SPACED, TWO, [" sat<|im_end|>", " ran<|im_end|>"]),
     ],
 )  # fmt: skip
 def test_answers_are_found_in_the_rendering_of_the_whole(learn, template, messages, spans):
@@ -220,7 +236,14 @@ def test_a_call_is_found_in_a_template_that_rewrites_turns(learn):
     assert learn([[user("a"), call({}), *TWO[2:]]], rewriting) == [["weather {}<|im_end|>", "-ran<|im_end|>"]]
 
 
-@pytest.mark.parametrize("role", ["Assistant", "model", "GPT"])
+def test_what_holds_no_empty_answer_is_not_warned_of(learn):
+    no_content = {key: value for key, value in call({}).items() if key != "content"}
+    learn([[user("a"), no_content], [user("a"), answer("", weight=0), *TWO]], AS_OBJECT)
+    learn([{"input": "", "output": "the cat sat"}], add_bos=True)
+    assert not learn.report.warnings and learn.whole == ["<|begin|> the cat sat<|im_end|>"]
+
+
+@pytest.mark.parametrize("role", ["Assistant", "model", "GPT", " assistant"])
 def test_other_spellings_of_roles_are_read_and_counted(learn, role):
     assert learn([TWO, [user("a"), {"role": role, "content": "sat"}]])[1] == ["sat<|im_end|>"]
     assert f"role {role!r} is read as 'assistant' in 1 (the first in line 2)" in str(learn.report)
@@ -243,6 +266,11 @@ def test_other_spellings_of_roles_are_read_and_counted(learn, role):
         ({"messages": [user("a"), call({}, "b")]}, "'tool_calls' of messages is left out by the chat template"),
         ({"messages": [user("a"), answer("b", function_call={"name": "c"})]}, "'function_call' of messages is left out"),
         ({"messages": [*TWO, {"role": "Bot", "content": "a"}]}, "role 'Bot' is not known"),
+        ({"messages": [*TWO, user("a"), answer(" ")]}, "an answer is empty"),
+        ({"input": "", "output": "the cat sat"}, "the prompt is empty"),
+        ({"input": "a", "output": "b", "task": "say what comes after the letter"}, "field 'task' is ignored"),
+        ({"text": "a", "label": "b"}, "field 'label' is ignored"),
+        ({"text": "a", "label": 1}, "field 'label' is ignored"),
     ],
 )  # fmt: skip
 def test_what_no_part_of_a_sample_takes_is_warned_of(learn, row, words):
@@ -277,6 +305,7 @@ def test_notes_are_kept_with_the_tokens(write_jsonl, tokenizer, tmp_path):
         ({"messages": [user("a"), call({})]}, r"messages\[1\] has tool_calls and no content, and the chat template"),
         ({"messages": [user("a"), answer("", function_call={"name": "b"})]}, r"messages\[1\] has function_call and no"),
         ({"messages": [user("a"), call("{oops")]}, r"messages\[1\]\.tool_calls\[0\]\.function\.arguments is a string"),
+        ({"messages": [user("a"), call('{"a": 1, "a": 2}')]}, "arguments is a string .*the key 'a' stands twice"),
         ({"messages": [user("a"), call("[1]")]}, r"arguments is JSON text of a list of 1: expected an object"),
         ({"messages": TWO, "tools": "weather"}, "field 'tools' is a string that is no JSON"),
         ({"messages": TWO, "tools": {"name": "weather"}}, "field 'tools' is an object: expected a list of tools"),

@@ -18,6 +18,7 @@ def test_rows_come_with_their_line_numbers_and_blank_lines_are_skipped(tmp_path)
         (b'"text"', "a JSON str: expected an object"),
         (b'{"a": "\xff"}', "not UTF-8 .*byte 7"),
         (b"[" * 100_000, "not valid JSON"),
+        (b'{"a": {"b": 1, "c": 2, "b": 3}}', r"not valid JSON \(the key 'b' stands twice in an object\)"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, third_line, message):

@@ -8,7 +8,7 @@ the thoughts out of earlier turns), an answer is what changes in the whole rende
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron.bridge.data.samples import Span
@@ -26,11 +26,15 @@ class Rendering:
     tools: list[dict[str, Any]] | None
     text: str
 
+    unasked: str = ""
+    """The generation prompt, where the template writes it behind each conversation without being asked."""
+
     def of(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
-        """The text of other messages with the same tools."""
-        return self.tokenizer.apply_chat_template(
+        """The text of other messages with the same tools, without a generation prompt that wasn't asked for."""
+        text = self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=add_generation_prompt, tools=self.tools
         )
+        return text if add_generation_prompt else text.removesuffix(self.unasked)
 
 
 def find_answers(rendering: Rendering, turns: Sequence[int]) -> list[Span]:
@@ -43,8 +47,39 @@ def find_answers(rendering: Rendering, turns: Sequence[int]) -> list[Span]:
     Raises:
         ValueError: An answer can't be found.
     """
+    unasked = _unasked_prompt(rendering, next((turn for turn in turns if turn > 0), None))
+    rendering = replace(rendering, unasked=unasked, text=rendering.text.removesuffix(unasked))
     spans = _between_prefixes(rendering, turns) or _located(rendering, turns)
     return [(start, _over_eos(rendering, start, end)) for start, end in spans]
+
+
+def _unasked_prompt(rendering: Rendering, turn: int | None) -> str:
+    """The generation prompt of a template that writes it behind every conversation, as Llama 3's first one does.
+
+    It stands before an answer, which then has no header of its own, and again behind the answer's end.
+    """
+    if turn is None or rendering.tokenizer.heeds_generation_prompt(rendering.tools):
+        return ""
+    mark = next(_unused_characters(rendering.text))
+    before = rendering.messages[:turn]
+    try:
+        text = rendering.of(before)
+        head, _, tail = rendering.of([*before, {"role": "assistant", "content": mark}]).partition(mark)
+    except ValueError:
+        return ""
+    if not head.startswith(text) or head[len(text) :].strip():
+        return ""
+    shared = _common_suffix(text, tail)
+    tokens = [(shared.find(token), token) for token in rendering.tokenizer.special_texts if token in shared]
+    start, end_token = min(tokens, default=(0, ""))
+    prompt = shared[start + len(end_token) :].lstrip()
+    is_marker = not prompt and end_token != rendering.tokenizer.eos_text  # no end token, but the next role's marker
+    return shared.lstrip() if is_marker else prompt
+
+
+def _common_suffix(left: str, right: str) -> str:
+    length = len(os.path.commonprefix([left[::-1], right[::-1]]))
+    return left[len(left) - length :]
 
 
 def _between_prefixes(rendering: Rendering, turns: Sequence[int]) -> list[Span] | None:
@@ -93,7 +128,7 @@ def _changing_part(rendering: Rendering, turn: int, mark: str) -> Span:
     if changed.count(mark) != 1:
         raise _cannot_be_split(turn)
     start = len(os.path.commonprefix([text, changed]))
-    shared = len(os.path.commonprefix([text[start:][::-1], changed[start:][::-1]]))
+    shared = len(_common_suffix(text[start:], changed[start:]))
     if turn == len(messages) - 1:
         return start, len(text)
     end = len(text) - shared
@@ -114,6 +149,13 @@ def _generation_prompt(rendering: Rendering, turn: int) -> str:
     before = rendering.messages[:turn]
     prompted = rendering.of(before, add_generation_prompt=True)
     return prompted[len(os.path.commonprefix([prompted, rendering.of(before)])) :]
+
+
+def up_to_end_tokens(rendering: Rendering, spans: Sequence[Span]) -> list[Span]:
+    """The spans without the space behind an end token, where generation has stopped and the next turn's word begins."""
+    said = [(start, rendering.text[start:end].rstrip(), end) for start, end in spans]
+    ends = rendering.tokenizer.special_texts
+    return [(start, start + len(text) if text.endswith(ends) else end) for start, text, end in said]
 
 
 def _over_eos(rendering: Rendering, start: int, end: int) -> int:

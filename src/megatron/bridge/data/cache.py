@@ -19,7 +19,7 @@ from megatron.bridge.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """To be raised when the same data would be tokenised otherwise than before, or the file's layout changes."""
 
 

@@ -1,9 +1,10 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Conversations to samples: read, rendered by the tokenizer's chat template, and marked where the assistant speaks."""
 
+from bisect import bisect_right
 from typing import Any
 
-from megatron.bridge.data.answers import Rendering, find_answers
+from megatron.bridge.data.answers import Rendering, find_answers, up_to_end_tokens
 from megatron.bridge.data.left_out import find_left_out
 from megatron.bridge.data.messages import Conversation, read_conversation
 from megatron.bridge.data.notes import Note
@@ -53,7 +54,7 @@ class ChatFormat:
         if self.answer_only_loss:
             if 0 in said.answers:
                 raise ValueError("the conversation begins with the assistant: expected a user or system message first")
-            learned = find_answers(rendering, said.answers)
+            learned = up_to_end_tokens(rendering, find_answers(rendering, said.answers))
         elif said.unlearned:
             learned = _around(find_answers(rendering, said.unlearned), len(text))
         else:
@@ -86,12 +87,15 @@ class ChatFormat:
     def _as_marked(self, rendering: Rendering, said: Conversation, notes: tuple[Note, ...]) -> RenderedSample:
         """What the template's own marks say, as transformers reads them."""
         ids, offsets, marks = self.tokenizer.apply_marked_chat_template(rendering.messages, tools=said.tools)
-        spans = _runs(offsets, marks)
         if said.unlearned:
             turns = sorted((*said.answers, *said.unlearned))
             ends = [end for _, end in find_answers(rendering, turns)]
-            owners = [next((turn for turn, end in zip(turns, ends, strict=True) if start < end), -1) for start, _ in spans]
-            spans = [span for span, owner in zip(spans, owners, strict=True) if owner not in said.unlearned]
+            owners = [*turns, None]  # of the tokens up to each end
+            marks = [
+                mark and owners[bisect_right(ends, start)] not in said.unlearned
+                for mark, (start, _) in zip(marks, offsets, strict=True)
+            ]
+        spans = _runs(offsets, marks)
         if not spans:
             return nothing_to_learn("the chat template's generation marks hold nothing", notes)
         if len(spans) < len(said.answers):

@@ -11,18 +11,24 @@ FLAGS = ("weight", "train", "training", "trainable", "loss", "loss_mask", "loss_
 
 ABOUT_THE_ROW = frozenset(
     "id _id idx index uid uuid row_id source src dataset dataset_name origin url link file filename path license author "
-    "category categories topic topics tag tags label labels split task task_name task_type type kind lang language "
+    "category categories topic topics tag tags split task task_name task_type type kind lang language "
     "languages locale domain subset version date created created_at timestamp time hash sha model model_name "
     "generator metadata meta info score scores rating quality difficulty length num_turns turns num_tokens "
     "tool_call_id".split()
 )
 """Names of what tells about a row or a message and is no part of its text: counted in the report, not warned of."""
 
+MOST_WORDS_OF_A_NAME = 4
+"""A text of more words says something, whatever its field is called: a `task` may be the instruction."""
+
+ANSWERS = ("label", "labels", "answer", "answers", "output", "outputs", "target", "response", "completion")
+"""Names of what a model is to say, as text or as the number of a class."""
+
 
 def ignored_fields(row: dict[str, Any], used: Collection[str], advice: str) -> tuple[Note, ...]:
     """Notes on the fields of a row that no part of a sample takes.
 
-    A field that holds text, a list or an object is warned of, unless its name says that it is about the row.
+    A field that holds text, a list or an object is warned of, unless it is about the row by its name and short.
 
     Args:
         row: A JSONL object.
@@ -43,5 +49,7 @@ def is_empty(value: Any) -> bool:
 
 def _may_be_text(key: str, value: Any) -> bool:
     if isinstance(value, bool | int | float):
-        return key in FLAGS
+        return key in FLAGS or key.casefold() in ANSWERS
+    if isinstance(value, str) and len(value.split()) > MOST_WORDS_OF_A_NAME:
+        return True
     return key.casefold() not in ABOUT_THE_ROW

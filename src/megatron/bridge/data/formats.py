@@ -7,11 +7,18 @@ from typing import Any
 
 from megatron.bridge.data.chat import ChatFormat
 from megatron.bridge.data.fields import ignored_fields
+from megatron.bridge.data.notes import Note
 from megatron.bridge.data.samples import RenderedSample, SampleFormat, Span, json_type, nothing_to_learn
 from megatron.bridge.data.sft_options import SFTOptions
 from megatron.bridge.data.tokenizer import Tokenizer
 
 PROMPT_AND_ANSWER = SFTOptions.prompt_template
+NO_PROMPT = Note(
+    "the prompt is empty",
+    "the first token of the answer isn't learned, as none comes before it; name the field that holds the prompt in "
+    "dataset.dataset_kwargs.prompt_template, or set dataset.dataset_kwargs.add_bos=true",
+)
+
 
 def choose_format(first_row: dict[str, Any], options: SFTOptions, tokenizer: Tokenizer) -> SampleFormat:
     """Chooses the format of a file by `options.chat`, or by the keys of its first line: conversations, text, or pairs.
@@ -72,6 +79,8 @@ class PromptFormat:
         start, end = spans[self.label_key]
         if not text[start:end].strip():
             return nothing_to_learn("a blank answer", notes)
+        if start and not self.adds_bos and not text[:start].strip():
+            notes = (*notes, NO_PROMPT)
         if text[:start].endswith(" "):
             start -= 1
         learned = (start, end) if self.answer_only_loss else (0, end)

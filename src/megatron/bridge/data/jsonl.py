@@ -54,6 +54,23 @@ def read_rows(path: str | Path, *, show_progress: bool = False) -> Iterator[tupl
         raise ValueError(f"{path} cannot be read ({error.strerror}): expected a readable JSONL file") from error
 
 
+def read_json(text: str) -> Any:
+    """What a JSON text says; a key that an object has twice is refused, as one of its values would be lost."""
+    return _DECODER.decode(text)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in made if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in an object")
+    return made
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
 def _check_beginning(raw: bytes, path: Path) -> None:
     for beginning, what in OTHER_FORMATS.items():
         if raw.startswith(beginning):
@@ -69,7 +86,7 @@ def _decode(raw: bytes, path: Path, number: int) -> str:
 
 def _parse(text: str, path: Path, number: int) -> dict[str, Any]:
     try:
-        row = json.loads(text)
+        row = read_json(text)
     except json.JSONDecodeError as error:
         found = f"not valid JSON ({error.msg} at column {error.colno})"
         raise ValueError(f"{path}:{number}: {found}: expected one JSON object; fix or remove the line") from error

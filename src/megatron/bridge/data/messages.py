@@ -1,11 +1,11 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """A row of `messages` or `conversations` to a conversation: the one place that reads it, and notes what it ignored."""
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.bridge.data.fields import FLAGS, ignored_fields, is_empty
+from megatron.bridge.data.fields import ABOUT_THE_ROW, FLAGS, ignored_fields, is_empty
+from megatron.bridge.data.jsonl import read_json
 from megatron.bridge.data.notes import Note
 from megatron.bridge.data.samples import json_type
 
@@ -26,6 +26,11 @@ FIELDS = ("messages", "conversations", "system", "tools")
 IGNORED = (
     "a conversation is read from 'messages' (or 'conversations'), 'system' and 'tools': put the text of '{key}' into a "
     "message, or take the field out"
+)
+
+
+EMPTY_ANSWER = Note(
+    "an answer is empty", "the model learns to say nothing; take the turn out, or mark it as context with weight=0"
 )
 
 
@@ -76,11 +81,14 @@ def read_conversation(row: dict[str, Any]) -> Conversation:
     has_text_arguments = any(ours is not theirs for ours, theirs in zip(messages, written, strict=True))
     system = _system(row, messages, key)
     of_assistant = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    answers = [place for place in of_assistant if learned[place]]
+    if any(_says_nothing(messages[place]) for place in answers):
+        notes.append(EMPTY_ANSWER)
     before = len(system)
     return Conversation(
         messages=[*system, *messages],
         tools=_tools(row),
-        answers=tuple(place + before for place in of_assistant if learned[place]),
+        answers=tuple(place + before for place in answers),
         unlearned=tuple(place + before for place in of_assistant if not learned[place]),
         notes=tuple(notes),
         messages_as_written=[*system, *written] if has_text_arguments else None,
@@ -120,7 +128,7 @@ def _parsed(value: Any, where: str) -> Any:
     if not isinstance(value, str) or not value.strip():
         return value
     try:
-        return json.loads(value)
+        return read_json(value)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is a string that is no JSON ({error}): expected JSON") from error
 
@@ -132,13 +140,13 @@ def _read_message(entry: Any, where: str, notes: list[Note]) -> dict[str, Any]:
     if not isinstance(role, str):
         raise ValueError(f"{where} has role {role!r}: expected a string such as 'user'")
     content = entry.get("content")
-    is_call = role.casefold() in ("assistant", "model", "gpt") and _calls_something(entry)
+    is_call = role.strip().casefold() in ("assistant", "model", "gpt") and _calls_something(entry)
     if not isinstance(content, str) and not (content is None and is_call):
         found = json_type(content) if "content" in entry else "missing"
         raise ValueError(f"{where}.content is {found}: expected a string")
     if role in ("user", "assistant", "system", "tool"):
         return entry
-    meant = ROLE_OF_SPEAKER.get(role.casefold())
+    meant = ROLE_OF_SPEAKER.get(role.strip().casefold())
     if meant is not None:
         notes.append(Note(f"role {role!r} is read as {meant!r}"))
         return {**entry, "role": meant}
@@ -152,7 +160,7 @@ def _read_utterance(entry: Any, where: str, _: list[Note]) -> dict[str, Any]:
     if not isinstance(entry, dict):
         raise ValueError(f"{where} is {json_type(entry)}: expected an object with 'from' and 'value'")
     speaker, value = entry.get("from"), entry.get("value")
-    role = ROLE_OF_SPEAKER.get(speaker.casefold()) if isinstance(speaker, str) else None
+    role = ROLE_OF_SPEAKER.get(speaker.strip().casefold()) if isinstance(speaker, str) else None
     if role is None:
         raise ValueError(f"{where} is from {speaker!r}: expected one of {', '.join(ROLE_OF_SPEAKER)}")
     if not isinstance(value, str) and not (value is None and role == "assistant" and _calls_something(entry)):
@@ -163,6 +171,12 @@ def _read_utterance(entry: Any, where: str, _: list[Note]) -> dict[str, Any]:
             raise ValueError(f"{where} has {other!r} beside 'from' and 'value': keep one spelling of a message")
     more = {key: more for key, more in entry.items() if key not in ("from", "value")} if len(entry) > 2 else {}
     return {**more, "role": role, "content": "" if value is None else value}
+
+
+def _says_nothing(message: dict[str, Any]) -> bool:
+    return is_empty(message.get("content")) and all(
+        is_empty(value) for key, value in message.items() if key not in ("role", *FLAGS, *ABOUT_THE_ROW)
+    )
 
 
 def _calls_something(entry: dict[str, Any]) -> bool:

@@ -152,6 +152,10 @@ class HuggingFaceTokenizer:
         """Whether the chat template says by `{% generation %}` marks what the assistant wrote."""
         return GENERATION_MARK.search(self.hf_tokenizer.get_chat_template(tools=tools)) is not None
 
+    def heeds_generation_prompt(self, tools: list | None = None) -> bool:
+        """Whether the chat template looks at whether a generation prompt is asked for."""
+        return "add_generation_prompt" in self.hf_tokenizer.get_chat_template(tools=tools)
+
     def apply_marked_chat_template(
         self, messages: list[dict[str, Any]], *, tools: list | None = None
     ) -> tuple[list[int], Offsets, list[int]]:
