@@ -78,3 +78,49 @@ def test_each_form_is_added_up_and_every_rank_sees_the_same(tmp_path, model):
 def test_a_form_that_is_none_ends_all_ranks_with_one_line(tmp_path, model):
     said = run_on_ranks(_losses_of_each_step, 2, tmp_path, _loss_that_reports_a_text, **model)
     assert all("the loss function reports 'my loss' as a str: expected a number" in line for line in said)
+
+
+PAIR, SCALAR = (6.0, 4.0), 3.0
+UNLIKE = {
+    "another name on each rank": ([[{"a": PAIR}], [{"b": SCALAR}]], {"a": (6.0, 4.0), "b": (3.0, 1.0)}),
+    "nothing on one rank": ([[{"a": PAIR}], [{}]], {"a": (6.0, 4.0)}),
+    "some micro-batches": ([[{"a": 1.0}, {}], [{"a": 5.0}, {"a": 3.0, "b": 2.0}]], {"a": (9.0, 3.0), "b": (2.0, 1.0)}),
+    "another order": ([[{"a": 1.0, "b": PAIR}], [{"b": PAIR, "a": 2.0}]], {"a": (3.0, 2.0), "b": (12.0, 8.0)}),
+    "two forms on two ranks": ([[{"a": PAIR}], [{"a": SCALAR}]], "reports 'a' as (sum, count) and as a single number"),
+    "two forms on one rank": ([[{"a": SCALAR}], [{"a": PAIR}, {"a": SCALAR}]], "give them two names"),
+    "no form on one rank": ([[{"a": PAIR}], [{"a": "low"}]], "reports 'a' as a str"),
+    "no text on one rank": ([[{"a": PAIR}], [{3: PAIR}]], "names a figure 3, a int: expected a text"),
+    "no dict on one rank": ([[{"a": PAIR}], [[1.0]]], "the loss function's last value is a list: expected a dict"),
+}
+
+
+def _sums(reported, **sizes):
+    """What each case gives on this rank."""
+    from megatron.core import mpu
+
+    from megatron.bridge.training.reported_losses import sum_over_ranks
+    from megatron.bridge.utils.distributed import initialize_model_parallel
+
+    initialize_model_parallel(**sizes)
+    rank = max(mpu.get_data_parallel_rank(), mpu.get_tensor_model_parallel_rank())
+    found = []
+    for of_ranks in reported:
+        try:
+            found.append({name: (total.sum, total.count) for name, total in sum_over_ranks(of_ranks[rank]).items()})
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def test_ranks_that_report_unlike_figures_agree_and_none_waits(tmp_path):
+    of_ranks = run_on_ranks(_sums, 2, [reported for reported, _ in UNLIKE.values()], timeout_seconds=60)
+    for (case, (_, expected)), *found in zip(UNLIKE.items(), *of_ranks, strict=True):
+        assert found[0] == found[1], case
+        assert expected in found[0] if isinstance(expected, str) else found[0] == expected, case
+
+
+def test_what_one_tensor_parallel_rank_cannot_add_up_ends_both():
+    cases = [UNLIKE["no form on one rank"][0], UNLIKE["another name on each rank"][0]]
+    first, second = run_on_ranks(_sums, 2, cases, tensor_model_parallel_size=2, timeout_seconds=60)
+    assert first[0] == second[0] and "reports 'a' as a str" in first[0]
+    assert (first[1], second[1]) == ({"a": (6.0, 4.0)}, {"b": (3.0, 1.0)})

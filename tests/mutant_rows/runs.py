@@ -93,6 +93,24 @@ RUNS = (
         tests=("tests/functional_tests/test_run_report.py::test_each_parameter_is_counted_once_in_every_layout",),
     ),
     Mutant(
+        name="ranks don't agree on what is reported",
+        breaks="a loss function that reports other figures on another rank stops all, or adds up what isn't one",
+        file=f"{SOURCE}training/reported_losses.py",
+        text="    return largest == -smallest\n",
+        replacement="    return True\n",
+        tests=(
+            "tests/functional_tests/test_own_losses.py::test_ranks_that_report_unlike_figures_agree_and_none_waits",
+        ),
+    ),
+    Mutant(
+        name="routers' losses add up over steps",
+        breaks="the load-balancing loss grows with each step",
+        file=f"{SOURCE}training/train.py",
+        text="    clear_router_losses()\n",
+        replacement="",
+        tests=("tests/functional_tests/test_router_losses.py::test_what_is_shown_is_what_the_routers_logits_give",),
+    ),
+    Mutant(
         name="a torn line stays",
         breaks="the metrics file of a killed run can't be read any more",
         file=f"{SOURCE}training/metrics.py",

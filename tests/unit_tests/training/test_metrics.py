@@ -13,7 +13,15 @@ import pytest
 
 from megatron.bridge.training import delivery
 from megatron.bridge.training.callbacks import CallbackContext
-from megatron.bridge.training.metrics import MetricsFile, metrics_file_of, opened, read_metrics, step_losses
+from megatron.bridge.training.metrics import (
+    RUNS_OWN,
+    MetricsFile,
+    metrics_file_of,
+    opened,
+    read_metrics,
+    step_losses,
+    step_values,
+)
 from megatron.bridge.training.state import GlobalState, TrainState
 from megatron.bridge.training.trackers import build_loggers, check_trackers_are_installed, curve_names
 from tests.unit_tests.training.config_examples import make_config
@@ -184,6 +192,22 @@ def test_curves_have_megatrons_names():
         "moe/load_balancing_loss_layer_0",
     ]
     assert curve_names("validation", {"lm loss": 2, "my_loss": 1}) == {"lm loss validation": 2, "my-loss validation": 1}
+
+
+def test_a_loss_functions_figures_keep_away_from_the_runs_own_names():
+    context = CallbackContext(
+        None,
+        [],
+        loss_dict={name: 7.0 for name in RUNS_OWN},
+        learning_rate=1e-3,
+        step_seconds=1.0,
+        tokens_per_second=1.0,
+        fp16_loss_scale=2.0,
+    )
+    values = step_values(context)
+    own = set(values) - {f"reported {name}" for name in RUNS_OWN}
+    assert own == RUNS_OWN - {"step", "split", "elapsed_seconds"} and values["learning_rate"] == 1e-3
+    assert values["reported step"] == values["reported learning_rate"] == 7.0
 
 
 def test_of_one_name_the_loss_functions_figure_is_shown():

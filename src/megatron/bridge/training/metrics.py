@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 
 METRICS_FILE = "metrics.jsonl"
 
+RUNS_OWN = frozenset(
+    "step split elapsed_seconds learning_rate grad_norm num_tokens step_seconds tokens_per_second peak_memory_bytes "
+    "skipped loss_scale".split()
+)
+"""Names that a loss function's figures can't have in a line: there they are `reported step` and so on."""
+
 
 def learning_rate(context: CallbackContext) -> float:
     """What the optimizer holds now, after a step the next one's, of the first group that follows the plain schedule."""
@@ -60,7 +66,10 @@ def step_values(context: CallbackContext) -> dict[str, Any]:
 
 def _numbers(losses: dict[str, float]) -> dict[str, float | None]:
     """Of a step or an evaluation; None where no token counted, so that no curve falls to 0 there."""
-    return {name: None if math.isnan(value) else value for name, value in losses.items()}
+    return {
+        f"reported {name}" if name in RUNS_OWN else name: None if math.isnan(value) else value
+        for name, value in losses.items()
+    }
 
 
 class MetricsLogger(Callback):

@@ -7,13 +7,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core import mpu
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron.bridge.training.finite_steps import check_loss
-from megatron.bridge.training.reported_losses import Total, sum_and_count
+from megatron.bridge.training.reported_losses import Total, sum_over_ranks
 from megatron.bridge.training.state import GlobalState
-from megatron.bridge.utils.device import current_device
 
 
 def bind_forward_step(forward_step_func: Callable, state: GlobalState) -> Callable:
@@ -79,7 +77,7 @@ def run_micro_batches(
         The total over the global batch of each figure that the loss function reported, the same on every rank.
 
     Raises:
-        ValueError: On all ranks: a figure has a form that can't be added up.
+        ValueError: On all ranks: a figure has a form that can't be added up, on any of them.
         FloatingPointError: On all ranks: the loss is NaN or infinite.
     """
     batch_size, seq_length = micro_batches[0]["tokens"].shape
@@ -94,44 +92,7 @@ def run_micro_batches(
         decoder_seq_length=seq_length,
         forward_only=forward_only,
     )
-    totals = _sum_over_ranks(reported)
+    totals = sum_over_ranks(reported)
     if checked_as is not None:
         check_loss(reported, totals, where=checked_as)
-    return totals
-
-
-def _sum_over_ranks(reported: list[dict[str, Any]]) -> dict[str, Total]:
-    """Add up each figure over micro-batches and data-parallel ranks; only the last pipeline stage has them to add."""
-    if mpu.get_pipeline_model_parallel_world_size() == 1:
-        return _totals(reported)
-    shared: list[Any] = [None]
-    if mpu.is_pipeline_last_stage(ignore_virtual=True):
-        try:
-            shared = [_totals(reported)]
-        except ValueError as error:  # the other stages wait for it
-            shared = [error]
-    torch.distributed.broadcast_object_list(
-        shared, src=mpu.get_pipeline_model_parallel_last_rank(), group=mpu.get_pipeline_model_parallel_group()
-    )
-    if isinstance(shared[0], ValueError):
-        raise shared[0]
-    return shared[0]
-
-
-def _totals(reported: list[dict[str, Any]]) -> dict[str, Total]:
-    """Each figure's total. All forms are looked at before any rank is asked for its sums.
-
-    Raises:
-        ValueError: A figure has a form that can't be added up.
-    """
-    device = current_device()
-    names = sorted({name for figures in reported for name in figures})
-    parts = {
-        name: [sum_and_count(name, figures[name], device) for figures in reported if name in figures] for name in names
-    }
-    totals = {}
-    for name, found in parts.items():
-        total = torch.stack([pair for pair, _ in found]).sum(0)
-        torch.distributed.all_reduce(total, group=mpu.get_data_parallel_group(with_context_parallel=True))
-        totals[name] = Total(*total.tolist(), is_per_token=all(is_per_token for _, is_per_token in found))
     return totals

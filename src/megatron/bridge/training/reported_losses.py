@@ -2,15 +2,21 @@
 """What a loss function reports beside the loss that is trained on, in each form that scripts have, added up.
 
 A pair (sum, count), as a tensor of two or a tuple, is summed and divided: a mean per token. What has one element, a
-tensor or a plain number, is averaged over micro-batches and data-parallel ranks.
+tensor or a plain number, is averaged over micro-batches and data-parallel ranks. A figure may be reported by some of
+them only: the mean is theirs.
 """
 
+import hashlib
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
+from megatron.core import mpu
+
+from megatron.bridge.utils.device import current_device
 
 
 class Total(NamedTuple):
@@ -60,6 +66,123 @@ def _unknown_form(name: str, value: Any) -> ValueError:
     return ValueError(
         f"the loss function reports {name!r} as a {type(value).__name__}{shape}: expected a number, a tensor of one "
         "element, or (sum, count) as a tensor of two or a pair"
+    )
+
+
+def sum_over_ranks(reported: list[dict[str, Any]]) -> dict[str, Total]:
+    """Add up each figure over micro-batches and data-parallel ranks. Collective.
+
+    Args:
+        reported: Of each micro-batch of this rank, what its loss function reported; only the last pipeline stage has
+            any.
+
+    Returns:
+        The same on every rank of a model-parallel group.
+
+    Raises:
+        ValueError: On all ranks: a figure has a form that can't be added up, on any of them.
+    """
+    if mpu.get_pipeline_model_parallel_world_size() == 1:
+        return _totals(reported)
+    shared: list[Any] = [None]
+    if mpu.is_pipeline_last_stage(ignore_virtual=True):
+        try:
+            shared = [_totals(reported)]
+        except ValueError as error:  # the other stages wait for it
+            shared = [error]
+    dist.broadcast_object_list(
+        shared, src=mpu.get_pipeline_model_parallel_last_rank(), group=mpu.get_pipeline_model_parallel_group()
+    )
+    if isinstance(shared[0], ValueError):
+        raise shared[0]
+    return shared[0]
+
+
+def _totals(reported: list[dict[str, Any]]) -> dict[str, Total]:
+    """Each figure's total, over the ranks of this stage.
+
+    Raises:
+        ValueError: On all of them: a figure has a form that can't be added up.
+    """
+    sums, forms, problem = {}, {}, None
+    try:
+        sums, forms = _own_sums(reported, current_device())
+    except ValueError as error:
+        problem = str(error)
+    forms = _agreed_forms(forms, problem)
+    if not forms:
+        return {}
+    nothing = torch.zeros(2, device=current_device())
+    total = torch.stack([sums.get(name, nothing) for name in forms])
+    dist.all_reduce(total, group=mpu.get_data_parallel_group(with_context_parallel=True))
+    return {
+        name: Total(*pair, is_per_token)
+        for (name, is_per_token), pair in zip(forms.items(), total.tolist(), strict=True)
+    }
+
+
+def _own_sums(reported: list[dict[str, Any]], device: torch.device) -> tuple[dict[str, torch.Tensor], dict[str, bool]]:
+    """Of this rank's micro-batches, by name: [sum, count], and whether the count is the loss function's."""
+    sums: dict[str, torch.Tensor] = {}
+    forms: dict[str, bool] = {}
+    for figures in reported:
+        if not isinstance(figures, Mapping):
+            raise ValueError(
+                f"the loss function's last value is a {type(figures).__name__}: expected a dict of figures by name, "
+                'such as {"lm loss": (sum, count)}'
+            )
+    for name, value in (pair for figures in reported for pair in figures.items()):
+        if not isinstance(name, str):
+            raise ValueError(f"the loss function names a figure {name!r}, a {type(name).__name__}: expected a text")
+        found, is_per_token = sum_and_count(name, value, device)
+        if forms.setdefault(name, is_per_token) != is_per_token:
+            raise _two_forms(name)
+        sums[name] = sums[name] + found if name in sums else found
+    return sums, forms
+
+
+def _agreed_forms(own: dict[str, bool], problem: str | None) -> dict[str, bool]:
+    """The figures of all data-parallel ranks, in one order, and whether each is per token.
+
+    Args:
+        own: This rank's.
+        problem: What is wrong with this rank's.
+
+    Raises:
+        ValueError: On all ranks of the stage: something is, on any of them.
+    """
+    group = mpu.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    tensor_rank = mpu.get_tensor_model_parallel_rank()
+    everyone: list[Any] = [(tensor_rank, own, problem)]
+    if not _are_alike(repr((sorted(own.items()), problem)), group):
+        everyone *= group.size()
+        dist.all_gather_object(everyone, (tensor_rank, own, problem), group=group)
+    problems = [said for _, _, said in everyone if said is not None]
+    if problems:
+        raise ValueError(problems[0])
+    agreed: dict[str, bool] = {}
+    for name, is_per_token in (pair for _, forms, _ in everyone for pair in forms.items()):
+        if agreed.setdefault(name, is_per_token) != is_per_token:
+            raise _two_forms(name)
+    of_group = {name for its_tensor_rank, forms, _ in everyone if its_tensor_rank == tensor_rank for name in forms}
+    return {name: agreed[name] for name in sorted(of_group)}
+
+
+def _are_alike(text: str, group: dist.ProcessGroup) -> bool:
+    """Whether all ranks of a group have the same text: one small collective, where a gathering takes several."""
+    if group.size() == 1:
+        return True
+    number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
+    extremes = torch.tensor([number, -number], device=current_device())
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+    largest, smallest = extremes.tolist()
+    return largest == -smallest
+
+
+def _two_forms(name: str) -> ValueError:
+    return ValueError(
+        f"the loss function reports {name!r} as (sum, count) and as a single number, by micro-batch or rank: they "
+        "can't be averaged together; report one form, or give them two names"
     )
 
 
