@@ -85,6 +85,8 @@ def test_peft_and_merged_weights_give_the_logits_of_the_run(tmp_path, cell):
     for step in steps:
         status, output, errors = run_on_ranks(on_rank, 2, *step, "--hf-model", hf, "--no-progress")[0]
         assert status == 0, errors
+    files = [path for path in (tmp_path / "adapter").iterdir() if path.is_file()]
+    assert len({path.stat().st_mode for path in files}) == 1 < len(files), "permissions that the umask doesn't give"
     base = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
     before = _logits(base)
     with_adapters = _logits(peft.PeftModel.from_pretrained(base, tmp_path / "adapter"))

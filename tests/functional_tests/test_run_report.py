@@ -71,7 +71,7 @@ def _run(directory, train_iters):
         optimizer={"optimizer_cpu_offload": True, "optimizer_offload_fraction": 1.0},
         checkpoint={"load": f"{directory}/checkpoints", "save_interval": 2},
         validation={"eval_iters": None, "eval_interval": 2},
-        logger={"rank_log_dir": f"{directory}/logs"},
+        logger={"rank_log_dir": "${oc.env:NOT_SET_ANYWHERE,${checkpoint.save}}/../logs"},
     )
     pretrain(cfg, forward_step)
     logging.getLogger("megatron.bridge").debug("not shown")

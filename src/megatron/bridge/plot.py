@@ -6,24 +6,14 @@ python -m megatron.bridge.plot results/metrics.jsonl another/metrics.jsonl --out
 
 import argparse
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
+from megatron.bridge.utils.config_texts import home_expanded
 from megatron.bridge.utils.exit_codes import exit_with
 
-NOT_LOSSES = {
-    "step",
-    "num_tokens",
-    "grad_norm",
-    "learning_rate",
-    "step_seconds",
-    "tokens_per_second",
-    "elapsed_seconds",
-    "peak_memory_bytes",
-    "skipped",
-}
 
-
-def draw(paths: list[Path], output: Path, *, wanted: list[str] | None = None) -> int:
+def draw(paths: Sequence[str | Path], output: str | Path, *, wanted: list[str] | None = None) -> int:
     """Draw each run's numbers against the step: evaluations dashed, training thin.
 
     Args:
@@ -59,14 +49,16 @@ def draw(paths: list[Path], output: Path, *, wanted: list[str] | None = None) ->
     return len(axes.lines)
 
 
-def curves(path: Path, wanted: list[str] | None = None) -> dict[tuple[str, str], list[tuple[int, float]]]:
+def curves(path: str | Path, wanted: list[str] | None = None) -> dict[tuple[str, str], list[tuple[int, float]]]:
     """(step, value) points by name and split."""
-    from megatron.bridge.training.metrics import read_metrics  # brings torch, which --help doesn't need
+    # They bring torch, which --help doesn't need.
+    from megatron.bridge.training.metrics import RUNS_OWN, read_metrics
+    from megatron.bridge.training.router_losses import is_router_loss
 
     found: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for line in read_metrics(path):
         for name, value in line.items():
-            is_wanted = name in wanted if wanted else name not in NOT_LOSSES
+            is_wanted = name in wanted if wanted else not (name in RUNS_OWN or is_router_loss(name))
             if is_wanted and isinstance(value, int | float):
                 found.setdefault((name, line["split"]), []).append((line["step"], value))
     return found
@@ -75,8 +67,8 @@ def curves(path: Path, wanted: list[str] | None = None) -> dict[tuple[str, str],
 def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("metrics", type=Path, nargs="+", help="metrics.jsonl of a run, or of several")
-    parser.add_argument("--output", type=Path, default=Path("loss.png"), help="the picture (default: loss.png)")
+    parser.add_argument("metrics", type=home_expanded, nargs="+", help="metrics.jsonl of a run, or of several")
+    parser.add_argument("--output", type=home_expanded, default="loss.png", help="the picture (default: loss.png)")
     parser.add_argument("--name", action="append", help="draw this instead of the losses, e.g. grad_norm")
     return parser
 

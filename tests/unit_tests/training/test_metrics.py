@@ -236,6 +236,7 @@ def test_a_picture_of_the_losses(tmp_path):
     _write([file], state, [1, 2])
     with opened([file], state):
         file.write(state, "validation", {"lm loss": 1.5, "num_tokens": 3})
+        file.write(state, "test", {"loss_scale": 2.0**32, "z_loss": 60.0, "skipped": True})
     assert curves(path) == {("lm loss", "train"): [(1, 2.0), (2, 1.0)], ("lm loss", "validation"): [(2, 1.5)]}
     assert draw([path], tmp_path / "loss.png") == 2 and (tmp_path / "loss.png").stat().st_size > 1000
     with pytest.raises(ValueError, match=r"no numbers named \['grad_norm'\]: nothing to draw"):

@@ -1,0 +1,37 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Paths on command lines may begin with `~`, where no shell expands it: `--output=~/x`."""
+
+import importlib
+import runpy
+from pathlib import Path
+
+import pytest
+
+RECIPES = Path(__file__).parents[3] / "scripts" / "training" / "run_recipe.py"
+LINES = {
+    "convert import": "--hf-model=~/x --megatron-path=~/x",
+    "convert export": "--megatron-path=~/x --hf-model=~/x --base=~/x --hf-path=~/x",
+    "convert export-adapter": "--megatron-path=~/x --hf-model=~/x --hf-path=~/x",
+    "convert merge": "--megatron-path=~/x --hf-model=~/x --base=~/x --output=~/x",
+    "convert roundtrip": "--hf-model=~/x",
+    "generate": "--megatron-path=~/x --hf-model=~/x --base=~/x --prompt=y",
+    "memory": "y --hf-path=~/x",
+    "checkpoint.__main__ inspect": "~/x",
+    "checkpoint.__main__ verify": "~/x",
+    "plot": "~/x --output=~/x",
+    "run_recipe": "--recipe=y --hf-path=~/x --config-file=~/x",
+}
+
+
+@pytest.mark.parametrize("command", LINES)
+def test_every_path_of_a_command_may_begin_at_home(monkeypatch, command):
+    monkeypatch.setenv("HOME", "/home/me")
+    module, *words = command.split()
+    if module == "run_recipe":
+        build_parser = runpy.run_path(str(RECIPES))["build_parser"]
+    else:
+        build_parser = importlib.import_module(f"megatron.bridge.{module}").build_parser
+    values = vars(build_parser().parse_args([*words, *LINES[command].split()])).values()
+    texts = [text for value in values for text in (value if isinstance(value, list) else [value])]
+    assert texts.count("/home/me/x") == LINES[command].count("~/x")
+    assert not any("~" in str(text) for text in texts)
