@@ -134,9 +134,10 @@ docs: install ## build the documentation into build/docs; a broken link is an er
 wheel: install ## build a wheel, install it into an environment of its own, start its commands
 	scripts/check_wheel.sh $(BIN)/python $(TORCH) $(CORE)
 
-lint: install ## check style
+lint: install ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: install ## mend style
 	$(BIN)/ruff check --fix .

@@ -140,9 +140,12 @@ def _protocols(trees: Iterable[ast.Module]) -> Iterator[tuple[str, set[str]]]:
 
 def _attributes_of_other_classes(tree: ast.Module, kinds: Mapping[str, set[str]]) -> Iterator[str]:
     """Names of fields, methods and attributes of the classes that are no configuration."""
+    ifs = [node for node in ast.walk(tree) if isinstance(node, ast.If)]
+    # In such a block a mixin says what the class has that it is mixed into.
+    of_others = {inner for block in ifs if ast.unparse(block.test) == "TYPE_CHECKING" for inner in ast.walk(block)}
     for cls in ast.walk(tree):
         if isinstance(cls, ast.ClassDef) and cls.name not in kinds:
-            for node in ast.walk(cls):
+            for node in set(ast.walk(cls)) - of_others:
                 if isinstance(node, ast.FunctionDef):
                     yield node.name
                 elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):

@@ -14,7 +14,7 @@ depend on how: a checkpoint can be loaded at any other layout.
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.utils.command_options import DTYPES, add_checkpoint_options
 from megatron.bridge.utils.config_texts import home_expanded
@@ -72,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parallel_sizes(args: argparse.Namespace) -> dict[str, int]:
+def parallel_sizes(args: argparse.Namespace) -> dict[str, Any]:
     """The sizes that were given, by their names in a provider."""
     given = {name: getattr(args, option) for option, (name, _) in _SIZES.items()}
     return {name: size for name, size in given.items() if size is not None}

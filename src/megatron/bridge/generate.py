@@ -18,7 +18,7 @@ from megatron.bridge.utils.command_options import DTYPES, add_checkpoint_options
 from megatron.bridge.utils.exit_codes import exit_with
 
 if TYPE_CHECKING:
-    from megatron.bridge.data.tokenizer import Tokenizer
+    from megatron.bridge.data.tokenizer import HuggingFaceTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_text_files(args: argparse.Namespace) -> "tuple[Tokenizer, dict[str, Any]]":
+def read_text_files(args: argparse.Namespace) -> "tuple[HuggingFaceTokenizer, dict[str, Any]]":
     """The tokenizer that was saved with the checkpoint, or else that of `--hf-model`, and `generation_config.json`.
 
     Raises:
@@ -60,7 +60,7 @@ def read_text_files(args: argparse.Namespace) -> "tuple[Tokenizer, dict[str, Any
     """
     from megatron.bridge.checkpoint.layout import TOKENIZER_DIRECTORY, resolve_checkpoint
     from megatron.bridge.data.config import TokenizerConfig
-    from megatron.bridge.data.tokenizer import build_tokenizer
+    from megatron.bridge.data.tokenizer import HuggingFaceTokenizer, build_tokenizer
     from megatron.bridge.models.conversion.hf_config import find_hf_directory
     from megatron.bridge.models.conversion.text_files import TextFiles, has_tokenizer
 
@@ -69,7 +69,9 @@ def read_text_files(args: argparse.Namespace) -> "tuple[Tokenizer, dict[str, Any
         raise FileNotFoundError(f"{own} holds no tokenizer: pass --hf-model with the model's directory")
     model = None if args.hf_model is None else find_hf_directory(args.hf_model)
     text = TextFiles.of_checkpoint(args.megatron_path, model)
-    return build_tokenizer(TokenizerConfig(tokenizer_model=str(text.tokenizer))), text.generation or {}
+    tokenizer = build_tokenizer(TokenizerConfig(tokenizer_model=str(text.tokenizer)))
+    assert isinstance(tokenizer, HuggingFaceTokenizer)
+    return tokenizer, text.generation or {}
 
 
 def warn_of_settings(generation: "dict[str, Any]") -> None:
@@ -85,7 +87,7 @@ def warn_of_settings(generation: "dict[str, Any]") -> None:
         )
 
 
-def encode_prompt(args: argparse.Namespace, tokenizer: "Tokenizer") -> list[int]:
+def encode_prompt(args: argparse.Namespace, tokenizer: "HuggingFaceTokenizer") -> list[int]:
     """The prompt's tokens.
 
     Raises:
@@ -94,10 +96,12 @@ def encode_prompt(args: argparse.Namespace, tokenizer: "Tokenizer") -> list[int]
     if not args.chat:
         if args.system is not None:
             raise ValueError("--system is part of a conversation: add --chat")
-        if args.add_bos and tokenizer.bos_id is None:
-            raise ValueError(f"--add-bos: tokenizer {tokenizer.name} has no BOS token")
         ids = tokenizer.prompt_to_ids(args.prompt)
-        return [tokenizer.bos_id, *ids] if args.add_bos and ids[:1] != [tokenizer.bos_id] else ids
+        if not args.add_bos:
+            return ids
+        if tokenizer.bos_id is None:
+            raise ValueError(f"--add-bos: tokenizer {tokenizer.name} has no BOS token")
+        return ids if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
     if args.add_bos:
         raise ValueError("--add-bos with --chat: the chat template begins the text; leave it out")
     messages = [{"role": "user", "content": args.prompt}]
@@ -106,7 +110,7 @@ def encode_prompt(args: argparse.Namespace, tokenizer: "Tokenizer") -> list[int]
     return tokenizer.text_to_ids(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
 
 
-def as_text(tokens: Iterator[int], tokenizer: "Tokenizer", *, before: Sequence[int]) -> Iterator[str]:
+def as_text(tokens: Iterator[int], tokenizer: "HuggingFaceTokenizer", *, before: Sequence[int]) -> Iterator[str]:
     """Yield the text of tokens as it becomes known: a character may take several.
 
     Args:

@@ -200,6 +200,7 @@ def test_a_loss_functions_figures_keep_away_from_the_runs_own_names():
         [],
         loss_dict={name: 7.0 for name in RUNS_OWN},
         learning_rate=1e-3,
+        skipped_iter=False,
         step_seconds=1.0,
         tokens_per_second=1.0,
         fp16_loss_scale=2.0,

@@ -28,7 +28,7 @@ def test_a_newer_one_is_said_in_one_line(caplog, installed):
     assert "\n" not in text
 
 
-@pytest.mark.parametrize("installed", ["0.16.1", "0.19.2", "0.19.2+1a2b3c", "0.9.9"])
+@pytest.mark.parametrize("installed", ["0.16.1", "0.19.2", "0.19.2+1a2b3c", "0.9.9", "main"])
 def test_a_tested_one_is_not(caplog, installed):
     assert not warn_of_an_untested_core(installed)
     assert caplog.records == []

@@ -160,7 +160,7 @@ def read_blob(
         FileNotFoundError: There is no such file.
         ValueError: The file is damaged, or names anything that is not plain data.
     """
-    named = source if named is None else named
+    file = source if named is None else named
     try:
         check_archive(source, sums=not mmap)
         with _known_only(classes):
@@ -169,15 +169,13 @@ def read_blob(
     except FileNotFoundError:
         raise
     except ForeignNameError as error:
-        raise ValueError(_refusal(named, str(error))) from None
+        raise ValueError(_refusal(file, str(error))) from None
     except Exception as error:  # torch raises a different class for each kind of damage
         foreign = re.search(r"GLOBAL (\S+)", str(error))
         if foreign is not None:
-            raise ValueError(_refusal(named, foreign.group(1))) from None
+            raise ValueError(_refusal(file, foreign.group(1))) from None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"{named} can't be read as plain data: {reason}; restore the file from another copy"
-        ) from error
+        raise ValueError(f"{file} can't be read as plain data: {reason}; restore the file from another copy") from error
     return _without_optimizer_classes(content)
 
 
@@ -223,7 +221,7 @@ def _check_memo(stored: bytes) -> None:
     Ten bytes could ask for 64 GB so.
     """
     for opcode, argument, _ in pickletools.genops(stored):
-        if opcode.name in ("PUT", "LONG_BINPUT") and argument > len(stored):
+        if opcode.name in ("PUT", "LONG_BINPUT") and (argument or 0) > len(stored):
             raise pickle.UnpicklingError(f"it numbers an object {argument}, more than it can hold")
 
 
@@ -239,7 +237,10 @@ def _check_description(content: dcp_metadata.Metadata) -> None:
         )
         if not isinstance(key, str) or not (is_tensor or isinstance(stored, dcp_metadata.BytesStorageMetadata)):
             raise ValueError(f"{str(key)[:80]!r} in it is neither a tensor nor an object")
-        if is_tensor and (stored.properties.layout, stored.properties.memory_format) != PLAIN_MEMORY:
+        if (
+            isinstance(stored, dcp_metadata.TensorStorageMetadata)
+            and (stored.properties.layout, stored.properties.memory_format) != PLAIN_MEMORY
+        ):
             raise ValueError(f"the tensor {key[:80]!r} in it doesn't lie in memory row by row")
     for index, part in content.storage_data.items():
         if not isinstance(index, dcp_metadata.MetadataIndex) or not isinstance(part, dcp_filesystem._StorageInfo):
@@ -261,7 +262,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         return _OF_DCP[module, name]
 
 
-def _refusal(named: str | Path, foreign: str) -> str:
+def _refusal(named: str | Path | BinaryIO, foreign: str) -> str:
     return (
         f"{named} names {foreign}, which is not plain data, and nothing of the file was executed: expected tensors, "
         "numbers, text and the classes that Megatron Bridge and Megatron-LM write; load a checkpoint whose origin you "

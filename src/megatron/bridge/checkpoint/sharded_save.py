@@ -13,7 +13,7 @@ import json
 import os
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -161,11 +161,12 @@ class ShardedSave:
     def _write_item(self, file: ChecksumWriter, data: Any, item: Any, name: str) -> Any:
         """Torch's own way to put one tensor or blob into a file; 2.6 knows no transforms and no second format."""
         arguments = inspect.signature(torch_filesystem._write_item).parameters
-        transforms = [self._writer.transforms] if "transforms" in arguments else []
-        options = {}
+        transforms: list[Any] = [self._writer.transforms] if "transforms" in arguments else []
+        options: dict[str, Any] = {}
         if "serialization_format" in arguments:
             options["serialization_format"] = torch_filesystem.SerializationFormat.TORCH_SAVE
-        return torch_filesystem._write_item(*transforms, file, data, item, name, **options)
+        write: Callable[..., Any] = torch_filesystem._write_item
+        return write(*transforms, file, data, item, name, **options)
 
     def cancel(self) -> None:
         """Let `write` end before its next tensor. No other rank needs to take part."""

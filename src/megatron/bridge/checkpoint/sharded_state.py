@@ -175,7 +175,7 @@ class PlainReader(FileSystemReader):
             start = (stored.storage_offset() + item.storage_offsets[0] * stored.stride(0)) * stored.itemsize
             file.seek(part.offset + stored.untyped_storage()._checkpoint_offset + start)
             bytes_of_place = place.view(-1).view(torch.uint8).numpy()
-            if file.readinto(bytes_of_place) != bytes_of_place.nbytes:
+            if file.readinto(bytes_of_place.data) != bytes_of_place.nbytes:
                 return False
         planner.commit_tensor(item, place)
         return True

@@ -74,7 +74,7 @@ class MemberLookup:
         Raises:
             ForeignNameError: There is none, or the owner isn't an enumeration on the list.
         """
-        found = None
+        found: enum.Enum | InertMember | None = None
         if type(name) is str:
             if type(owner) is Enumeration:
                 found = owner.named(name)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron.bridge.data.samples import Span
-from megatron.bridge.data.tokenizer import Tokenizer
+from megatron.bridge.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 Messages = list[dict[str, Any]]
 
@@ -21,7 +21,7 @@ Messages = list[dict[str, Any]]
 class Rendering:
     """A conversation and its text."""
 
-    tokenizer: Tokenizer
+    tokenizer: HuggingFaceTokenizer
     messages: Messages
     tools: list[dict[str, Any]] | None
     text: str

@@ -48,9 +48,10 @@ def write_cache(path: Path, arrays: dict[str, np.ndarray], *, recipe: dict[str, 
         Whether it could be written; the log says why not.
     """
     about = {"version": FORMAT_VERSION, "recipe": recipe, "report": report}
+    content: dict[str, Any] = {"about": np.array(_as_text(about)), **arrays}
     try:
         with atomic_write(path, "wb") as stream:
-            np.savez(stream, about=np.array(_as_text(about)), **arrays)
+            np.savez(stream, **content)
     except OSError as error:
         logger.warning("%s can't be written (%s): the tokens are not kept; see dataset.path_to_cache", path, error)
         return False

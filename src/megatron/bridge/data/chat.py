@@ -10,7 +10,7 @@ from megatron.bridge.data.messages import Conversation, read_conversation
 from megatron.bridge.data.notes import Note
 from megatron.bridge.data.samples import RenderedSample, Span, nothing_to_learn
 from megatron.bridge.data.sft_options import SFTOptions
-from megatron.bridge.data.tokenizer import Tokenizer
+from megatron.bridge.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 UNMARKED = Note(
     "an answer has no generation mark",
@@ -30,7 +30,7 @@ class ChatFormat:
         Raises:
             ValueError: The tokenizer has no chat template.
         """
-        if not tokenizer.has_chat_template:
+        if not isinstance(tokenizer, HuggingFaceTokenizer) or not tokenizer.has_chat_template:
             raise ValueError(f"tokenizer {tokenizer.name} has no chat template: set tokenizer.chat_template")
         self.tokenizer = tokenizer
         self.answer_only_loss = options.answer_only_loss

@@ -3,6 +3,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from megatron.bridge.data.sft_options import PackedSequenceSpecs, SFTOptions, check_positive, read_shares
@@ -121,6 +122,18 @@ class GPTSFTDatasetConfig(DataloaderConfig):
         return "offline_packing_specs.packed_sequence_size"
 
     @property
+    def root(self) -> Path:
+        """The directory of the data.
+
+        Raises:
+            ValueError: It is not set.
+        """
+        root = self.dataset_root if self.hf_dataset is None else self.hf_dataset
+        if root is None:
+            raise ValueError("dataset.dataset_root is not set: expected the directory that holds training.jsonl")
+        return Path(root)
+
+    @property
     def options(self) -> SFTOptions:
         """The checked options in `dataset_kwargs`."""
         return SFTOptions.from_kwargs(self.dataset_kwargs)
@@ -138,8 +151,7 @@ class GPTSFTDatasetConfig(DataloaderConfig):
         if self.hf_dataset is not None and not isinstance(self.hf_dataset, str):
             expected = "expected the directory that save_to_disk wrote"
             raise ValueError(f"dataset.hf_dataset={self.hf_dataset!r}: {expected}")
-        if self.dataset_root is None and self.hf_dataset is None:
-            raise ValueError("dataset.dataset_root is not set: expected the directory that holds training.jsonl")
+        _ = self.root
         if self.dataset_root and self.hf_dataset is not None:
             raise ValueError("dataset.dataset_root and dataset.hf_dataset are both set: set one of them")
         if self.split is not None:
@@ -302,11 +314,11 @@ class DatasetBuildContext:
     train_samples: int
     """Training samples the run will draw."""
 
-    valid_samples: int
-    """Validation samples the run will draw."""
+    valid_samples: int | None
+    """Validation samples the run will draw. None: whole passes."""
 
-    test_samples: int
-    """Test samples the run will draw."""
+    test_samples: int | None
+    """Test samples the run will draw. None: whole passes."""
 
     tokenizer: Any = None
     """The run's tokenizer, as made by `build_tokenizer`."""

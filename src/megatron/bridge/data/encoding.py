@@ -4,7 +4,7 @@
 import contextlib
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -187,8 +187,8 @@ class SampleEncoder:
         starts = spans[:, 0] + shifts
         ends = np.maximum(spans[:, 1] + shifts, starts + 1)
         in_texts = zip(texts[:-1].tolist(), samples, strict=True)
-        wanted = [(text + start, text + end) for text, sample in in_texts for start, end in sample.learned]
-        wanted = np.array([*wanted, (texts[-1] + 1, texts[-1] + 1)])  # and one behind all tokens
+        of_texts = [(text + start, text + end) for text, sample in in_texts for start, end in sample.learned]
+        wanted = np.array([*of_texts, (texts[-1] + 1, texts[-1] + 1)])  # and one behind all tokens
         # Learned spans stand in order and apart: of those that end after a token's start, the first begins first.
         span = np.searchsorted(wanted[:, 1], starts, side="right")
         learned = wanted[span, 0] < ends
@@ -222,7 +222,7 @@ class SampleEncoder:
 
 def encode_all(
     rows: Iterable[Row], encoder: SampleEncoder, *, where: str, num_processes: int = 1
-) -> Iterator[Encoded]:
+) -> Generator[Encoded, None, None]:
     """Yields the tokenised sample of each row, in order.
 
     Args:
@@ -260,6 +260,10 @@ def encode_all(
             ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+_encoder: SampleEncoder
+"""In a process of `encode_all`'s pool: what it encodes with."""
 
 
 def _enter(encoder: SampleEncoder) -> None:

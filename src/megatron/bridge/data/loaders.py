@@ -12,7 +12,7 @@ import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -25,7 +25,8 @@ from megatron.bridge.data.sft_datasets import build_sft_datasets
 from megatron.bridge.data.sft_options import check_positive
 from megatron.bridge.utils.device import current_device, is_simulated
 
-MicroBatch = dict[str, torch.Tensor | None]
+MicroBatch: TypeAlias = dict[str, Any]
+"""Tensors by name; `attention_mask` may be None."""
 Datasets = tuple[Any | None, Any | None, Any | None]
 DatasetConfig = GPTSFTDatasetConfig | GPTDatasetConfig | DatasetProvider
 
@@ -122,7 +123,8 @@ def build_datasets(config: DatasetConfig, context: DatasetBuildContext) -> Datas
         raise ValueError(
             f"{name}.build_datasets returned {type(datasets).__name__}: expected a tuple of three datasets"
         )
-    return tuple(datasets)
+    training, validation, test = datasets
+    return training, validation, test
 
 
 def build_step_iterator(
@@ -218,7 +220,7 @@ class EvaluationSteps:
         self._batches = evaluation_batches(
             len(dataset), layout, max_batches=max_batches, micro_batches_at_once=micro_batches_at_once
         )
-        self._loading = {"num_workers": num_workers, "pin_memory": pin_memory}
+        self._loading: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
 
     @property
     def num_samples(self) -> int:
@@ -285,9 +287,9 @@ class _PaddedRows(Dataset):
                 found = ", ".join(sample) if isinstance(sample, dict) else type(sample).__name__
                 raise ValueError(f"{where} has no tensor {name!r} (found: {found}): expected a dict of 1-D tensors")
             if sample[name].dim() != 1 or len(sample[name]) != len(sample["tokens"]):
-                found = list(sample[name].shape)
+                shape = list(sample[name].shape)
                 raise ValueError(
-                    f"{where}: {name} has shape {found}, expected [{sample['tokens'].numel()}] like tokens"
+                    f"{where}: {name} has shape {shape}, expected [{sample['tokens'].numel()}] like tokens"
                 )
         if len(sample["tokens"]) > length:
             raise ValueError(
@@ -324,8 +326,9 @@ def _stack_rows(rows: list[dict[str, torch.Tensor]]) -> MicroBatch:
     batch: MicroBatch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     if any(end is not None for end in ends):
         length = batch["tokens"].shape[1]
-        ends = [torch.tensor([0, length], dtype=torch.int32) if end is None else end for end in ends]
-        batch["cu_seqlens"] = pad_sequence(ends, batch_first=True, padding_value=length)
+        whole = torch.tensor([0, length], dtype=torch.int32)
+        filled = [whole if end is None else end for end in ends]
+        batch["cu_seqlens"] = pad_sequence(filled, batch_first=True, padding_value=length)
     return batch | {"attention_mask": None}
 
 

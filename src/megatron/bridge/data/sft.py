@@ -146,7 +146,7 @@ def load_sft_dataset(
         RuntimeError: Another rank failed; its error's text.
     """
     source = JsonlSource(source) if isinstance(source, str | Path) else source
-    recipe = {"seq_length": seq_length, "max_samples": max_samples, "options": asdict(options)}
+    recipe: dict[str, Any] = {"seq_length": seq_length, "max_samples": max_samples, "options": asdict(options)}
     recipe |= {"tokenizer": tokenizer.fingerprint, "limit": limit}
 
     def tokenise() -> SFTDataset:
@@ -260,7 +260,7 @@ def _joined(
         learned_tokens=int(learned.sum() - learned[starts[:-1]].sum()),
         truncated=len(truncated),
         dropped=len(dropped),
-        longest=int(sizes.max()) - 1,
+        longest=max(len(sample.ids) for sample in samples) - 1,
         first_truncated=truncated[0] if truncated else None,
         first_dropped=dropped[0] if dropped else None,
         notes=notes,

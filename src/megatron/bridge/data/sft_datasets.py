@@ -2,7 +2,7 @@
 """A `GPTSFTDatasetConfig` to its three datasets: found, tokenised, cut and packed."""
 
 import logging
-from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
@@ -19,10 +19,12 @@ SPLITS = ("training", "validation", "test")
 HF_NAMES = {"training": "train", "validation": "validation", "test": "test"}
 CACHE_DIRECTORY = ".tokens"
 
+Dataset: TypeAlias = SFTDataset | PackedDataset
+
 
 def build_sft_datasets(
     config: GPTSFTDatasetConfig, context: DatasetBuildContext
-) -> tuple[SFTDataset | PackedDataset | None, ...]:
+) -> tuple[Dataset | None, Dataset | None, Dataset | None]:
     """Builds the training, validation and test datasets; None for one that is not wanted. Call on all ranks.
 
     Raises:
@@ -40,7 +42,10 @@ def build_sft_datasets(
     if config.split is not None:
         with on_all_ranks("cutting the data"):
             samples = cut(config, samples["training"])
-    return tuple(_packed(config, samples[split], split) if split in samples else None for split in SPLITS)
+    training, validation, test = (
+        _packed(config, samples[split], split) if split in samples else None for split in SPLITS
+    )
+    return training, validation, test
 
 
 def find_sources(config: GPTSFTDatasetConfig) -> dict[str, Source]:
@@ -50,13 +55,15 @@ def find_sources(config: GPTSFTDatasetConfig) -> dict[str, Source]:
         FileNotFoundError: The directory, or a split that must be there, is missing.
         ValueError: `split` is set, and there are separate splits.
     """
+    found: dict[str, Source] = {}
+    root = config.root
     if config.hf_dataset is not None:
         opened = open_hf_dataset(config.hf_dataset)
-        found = {"training": opened[None]} if None in opened else {}
+        found |= {"training": opened[None]} if None in opened else {}
         found |= {split: opened[name] for split, name in HF_NAMES.items() if name in opened}
-        root, names = Path(config.hf_dataset), HF_NAMES
+        names = HF_NAMES
     else:
-        root, names = Path(config.dataset_root), {split: f"{split}.jsonl" for split in SPLITS}
+        names = {split: f"{split}.jsonl" for split in SPLITS}
         if not root.is_dir():
             raise FileNotFoundError(f"dataset.dataset_root={str(root)!r} is no directory: expected training.jsonl in it")
         found = {split: JsonlSource(root / names[split]) for split in SPLITS if (root / names[split]).exists()}
@@ -103,7 +110,7 @@ def cut(config: GPTSFTDatasetConfig, samples: SFTDataset) -> dict[str, SFTDatase
 
 
 def _load(config: GPTSFTDatasetConfig, context: DatasetBuildContext, source: Source, *, split: str) -> SFTDataset:
-    root = Path(config.hf_dataset or config.dataset_root)
+    root = config.root
     dataset = load_sft_dataset(
         source,
         tokenizer=context.tokenizer,
@@ -120,7 +127,7 @@ def _load(config: GPTSFTDatasetConfig, context: DatasetBuildContext, source: Sou
     return dataset
 
 
-def _packed(config: GPTSFTDatasetConfig, samples: SFTDataset, split: str) -> SFTDataset | PackedDataset:
+def _packed(config: GPTSFTDatasetConfig, samples: SFTDataset, split: str) -> Dataset:
     if config.pack_size is None:
         return samples
     packed = PackedDataset(samples, size=config.pack_size, seed=config.seed, keep_order=not config.is_shuffled)

@@ -147,4 +147,5 @@ def read_shares(split: Any) -> tuple[float, float, float]:
         shares = []
     if len(shares) != 3 or not all(0 <= share < float("inf") for share in shares) or shares[0] == 0:
         raise ValueError(f'dataset.split={split!r}: expected shares of training, validation and test, such as "90,10,0"')
-    return tuple(share / sum(shares) for share in shares)
+    training, validation, test = (share / sum(shares) for share in shares)
+    return training, validation, test

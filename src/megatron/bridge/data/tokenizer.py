@@ -264,6 +264,7 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
     """
     config.finalize()
     if config.tokenizer_type == "NullTokenizer":
+        assert config.vocab_size is not None  # finalize() refuses it
         return NullTokenizer(config.vocab_size)
     from transformers import AutoTokenizer
 

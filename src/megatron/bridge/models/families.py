@@ -54,6 +54,12 @@ def architecture_of(hf_config: Mapping[str, Any]) -> str | None:
     return next((name for name in hf_config.get("architectures") or () if name in FAMILY_MODULES), None)
 
 
+def _known_architecture(hf_config: Mapping[str, Any]) -> str:
+    found = architecture_of(hf_config)
+    assert found is not None, "check_supported refuses what no family is for"
+    return found
+
+
 def check_supported(hf_config: Mapping[str, Any], name: str) -> None:
     """Refuse what no family is for.
 
@@ -73,7 +79,7 @@ def check_supported(hf_config: Mapping[str, Any], name: str) -> None:
 
 def family_of(hf_config: Mapping[str, Any]) -> ModelFamily:
     """The family of a Hugging Face configuration that `architecture_of` knows."""
-    return import_module(FAMILY_MODULES[architecture_of(hf_config)]).FAMILY
+    return import_module(FAMILY_MODULES[_known_architecture(hf_config)]).FAMILY
 
 
 def provider_fields(hf_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,4 +88,4 @@ def provider_fields(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: transformers doesn't read it, or it asks for what can't be expressed.
     """
-    return family_of(hf_config).provider_fields(as_transformers_reads(hf_config, architecture_of(hf_config)))
+    return family_of(hf_config).provider_fields(as_transformers_reads(hf_config, _known_architecture(hf_config)))

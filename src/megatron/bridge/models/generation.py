@@ -204,6 +204,7 @@ def _from_last_stage(token: int | None) -> int:
     from megatron.core import parallel_state
 
     if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+        assert token is not None  # this stage is the last one
         return token
     shared = torch.tensor([-1 if token is None else token], device=current_device())
     dist.broadcast(

@@ -5,7 +5,7 @@ import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
@@ -23,7 +23,7 @@ from megatron.bridge.utils.set_fields import RemembersSetFields, writes_that_nob
 
 logger = logging.getLogger(__name__)
 
-LayerSpec = ModuleSpec | TransformerBlockSubmodules
+LayerSpec: TypeAlias = ModuleSpec | TransformerBlockSubmodules
 _INIT_METHODS = ("init_method", "output_layer_init_method", "embedding_init_method")
 
 
@@ -123,16 +123,24 @@ class GPTModelProvider(RemembersSetFields, TransformerConfig, ModelProviderMixin
         Raises:
             ValueError: No vocabulary size, or one that the ranks can't share and that must not be padded.
         """
-        if self.vocab_size is None:
-            raise ValueError("model.vocab_size is not set: set it to the number of tokens of the tokenizer")
-        tensor_parallel_size = self.tensor_model_parallel_size
+        vocab_size, tensor_parallel_size = self.required_vocab_size(), self.tensor_model_parallel_size
         if self.should_pad_vocab:
-            return padded_vocab_size(self.vocab_size, self.make_vocab_size_divisible_by, tensor_parallel_size)
-        if self.vocab_size % tensor_parallel_size:
+            return padded_vocab_size(vocab_size, self.make_vocab_size_divisible_by, tensor_parallel_size)
+        if vocab_size % tensor_parallel_size:
             raise ValueError(
-                f"model.vocab_size={self.vocab_size} is no multiple of "
+                f"model.vocab_size={vocab_size} is no multiple of "
                 f"model.tensor_model_parallel_size={tensor_parallel_size}: set model.should_pad_vocab=true"
             )
+        return vocab_size
+
+    def required_vocab_size(self) -> int:
+        """`vocab_size`.
+
+        Raises:
+            ValueError: It is not set.
+        """
+        if self.vocab_size is None:
+            raise ValueError("model.vocab_size is not set: set it to the number of tokens of the tokenizer")
         return self.vocab_size
 
     def provide(
@@ -169,10 +177,10 @@ class GPTModelProvider(RemembersSetFields, TransformerConfig, ModelProviderMixin
         if self.rope_scaling:
             # Core's own scaling knows only the factor; the other three numbers differ between models.
             model.rotary_pos_emb.inv_freq = self._rope_scaling().scale(model.rotary_pos_emb.inv_freq)
-        if model.post_process and self.padded_vocab_size() > self.vocab_size:
+        if model.post_process and self.padded_vocab_size() > self.required_vocab_size():
             mask_padding_logits(
                 model.output_layer,
-                vocab_size=self.vocab_size,
+                vocab_size=self.required_vocab_size(),
                 tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
                 tensor_parallel_size=self.tensor_model_parallel_size,
             )

@@ -7,7 +7,7 @@ expert-parallel rank trains experts and another none, the other skips the exchan
 which the first waits.
 """
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -34,7 +34,7 @@ def open_gradient_entry_always(chunk: torch.nn.Module) -> None:
         chunk.embedding.register_forward_hook(lambda _module, _inputs, output: _opened(output))
 
 
-def _has_embedding(chunk: torch.nn.Module) -> bool:
+def _has_embedding(chunk: torch.nn.Module) -> TypeGuard[GPTModel]:
     return isinstance(chunk, GPTModel) and chunk.pre_process
 
 

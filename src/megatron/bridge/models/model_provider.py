@@ -6,8 +6,9 @@ A *chunk* is the part of the model between two pipeline hand-overs: one a rank, 
 
 import abc
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -22,6 +23,17 @@ ChunkHook = Callable[[list[MegatronModule]], list[MegatronModule] | None]
 
 class ModelProviderMixin(abc.ABC):
     """What every provider can do, given `provide` and `finalize`."""
+
+    if TYPE_CHECKING:  # of Core's TransformerConfig, which a provider is too
+        fp16: bool
+        bf16: bool
+        params_dtype: torch.dtype
+        pipeline_dtype: torch.dtype | None
+        pipeline_model_parallel_size: int
+        virtual_pipeline_model_parallel_size: int | None
+        use_cpu_initialization: bool
+        num_moe_experts: int | None
+        moe_grouped_gemm: bool
 
     _pre_wrap_hooks: list[ChunkHook]
     _post_wrap_hooks: list[ChunkHook]

@@ -6,6 +6,8 @@ sequence, so the ranks' weight gradients are partial sums; Core adds up the grad
 `sequence_parallel=True`, and these norms set that mark.
 """
 
+from typing import Any
+
 import torch
 from megatron.core.transformer import TransformerConfig
 
@@ -15,7 +17,7 @@ _TORCH_NORMS: dict[str, type[torch.nn.Module]] = {"LayerNorm": torch.nn.LayerNor
 class TorchNorm:
     """Builds a `torch.nn.LayerNorm` or `torch.nn.RMSNorm` where a layer spec names a norm class."""
 
-    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> torch.nn.Module:
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> Any:
         """Build the norm that `config.normalization` names.
 
         Args:
@@ -35,7 +37,7 @@ class TorchNorm:
             raise ValueError(
                 "model.layernorm_zero_centered_gamma=True needs Transformer Engine: install it, or set it to False"
             )
-        norm = _TORCH_NORMS[config.normalization](hidden_size, eps=eps, dtype=config.params_dtype)
+        norm: Any = _TORCH_NORMS[config.normalization](hidden_size, eps=eps, dtype=config.params_dtype)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel
         return norm

@@ -11,11 +11,16 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 
+from megatron.bridge.peft.linear_layout import CoreLinear
 
-class AdaptedLinear:
+_Linear: Any = object
+"""The class that `AdaptedLinear` is put before: of Core's or of Transformer Engine's."""
+
+
+class AdaptedLinear(_Linear):
     """Mark of layers that have an adapter, and what they do with it. Stands before Core's class among the bases."""
 
-    adapter: torch.nn.Module
+    adapter: Any
     """Called with the layer, its input and its output; returns the output of both."""
     adapter_enabled: bool = True
     """Whether the adapter takes part in the forward pass."""
@@ -38,9 +43,9 @@ class AdaptedLinear:
         return self.adapter.merged(self)
 
 
-def add_adapter(linear: torch.nn.Module, adapter: torch.nn.Module) -> None:
+def add_adapter(linear: CoreLinear, adapter: torch.nn.Module) -> None:
     """Give a linear layer an adapter, in place."""
-    linear.__class__ = _adapted_class(type(linear))
+    linear.__class__ = _adapted_class(linear.__class__)
     linear.adapter = adapter
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from megatron.core import parallel_state
@@ -17,7 +17,7 @@ from megatron.core.utils import unwrap_model
 
 from megatron.bridge.peft.adapted_linear import AdaptedLinear
 
-Model = MegatronModule | list[MegatronModule]
+Model: TypeAlias = MegatronModule | list[MegatronModule]
 
 
 @dataclass
@@ -27,10 +27,10 @@ class PEFT(abc.ABC):
     A method of your own overrides `transform`.
     """
 
-    params_to_save = frozenset()
+    params_to_save = frozenset[str]()
     """Names of the trainable parameters, as the unwrapped chunks name them; the call fills it."""
 
-    module_names = frozenset()
+    module_names = frozenset[str]()
     """Whole names of this rank's modules, as `transform` gets them; the call fills it."""
 
     @abc.abstractmethod
@@ -87,9 +87,9 @@ class PEFT(abc.ABC):
 
     def set_params_to_save(self, model: Model) -> None:
         """Note the names of the trainable parameters."""
-        self.params_to_save = {
+        self.params_to_save = frozenset(
             name for chunk in _chunks(model) for name, param in chunk.named_parameters() if param.requires_grad
-        }
+        )
 
     def adapter_key_filter(self, key: str) -> bool:
         """Whether a checkpoint of the adapters holds this entry of the model's state."""

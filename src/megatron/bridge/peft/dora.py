@@ -2,12 +2,13 @@
 """DoRA: LoRA of a matrix's direction, its rows' lengths trained apart (Liu et al. 2024, arXiv 2402.09353)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
-from megatron.bridge.peft.linear_layout import LinearLayout, linear_layout
+from megatron.bridge.peft.linear_layout import CoreLinear, LinearLayout, linear_layout
 from megatron.bridge.peft.lora import LoRA
 from megatron.bridge.peft.lora_layers import LoRAOptions, LowRankAdapter
 
@@ -19,7 +20,7 @@ class DoRA(LoRA):
     alpha: float = 64
     """The update is scaled by alpha / dim."""
 
-    def adapter_for(self, linear: torch.nn.Module, name: str) -> torch.nn.Module:
+    def adapter_for(self, linear: CoreLinear, name: str) -> torch.nn.Module:
         """See `LoRA.adapter_for`."""
         return MagnitudeAdapter(linear, linear_layout(linear, name), self, name)
 
@@ -31,15 +32,17 @@ class MagnitudeAdapter(LowRankAdapter):
     for a moment in each forward pass. Dropout acts on the low-rank path alone.
     """
 
-    def __init__(self, linear: torch.nn.Module, layout: LinearLayout, options: LoRAOptions, name: str) -> None:
+    def __init__(self, linear: CoreLinear, layout: LinearLayout, options: LoRAOptions, name: str) -> None:
         super().__init__(linear.weight, layout, options, name)
-        self.magnitude = torch.nn.Parameter(self._row_lengths(linear.weight.detach().float()).to(linear.weight.dtype))
+        lengths = self._row_lengths(linear.weight.detach().float()).to(linear.weight.dtype)
+        self.magnitude = torch.nn.Parameter(lengths)
+        magnitude: Any = self.magnitude  # Core reads its marks as attributes
         is_cut = layout.is_cut and layout.split == "output"
-        set_tensor_model_parallel_attributes(self.magnitude, is_cut, 0 if is_cut else -1, 1)
-        self.magnitude.allreduce = self.linear_in.weight.allreduce
-        self.magnitude.sequence_parallel = layout.sequence_parallel and not is_cut
+        set_tensor_model_parallel_attributes(magnitude, is_cut, 0 if is_cut else -1, 1)
+        magnitude.allreduce = getattr(linear.weight, "allreduce", True)
+        magnitude.sequence_parallel = layout.sequence_parallel and not is_cut
 
-    def forward(self, linear: torch.nn.Module, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    def forward(self, linear: CoreLinear, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """See `LowRankAdapter.forward`. A bias that the layer has added is not scaled."""
         bias = linear.bias if self.layout.adds_bias else None
         sum_without_bias = (output if bias is None else output - bias) + self.update(x)
@@ -48,7 +51,7 @@ class MagnitudeAdapter(LowRankAdapter):
         scaled = sum_without_bias * (self.magnitude / lengths)
         return scaled if bias is None else scaled + bias
 
-    def merged(self, linear: torch.nn.Module) -> torch.Tensor:
+    def merged(self, linear: CoreLinear) -> torch.Tensor:
         """See `LowRankAdapter.merged`. Call on all tensor-parallel ranks."""
         whole = self.sum_of_weights(linear)
         scaled = whole * (self.magnitude.float() / self._row_lengths(whole)).unsqueeze(1)

@@ -3,10 +3,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
+
+CoreLinear: TypeAlias = Any
+"""A linear layer of Core's or of Transformer Engine's. They share no class that says what both of them have."""
 
 Split = Literal["output", "input"]
 
@@ -43,7 +46,7 @@ class LinearLayout:
         return self.group.size() > 1
 
 
-def linear_layout(linear: torch.nn.Module, name: str) -> LinearLayout:
+def linear_layout(linear: CoreLinear, name: str) -> LinearLayout:
     """Look at a linear layer.
 
     Args:
@@ -81,7 +84,7 @@ def _refusal(name: str, found: str, expected: str) -> str:
     return f"peft.target_modules matches {name}, which is {found}: expected {expected}; name it in peft.exclude_modules"
 
 
-def _fused_norm(linear: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+def _fused_norm(linear: CoreLinear) -> Callable[[torch.Tensor], torch.Tensor]:
     """The norm inside Transformer Engine's LayerNormLinear, again: its result doesn't leave the layer."""
 
     def normalized(x: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from megatron.bridge.peft.adapted_linear import add_adapter
 from megatron.bridge.peft.base import PEFT, Model
-from megatron.bridge.peft.linear_layout import linear_layout
+from megatron.bridge.peft.linear_layout import CoreLinear, linear_layout
 from megatron.bridge.peft.lora_layers import INITIALISERS, LowRankAdapter
 from megatron.bridge.peft.matcher import ModuleMatcher
 from megatron.bridge.utils.distributed import all_gathered, on_all_ranks
@@ -77,7 +77,7 @@ class LoRA(PEFT, ModuleMatcher):
             self._matched.add(target)
         return module
 
-    def adapter_for(self, linear: torch.nn.Module, name: str) -> torch.nn.Module:
+    def adapter_for(self, linear: CoreLinear, name: str) -> torch.nn.Module:
         """A new adapter for a linear layer.
 
         Args:

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 
-from megatron.bridge.peft.linear_layout import LinearLayout
+from megatron.bridge.peft.linear_layout import CoreLinear, LinearLayout
 
 INITIALISERS: dict[str, Callable[[torch.Tensor, torch.Generator], Any]] = {
     "xavier": lambda weight, generator: torch.nn.init.xavier_normal_(weight, generator=generator),
@@ -49,7 +49,7 @@ class LoRAOptions(Protocol):
     dim: int
     alpha: float
     dropout: float
-    dropout_position: str
+    dropout_position: Literal["pre", "post"]
     lora_A_init_method: str
     lora_B_init_method: str
 
@@ -91,13 +91,14 @@ class LowRankAdapter(torch.nn.Module):
             INITIALISERS[init_method](initial, self._generator)
         with torch.no_grad():
             linear.weight.copy_(initial.chunk(layout.group.size(), dim=cut)[layout.group.rank()] if is_cut else initial)
-        set_tensor_model_parallel_attributes(linear.weight, is_cut, cut if is_cut else -1, 1)
-        linear.weight.allreduce = getattr(like, "allreduce", True)  # False in an expert's layer, under expert parallel
+        weight: Any = linear.weight  # Core reads its marks as attributes
+        set_tensor_model_parallel_attributes(weight, is_cut, cut if is_cut else -1, 1)
+        weight.allreduce = getattr(like, "allreduce", True)  # False in an expert's layer, under expert parallel
         # Under sequence parallel a whole matrix sees a part of the sequence on each rank: its gradients are summed.
-        linear.weight.sequence_parallel = layout.sequence_parallel and not is_cut
+        weight.sequence_parallel = layout.sequence_parallel and not is_cut
         return linear
 
-    def forward(self, linear: torch.nn.Module, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    def forward(self, linear: CoreLinear, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Add the update.
 
         Args:
@@ -137,11 +138,11 @@ class LowRankAdapter(torch.nn.Module):
         with get_cuda_rng_tracker().fork() if differs else contextlib.nullcontext():
             return F.dropout(values, self.dropout)
 
-    def merged(self, linear: torch.nn.Module) -> torch.Tensor:
+    def merged(self, linear: CoreLinear) -> torch.Tensor:
         """The layer's weight with the update in it: this rank's part, in the weight's dtype."""
         return self.sum_of_weights(linear).to(linear.weight.dtype)
 
-    def sum_of_weights(self, linear: torch.nn.Module) -> torch.Tensor:
+    def sum_of_weights(self, linear: CoreLinear) -> torch.Tensor:
         """W + alpha / r * B A in FP32, this rank's part."""
         return linear.weight.float() + self.scale * self.linear_out.weight.float() @ self.linear_in.weight.float()
 

@@ -80,10 +80,11 @@ class RecipeRequest:
         if found and asked and found != asked and not is_finetune_of_adapters:
             right = name.removesuffix(f"_{found}_config") + f"_{asked}_config"
             raise ValueError(f"--mode {self.mode} with recipe {name}: expected --mode {found}, or --recipe {right}")
-        if not (found or asked):
+        built = found or asked
+        if built is None:
             find_recipe(name)
             raise ValueError(f"recipe {name!r} doesn't say what it does: add --mode pretrain, sft or peft")
-        return name, found or asked
+        return name, built
 
     def build(self) -> "ConfigContainer":
         """The configuration that was asked for.

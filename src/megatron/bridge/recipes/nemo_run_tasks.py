@@ -201,15 +201,18 @@ def check_slurm_options(options: SlurmOptions) -> None:
     Raises:
         ValueError: Naming the option.
     """
-    if options.ssh and not (options.remote_directory and options.remote_directory.startswith("/")):
+    if options.ssh:
+        option, folder = "--remote-dir", options.remote_directory or ""
+    else:
+        option, folder = "--home (NEMORUN_HOME)", nemo_run_home()
+    if options.ssh and not folder.startswith("/"):
         raise ValueError(
             f"--remote-dir is {options.remote_directory}: with --ssh it names the absolute folder on the cluster "
             "for experiments; set it"
         )
     if options.ssh and "@" not in options.ssh:
         raise ValueError(f"--ssh {options.ssh}: expected USER@HOST")
-    place = ("--remote-dir", options.remote_directory) if options.ssh else ("--home (NEMORUN_HOME)", nemo_run_home())
-    check_is_unquoted(*place)
+    check_is_unquoted(option, folder)
     if options.packager == "git":
         top = subprocess.run(["git", "rev-parse", "--show-toplevel"], capture_output=True, text=True)
         if top.returncode:
@@ -218,7 +221,7 @@ def check_slurm_options(options: SlurmOptions) -> None:
         if mount.count(":") not in (1, 2):
             raise ValueError(f"--container-mount {mount}: expected FROM:TO")
     if options.container_image is None:
-        check_paths(options.remote_directory if options.ssh else nemo_run_home(), options.workdir or os.getcwd())
+        check_paths(folder, options.workdir or os.getcwd())
     if options.container_mounts and not options.container_image:
         raise ValueError("--container-mount without --container-image: there is no container to mount into")
 

@@ -20,6 +20,7 @@ from megatron.bridge.recipes.nemo_run_tasks import keep_arguments, takes_argumen
 from megatron.bridge.training.config_unsupported import check_overrides_are_built
 
 run = import_nemo_run()
+Plugin: Any = run.Plugin
 
 Converter = Callable[[Any], list[str]]
 """Makes a script's own arguments of a `*ScriptArgs`; a function of a module, as NeMo-Run stores its name."""
@@ -34,7 +35,7 @@ class PreemptionPluginScriptArgs:
 
 
 @dataclass(kw_only=True)
-class PreemptionPlugin(run.Plugin):
+class PreemptionPlugin(Plugin):
     """Save and stop before a Slurm job's time is over, and put the job in the queue again.
 
     The run gets SIGTERM `preempt_time` seconds before the limit (`--signal`), saves at the next step boundary and ends.
@@ -99,7 +100,7 @@ class FaultTolerancePluginScriptArgs:
 
 
 @dataclass(kw_only=True)
-class FaultTolerancePlugin(run.Plugin):
+class FaultTolerancePlugin(Plugin):
     """Start a failed run again: torchrun its workers, then Slurm the job. Each resumes from the newest checkpoint.
 
     The heartbeats of nvidia-resiliency-ext aren't built: a hang ends through `dist.distributed_timeout_minutes`.
@@ -160,7 +161,7 @@ class NsysPluginScriptArgs:
 
 
 @dataclass(kw_only=True)
-class NsysPlugin(run.Plugin):
+class NsysPlugin(Plugin):
     """Start the run under Nsight Systems."""
 
     profile_step_start: int
@@ -212,7 +213,7 @@ class PyTorchProfilerPluginScriptArgs:
 
 
 @dataclass(kw_only=True)
-class PyTorchProfilerPlugin(run.Plugin):
+class PyTorchProfilerPlugin(Plugin):
     """Record some steps with torch's profiler."""
 
     profile_step_start: int
@@ -238,7 +239,7 @@ class PyTorchProfilerPlugin(run.Plugin):
 
     def setup(self, task: Any, executor: Any) -> None:
         """Extend the task; NeMo-Run calls it."""
-        fields = {
+        fields: dict[str, Any] = {
             "profile_step_start": self.profile_step_start,
             "profile_step_end": self.profile_step_end,
             "record_memory_history": self.record_memory_history,
@@ -261,7 +262,7 @@ class WandbPluginScriptArgs:
 
 
 @dataclass(kw_only=True)
-class WandbPlugin(run.Plugin):
+class WandbPlugin(Plugin):
     """Log to Weights & Biases.
 
     The key isn't written anywhere: a job here, and one that sbatch starts from here, inherits WANDB_API_KEY; elsewhere
@@ -285,7 +286,12 @@ class WandbPlugin(run.Plugin):
 
     def setup(self, task: Any, executor: Any) -> None:
         """Extend the task; NeMo-Run calls it."""
-        fields = {"project": self.project, "entity": self.entity, "name": self.name, "save_dir": self.save_dir}
+        fields: dict[str, Any] = {
+            "project": self.project,
+            "entity": self.entity,
+            "name": self.name,
+            "save_dir": self.save_dir,
+        }
         options = {"project": "wandb_project", "entity": "wandb_entity", "name": "wandb_exp_name"}
         options["save_dir"] = "wandb_save_dir"
         values = {f"logger.{options[name]}": value for name, value in fields.items() if value is not None}
@@ -302,7 +308,7 @@ class MLFlowPluginScriptArgs:
 
 
 @dataclass(kw_only=True)
-class MLFlowPlugin(run.Plugin):
+class MLFlowPlugin(Plugin):
     """Log to MLflow."""
 
     experiment: str
@@ -319,7 +325,8 @@ class MLFlowPlugin(run.Plugin):
 
     def setup(self, task: Any, executor: Any) -> None:
         """Extend the task; NeMo-Run calls it."""
-        fields = {"experiment": self.experiment, "run_name": self.run_name, "tracking_uri": self.tracking_uri}
+        fields: dict[str, Any] = {"experiment": self.experiment, "run_name": self.run_name}
+        fields["tracking_uri"] = self.tracking_uri
         values = {f"logger.mlflow_{name}": value for name, value in fields.items() if value is not None}
         _extend(task, executor, self, values, MLFlowPluginScriptArgs(**fields))
 

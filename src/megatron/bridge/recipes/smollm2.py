@@ -50,7 +50,10 @@ FAMILY = Family(
 
 def smollm2_135m_sft_config() -> "ConfigContainer":
     """Full finetune of SmolLM2-135M with the optimizer offloaded to the CPU, on short conversations."""
+    from megatron.bridge.data.config import GPTSFTDatasetConfig
+
     cfg = FAMILY.sft("smollm2_135m")
+    assert isinstance(cfg.dataset, GPTSFTDatasetConfig)
     cfg.model.seq_length = cfg.dataset.seq_length = 128
     cfg.train.micro_batch_size = 2
     cfg.train.global_batch_size = 8

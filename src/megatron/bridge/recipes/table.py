@@ -125,9 +125,10 @@ def _bound(build: Recipe, size: str, module: str) -> Recipe:
     """A function of the module, with a name and a text of its own, that builds one size."""
     mode = build.__name__
 
-    def recipe(*args: Any, **kwargs: Any) -> "ConfigContainer":
+    def build_size(*args: Any, **kwargs: Any) -> "ConfigContainer":
         return build(size, *args, **kwargs)
 
+    recipe: Any = build_size
     recipe.__module__, recipe.__name__, recipe.__qualname__ = module, *2 * (f"{size}_{mode}_config",)
     recipe.__doc__ = f"{size}, {mode}: {build.__doc__}"
     signature = inspect.signature(build)

@@ -12,6 +12,17 @@ import torch
 from megatron.bridge.training.state import GlobalState
 
 
+@dataclass(frozen=True, kw_only=True)
+class TakenStep:
+    """Figures that every step has."""
+
+    losses: dict[str, float]
+    learning_rate: float
+    is_skipped: bool
+    seconds: float
+    tokens_per_second: float
+
+
 @dataclass
 class CallbackContext:
     """What a callback sees. Fields that an event has no value for are None."""
@@ -50,6 +61,25 @@ class CallbackContext:
 
     tokens_per_second: float | None = None
     """All tokens of the step just taken, prompts and padding too, by its time: this rank's times the data ranks."""
+
+    @property
+    def taken_step(self) -> TakenStep:
+        """The step just taken.
+
+        Raises:
+            RuntimeError: There is none at this event.
+        """
+        figures = {
+            "losses": self.loss_dict,
+            "learning_rate": self.learning_rate,
+            "is_skipped": self.skipped_iter,
+            "seconds": self.step_seconds,
+            "tokens_per_second": self.tokens_per_second,
+        }
+        if missing := [name for name, figure in figures.items() if figure is None]:
+            raise RuntimeError(f"no step was taken ({missing[0]} is None): ask in on_train_step_end")
+        values: dict[str, Any] = figures
+        return TakenStep(**values)
 
 
 class Callback:

@@ -125,6 +125,7 @@ def plan_base(cfg: ConfigContainer) -> LoadPlan:
     Raises:
         FileNotFoundError, ValueError: As for `plan_load`.
     """
+    assert cfg.checkpoint.pretrained_checkpoint is not None  # a rule refuses adapters without it
     return _plan_pretrained(cfg, cfg.checkpoint.pretrained_checkpoint)
 
 
@@ -226,7 +227,7 @@ def _plan_pretrained(cfg: ConfigContainer, path: str) -> LoadPlan:
 def _weights_only(
     path: Path, reason: str, *, source: Source = Source.MEGATRON, adapters_only: bool = False
 ) -> LoadPlan:
-    nothing_else = {"optimizer": False, "scheduler": False, "rng": False, "train_state": False}
+    nothing_else: dict[str, Any] = {"optimizer": False, "scheduler": False, "rng": False, "train_state": False}
     return LoadPlan(path, source, **nothing_else, reasons=(reason,), adapters_only=adapters_only)
 
 

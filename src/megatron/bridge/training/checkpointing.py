@@ -227,9 +227,10 @@ def _forget_abandoned(cfg: ConfigContainer, context: dict[str, Any], step: int) 
     """A run that went back to an earlier step abandons what it saved in between after it."""
     forget_local_from(context, step)
     if cfg.checkpoint.non_persistent_ckpt_type == "global":
+        root = cfg.checkpoint.non_persistent_root(cfg.checkpoint.save)
         with on_all_ranks("removing abandoned checkpoints"):
-            if is_rank_0():
-                layout.forget_from(cfg.checkpoint.non_persistent_root(cfg.checkpoint.save), step)
+            if is_rank_0() and root is not None:
+                layout.forget_from(root, step)
     barrier()
 
 
@@ -332,8 +333,8 @@ def load_base_weights(cfg: ConfigContainer, model: list[Any]) -> None:
     if plan.source is Source.HUGGING_FACE:
         _load_hf_weights(model, plan.path)
     else:
-        options = {"strict": cfg.checkpoint.dist_ckpt_strictness, "verify": cfg.checkpoint.verify_integrity}
-        load_model_weights(model, plan.path, **options)
+        checkpoint = cfg.checkpoint
+        load_model_weights(model, plan.path, strict=checkpoint.dist_ckpt_strictness, verify=checkpoint.verify_integrity)
 
 
 def _load_hf_weights(model: list[Any], path: Path) -> None:

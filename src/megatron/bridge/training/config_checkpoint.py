@@ -6,7 +6,7 @@ optimizer are rebuilt after a load follows from what was loaded; there is no fie
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, overload
 
 
 @dataclass(kw_only=True)
@@ -217,6 +217,12 @@ class CheckpointConfig:
 
     hf_save_every_n_ranks: int = 1
     """One in so many ranks writes (with hf_distributed_save)."""
+
+    @overload
+    def non_persistent_root(self, root: str) -> str: ...
+
+    @overload
+    def non_persistent_root(self, root: None) -> str | None: ...
 
     def non_persistent_root(self, root: str | None) -> str | None:
         """The directory of non-persistent checkpoints of type global, for `save` or for `load`; None: there is none."""

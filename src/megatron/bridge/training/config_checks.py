@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def check_global_batch_is_divisible(cfg: "ConfigContainer", world_size: int) -> None:
     """Each data-parallel rank takes equally many micro-batches."""
-    micro, copies = cfg.train.micro_batch_size, data_parallel_size(cfg, world_size)
+    micro, copies = cfg.train.required_micro_batch_size(), data_parallel_size(cfg, world_size)
     batch = global_batch_size(cfg, world_size)
     if batch % (micro * copies):
         raise ValueError(

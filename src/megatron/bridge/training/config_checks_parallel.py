@@ -126,7 +126,7 @@ def check_virtual_pipeline_fits(cfg: "ConfigContainer", world_size: int) -> None
             "virtual stages cut real ones; set it to null or raise model.pipeline_model_parallel_size"
         )
     microbatches = global_batch_size(cfg, world_size) // (
-        cfg.train.micro_batch_size * data_parallel_size(cfg, world_size)
+        cfg.train.required_micro_batch_size() * data_parallel_size(cfg, world_size)
     )
     if microbatches % stages:
         raise ValueError(

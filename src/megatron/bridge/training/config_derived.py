@@ -107,13 +107,14 @@ def global_batch_size(cfg: "ConfigContainer", world_size: int) -> int:
     """Samples of one optimizer step; unset means one micro-batch on each data-parallel rank."""
     if cfg.train.global_batch_size is not None:
         return cfg.train.global_batch_size
-    return cfg.train.micro_batch_size * data_parallel_size(cfg, world_size)
+    return cfg.train.required_micro_batch_size() * data_parallel_size(cfg, world_size)
 
 
 def train_iters(cfg: "ConfigContainer", world_size: int) -> int:
     """Optimizer steps of the run, from train_iters or from train_samples."""
     if cfg.train.train_iters is not None:
         return cfg.train.train_iters
+    assert cfg.train.train_samples is not None  # finalize() wants one of them
     return cfg.train.train_samples // global_batch_size(cfg, world_size)
 
 
@@ -163,7 +164,7 @@ def derive(cfg: "ConfigContainer", world_size: int) -> DerivedConfig:
     Raises:
         ValueError: The parallel sizes don't divide the number of ranks.
     """
-    copies = data_parallel_size(cfg, world_size)
+    micro_batch, copies = cfg.train.required_micro_batch_size(), data_parallel_size(cfg, world_size)
     batch, iters = global_batch_size(cfg, world_size), train_iters(cfg, world_size)
     steps = _schedule_steps(cfg, batch, iters)
     eval_iters, eval_interval, skip_train = eval_settings(cfg)
@@ -175,13 +176,13 @@ def derive(cfg: "ConfigContainer", world_size: int) -> DerivedConfig:
         world_size=world_size,
         model_parallel_size=model_parallel_size(cfg),
         data_parallel_size=copies,
-        micro_batch_size=cfg.train.micro_batch_size,
+        micro_batch_size=micro_batch,
         global_batch_size=batch,
-        num_microbatches=batch // (cfg.train.micro_batch_size * copies),
+        num_microbatches=batch // (micro_batch * copies),
         train_iters=iters,
         eval_iters=eval_iters,
         eval_interval=eval_interval,
-        eval_micro_batch_size=cfg.validation.eval_micro_batch_size or cfg.train.micro_batch_size,
+        eval_micro_batch_size=cfg.validation.eval_micro_batch_size or micro_batch,
         eval_global_batch_size=eval_batch,
         skip_train=skip_train,
         lr_decay_steps=steps.decay,

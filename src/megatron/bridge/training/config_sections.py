@@ -101,17 +101,25 @@ class TrainingConfig:
     eval_interval: int | None = None
     """Deprecated name of validation.eval_interval. None: not set; a value here wins."""
 
+    def required_micro_batch_size(self) -> int:
+        """`micro_batch_size`.
+
+        Raises:
+            ValueError: It is not set.
+        """
+        if self.micro_batch_size is None:
+            raise ValueError("train.micro_batch_size is not set: it is the samples of one forward pass; set it, e.g. 1")
+        return self.micro_batch_size
+
     def finalize(self) -> None:
         """Check the section's own fields.
 
         Raises:
             ValueError: naming the field, what it holds and what it may hold.
         """
-        if self.micro_batch_size is None:
-            raise ValueError("train.micro_batch_size is not set: it is the samples of one forward pass; set it, e.g. 1")
         require_positive(
             "train",
-            micro_batch_size=self.micro_batch_size,
+            micro_batch_size=self.required_micro_batch_size(),
             global_batch_size=self.global_batch_size,
             train_samples=self.train_samples,
             exit_interval=self.exit_interval,

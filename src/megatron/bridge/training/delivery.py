@@ -137,13 +137,14 @@ class Delivery:
         while self._waiting:
             with self._news:
                 lines = list(islice(self._waiting, _MOST_TRIED if self._failures >= _TRIES_FOR_ONE else 1))
+            refusal: BaseException | None = None
             for line in lines:
-                error = self._try(line)
-                if error is None:
+                refusal = self._try(line)
+                if refusal is None:
                     self._note_success(line)
                     break
-            else:
-                self._note_failure(error, lines[0])
+            if refusal is not None:
+                self._note_failure(refusal, lines[0])
                 return
 
     def _try(self, line: "Line") -> BaseException | None:

@@ -44,13 +44,11 @@ def evaluate(
     callbacks.fire(f"on_{event}_start", context)
     sums: dict[str, Total] = {}
     is_checked = run.state.cfg.rerun_state_machine.check_for_nan_in_loss
-    options = {
-        "forward_only": True,
-        "checked_as": f"{split} at step {run.state.train_state.step}" if is_checked else None,
-    }
+    checked_as = f"{split} at step {run.state.train_state.step}" if is_checked else None
     for micro_batches in batches:
         callbacks.fire(f"on_{event}_step_start", context)
-        for name, total in run_micro_batches(forward_step, micro_batches, run.model, **options).items():
+        totals = run_micro_batches(forward_step, micro_batches, run.model, forward_only=True, checked_as=checked_as)
+        for name, total in totals.items():
             sums[name] = sums[name].plus(total) if name in sums else total
         callbacks.fire(f"on_{event}_step_end", context)
     if split == "validation":

@@ -18,7 +18,7 @@ from megatron.bridge.utils.device import current_device
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
 
-def get_batch(data_iterator: Iterator[dict[str, Any]]) -> dict[str, torch.Tensor | None]:
+def get_batch(data_iterator: Iterator[dict[str, Any]]) -> dict[str, Any]:
     """Take the next micro-batch and put it on this rank's device.
 
     Args:

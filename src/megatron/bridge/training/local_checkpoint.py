@@ -59,6 +59,7 @@ def open_local_checkpoints(cfg: ConfigContainer) -> dict[str, Any]:
         return {}
     from megatron.bridge.training.local_checkpoint_files import LocalCheckpointFiles
 
+    assert cfg.checkpoint.non_persistent_local_ckpt_dir is not None  # finalize() refuses it
     directory = Path(cfg.checkpoint.non_persistent_local_ckpt_dir)
     with on_all_ranks(f"preparing {directory}"):
         check_writable_directory(directory / str(rank()), "checkpoint.non_persistent_local_ckpt_dir")

@@ -168,17 +168,18 @@ class PlannedRun:
         options.finalize()
         optimizer, _ = setup_optimizer(options, self.cfg.scheduler, self.model, use_gloo_process_groups=False)
         chunks = [unwrap_model(chunk) for chunk in self.model]
+        micro_batch_size = self.cfg.train.required_micro_batch_size()
         activations = activation_bytes(
             self.cfg.model,
             moe_layers=[hasattr(layer.mlp, "router") for chunk in chunks for layer in chunk.decoder.layers],
-            micro_batch_size=self.cfg.train.micro_batch_size,
+            micro_batch_size=micro_batch_size,
             micro_batches_in_flight=self._micro_batches_in_flight(),
         )
         has_logits = any(chunk.post_process for chunk in chunks)
         return MemoryEstimate(
             state=count_state(self.model, optimizer, kind=options.optimizer),
             activations=activations,
-            logits=logit_bytes(self.cfg.model, micro_batch_size=self.cfg.train.micro_batch_size) if has_logits else 0,
+            logits=logit_bytes(self.cfg.model, micro_batch_size=micro_batch_size) if has_logits else 0,
         )
 
     def _micro_batches_in_flight(self) -> int:
@@ -233,10 +234,11 @@ def planned_run(cfg: ConfigContainer, world_size: int, rank: int) -> Iterator[Pl
     with planned_world(world_size, rank), _quiet():
         runtime_config_update(plan)
         pg_collection = initialize_megatron(plan)
+        peft = plan.peft
         model = plan.model.provide_distributed_model(
             ddp_config=plan.ddp,
             pg_collection=pg_collection,
-            pre_wrap_hook=None if plan.peft is None else lambda chunks: plan.peft(chunks, training=True),
+            pre_wrap_hook=None if peft is None else lambda chunks: peft(chunks, training=True),
         )
         yield PlannedRun(plan, model)
 

@@ -44,24 +44,29 @@ def learning_rate(context: CallbackContext) -> float:
 
 def step_losses(context: CallbackContext) -> dict[str, float]:
     """What the loss function reported of a step, and what routers added; of one name, the former."""
-    of_routers = {name: value for name, value in context.router_losses.items() if name not in context.loss_dict}
-    return context.loss_dict | of_routers
+    losses = context.loss_dict or {}
+    return losses | {name: value for name, value in context.router_losses.items() if name not in losses}
 
 
 def step_values(context: CallbackContext) -> dict[str, Any]:
     """What is logged of a training step: losses by name, and figures of the step."""
+    step = context.taken_step
     return {
         **context.router_losses_by_layer,
         **_numbers(step_losses(context)),
         "learning_rate": context.learning_rate,
         "grad_norm": context.grad_norm,
         "num_tokens": context.num_tokens,
-        "step_seconds": round(context.step_seconds, 4),
-        "tokens_per_second": round(context.tokens_per_second, 1),
+        "step_seconds": round(step.seconds, 4),
+        "tokens_per_second": round(step.tokens_per_second, 1),
         "peak_memory_bytes": peak_memory_bytes(),
         "skipped": context.skipped_iter,
         **({} if context.fp16_loss_scale is None else {"loss_scale": context.fp16_loss_scale}),
     }
+
+
+def _evaluation_values(context: CallbackContext) -> dict[str, Any]:
+    return {**_numbers(context.loss_dict or {}), "num_tokens": context.num_tokens}
 
 
 def _numbers(losses: dict[str, float]) -> dict[str, float | None]:
@@ -118,11 +123,11 @@ class MetricsLogger(Callback):
 
     def on_eval_end(self, context: CallbackContext) -> None:
         if is_rank_0():
-            self.deliver(context.state, "validation", {**_numbers(context.loss_dict), "num_tokens": context.num_tokens})
+            self.deliver(context.state, "validation", _evaluation_values(context))
 
     def on_test_end(self, context: CallbackContext) -> None:
         if is_rank_0():
-            self.deliver(context.state, "test", {**_numbers(context.loss_dict), "num_tokens": context.num_tokens})
+            self.deliver(context.state, "test", _evaluation_values(context))
 
 
 class MetricsFile(MetricsLogger):
@@ -145,9 +150,12 @@ class MetricsFile(MetricsLogger):
 
     def open(self, state: "GlobalState") -> None:
         """Raises ValueError where the file can't be written."""
+        self._file = self._opened()
+
+    def _opened(self) -> IO[bytes]:
         check_writable_directory(self.path.parent, self._option)
         _cut_torn_line(self.path)
-        self._file = self.path.open("ab", buffering=0)
+        return self.path.open("ab", buffering=0)
 
     def write(self, state: "GlobalState", split: str, values: dict[str, Any]) -> None:
         """Append a line; a number that isn't finite becomes null, for which JSON has no other word.
@@ -156,11 +164,11 @@ class MetricsFile(MetricsLogger):
             OSError: The disk is full, say; then nothing of the line is in the file.
         """
         if self._file is None:
-            self.open(state)
+            self._file = self._opened()
         finite = {name: None if _is_not_finite(value) else value for name, value in values.items()}
         elapsed = round(time.monotonic() - self._started, 3)
         line = {"step": state.train_state.step, "split": split, **finite, "elapsed_seconds": elapsed}
-        self._append((json.dumps(line) + "\n").encode())
+        self._append(self._file, (json.dumps(line) + "\n").encode())
 
     def close(self, *, failed: bool) -> None:
         """Close the file."""
@@ -168,20 +176,20 @@ class MetricsFile(MetricsLogger):
         if file is not None:
             file.close()
 
-    def _append(self, line: bytes) -> None:
+    def _append(self, file: IO[bytes], line: bytes) -> None:
         """All of a line or none of it. The system doesn't say which file it couldn't write.
 
         Raises:
             OSError: It can't be written.
         """
-        before = os.fstat(self._file.fileno()).st_size
+        before = os.fstat(file.fileno()).st_size
         rest = line
         try:
             while rest:
-                rest = rest[self._file.write(rest) :]
+                rest = rest[file.write(rest) :]
         except OSError as error:
             with contextlib.suppress(OSError):
-                self._file.truncate(before)
+                file.truncate(before)
             raise OSError(
                 error.errno,
                 f"{self.path} ({self._option}) can't be written ({error.strerror}): free space there or make it "
@@ -246,9 +254,11 @@ def opened(loggers: Sequence[MetricsLogger], state: "GlobalState") -> Iterator[N
     with on_all_ranks("opening the loggers"):
         for logger in own:
             logger.open(state)
+    deliveries = []
     for logger in own:
         name = getattr(logger, "title", None) or type(logger).__name__
-        logger._delivery = Delivery(name, logger.write, at_once=logger.writes_at_once)
+        logger._delivery = delivery = Delivery(name, logger.write, at_once=logger.writes_at_once)
+        deliveries.append(delivery)
     failed = True
     try:
         yield
@@ -257,6 +267,6 @@ def opened(loggers: Sequence[MetricsLogger], state: "GlobalState") -> Iterator[N
         failed = False
         raise
     finally:
-        for logger in own:
-            delivery, logger._delivery = logger._delivery, None
+        for logger, delivery in zip(own, deliveries, strict=True):
+            logger._delivery = None
             delivery.finish(partial(logger.close, failed=failed))

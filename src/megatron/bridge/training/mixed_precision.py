@@ -4,7 +4,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 
@@ -260,7 +260,7 @@ def bf16_with_fp8_subchannel_scaling_mixed() -> MixedPrecisionConfig:
     return replace(bf16_mixed(), fp8="hybrid", fp8_recipe="blockwise", fp8_param_gather=False)
 
 
-def is_mixed_precision(value: Any) -> bool:
+def is_mixed_precision(value: Any) -> TypeGuard[str | MixedPrecisionConfig]:
     """Whether a value of `mixed_precision` can be resolved."""
     return isinstance(value, MixedPrecisionConfig) or (isinstance(value, str) and value in _RECIPES)
 

@@ -63,9 +63,9 @@ def as_table(shards: list[WeightShard]) -> str:
     """One line for each weight, and their sum."""
     rows = [("weight", "dtype", "whole", "held", "begins at", "MiB")]
     for shard in shards:
-        shapes = ("x".join(map(str, shape)) for shape in (shard.whole, shard.held))
+        whole, held = ("x".join(map(str, shape)) for shape in (shard.whole, shard.held))
         begin = ",".join(map(str, shard.begins_at))
-        rows.append((shard.name, shard.dtype, *shapes, begin, f"{shard.num_bytes / 2**20:.2f}"))
+        rows.append((shard.name, shard.dtype, whole, held, begin, f"{shard.num_bytes / 2**20:.2f}"))
     rows.append((f"{len(shards)} weights", "", "", "", "", f"{sum(s.num_bytes for s in shards) / 2**20:.2f}"))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(

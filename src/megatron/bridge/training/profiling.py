@@ -59,6 +59,7 @@ def build_profilers(cfg: "ConfigContainer") -> list[Callback]:
     config = cfg.profiling
     if config is None or not config.use_pytorch_profiler or rank() not in (config.profile_ranks or [0]):
         return []
+    assert cfg.logger.tensorboard_dir is not None  # check_profiles_have_a_place refuses it
     return [StepProfiler(config, Path(cfg.logger.tensorboard_dir) / PROFILE_DIRECTORY)]
 
 

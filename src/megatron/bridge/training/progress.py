@@ -23,8 +23,10 @@ class ProgressBar(Callback):
     Where standard error is no terminal (a batch job's log), it is a line every `logger.log_interval` steps instead.
     """
 
+    _bar: tqdm
+    """From on_train_start on."""
+
     def __init__(self) -> None:
-        self._bar: tqdm | None = None
         self._is_terminal = sys.stderr.isatty()
         self._steps = self._skipped = 0
         """Since the last line."""
@@ -42,13 +44,14 @@ class ProgressBar(Callback):
 
     def on_train_step_end(self, context: CallbackContext) -> None:
         shown: dict[str, Any] = {name: f"{value:.3f}" for name, value in step_losses(context).items()}
-        shown["lr"] = f"{context.learning_rate:.1e}"
+        taken = context.taken_step
+        shown["lr"] = f"{taken.learning_rate:.1e}"
         if context.grad_norm is not None:
             shown["grad norm"] = f"{context.grad_norm:.2f}"
-        shown["tokens/s"] = f"{context.tokens_per_second:.0f}"
+        shown["tokens/s"] = f"{taken.tokens_per_second:.0f}"
         if context.fp16_loss_scale is not None:
             shown["loss scale"] = f"{context.fp16_loss_scale:g}"
-        self._steps, self._skipped = self._steps + 1, self._skipped + context.skipped_iter
+        self._steps, self._skipped = self._steps + 1, self._skipped + taken.is_skipped
         if self._skipped:
             shown["skipped"] = f"{self._skipped} of {self._steps} steps ({reasons_to_skip(context.state)})"
         self._bar.set_postfix(shown)

@@ -23,7 +23,7 @@ class Total(NamedTuple):
     """One figure's sum over the micro-batches of all data-parallel ranks."""
 
     sum: float
-    count: float
+    counted: float
     """Tokens, or what else the loss function counted; of a plain figure the micro-batches that reported it."""
 
     is_per_token: bool
@@ -31,7 +31,7 @@ class Total(NamedTuple):
 
     def plus(self, other: "Total") -> "Total":
         """The total over both."""
-        return Total(self.sum + other.sum, self.count + other.count, self.is_per_token and other.is_per_token)
+        return Total(self.sum + other.sum, self.counted + other.counted, self.is_per_token and other.is_per_token)
 
 
 def sum_and_count(name: str, value: Any, device: torch.device | str) -> tuple[torch.Tensor, bool]:
@@ -104,7 +104,9 @@ def _totals(reported: list[dict[str, Any]]) -> dict[str, Total]:
     Raises:
         ValueError: On all of them: a figure has a form that can't be added up.
     """
-    sums, forms, problem = {}, {}, None
+    sums: dict[str, torch.Tensor] = {}
+    forms: dict[str, bool] = {}
+    problem = None
     try:
         sums, forms = _own_sums(reported, current_device())
     except ValueError as error:
@@ -116,8 +118,8 @@ def _totals(reported: list[dict[str, Any]]) -> dict[str, Total]:
     total = torch.stack([sums.get(name, nothing) for name in forms])
     dist.all_reduce(total, group=mpu.get_data_parallel_group(with_context_parallel=True))
     return {
-        name: Total(*pair, is_per_token)
-        for (name, is_per_token), pair in zip(forms.items(), total.tolist(), strict=True)
+        name: Total(added, counted, is_per_token)
+        for (name, is_per_token), (added, counted) in zip(forms.items(), total.tolist(), strict=True)
     }
 
 
@@ -188,10 +190,10 @@ def _two_forms(name: str) -> ValueError:
 
 def means(totals: dict[str, Total]) -> dict[str, float]:
     """The mean of each total; NaN where nothing was counted."""
-    return {name: total.sum / total.count if total.count else math.nan for name, total in totals.items()}
+    return {name: total.sum / total.counted if total.counted else math.nan for name, total in totals.items()}
 
 
 def tokens_of(totals: Iterable[Total]) -> int | None:
     """Tokens that counted in a loss; None where no loss function counted any."""
-    counts = [total.count for total in totals if total.is_per_token]
+    counts = [total.counted for total in totals if total.is_per_token]
     return int(max(counts)) if counts else None

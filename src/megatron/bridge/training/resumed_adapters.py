@@ -41,7 +41,8 @@ def check_adapters(cfg: ConfigContainer, run_config: dict[str, Any], path: Path)
             f"{layout.CONFIG_FILE}, and checkpoint.pretrained_checkpoint to the weights that they adapt"
         )
     _check_kind(cfg.peft, saved, path)
-    if isinstance(cfg.peft, ModuleMatcher) and saved.get("target_modules") is not None:
+    names_modules = isinstance(cfg.peft, ModuleMatcher)
+    if names_modules and saved.get("target_modules") is not None:
         _check_targets(cfg.peft, saved, path)
     if cfg.peft.module_names:  # this check is done before the model is built, too: warn once
         _warn_of_another_base(cfg, run_config, path)
@@ -62,7 +63,7 @@ def _check_kind(peft: Any, saved: dict[str, Any], path: Path) -> None:
             )
 
 
-def _check_targets(peft: ModuleMatcher, saved: dict[str, Any], path: Path) -> None:
+def _check_targets(peft: Any, saved: dict[str, Any], path: Path) -> None:
     """Names may be given in another order, or by a pattern that matches the same layers."""
     was = ModuleMatcher(saved["target_modules"], saved.get("exclude_modules") or [])
     for name in sorted(peft.module_names):

@@ -46,7 +46,7 @@ def get_rng_state(
     """
     if ckpt_format != "torch_dist":
         raise ValueError(f"ckpt_format={ckpt_format!r}: random states are kept for 'torch_dist' only")
-    states = [current_states()]
+    states: list[Any] = [current_states()]
     if data_parallel_random_init or mpu.get_expert_model_parallel_world_size() > 1:
         states = [None] * mpu.get_data_parallel_world_size()
         torch.distributed.all_gather_object(states, current_states(), group=mpu.get_data_parallel_group())
@@ -64,7 +64,8 @@ def current_states() -> dict[str, Any]:
 
     NumPy's as a list: torch reads no array unless Core has told it to.
     """
-    name, keys, *rest = np.random.get_state()
+    of_numpy: Any = np.random.get_state()
+    name, keys, *rest = of_numpy
     return {
         "random_rng_state": random.getstate(),
         "np_rng_state": (name, keys.tolist(), *rest),

@@ -99,7 +99,8 @@ def read_router_losses(config: Any, *, num_micro_batches: int) -> RouterLosses:
 
 def _figures(sums: dict[str, list[float]], num_micro_batches: int) -> RouterLosses:
     """From each loss's sums over micro-batches and ranks, by layer; a layer that added nothing has no router."""
-    means, by_layer = {}, {}
+    means: dict[str, float] = {}
+    by_layer: dict[str, float] = {}
     for name, values in sums.items():
         scale = 1 / (num_micro_batches * _num_repeats(name))
         of_layers = {layer: value * scale for layer, value in enumerate(values) if value}

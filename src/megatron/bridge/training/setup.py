@@ -139,7 +139,8 @@ def _with_the_runs_own_checks(ddp: DistributedDataParallelConfig) -> Distributed
 def _adapt(cfg: ConfigContainer, chunks: list[Any]) -> list[Any]:
     """The model with its pretrained weights, frozen, and adapters that are trained."""
     load_base_weights(cfg, chunks)
-    adapted = cfg.peft(chunks, training=True)
+    peft: Any = cfg.peft
+    adapted = peft(chunks, training=True)
     params = [param for chunk in adapted for param in chunk.parameters()]
     trained = sum(param.numel() for param in params if param.requires_grad)
     logger.info("peft: %d of this rank's %d parameters are trained", trained, sum(param.numel() for param in params))

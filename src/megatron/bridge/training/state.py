@@ -71,8 +71,9 @@ class TrainState:
             if item.name not in state_dict:
                 found = ", ".join(str(name)[:40] for name in state_dict)
                 raise ValueError(f"the checkpoint's train state lacks {item.name!r}: found {found[:400] or 'nothing'}")
+            number: Any = type(item.default)
             try:
-                setattr(self, item.name, type(item.default)(state_dict[item.name]))
+                setattr(self, item.name, number(state_dict[item.name]))
             except (TypeError, ValueError, RuntimeError, OverflowError) as error:
                 kind = type(state_dict[item.name]).__name__
                 raise ValueError(
@@ -87,7 +88,7 @@ class GlobalState:
     cfg: ConfigContainer
     train_state: TrainState = field(default_factory=TrainState)
     tokenizer: Any = None
-    derived: DerivedConfig | None = None
+    _derived: DerivedConfig | None = field(default=None, repr=False)
     data_report: dict[str, str] = field(default_factory=dict)
     """What became of the data, by split, in words."""
 
@@ -116,6 +117,21 @@ class GlobalState:
     """The module mlflow with an active run, on rank 0; None elsewhere or without it."""
 
     _tensorboard: SummaryWriter | None = field(default=None, repr=False)
+
+    @property
+    def derived(self) -> DerivedConfig:
+        """What `setup` worked out from the configuration.
+
+        Raises:
+            RuntimeError: It hasn't yet.
+        """
+        if self._derived is None:
+            raise RuntimeError("the run isn't set up: `setup` works out what follows from its configuration")
+        return self._derived
+
+    @derived.setter
+    def derived(self, derived: DerivedConfig) -> None:
+        self._derived = derived
 
     @property
     def tensorboard_logger(self) -> SummaryWriter | None:

@@ -57,8 +57,9 @@ def count_state(model: list[Any], optimizer: Any, *, kind: str = "adam") -> Stat
     device = dict.fromkeys(("moments", "gradients"), 0)
     for torch_optimizer in _torch_optimizers(optimizer):
         outer = [param for group in torch_optimizer.param_groups for param in group["params"]]
-        is_hybrid = isinstance(torch_optimizer, HybridDeviceOptimizer)
-        stepped_on = list(torch_optimizer.param_to_inner_param.values()) if is_hybrid else outer
+        stepped_on = outer
+        if isinstance(torch_optimizer, HybridDeviceOptimizer):
+            stepped_on = list(torch_optimizer.param_to_inner_param.values())
         masters.add([*outer, *stepped_on])
         for param in stepped_on:
             side = device if is_on_device(param) else host

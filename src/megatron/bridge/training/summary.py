@@ -38,11 +38,12 @@ class RunSummary(Callback):
         self._losses: dict[str, float] = {}
 
     def on_train_step_end(self, context: CallbackContext) -> None:
+        taken = context.taken_step
         self._steps += 1
-        self._skipped += context.skipped_iter
-        self._step_seconds += context.step_seconds
-        self._tokens += context.tokens_per_second * context.step_seconds
-        self._losses = context.loss_dict
+        self._skipped += taken.is_skipped
+        self._step_seconds += taken.seconds
+        self._tokens += taken.tokens_per_second * taken.seconds
+        self._losses = taken.losses
 
     def log_end(self, state: "GlobalState") -> None:
         """Say what came of the run, also where it ends with an error: how far it came, and what is saved."""

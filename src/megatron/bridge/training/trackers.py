@@ -27,7 +27,9 @@ class TensorBoard(MetricsLogger):
 
     def open(self, state: "GlobalState") -> None:
         """Begin a file there."""
-        self._writer = state.tensorboard_logger
+        writer = state.tensorboard_logger
+        assert writer is not None  # rank 0 has one where there is a directory
+        self._writer = writer
 
     def write(self, state: "GlobalState", split: str, values: dict[str, Any]) -> None:
         """Add a point to each curve."""

@@ -184,7 +184,8 @@ def _complete_background_save(
         return
     with run.state.watchdog.paused():
         directory = finish_background_save(run.state, wait=wait)
-    if directory is not None and directory.parent == Path(run.state.cfg.checkpoint.save):
+    save = run.state.cfg.checkpoint.save
+    if directory is not None and save is not None and directory.parent == Path(save):
         callbacks.fire("on_checkpoint_save", context)
 
 

@@ -78,6 +78,7 @@ def _trained_names(model: list[Any]) -> dict[Holders, list[str]]:
     """What this rank trains of all that it holds."""
     stage = mpu.get_pipeline_model_parallel_rank()
     names: dict[Holders, list[str]] = {}
+    holders: Holders
     for index, chunk in enumerate(map(unwrap_model, model)):
         for name, param in chunk.named_parameters():
             if getattr(param, "shared_embedding", False):  # Core's mark, on the first and the last stage

@@ -92,6 +92,7 @@ def check_archive(source: str | Path | BinaryIO, *, sums: bool = True) -> None:
         deflated = next((entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED), None)
         if deflated is not None:
             raise zipfile.BadZipFile(f"{deflated[:80]!r} in it is compressed, which torch and NumPy don't do")
+        assert archive.fp is not None  # it is until the archive is closed
         archive.fp.seek(0, 2)
         if sum(entry.file_size for entry in entries) > archive.fp.tell():
             raise zipfile.BadZipFile("its entries overlap: they are larger than the file")

@@ -78,8 +78,9 @@ def _resolved(value: Any, where: str, look_up: Callable[[str], Any]) -> Any:
 
 def _fields_of(value: Any) -> list[str]:
     """Fields of a configuration of ours, or of a script's own that extends one; none of anything else."""
-    is_ours = any(base.__module__.startswith("megatron.bridge.") for base in type(value).__mro__)
-    if not (is_ours and dataclasses.is_dataclass(value)) or type(value).__dataclass_params__.frozen:
+    cls: Any = type(value)
+    is_ours = any(base.__module__.startswith("megatron.bridge.") for base in cls.__mro__)
+    if not (is_ours and dataclasses.is_dataclass(value)) or cls.__dataclass_params__.frozen:
         return []
     return [field.name for field in dataclasses.fields(value) if field.init and hasattr(value, field.name)]
 

@@ -29,5 +29,6 @@ def warn_of_an_untested_core(installed: str | None = None) -> bool:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """The release: "0.20.0rc1+abc" is (0, 20, 0)."""
-    return tuple(int(part) for part in re.match(r"\d+(\.\d+)*", version)[0].split("."))
+    """The release: "0.20.0rc1+abc" is (0, 20, 0). Empty where there is none."""
+    release = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(part) for part in release[0].split(".")) if release else ()

@@ -46,7 +46,7 @@ def choose_device(device: str = "auto", distributed_backend: str = "auto") -> De
     has_cuda = torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
         raise ValueError("dist.device='cuda', but torch finds no CUDA device: set dist.device=auto or dist.device=cpu")
-    kind = "cuda" if device == "cuda" or (device == "auto" and has_cuda) else "cpu"
+    kind: Literal["cuda", "cpu"] = "cuda" if device == "cuda" or (device == "auto" and has_cuda) else "cpu"
     if kind == "cpu" and distributed_backend == "nccl":
         raise ValueError(
             "dist.distributed_backend='nccl' needs CUDA, and this process computes on the CPU: "
@@ -56,7 +56,7 @@ def choose_device(device: str = "auto", distributed_backend: str = "auto") -> De
         reason = "torch finds a CUDA device" if has_cuda else "torch finds no CUDA device"
     else:
         reason = f"dist.device={device}"
-    backend = distributed_backend if distributed_backend != "auto" else ("nccl" if kind == "cuda" else "gloo")
+    backend: Literal["nccl", "gloo"] = "nccl" if kind == "cuda" and distributed_backend != "gloo" else "gloo"
     return DeviceChoice(kind, backend, reason)
 
 
@@ -118,13 +118,13 @@ def synchronize() -> None:
     torch.cuda.synchronize()
 
 
-def wait_for_stream(stream: torch.Stream) -> None:
+def wait_for_stream(stream: torch.cuda.Stream) -> None:
     """Let what the current stream is given from now on wait for what `stream` was given so far."""
     torch.cuda.current_stream().wait_stream(stream)
 
 
 @contextlib.contextmanager
-def queued_on(stream: torch.Stream) -> Iterator[None]:
+def queued_on(stream: torch.cuda.Stream) -> Iterator[None]:
     """Inside, work is given to `stream`, after all that the current one was given; afterwards that one waits for it."""
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

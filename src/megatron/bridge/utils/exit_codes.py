@@ -35,6 +35,7 @@ def exit_with(main: Callable[[], int | None]) -> NoReturn:
     Raises:
         SystemExit: Always; as a shell would say it, 128 + SIGPIPE, where nobody reads any more.
     """
+    status: str | int | None
     try:
         try:
             status = main()

@@ -223,6 +223,11 @@ def _fit_enum(value: Any, hint: type[enum.Enum]) -> enum.Enum:
     raise _MisfitError(_suggest(value, hint.__members__))
 
 
-def members_of(hint: Any) -> tuple:
+def dataclass_of(hint: Any) -> type | None:
+    """The dataclass among the types that a hint takes, the first of several."""
+    return next((one for one in members_of(hint) if isinstance(one, type) and dataclasses.is_dataclass(one)), None)
+
+
+def members_of(hint: Any) -> tuple[Any, ...]:
     """The types that a union takes; a type that is no union, alone."""
     return typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)

@@ -189,8 +189,9 @@ def check_writable_directory(path: str | os.PathLike, option: str) -> None:
         ValueError: It can't be created or written.
     """
     try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path) as probe:
+        directory = Path(path)
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as probe:
             probe.write(b"0")
     except OSError as error:
         raise ValueError(

@@ -19,8 +19,8 @@ class _RankFilter(logging.Filter):
         self._all_ranks = all_ranks
 
     def filter(self, record: logging.LogRecord) -> bool:
-        record.rank = rank()
-        return self._all_ranks or record.rank == 0 or record.levelno >= logging.ERROR
+        own_rank = record.rank = rank()
+        return self._all_ranks or own_rank == 0 or record.levelno >= logging.ERROR
 
 
 def setup_logging(level: int = logging.INFO, *, all_ranks: bool = False) -> None:

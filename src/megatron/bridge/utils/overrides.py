@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from megatron.bridge.utils.field_types import field_hints, fit, members_of, nearest
+from megatron.bridge.utils.field_types import dataclass_of, field_hints, fit, members_of, nearest
 from megatron.bridge.utils.yaml_io import from_yaml_dict, parse_yaml
 
 __all__ = ["apply_mapping", "apply_overrides", "nearest"]
@@ -44,7 +44,7 @@ def apply_overrides(config: Any, overrides: Iterable[str]) -> Any:
         match = _OVERRIDE.match(override)
         if match is None or (match["value"] is None) != (match["action"] == "~"):
             raise ValueError(f"override {override!r} can't be read: expected key=value, e.g. train.train_iters=50")
-        _apply(config, match["key"], match["value"], remove=match["action"] == "~")
+        _apply(config, match["key"], match["value"])
     return config
 
 
@@ -81,15 +81,15 @@ def apply_mapping(config: Any, values: Mapping[str, Any], *, where: str = "") ->
     return config
 
 
-def _apply(config: Any, key: str, text: str | None, *, remove: bool) -> None:
-    """Walk to the option and set it."""
+def _apply(config: Any, key: str, text: str | None) -> None:
+    """Walk to the option and set it. None: remove it."""
     last = key.rpartition(".")[2]
     target, item_hint = _owner_of(config, key)
     if isinstance(target, dict):
-        _set_item(target, last, text, item_hint, key, remove=remove)
+        _set_item(target, last, text, item_hint, key)
         return
     hint = _hint(target, last, key, root=config)
-    if remove:
+    if text is None:
         raise ValueError(f"~{key}: {key} is an option, not an entry of a dictionary; write {key}=null")
     setattr(target, last, _value(text, hint, key, current=getattr(target, last)))
 
@@ -112,9 +112,9 @@ def _owner_of(config: Any, key: str) -> tuple[Any, Any]:
     return target, item_hint
 
 
-def _set_item(target: dict, name: str, text: str | None, hint: Any, key: str, *, remove: bool) -> None:
-    """Set or remove one entry of a dictionary."""
-    if not remove:
+def _set_item(target: dict, name: str, text: str | None, hint: Any, key: str) -> None:
+    """Set or (None) remove one entry of a dictionary."""
+    if text is not None:
         target[name] = _value(text, hint, key, current=None)
     elif target.pop(name, _MISSING) is _MISSING:
         raise ValueError(f"~{key}: there is no such entry; {nearest(name, target)}the entries are {sorted(target)}")
@@ -128,13 +128,13 @@ def _value_hint(hint: Any) -> Any:
 
 def _section(owner: Any, name: str, current: Any, hint: Any) -> Any:
     """A section, made first when it is None and its class has a default for each field, or when it is a name."""
-    members = members_of(hint)
-    makes = next((member for member in members if dataclasses.is_dataclass(member)), None)
-    if isinstance(current, str) and hasattr(makes, "from_name"):
-        setattr(owner, name, makes.from_name(current))
+    makes = dataclass_of(hint)
+    from_name = getattr(makes, "from_name", None)
+    if isinstance(current, str) and from_name is not None:
+        setattr(owner, name, from_name(current))
     if current is not None:
         return getattr(owner, name)
-    if makes is None and any((typing.get_origin(member) or member) is dict for member in members):
+    if makes is None and any((typing.get_origin(member) or member) is dict for member in members_of(hint)):
         makes = dict
     if makes is not None:
         setattr(owner, name, makes())

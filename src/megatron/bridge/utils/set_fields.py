@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import inspect
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 _RECORD = "_set_fields"
 
@@ -17,7 +17,7 @@ _RECORD = "_set_fields"
 class _ConstructorSignature:
     """`inspect.signature(cls)` shows the constructor's fields; `__new__` alone would hide them."""
 
-    def __get__(self, instance: Any, owner: type) -> inspect.Signature:
+    def __get__(self, instance: Any, owner: Any) -> inspect.Signature:
         own = inspect.signature(owner.__init__)
         return own.replace(parameters=list(own.parameters.values())[1:])
 
@@ -26,6 +26,7 @@ class RemembersSetFields:
     """Base of a dataclass that remembers which of its fields were set."""
 
     __signature__ = _ConstructorSignature()
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Note what the constructor was given.

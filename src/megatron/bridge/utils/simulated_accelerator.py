@@ -25,7 +25,10 @@ from torch.overrides import TorchFunctionMode
 
 from megatron.bridge.utils import matrix_products
 
-_IS_CUDA = torch.Tensor.is_cuda.__get__  # type: ignore[attr-defined]
+_IS_CUDA = torch.Tensor.is_cuda.__get__  # type: ignore[attr-defined]  # torch's stubs say bool; it is a descriptor
+
+_HOST_MARK = "_simulated_host"
+"""Attribute of a tensor that lies on the host."""
 
 
 class _Event:
@@ -85,12 +88,12 @@ def _named_device(value: Any) -> str | None:
 
 
 def _is_host(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and getattr(value, "_simulated_host", False)
+    return isinstance(value, torch.Tensor) and getattr(value, _HOST_MARK, False)
 
 
 def _mark_host(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        value._simulated_host = True
+        setattr(value, _HOST_MARK, True)
     elif isinstance(value, (list, tuple)):
         for item in value:
             _mark_host(item)
@@ -102,11 +105,11 @@ def _moved(tensor: torch.Tensor, *, to_host: bool) -> torch.Tensor:
     if _is_host(tensor) == to_host:
         return tensor
     copy = tensor.clone()
-    copy._simulated_host = to_host
+    setattr(copy, _HOST_MARK, to_host)
     return copy
 
 
-def _tensor_to(tensor: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
+def _tensor_to(tensor: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
     """`Tensor.to` where a device may be named: the dtype change is torch's, the move is ours."""
     target = None
     rest, flags = [], []
@@ -127,7 +130,8 @@ def _tensor_to(tensor: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
         kwargs = {name: value for name, value in kwargs.items() if name != "device"}
     kwargs = {**kwargs, **dict(zip(("non_blocking", "copy"), flags, strict=False))}
     was_host = _is_host(tensor)
-    result = torch.Tensor.to(tensor, *rest, **kwargs) if rest or kwargs else tensor
+    to: Any = torch.Tensor.to
+    result = to(tensor, *rest, **kwargs) if rest or kwargs else tensor
     if was_host and result is not tensor:
         _mark_host(result)
     return result if target is None else _moved(result, to_host=target == "cpu")
@@ -144,7 +148,7 @@ class _SimulatedDevice(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if not self.enabled:
             return func(*args, **kwargs)
-        subject = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        subject: Any = args[0] if args and isinstance(args[0], torch.Tensor) else None
         if func == _IS_CUDA:
             return not _is_host(subject)
         if func is torch.Tensor.cpu:
@@ -180,7 +184,8 @@ def _run_backward(*args: Any, **kwargs: Any) -> Any:
     force within the call that it answers. In force twice, it would take what it made itself for host memory.
     """
     is_in_force = any(mode is _mode for mode in torch.overrides._get_current_function_mode_stack())
-    with contextlib.nullcontext() if is_in_force else _mode:
+    mode = contextlib.nullcontext() if is_in_force or _mode is None else _mode
+    with mode:
         return torch.autograd.graph._engine_run_backward(*args, **kwargs)
 
 
@@ -221,7 +226,7 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         "memory_stats": returning({}),
         "get_device_capability": returning((8, 0)),
     }
-    listed = [(cuda, name, stand_in) for name, stand_in in stand_ins.items()]
+    listed: list[tuple[Any, str, Any]] = [(cuda, name, stand_in) for name, stand_in in stand_ins.items()]
     listed += [(cuda.random, name, stand_ins[name]) for name in ("get_rng_state", "set_rng_state")]
     listed += [(cuda.nvtx, name, returning(None)) for name in ("range_push", "range_pop")]
     listed += [(torch.autograd, "_engine_run_backward", _run_backward)]
@@ -283,12 +288,14 @@ def without_data() -> Iterator[None]:
 
     For plans of runs that are larger than this machine. The simulated accelerator must be installed.
     """
-    _mode.holds_data = False
+    mode = _mode
+    assert mode is not None, "the simulated accelerator is not installed"
+    mode.holds_data = False
     try:
         with torch.device("meta"):
             yield
     finally:
-        _mode.holds_data = True
+        mode.holds_data = True
 
 
 @contextlib.contextmanager

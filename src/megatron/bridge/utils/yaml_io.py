@@ -23,7 +23,7 @@ import torch
 import yaml
 
 from megatron.bridge.utils.bombs import check_expansion
-from megatron.bridge.utils.field_types import field_hints, fit, members_of, nearest
+from megatron.bridge.utils.field_types import dataclass_of, field_hints, fit, members_of, nearest
 from megatron.bridge.utils.targets import class_named, dtype_named, function_named, name_of
 
 logger = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ class _Reader:
                 raise _NotSavedError(f"{where} was {value[_NOT_SAVED]}, which a file can't hold: set it in Python")
             if "_target_" in value:
                 return self._read_target(value, expected, where)
-            dataclass_type = next((member for member in members if dataclasses.is_dataclass(member)), None)
+            dataclass_type = dataclass_of(expected)
             if dataclass_type is not None:
                 return self._read_dataclass(dataclass_type, value, where)
             value = {key: self.read(item, Any, f"{where}.{key}") for key, item in value.items()}
@@ -171,7 +171,7 @@ class _Reader:
 
     def _stand_in(self, name: str, expected: Any, where: str) -> type:
         """The class that is expected, for one that another version named; only where the caller isn't strict."""
-        stand_in = next((member for member in members_of(expected) if dataclasses.is_dataclass(member)), None)
+        stand_in = dataclass_of(expected)
         if self.strict or stand_in is None:
             raise ConfigFileError(_unknown(name, where))
         logger.warning("%s._target_ is %s, which is unknown: read as a %s", where, name, stand_in.__name__)

@@ -1,21 +1,21 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """What `AutoBridge` does with adapters. Cheap to import, as `auto_bridge` is."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron.bridge.models.conversion.bridge_part import BridgePart, as_chunks
 from megatron.bridge.models.families import provider_fields
 
 if TYPE_CHECKING:
     import torch
-    from megatron.core.transformer.module import MegatronModule
 
-    Model = MegatronModule | Sequence[MegatronModule]
+    from megatron.bridge.models.conversion.bridge_part import Model
 
 
-class AdapterExport:
+class AdapterExport(BridgePart):
     """The part of `AutoBridge` that writes adapters for the peft library."""
 
     def export_adapter_weights(
@@ -70,7 +70,7 @@ class AdapterExport:
         )
 
     def export_adapter_ckpt(
-        self, megatron_path: "str | Path", hf_path: "str | Path", *, show_progress: bool = True, **sizes: int | None
+        self, megatron_path: "str | Path", hf_path: "str | Path", *, show_progress: bool = True, **sizes: int
     ) -> None:
         """Convert a checkpoint of adapters to a directory that the peft library loads. Collective under torchrun.
 
@@ -100,8 +100,3 @@ class AdapterExport:
             chunks = build_saved_model(provider, megatron_path, fields, mp_overrides={}, use_cpu_initialization=True)
             load_adapters(chunks, saved)
             self.save_hf_adapter(chunks, hf_path, saved.peft, show_progress=show_progress, checkpoint=megatron_path)
-
-
-def as_chunks(model: "Model") -> "list[MegatronModule]":
-    """A model as a list of its chunks."""
-    return list(model) if isinstance(model, Sequence) else [model]

@@ -42,7 +42,9 @@ def adapter_tasks(chunks: Sequence[MegatronModule], family: ModelFamily) -> list
         ValueError: An adapter that the peft library has no place for.
     """
     tasks = []
-    for task in (task for chunk in local_tasks(chunks, family) for task in chunk if task.layer is not None):
+    for task in (task for chunk in local_tasks(chunks, family) for task in chunk):
+        if task.layer is None:
+            continue
         of_weight = task.place.mapping
         if of_weight.is_expert:
             raise ValueError(

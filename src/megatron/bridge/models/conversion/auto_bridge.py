@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron.bridge.models.conversion.adapter_export import AdapterExport, as_chunks
+from megatron.bridge.models.conversion.adapter_export import AdapterExport
+from megatron.bridge.models.conversion.bridge_part import as_chunks
 from megatron.bridge.models.conversion.checkpoint_conversion import CheckpointConversion
 from megatron.bridge.models.conversion.hf_config import (
     config_as_dict,
@@ -32,11 +33,10 @@ if TYPE_CHECKING:
     from megatron.core.transformer.module import MegatronModule
     from transformers import PretrainedConfig
 
+    from megatron.bridge.models.conversion.bridge_part import Model
     from megatron.bridge.models.conversion.roundtrip import TensorResult
     from megatron.bridge.models.conversion.tasks import ConversionTask
     from megatron.bridge.models.gpt_provider import GPTModelProvider
-
-    Model = MegatronModule | Sequence[MegatronModule]
 
 
 class AutoBridge(CheckpointConversion, AdapterExport):
@@ -232,7 +232,7 @@ class AutoBridge(CheckpointConversion, AdapterExport):
             as_chunks(model),
             self.family,
             path,
-            hf_config=read_hf_config(source) if source_path else self.hf_config,
+            hf_config=read_hf_config(source) if source_path and source else self.hf_config,
             source=source,
             text=text,
             strict=strict,
@@ -241,7 +241,7 @@ class AutoBridge(CheckpointConversion, AdapterExport):
             dtype=precision_fields(dtype)["params_dtype"] if dtype else None,
         )
 
-    def check_roundtrip(self, *, show_progress: bool = True, **sizes: int | None) -> "list[TensorResult]":
+    def check_roundtrip(self, *, show_progress: bool = True, **sizes: int) -> "list[TensorResult]":
         """Load the weights into a Megatron model, export them, and compare bit by bit with the files. Collective.
 
         Args:
@@ -261,12 +261,3 @@ class AutoBridge(CheckpointConversion, AdapterExport):
             self.load_hf_weights(chunks, show_progress=show_progress)
             weights = HFWeights(self._weights_directory(None))
             return compare_with_files(chunks, self.family, weights, show_progress=show_progress)
-
-    def _weights_directory(self, hf_path: "str | Path | None") -> Path:
-        directory = find_hf_directory(hf_path) if hf_path else self.directory
-        if directory is None:
-            raise ValueError(
-                "there are no weights to load: this bridge was made from a configuration; pass hf_path, or "
-                "load_weights=False"
-            )
-        return directory

@@ -6,23 +6,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.checkpoint.layout import is_hf_directory
-from megatron.bridge.models.conversion.adapter_export import as_chunks
+from megatron.bridge.models.conversion.bridge_part import BridgePart, as_chunks
 from megatron.bridge.models.conversion.hf_config import check_tokenizer
 from megatron.bridge.models.families import provider_fields
 
 if TYPE_CHECKING:
     import torch
     from megatron.core.transformer.module import MegatronModule
+    from typing_extensions import Self
 
-    from megatron.bridge.models.conversion.adapter_export import Model
-    from megatron.bridge.models.conversion.auto_bridge import AutoBridge
+    from megatron.bridge.models.conversion.bridge_part import Model
 
 
-class CheckpointConversion:
+class CheckpointConversion(BridgePart):
     """The part of `AutoBridge` that reads and writes Megatron checkpoints."""
 
     @classmethod
-    def from_megatron_checkpoint(cls, path: "str | Path", hf_model: "str | Path | None" = None) -> "AutoBridge":
+    def from_megatron_checkpoint(cls, path: "str | Path", hf_model: "str | Path | None" = None) -> "Self":
         """Bridge the model that a Megatron checkpoint came from.
 
         Args:
@@ -159,8 +159,9 @@ class CheckpointConversion:
         sizes = {name: options.pop(name) for name in PARALLEL_SIZES if name in options}
         bridge = cls.from_hf_pretrained(hf_model_id, **options)
         provider = bridge.to_megatron_provider(load_weights=False)
-        check_tokenizer(bridge.directory, provider.vocab_size)
-        generation_config_of_model(bridge.directory)  # refuse now rather than after the weights are read
+        directory = bridge._weights_directory(None)
+        check_tokenizer(directory, provider.required_vocab_size())
+        generation_config_of_model(directory)  # refuse now rather than after the weights are read
         with model_parallel_groups(**sizes):
             chunks = build_on_host(provider, dtype=dtype)
             bridge.load_hf_weights(chunks, show_progress=show_progress)
@@ -175,7 +176,7 @@ class CheckpointConversion:
         *,
         dtype: "str | torch.dtype | None" = None,
         base: "str | Path | None" = None,
-        **sizes: int | None,
+        **sizes: int,
     ) -> None:
         """Convert a Megatron checkpoint to a Hugging Face directory, in host memory. Collective under torchrun.
 

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from megatron.core.transformer.module import MegatronModule
 
@@ -72,9 +72,9 @@ def check_base(saved: SavedAdapters, base: str | Path | None, *, model: Path | N
     return Path(path).expanduser()
 
 
-def _holds_weights(path: str | Path | None) -> bool:
-    path = None if path is None else Path(path).expanduser()
-    return path is not None and (layout.is_hf_directory(path) or layout.checkpoint_exists(path))
+def _holds_weights(path: str | Path | None) -> TypeGuard[str | Path]:
+    found = None if path is None else Path(path).expanduser()
+    return found is not None and (layout.is_hf_directory(found) or layout.checkpoint_exists(found))
 
 
 def _is_the_model(saved: SavedAdapters) -> bool:

@@ -85,7 +85,7 @@ class Bucket:
         with device.unobserved():
             gradients = _gradients_of(self.params)
             if all(map(is_not, gradients, repeat(None))):
-                there = range(len(gradients))
+                there: Sequence[int] = range(len(gradients))
                 on_host, on_device = self._pairs(self._gradients, gradients)
             else:
                 there = [at for at, gradient in enumerate(gradients) if gradient is not None]
@@ -184,10 +184,11 @@ class FlatAdam(torch.optim.Optimizer):
     @classmethod
     def take_over(cls, optimizer: torch.optim.Optimizer, buckets: Sequence[Bucket]) -> None:
         """Give an optimizer over the masters of some buckets, a group each, this class."""
-        optimizer.__class__ = _flat(type(optimizer))
-        optimizer._starts, start = {}, 0
+        taken: Any = optimizer
+        taken.__class__ = _flat(taken.__class__)
+        taken._starts, start = {}, 0
         for bucket in buckets:
-            optimizer._starts[bucket.masters[0]] = bucket, start
+            taken._starts[bucket.masters[0]] = bucket, start
             start += len(bucket.masters)
 
     @property
@@ -213,10 +214,11 @@ class FlatAdam(torch.optim.Optimizer):
         """Fill the lists that torch's `adam` takes: parameters, gradients, moments, largest moments, counters."""
         bucket = self._bucket_to_step_on(group)
         if bucket is None:
-            return super()._init_group(group, *arguments)
+            adam: Any = super()
+            return adam._init_group(group, *arguments)
         of_kind = bucket.enter_step()
         lists = [argument for argument in arguments if isinstance(argument, list)]  # torch 2.6 adds amsgrad, a bool
-        for listed, kind in zip(lists, ("master", "gradient", *MOMENTS, None, "step"), strict=True):
+        for listed, kind in zip(lists, ("master", "gradient", *MOMENTS, "largest", "step"), strict=True):
             listed += of_kind.get(kind, [])
         return False
 
@@ -225,11 +227,12 @@ class FlatAdam(torch.optim.Optimizer):
         bucket, start = self._starts[group["params"][0]]
         if not group["fused"] or group["amsgrad"] or not bucket.has_all_gradients:
             return None
-        states = self._states(bucket, start)
-        if not any(states):
-            states = [bucket.empty_state(at) for at in range(len(states))]
+        found = self._states(bucket, start)
+        states = [state for state in found if state]
+        if not states:
+            states = [bucket.empty_state(at) for at in range(len(found))]
             self.state.update(zip(bucket.masters, states, strict=True))
-        can_be_one = all(states) and bucket.place(states) and bucket.counters_agree()
+        can_be_one = len(states) == len(found) and bucket.place(states) and bucket.counters_agree()
         return bucket if can_be_one else None
 
 
@@ -238,8 +241,8 @@ def _flat(base: type) -> type:
     return type(f"Flat{base.__name__}", (FlatAdam, base), {})
 
 
-def _gradients_of(params: list[torch.Tensor]) -> list[torch.Tensor | None]:
-    """Where Core puts them: precision-aware, `decoupled_grad`."""
+def _gradients_of(params: list[torch.Tensor]) -> list[Any]:
+    """Where Core puts them: precision-aware, `decoupled_grad`. None where there is none."""
     try:
         return list(map(attrgetter("decoupled_grad"), params))
     except AttributeError:

@@ -41,7 +41,9 @@ def _step_in_buckets(base: type) -> type:
 
         def _get_sub_optimizer_param_groups(self, offload_fraction: float) -> tuple:
             known = {frozenset(map(id, bucket.params)): bucket for bucket in vars(self).get("_buckets", ())}
-            host_groups, device_groups, copies, fp32_copies = [], [], {}, {}
+            host_groups, device_groups = [], []
+            copies: dict[torch.Tensor, torch.Tensor] = {}
+            fp32_copies: dict[torch.Tensor, torch.Tensor] = {}
             self._buckets = []
             for group, offloaded, staying in _split(self.param_groups, offload_fraction):
                 for params in in_buckets(offloaded):
@@ -150,7 +152,8 @@ def _split(groups: list[dict], fraction: float) -> Iterator[tuple[dict, list[tor
 
 def in_buckets(params: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     """Neighbours of one dtype, as many as a bucket takes, at least one."""
-    bucket, elements = [], 0
+    bucket: list[torch.Tensor] = []
+    elements = 0
     for param in params:
         if bucket and (elements + param.numel() > BUCKET_ELEMENTS or param.dtype != bucket[0].dtype):
             yield bucket

@@ -36,7 +36,7 @@ def _counts_in_buffer_order(to_build: ToBuild) -> bool:
     if not to_build.trains_fp32():
         return False
     half, full = (torch.zeros(1, dtype=dtype, requires_grad=True) for dtype in (torch.bfloat16, torch.float32))
-    buffers = [{(param.dtype, torch.float32): [{"param_map": {param: {}}}]} for param in (half, full)]
+    buffers: list[Any] = [{(param.dtype, torch.float32): [{"param_map": {param: {}}}]} for param in (half, full)]
     places, _ = DistributedOptimizer._build_optimizer_group_ranges([{"params": [half, full]}], buffers)
     return places[half] == (0, 0)
 

@@ -128,7 +128,7 @@ def _repair(optimizer: Any) -> list[str]:
     )
     in_effect = getattr(type(optimizer), "repairs", ())
     missing = tuple(repair for repair in needed if repair.name not in in_effect)
-    optimizer.__class__ = _repaired_class(type(optimizer), missing)
+    optimizer.__class__ = _repaired_class(optimizer.__class__, missing)
     return [*in_effect, *(repair.name for repair in missing)]
 
 
@@ -137,6 +137,6 @@ def _repaired_class(base: type, repairs: tuple[Repair, ...]) -> type:
     """`base` with the repairs' overrides; `base` itself where there are none."""
     if not repairs:
         return base
-    repaired = functools.reduce(lambda mended, repair: repair.subclass(mended), repairs, base)
+    repaired: Any = functools.reduce(lambda mended, repair: repair.subclass(mended), repairs, base)
     repaired.repairs = (*getattr(base, "repairs", ()), *(repair.name for repair in repairs))
     return repaired

@@ -83,7 +83,7 @@ def _loses_the_step(optimizer: MegatronOptimizer) -> bool:
     return "self.init_state_fn(self.optimizer" in saved and "param_groups" not in source
 
 
-def _cores(optimizer: MegatronOptimizer) -> type:
+def _cores(optimizer: MegatronOptimizer) -> Any:
     is_fp32 = isinstance(optimizer, FP32Optimizer)
     return FP32Optimizer if is_fp32 else Float16OptimizerWithFloat16Params
 

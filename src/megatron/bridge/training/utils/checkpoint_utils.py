@@ -7,7 +7,7 @@ Paths come back as strings, as scripts expect.
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from megatron.bridge.checkpoint import layout
 from megatron.bridge.checkpoint.layout import CONFIG_FILE, TRACKER_PREFIX, TRAIN_STATE_FILE, checkpoint_exists
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 Reader = TypeVar("Reader", bound=Callable[..., Any])
-StrPath = str | os.PathLike
+StrPath: TypeAlias = str | os.PathLike[str]
 
 
 def _reads_each_time(reader: Reader) -> Reader:
@@ -87,7 +87,7 @@ def get_hf_model_id_from_checkpoint(path: StrPath) -> str | None:
     """
     from megatron.bridge.models.conversion.auto_bridge import AutoBridge
 
-    return AutoBridge.get_hf_model_id_from_checkpoint(path)
+    return AutoBridge.get_hf_model_id_from_checkpoint(os.fspath(path))
 
 
 @_reads_each_time
@@ -98,7 +98,7 @@ def read_run_config(run_config_filename: StrPath) -> dict[str, Any]:
         FileNotFoundError: There is no such file.
         ValueError: It isn't YAML, or not a mapping.
     """
-    content = load_yaml(run_config_filename)
+    content = load_yaml(os.fspath(run_config_filename))
     if not isinstance(content, dict):
         raise ConfigFileError(
             f"{run_config_filename} holds a {type(content).__name__}: expected a mapping of sections; "
@@ -118,5 +118,5 @@ def read_train_state(train_state_filename: StrPath) -> TrainState:
     from megatron.bridge.checkpoint.safe_pickle import read_blob
 
     train_state = TrainState()
-    train_state.load_state_dict(read_blob(train_state_filename))
+    train_state.load_state_dict(read_blob(os.fspath(train_state_filename)))
     return train_state
