@@ -136,13 +136,18 @@ def write_tokenizer(**content):
     [
         (spoil_weight, "model.safetensors: 'model.layers.1.mlp.up_proj.weight' holds NaN or infinite values"),
         (spoil_config(architectures=["Gemma2ForCausalLM"]), "which needs soft-capped attention scores and logits"),
+        (
+            lambda directory: (directory / "adapter_config.json").touch(),
+            "adapter_config.json: the directory holds adap",
+        ),
+        (lambda directory: (directory / "generation_config.json").write_text("{"), "_config.json is not valid JSON"),
         (spoil_config(num_hidden_layers=None), "config.json lacks 'num_hidden_layers', which LlamaForCausalLM needs"),
         (write_tokenizer(model={"vocab": {"a": 96}}), "tokenizer.json has ids up to 96, but config.json says vocab_"),
         (write_tokenizer(added_tokens=[{"id": 100}]), "tokenizer.json has ids up to 100"),
         (write_tokenizer(added_tokens=[{}]), "tokenizer.json is damaged"),
         (lambda directory: (directory / "model.safetensors").unlink(), "model.safetensors is missing"),
     ],
-    ids=["nan", "gemma", "config", "vocabulary", "added_token", "tokenizer", "missing"],
+    ids=["nan", "gemma", "adapters", "generation", "config", "vocabulary", "added_token", "tokenizer", "missing"],
 )
 def test_what_cannot_be_imported_is_named_and_leaves_nothing(tmp_path, spoil, message):
     directory = save_tiny_llama(tmp_path / "llama")

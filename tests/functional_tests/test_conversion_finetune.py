@@ -2,6 +2,7 @@
 """From a Hugging Face directory with experts to a finetuned one: expert parallel, offloaded, exported."""
 
 import torch
+from transformers import AutoConfig
 
 from megatron.bridge import AutoBridge
 from tests.families import MODELS
@@ -10,12 +11,16 @@ from tests.ranks import run_on_ranks
 from tests.tiny import SEQ_LENGTH, VOCAB_SIZE, TinyDataset, tiny_config
 from tests.unit_tests.models.tiny_llama import hf_logits, save_tiny_model
 
+ROTARY_BASE = 20_000
+"""Another than the model's: an export has to say it."""
+
 
 def finetune_on_rank(directory):
     """A finetune as a user writes it; its losses."""
     model = AutoBridge.from_hf_pretrained(directory / "hf").to_megatron_provider(load_weights=False)
     model.expert_model_parallel_size = 2
     model.seq_length = SEQ_LENGTH
+    model.rotary_base = ROTARY_BASE
     model.calculate_per_token_loss = True
     cfg = tiny_config(
         directory,
@@ -49,3 +54,4 @@ def test_experts_from_hugging_face_and_back(tmp_path):
         assert abs(losses[0] - before) < 0.1 and losses[-1] < losses[0] - 0.1
     run_on_ranks(export_on_rank, 2, tmp_path)
     assert loss_of(tmp_path / "exported") < before - 0.1
+    assert AutoConfig.from_pretrained(tmp_path / "exported").rope_parameters["rope_theta"] == ROTARY_BASE

@@ -23,10 +23,15 @@ TOKENS = torch.arange(24).reshape(2, 12)
 IM_END = 279
 TP2, PP2 = ({f"{axis}_parallel_size": 2} for axis in ("tensor_model", "pipeline_model"))
 CELLS = {
-    "llama, LoRA, TP 2": ("llama", "lora", TP2),
-    "qwen2 with biases, LoRA, PP 2": ("qwen2", "lora", PP2),
-    "qwen2 with biases, DoRA, TP 2": ("qwen2", "dora", TP2),
-    "llama3, DoRA": ("llama3", "dora", {}),
+    "llama, LoRA, TP 2": ("llama", "lora", TP2, {}),
+    "qwen2 with biases, LoRA in one layer, PP 2": ("qwen2", "lora", PP2, {"target_modules": ["*.layers.1.*.linear_*"]}),
+    "qwen2 with biases, DoRA, TP 2": ("qwen2", "dora", TP2, {}),
+    "llama3, DoRA, of another kind in one layer": (
+        "llama3",
+        "dora",
+        {},
+        {"target_modules": ["linear_qkv", "*.layers.2.*.linear_fc1"]},
+    ),
 }
 
 
@@ -38,7 +43,7 @@ class LastLogits(Recorder):
         self.logits = None if logits is None else logits.cpu()
 
 
-def _train(directory, scheme, layout):
+def _train(directory, scheme, layout, targets):
     from megatron.bridge import AutoBridge
     from megatron.bridge.data.config import TokenizerConfig
     from megatron.bridge.peft.dora import DoRA
@@ -55,7 +60,7 @@ def _train(directory, scheme, layout):
     cfg.tokenizer = TokenizerConfig(tokenizer_model=str(directory / "tokenizer"))
     cfg.mixed_precision = "fp32"
     cfg.checkpoint.pretrained_checkpoint = str(directory / "hf")
-    cfg.peft = {"lora": LoRA, "dora": DoRA}[scheme](dim=4, alpha=8, lora_B_init_method="normal")
+    cfg.peft = {"lora": LoRA, "dora": DoRA}[scheme](dim=4, alpha=8, lora_B_init_method="normal", **targets)
     recorder = LastLogits()
     finetune(cfg, forward_step, callbacks=[recorder])
     return recorder.logits
@@ -68,12 +73,12 @@ def _logits(model):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_peft_and_merged_weights_give_the_logits_of_the_run(tmp_path, cell):
-    name, scheme, layout = CELLS[cell]
+    name, scheme, layout, targets = CELLS[cell]
     options = {**MODELS[name].options, "vocab_size": VOCAB_SIZE, "eos_token_id": [2, 7]}
     hf = save_tiny_model(tmp_path / "hf", MODELS[name].architecture, **options)
     write_tokenizer(hf, chat_template=None)
     write_tokenizer(tmp_path / "tokenizer")
-    trained = run_on_ranks(_train, 2, tmp_path, scheme, layout)[-1]
+    trained = run_on_ranks(_train, 2, tmp_path, scheme, layout, targets)[-1]
 
     adapters = tmp_path / "checkpoints"
     steps = (
@@ -98,23 +103,31 @@ def test_peft_and_merged_weights_give_the_logits_of_the_run(tmp_path, cell):
     torch.testing.assert_close(with_adapters, trained[..., :VOCAB_SIZE], rtol=1e-4, atol=1e-4)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["use_dora"]) == (4, 8, scheme == "dora")
-    assert "q_proj" in config["target_modules"]
+    assert any(target.endswith("q_proj") for target in config["target_modules"])
+    assert all(target.startswith("model.layers.") == bool(targets) for target in config["target_modules"])
     for directory in ("adapter", "merged", "merged-twice"):
         assert AutoTokenizer.from_pretrained(tmp_path / directory).chat_template == CHATML
         settings = json.loads((tmp_path / directory / "generation_config.json").read_text())
         assert settings["eos_token_id"] == [2, 7, IM_END], "the model's end tokens, and the one that was learned"
 
 
-def test_one_adapted_layer_is_named_in_full(tmp_path):
-    """By the short name peft would adapt every layer."""
-    hf = save_tiny_model(tmp_path / "hf", "LlamaForCausalLM")
-    run_on_ranks(_export_one, 1, tmp_path)
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_one_adapted_layer_is_named_in_full(tmp_path, name):
+    """By the short name peft would adapt every layer. The logits are the model's own, with peft and merged."""
+    options = {**MODELS[name].options, "vocab_size": VOCAB_SIZE}
+    hf = save_tiny_model(tmp_path / "hf", MODELS[name].architecture, **options)
+    ours = run_on_ranks(_export_one, 1, tmp_path)[0][..., :VOCAB_SIZE]
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["target_modules"] == [f"model.layers.1.self_attn.{kind}_proj" for kind in "kqv"]
     with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as file:
         assert len(file.keys()) == 6
     loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(hf), tmp_path / "adapter")
     assert sum("lora_A" in name for name, _ in loaded.named_parameters()) == 3
+    torch.testing.assert_close(_logits(loaded), ours, rtol=1e-4, atol=1e-4)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(_logits(merged), ours, rtol=1e-4, atol=1e-4)
+    bare = _logits(AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32))
+    assert (bare - ours).abs().max() > 1e-2
 
 
 def _export_one(directory):
@@ -123,12 +136,14 @@ def _export_one(directory):
     from megatron.bridge.utils.distributed import model_parallel_groups
 
     bridge = AutoBridge.from_hf_pretrained(directory / "hf")
-    lora = LoRA(dim=2, target_modules=["*.layers.1.*.linear_qkv"])
+    lora = LoRA(dim=2, target_modules=["*.layers.1.*.linear_qkv"], lora_B_init_method="normal")
     with model_parallel_groups():
         chunks = lora(bridge.to_megatron_model(wrap_with_ddp=False))
         bridge.save_hf_adapter(chunks, directory / "adapter", lora, show_progress=False)
+        bridge.save_hf_pretrained(chunks, directory / "merged", show_progress=False)
         base = dict(bridge.export_hf_weights(chunks, show_progress=False, merge_adapter_weights=False))
         assert not any("lora" in name for name in base)
+        return megatron_logits(chunks, TOKENS).cpu()
 
 
 BAD = {

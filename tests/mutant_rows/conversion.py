@@ -28,7 +28,7 @@ THE_CONVERSION = (
         file="src/megatron/bridge/training/end_tokens.py",
         text="with_end_ids(found, learned_end_ids(hf_tokenizer))",
         replacement="found",
-        tests=(f"{_EXPORTED}[llama3, DoRA]",),
+        tests=(f"{_EXPORTED}[llama3, DoRA, of another kind in one layer]",),
     ),
     _converted_wrongly(
         "configuration",

@@ -106,7 +106,8 @@ def load_model_state_dict(
         ValueError: Names the first key that differs.
     """
     for key, chunk in zip(chunk_keys(len(model)), model, strict=True):
-        missing, unexpected = unwrap_model(chunk).load_state_dict(state_dict[key], strict=False)
+        # Core leaves out a chunk of which nothing is wanted, such as a stage without adapters.
+        missing, unexpected = unwrap_model(chunk).load_state_dict(state_dict.get(key, {}), strict=False)
         missing = [name for name in missing if is_wanted(name) and not name.endswith("_extra_state")]
         unexpected = [name for name in unexpected if not name.endswith("_extra_state")]
         if strict and (missing or unexpected):

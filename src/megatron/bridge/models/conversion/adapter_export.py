@@ -51,16 +51,20 @@ class AdapterExport(BridgePart):
             checkpoint: Megatron checkpoint whose tokenizer and end tokens are written too; None: none are.
 
         Raises:
-            ValueError: `path` is taken, or peft has no place for an adapter.
+            ValueError: `path` is taken, peft has no place for an adapter, or the run changed the model under them.
         """
         from megatron.bridge.models.conversion.adapters import save_hf_adapter
+        from megatron.bridge.models.conversion.tasks import model_config
         from megatron.bridge.models.conversion.text_files import TextFiles
+        from megatron.bridge.models.conversion.trained_config import check_base_is_as_trained
         from megatron.bridge.utils.distributed import on_all_ranks
 
-        with on_all_ranks("reading the adapters' tokenizer"):
+        chunks = as_chunks(model)
+        with on_all_ranks("preparing the adapters' export"):
+            check_base_is_as_trained(self.hf_config, model_config(chunks), self.name)
             text = TextFiles.of(self.directory, checkpoint=checkpoint) if checkpoint else TextFiles(None, None)
         save_hf_adapter(
-            as_chunks(model),
+            chunks,
             self.family,
             path,
             options=asdict(peft),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from megatron.bridge.models.conversion.hf_config import find_hf_directory
+from megatron.bridge.models.conversion.hf_config import check_whole_model, find_hf_directory
 
 if TYPE_CHECKING:
     from megatron.core.transformer.module import MegatronModule
@@ -23,6 +23,7 @@ class BridgePart(abc.ABC):
 
     hf_config: dict[str, Any]
     directory: Path | None
+    name: str
 
     @classmethod
     @abc.abstractmethod
@@ -64,6 +65,7 @@ class BridgePart(abc.ABC):
                 "there are no weights to load: this bridge was made from a configuration; pass hf_path, or "
                 "load_weights=False"
             )
+        check_whole_model(directory)
         return directory
 
 

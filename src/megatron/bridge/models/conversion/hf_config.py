@@ -57,18 +57,33 @@ def read_hf_config(directory: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is not a JSON object.
+        ValueError: It is not a JSON object, or the directory holds adapters alone.
     """
     path = Path(directory) / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        check_whole_model(path.parent)
         raise FileNotFoundError(f"{path} is missing: expected the directory of a Hugging Face model") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): restore the file from another copy") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds a {type(config).__name__}: expected a JSON object")
     return config
+
+
+def check_whole_model(directory: Path) -> None:
+    """Refuse a directory with adapters of the peft library: transformers puts them over the weights that it loads.
+
+    Raises:
+        ValueError: There are some.
+    """
+    path = directory / "adapter_config.json"
+    if path.is_file():
+        raise ValueError(
+            f"{path}: the directory holds adapters of the peft library, which are not converted; merge them into the "
+            "model (PeftModel.merge_and_unload) and name what that saves, or remove the file if they are merged already"
+        )
 
 
 def check_tokenizer(directory: Path, vocab_size: int) -> None:

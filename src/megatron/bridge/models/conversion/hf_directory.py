@@ -16,6 +16,7 @@ from megatron.bridge.models.conversion.hf_weights import HFWeights, HFWeightsWri
 from megatron.bridge.models.conversion.load import cast, may_be_ignored
 from megatron.bridge.models.conversion.tasks import local_tasks, model_config
 from megatron.bridge.models.conversion.text_files import TextFiles, copy_files
+from megatron.bridge.models.conversion.trained_config import config_as_trained
 from megatron.bridge.models.families import ModelFamily
 from megatron.bridge.utils.distributed import is_rank_0, on_all_ranks
 from megatron.bridge.utils.files import replaced_directory
@@ -44,7 +45,7 @@ def save_hf_directory(
         chunks: The model, wrapped or not.
         family: Its table of mappings.
         path: The directory; an older export there is replaced once the new one is complete.
-        hf_config: Becomes `config.json`, with the model's dtype.
+        hf_config: Becomes `config.json`, with the model's dtype and the values that it was trained with.
         source: Directory that the model came from, whose licence is copied; None: there is none.
         text: The tokenizer, and where a text ends.
         strict: Refuse an export whose tensor names differ from those of `source`.
@@ -53,7 +54,8 @@ def save_hf_directory(
         dtype: Of the tensors in the files; None: the model's.
 
     Raises:
-        ValueError: `path` is taken by something else, or the names differ. Nothing is written then.
+        ValueError: `path` is taken by something else, the names differ, or `config.json` can't say a value. Nothing is
+            written then.
     """
     path = Path(path).expanduser()
     config = model_config(chunks)
@@ -63,9 +65,10 @@ def save_hf_directory(
         with on_all_ranks(f"preparing {path}"):
             check_target(path, source)
             check_names(set(plan.file_of), family, config, source, strict=strict)
+            as_trained = config_as_trained(hf_config, config)
             if is_rank_0():
                 directory = stack.enter_context(replaced_directory(path))
-                _write_config(directory, hf_config, dtype or config.params_dtype)
+                _write_config(directory, as_trained, dtype or config.params_dtype)
                 if source is not None:
                     copy_files(source, directory, OTHER_FILES)
                 text.write(directory)

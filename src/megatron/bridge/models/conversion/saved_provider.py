@@ -15,6 +15,7 @@ from megatron.bridge.checkpoint.model_checkpoint import read_run_config, save_mo
 from megatron.bridge.models.conversion.hf_config import precision_fields
 from megatron.bridge.models.conversion.tasks import model_config
 from megatron.bridge.models.conversion.text_files import TextFiles
+from megatron.bridge.models.conversion.trained_config import COMPUTED_WITH
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.utils.field_types import field_hints
 from megatron.bridge.utils.yaml_io import from_yaml_dict, to_yaml_dict
@@ -111,7 +112,7 @@ def apply_saved_fields(provider: GPTModelProvider, path: str | Path, names: Coll
     Args:
         provider: Made from the Hugging Face configuration that belongs to the checkpoint.
         path: Root, or `iter_N` directory.
-        names: The fields to take, where the file has them.
+        names: The fields to take, where the file has them; those that logits depend on are taken too.
 
     Raises:
         FileNotFoundError: No checkpoint, or none with a configuration.
@@ -119,8 +120,8 @@ def apply_saved_fields(provider: GPTModelProvider, path: str | Path, names: Coll
     """
     section = read_model_section(path)
     hints = field_hints(type(provider))
-    for name in names:
-        if name not in section:
+    for name in dict.fromkeys((*names, *COMPUTED_WITH)):
+        if name not in section or name not in hints:
             continue
         value = from_yaml_dict(section[name], expected=hints[name], where=f"{path}: model.{name}")
         if name in _SIZES and value != getattr(provider, name):

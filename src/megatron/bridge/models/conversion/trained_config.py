@@ -1,0 +1,138 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""The `config.json` of a model as it was trained, where a run changed what its model's own says."""
+
+import copy
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from megatron.bridge.models.families import architecture_of, family_of, provider_fields
+from megatron.bridge.models.gpt_provider import GPTModelProvider
+
+logger = logging.getLogger(__name__)
+
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_SCALING = tuple(f"rope_scaling_{name}" for name in _LLAMA3)
+_ROTARY = ("rotary_base", "rope_scaling", *_SCALING, "seq_len_interpolation_factor")
+
+COMPUTED_WITH = (
+    *_ROTARY,
+    "rotary_percent",
+    "rotary_interleaved",
+    "position_embedding_type",
+    "no_rope_freq",
+    "window_size",
+    "window_attn_skip_freq",
+    "softmax_scale",
+    "normalization",
+    "layernorm_epsilon",
+    "layernorm_zero_centered_gamma",
+    "gated_linear_unit",
+    "moe_layer_freq",
+    "moe_router_topk",
+    "moe_router_pre_softmax",
+    "moe_router_score_function",
+    "moe_router_topk_scaling_factor",
+)
+"""The fields, beside sizes, that the logits of a model depend on."""
+
+
+def fields_trained_otherwise(hf_config: Mapping[str, Any], trained: GPTModelProvider) -> dict[str, tuple[Any, Any]]:
+    """The fields of a trained model that its logits depend on and that a Hugging Face configuration says otherwise.
+
+    Args:
+        hf_config: Content of `config.json`.
+        trained: The model's configuration.
+
+    Returns:
+        By name: what the file says, and what was trained with.
+    """
+    written = family_of(hf_config).provider_class(**provider_fields(hf_config))
+    names = [name for name in COMPUTED_WITH if hasattr(trained, name)]
+    if not (written.rope_scaling or getattr(trained, "rope_scaling", False)):
+        names = [name for name in names if name not in _SCALING]
+    pairs = {name: (_comparable(written, name), _comparable(trained, name)) for name in names}
+    return {name: (before, after) for name, (before, after) in pairs.items() if before != after}
+
+
+def config_as_trained(hf_config: Mapping[str, Any], trained: GPTModelProvider) -> dict[str, Any]:
+    """A Hugging Face configuration with the values that a model was trained with.
+
+    Args:
+        hf_config: Content of the `config.json` of the model that it came from.
+        trained: The model's configuration.
+
+    Raises:
+        ValueError: transformers has no key for a value, so that the exported model would be another.
+    """
+    differing = fields_trained_otherwise(hf_config, trained)
+    if not differing:
+        return dict(hf_config)
+    changed = copy.deepcopy(dict(hf_config))
+    if differing.keys() & set(_ROTARY):
+        _set_rotary(changed, trained)
+    if "layernorm_epsilon" in differing:
+        changed["rms_norm_eps"] = trained.layernorm_epsilon
+    if "moe_router_topk" in differing:
+        changed["num_experts_per_tok"] = trained.moe_router_topk
+    if "moe_router_pre_softmax" in differing:
+        changed["norm_topk_prob"] = not trained.moe_router_pre_softmax
+    if "window_size" in differing:
+        changed["sliding_window"] = None if trained.window_size is None else trained.window_size[0] + 1
+    _check_reads_back(changed, trained)
+    for name, (before, after) in differing.items():
+        logger.warning("config.json: model.%s is written as trained with, %r in place of %r", name, after, before)
+    return changed
+
+
+def check_base_is_as_trained(hf_config: Mapping[str, Any], trained: GPTModelProvider, name: str) -> None:
+    """Refuse adapters of a model that was changed in training: peft puts them beside the model as its file says.
+
+    Args:
+        hf_config: Content of the model's `config.json`.
+        trained: The configuration that the adapters were trained with.
+        name: What the user called the model.
+
+    Raises:
+        ValueError: A field that logits depend on was another.
+    """
+    for field, (before, after) in fields_trained_otherwise(hf_config, trained).items():
+        raise ValueError(
+            f"the adapters were trained with model.{field}={after!r}, and the config.json of {name} says {before!r}: "
+            "peft would put them beside another model; export the whole model, adapters merged (export)"
+        )
+
+
+def _set_rotary(config: dict[str, Any], trained: GPTModelProvider) -> None:
+    """Write the rotary settings in the form that the file has: `rope_parameters`, or the keys before transformers 5."""
+    if trained.rope_scaling:
+        scaling = {"rope_type": "llama3", **{name: getattr(trained, f"rope_scaling_{name}") for name in _LLAMA3}}
+    elif trained.seq_len_interpolation_factor is not None:
+        scaling = {"rope_type": "linear", "factor": trained.seq_len_interpolation_factor}
+    else:
+        scaling = {"rope_type": "default"}
+    if "rope_parameters" in config:
+        for name in ("rope_theta", "rope_scaling"):
+            config.pop(name, None)
+        config["rope_parameters"] = {"rope_theta": trained.rotary_base, **scaling}
+        return
+    config["rope_theta"] = trained.rotary_base
+    config["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
+
+
+def _check_reads_back(config: Mapping[str, Any], trained: GPTModelProvider) -> None:
+    try:
+        remaining = fields_trained_otherwise(config, trained)
+    except ValueError as error:
+        raise ValueError(f"the model was trained with what can't be written to an export ({error})") from error
+    for name, (before, after) in remaining.items():
+        raise ValueError(
+            f"the model was trained with model.{name}={after!r}, which the config.json of a {architecture_of(config)} "
+            f"can't say (it is {before!r} there): transformers would compute another model; take the weights alone "
+            "with AutoBridge.export_hf_weights, or train without it"
+        )
+
+
+def _comparable(provider: GPTModelProvider, name: str) -> Any:
+    value = getattr(provider, name)
+    return tuple(value) if isinstance(value, list) else value

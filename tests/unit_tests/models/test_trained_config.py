@@ -1,0 +1,100 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""What a run changed of its model stands in the exported `config.json`, or the export is refused."""
+
+import pytest
+import transformers
+
+from megatron.bridge.models.conversion.trained_config import (
+    check_base_is_as_trained,
+    config_as_trained,
+    fields_trained_otherwise,
+)
+from megatron.bridge.models.families import family_of, provider_fields
+from tests.families import MODELS
+from tests.unit_tests.models.tiny_llama import LLAMA3_ROPE, SMALL
+
+
+def config_of(name):
+    """The `config.json` of a tiny model, as transformers writes it."""
+    architecture = MODELS[name].architecture
+    config = getattr(transformers, architecture).config_class(**{**SMALL, **MODELS[name].options})
+    return {**config.to_dict(), "architectures": [architecture]}
+
+
+def provider_of(config, **changes):
+    provider = family_of(config).provider_class(**provider_fields(config))
+    for field, value in changes.items():
+        setattr(provider, field, value)
+    return provider
+
+
+def old_form(config):
+    """As before transformers 5."""
+    rope = dict(config.pop("rope_parameters"))
+    return {**config, "rope_theta": rope.pop("rope_theta"), "rope_scaling": rope if len(rope) > 1 else None}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_that_was_not_changed_keeps_its_file(name):
+    config = config_of(name)
+    provider = provider_of(config)
+    provider.finalize()
+    assert config_as_trained(config, provider) == config
+    check_base_is_as_trained(config, provider, name)
+
+
+LLAMA3 = {
+    f"rope_scaling_{name}": value for name, value in LLAMA3_ROPE.items() if name not in ("rope_type", "rope_theta")
+}
+CHANGES = {
+    "rotary base": ("llama", {"rotary_base": 500_000}),
+    "rotary base of scaled positions": ("llama3", {"rotary_base": 7_000.0}),
+    "linear scaling": ("llama", {"seq_len_interpolation_factor": 2.0}),
+    "llama3's scaling": ("llama", {"rope_scaling": True, **LLAMA3}),
+    "no scaling": ("llama3", {"rope_scaling": False}),
+    "a factor of the scaling": ("llama3", {"rope_scaling_factor": 2.0}),
+    "epsilon": ("qwen2", {"layernorm_epsilon": 3e-4}),
+    "experts of a token": ("mixtral", {"moe_router_topk": 3}),
+    "experts' weights": ("qwen3_moe", {"moe_router_pre_softmax": True, "moe_router_topk": 1}),
+    "window": ("mistral", {"window_size": (4, 0)}),
+    "no window": ("mistral", {"window_size": None, "window_attn_skip_freq": None}),
+}
+
+
+@pytest.mark.parametrize("form", [dict, old_form])
+@pytest.mark.parametrize("case", CHANGES)
+def test_what_was_changed_is_written(case, form, heard_records):
+    name, changes = CHANGES[case]
+    config = form(config_of(name))
+    before, provider = dict(config), provider_of(config, **changes)
+    written = config_as_trained(config, provider)
+    assert config == before, "the model's own is left as it is"
+    assert fields_trained_otherwise(written, provider) == {}
+    assert fields_trained_otherwise(config, provider).keys() <= changes.keys()
+    getattr(transformers, MODELS[name].architecture).config_class.from_dict(written)
+    with pytest.raises(ValueError, match=rf"model\.({'|'.join(changes)})=.*export the whole model"):
+        check_base_is_as_trained(config, provider, "the model")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("llama", {"rotary_percent": 0.5}),
+        ("llama", {"normalization": "LayerNorm"}),
+        ("llama", {"window_size": (7, 0)}),
+        ("mixtral", {"moe_router_score_function": "sigmoid"}),
+        ("qwen3", {"softmax_scale": 0.25}),
+    ],
+)
+def test_what_the_file_has_no_key_for_is_refused(name, changes):
+    config = config_of(name)
+    with pytest.raises(ValueError, match=rf"model\.{next(iter(changes))}=.*can't say"):
+        config_as_trained(config, provider_of(config, **changes))
+
+
+def test_what_logits_dont_depend_on_may_differ():
+    config = config_of("llama")
+    provider = provider_of(
+        config, seq_length=16, attention_dropout=0.1, init_method_std=1.0, recompute_granularity="full"
+    )
+    assert config_as_trained(config, provider) == config
