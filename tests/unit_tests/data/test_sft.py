@@ -257,6 +257,8 @@ def test_a_file_without_answers_is_refused(write_jsonl, tokenizer):
     [
         ({"chatt": True}, "unknown key 'chatt': did you mean 'chat'"),
         ({"prompt_template": "{output} {input}"}, r"expected it to end with \{output\}"),
+        ({"prompt_template": "{input!r} {output}"}, "formats 'input': expected its name alone, as {input}"),
+        ({"prompt_template": "{input} {output:>9}"}, "formats 'output': expected its name alone"),
         ({"prompt_template": "{question} {output}"}, "truncation_field='input' is no prompt field"),
         ({"prompt_template": "{input {output}"}, "cannot be parsed|expected it to end"),
         ({"truncation_method": "middle"}, "expected 'left' or 'right'"),

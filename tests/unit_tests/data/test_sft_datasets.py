@@ -130,6 +130,22 @@ def test_a_bad_row_is_named(save_arrow, tokenizer):
         build(tokenizer, hf_dataset=where, do_validation=False)
 
 
+def test_images_beside_the_text_are_left_as_they_are(tmp_path, tokenizer):
+    datasets = pytest.importorskip("datasets")
+    kinds = {"input": datasets.Value("string"), "output": datasets.Value("string"), "image": datasets.Image()}
+    columns = {"input": ["a"], "output": ["b"], "image": [{"bytes": b"no image", "path": None}]}
+    datasets.Dataset.from_dict(columns, features=datasets.Features(kinds)).save_to_disk(str(tmp_path / "seen"))
+    train, _, _ = build(tokenizer, hf_dataset=str(tmp_path / "seen"), do_validation=False, do_test=False)
+    assert "field 'image' is ignored in 1" in str(train.report)
+
+
+def test_a_saved_dataset_without_rows_is_named(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"text": []}).save_to_disk(str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="none' can't be opened"):
+        open_hf_dataset(tmp_path / "none")
+
+
 def test_what_is_no_saved_dataset_is_named(tmp_path):
     pytest.importorskip("datasets")
     with pytest.raises(FileNotFoundError, match="dataset.hf_dataset='squad' is no directory: expected one that"):

@@ -51,9 +51,13 @@ class PromptFormat:
         self.label_key = options.label_key
         where = f"dataset.dataset_kwargs.prompt_template={options.prompt_template!r}"
         try:
-            self.parts = [(literal, name) for literal, name, _, _ in string.Formatter().parse(options.prompt_template)]
+            parsed = list(string.Formatter().parse(options.prompt_template))
         except ValueError as error:
             raise ValueError(f"{where} cannot be parsed ({error}): expected text with {{field}} names") from error
+        self.parts = [(literal, name) for literal, name, _, _ in parsed]
+        changed = next((name for _, name, specification, conversion in parsed if specification or conversion), None)
+        if changed is not None:
+            raise ValueError(f"{where} formats {changed!r}: expected its name alone, as {{{changed}}}")
         names = [name for _, name in self.parts]
         self.fields = frozenset(name for name in names if name is not None)
         self.if_ignored = f"{where} doesn't name it: put {{{{key}}}} into it, or take the field out of the data"

@@ -3,6 +3,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -103,11 +104,19 @@ def open_hf_dataset(directory: str | Path) -> dict[str | None, ArrowSource]:
         ) from error
     try:
         found = load_from_disk(str(directory))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:  # the library's IndexError: it holds no row
         reason = " ".join(str(error).split())
         raise ValueError(f"{where} can't be opened ({reason}): expected what datasets' save_to_disk wrote") from error
     splits = {None: found} if isinstance(found, Dataset) else dict(found)
-    return {split: ArrowSource(Path(directory), split, dataset) for split, dataset in splits.items()}
+    return {split: ArrowSource(Path(directory), split, _undecoded(dataset)) for split, dataset in splits.items()}
+
+
+def _undecoded(dataset: Any) -> Any:
+    """The dataset with images and sounds as they were saved: no part of a sample takes them."""
+    for name, feature in dataset.features.items():
+        if getattr(feature, "decode", False):
+            dataset = dataset.cast_column(name, replace(feature, decode=False))
+    return dataset
 
 
 def without_nulls(value: Any) -> Any:
