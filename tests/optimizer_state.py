@@ -6,14 +6,15 @@ It looks at what is stepped on, never at what a checkpoint would hold, so that t
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
-
-KINDS = ("master", "exp_avg", "exp_avg_sq")
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ class Slice:
     """Two matrices on top of each other, each of which is cut."""
     start: int
     tensors: dict[str, torch.Tensor]
-    """FP32, flat, from `start` on, by `KINDS`."""
+    """FP32, flat, from `start` on: `master`, and Adam's moments or SGD's momentum."""
     step: float
-    """Adam's counter."""
+    """Adam's counter; 0 for SGD."""
     held_bytes: int
     """Of memory that the tensors keep alive: more than their own where they are views."""
 
@@ -42,10 +43,25 @@ def slices_of(model: list[Any], optimizer: Any) -> list[Slice]:
     """A copy of all that this rank steps on."""
     names = _names(model)
     return [
-        _slice(child, param, *names[param])
+        _slice(child, param, stepped_on, start, *names[param])
         for child in optimizer.chained_optimizers
-        for param in child.model_param_group_index_map
+        for param, stepped_on, start in _stepped_on(child)
     ]
+
+
+def _stepped_on(optimizer: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    """Each parameter, what an optimizer steps on for it on this rank, and from which of its elements on."""
+    if isinstance(optimizer, DistributedOptimizer):
+        for param, (group, place) in optimizer.model_param_group_index_map.items():
+            stepped_on = optimizer.optimizer.param_groups[group]["params"][place]
+            yield param, stepped_on, optimizer._get_model_param_range_map(param)["param"].start
+        return
+    of_masters = {}
+    if isinstance(optimizer, Float16OptimizerWithFloat16Params):
+        for params, masters in zip(optimizer.float16_groups, optimizer.fp32_from_float16_groups, strict=True):
+            of_masters.update(zip(masters, params, strict=True))
+    for stepped_on in (param for group in optimizer.optimizer.param_groups for param in group["params"]):
+        yield of_masters.get(stepped_on, stepped_on), stepped_on, 0
 
 
 def whole_state(slices_by_rank: list[list[Slice]], *, vocab_size: int) -> dict[str, torch.Tensor]:
@@ -59,7 +75,7 @@ def whole_state(slices_by_rank: list[list[Slice]], *, vocab_size: int) -> dict[s
     for name in dict.fromkeys(one.name for one in slices):
         of_name = [one for one in slices if one.name == name]
         ranks = sorted({one.tensor_rank for one in of_name})
-        for kind in KINDS:
+        for kind in of_name[0].tensors:
             parts = [_joined([one for one in of_name if one.tensor_rank == rank], kind) for rank in ranks]
             tensor = _uncut(parts, of_name[0].axis, is_gated=of_name[0].is_gated)
             whole[f"{kind} {name}"] = tensor[:vocab_size] if "embedding" in name or "output_layer" in name else tensor
@@ -98,25 +114,26 @@ def _tensor_rank(name: str) -> int:
     return mpu.get_expert_tensor_parallel_rank() if is_expert else mpu.get_tensor_model_parallel_rank()
 
 
-def _slice(optimizer: Any, param: torch.Tensor, name: str, is_gated: bool) -> Slice:
-    group, place = optimizer.model_param_group_index_map[param]
+def _slice(
+    optimizer: Any, param: torch.Tensor, stepped_on: torch.Tensor, start: int, name: str, is_gated: bool
+) -> Slice:
     inner = optimizer.optimizer
-    stepped_on = inner.param_groups[group]["params"][place]
     stepping = [inner]
     if isinstance(inner, HybridDeviceOptimizer):
         stepped_on, stepping = inner.param_to_inner_param[stepped_on], inner.sub_optimizers
-    (state,) = [one.state[stepped_on] for one in stepping if stepped_on in one.state]
-    tensors = {"master": stepped_on, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+    (state,) = [one.state[stepped_on] for one in stepping if stepped_on in one.state] or [{}]  # SGD before its first
+    moments = {key: state[key] for key in ("exp_avg", "exp_avg_sq", "momentum_buffer") if key in state}
+    tensors = {"master": stepped_on, **moments}
     return Slice(
         name=name,
         tensor_rank=_tensor_rank(name),
         shape=tuple(param.shape),
         axis=param.partition_dim if getattr(param, "tensor_model_parallel", False) else None,
         is_gated=is_gated,
-        start=optimizer._get_model_param_range_map(param)["param"].start,
-        tensors={kind: tensor.detach().clone().cpu() for kind, tensor in tensors.items()},
-        step=float(state["step"]),
-        held_bytes=sum(state[kind].untyped_storage().nbytes() for kind in ("exp_avg", "exp_avg_sq")),
+        start=start,
+        tensors={kind: tensor.detach().clone().cpu().view(-1) for kind, tensor in tensors.items()},
+        step=float(state.get("step", 0)),
+        held_bytes=sum(tensor.untyped_storage().nbytes() for tensor in moments.values()),
     )
 
 

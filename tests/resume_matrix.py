@@ -65,6 +65,8 @@ class Saved:
     layout: str = "DP 2"
     """In `LAYOUTS`."""
     precision: str = "bf16"
+    optimizer: str = "distributed"
+    """Or, each rank stepping on all of its weights, "adam" or "sgd"."""
     fraction: float = 1.0
     """Of the optimizer on the CPU; 0: no offload."""
     precision_aware: bool = False
@@ -76,6 +78,8 @@ class Saved:
         mode = "aware" if self.precision_aware else "shards"
         overlap = "overlap" if self.overlap else "serial"
         model = f"{self.kind}-{self.layout}".replace(", ", "+").replace(" ", "")
+        if self.optimizer != "distributed":
+            return f"{model}-{self.precision}-{self.optimizer}"
         return f"{model}-{self.precision}-{mode}-{self.fraction}-{overlap}-{self.form.partition('_')[0]}"
 
 
@@ -106,7 +110,11 @@ class Cell:
 
 def every_cell() -> list[Cell]:
     """The whole matrix."""
-    return [*(Cell(saved, change) for saved in _every_saved() for change in _changes_of(saved)), *OTHERS]
+    return [
+        *(Cell(saved, change) for saved in _every_saved() for change in _changes_of(saved)),
+        *OTHERS,
+        *NOT_DISTRIBUTED,
+    ]
 
 
 def _every_saved() -> Iterator[Saved]:
@@ -117,9 +125,9 @@ def _every_saved() -> Iterator[Saved]:
     ):
         if (kind, layout, form) == ("experts", "DP 2", "dp_reshardable"):
             continue  # the experts are parameters like any other
-        yield Saved(kind, layout, precision, 0.0, form=form)
+        yield Saved(kind, layout, precision, fraction=0.0, form=form)
         for fraction, aware, overlap in itertools.product((0.5, 1.0), (False, True), (False, True)):
-            yield Saved(kind, layout, precision, fraction, aware, overlap, form)
+            yield Saved(kind, layout, precision, "distributed", fraction, aware, overlap, form)
 
 
 def _changes_of(saved: Saved) -> list[str]:
@@ -164,12 +172,44 @@ OTHERS = [
 """Beside the product: what is special about one model or layout."""
 
 
+def _plain(optimizer: str, precision: str = "bf16", kind: str = "dense", layout: str = "DP 2") -> Saved:
+    return Saved(kind, layout, precision, optimizer, fraction=0.0)
+
+
+NOT_DISTRIBUTED = [
+    *(
+        Cell(_plain(optimizer, precision), change)
+        for optimizer in ("adam", "sgd")
+        for precision in ("bf16", "fp16", "fp32")
+        for change in (SAME, "DP 1", "DP 4", "TP 2", "PP 2")
+    ),
+    *(
+        Cell(_plain(optimizer, precision, *model))
+        for optimizer in ("adam", "sgd")
+        for precision in ("bf16", "fp32")
+        for model in (("experts", "EP 2"), ("FP32 norms", "DP 2"), ("tied", "PP 2"))
+    ),
+    Cell(_plain("adam", kind="tied", layout="PP 2"), "DP 2"),
+    Cell(_plain("adam", "fp32", "dense", "TP 2"), "PP 2"),
+]
+"""Without the distributed optimizer, which offload needs: state is stored by weight, and fits any layout."""
+
+NOT_DISTRIBUTED_IN_SHORT = [
+    Cell(_plain("adam")),
+    Cell(_plain("adam"), "TP 2"),
+    Cell(_plain("sgd", "fp16")),
+    Cell(_plain("sgd", "fp16"), "PP 2"),
+    Cell(_plain("adam", "fp32"), "DP 1"),
+    Cell(_plain("sgd", "fp32", "experts", "EP 2")),
+]
+
+
 def cut(cells: list[Cell]) -> list[Cell]:
     """A few cells in which each value of each axis meets each value of each other that it meets in all of them.
 
-    Of what is refused, one of each kind.
+    Of what is refused, one of each kind; of what isn't distributed, a few.
     """
-    product = [cell for cell in cells if cell not in OTHERS]
+    product = [cell for cell in cells if cell not in OTHERS and cell not in NOT_DISTRIBUTED]
     left = {pair for cell in product for pair in _pairs(cell)}
     chosen: list[Cell] = []
     while left:
@@ -177,7 +217,7 @@ def cut(cells: list[Cell]) -> list[Cell]:
         best = max(product, key=lambda cell: (len(left & _pairs(cell)), cell.saved in runs))
         chosen.append(best)
         left -= _pairs(best)
-    return chosen + OTHERS
+    return chosen + OTHERS + NOT_DISTRIBUTED_IN_SHORT
 
 
 def _pairs(cell: Cell) -> set[Any]:

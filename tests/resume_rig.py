@@ -67,7 +67,7 @@ class Witness(Recorder):
         self._save(context)
         if not self._saves:
             self.seen.loaded = slices_of(context.model, context.optimizer)
-        buffers = [buffer for child in context.optimizer.chained_optimizers for buffer in child.buffers]
+        buffers = [buffer for chunk in context.model for buffer in chunk.buffers]
         self.seen.padded_buckets = sum(
             bucket.grad_data.numel() > bucket.numel_unpadded for buffer in buffers for bucket in buffer.buckets[:-1]
         )
@@ -98,7 +98,7 @@ class Witness(Recorder):
         super().on_train_end(context)
         self.seen.weights, self.seen.ended = self.weights_after, slices_of(context.model, context.optimizer)
         self.seen.moved = differing(self.weights_before, self.weights_after)
-        scalers = [child.grad_scaler for child in context.optimizer.chained_optimizers]
+        scalers = [vars(child).get("grad_scaler") for child in context.optimizer.chained_optimizers]
         self.seen.end = {
             "train state": self.train_state,
             "loss scaler": [scaler and {k: float(v) for k, v in scaler.state_dict().items()} for scaler in scalers],
@@ -125,11 +125,14 @@ def resume_config(
     model = {**MODELS[saved.kind], **{option: sizes.get(size, 1) for size, option in PARALLEL_SIZES.items()}}
     model["sequence_parallel"] = saved.kind == "experts" and "TP" in sizes  # which Core wants of them
     data_parallel_size = dist.get_world_size() // (sizes.get("TP", 1) * sizes.get("PP", 1))
+    is_distributed = saved.optimizer == "distributed"
     cfg = tiny_config(
         directory,
         train_iters=steps,
         model=model,
         optimizer={
+            "optimizer": "adam" if is_distributed else saved.optimizer,
+            "use_distributed_optimizer": is_distributed,
             "optimizer_cpu_offload": fraction > 0,
             "optimizer_offload_fraction": fraction,
             "overlap_cpu_optimizer_d2h_h2d": saved.overlap and fraction > 0,
@@ -139,7 +142,7 @@ def resume_config(
         scheduler={"lr_warmup_iters": 2, "lr_decay_iters": 10, "override_opt_param_scheduler": still},
         train={"micro_batch_size": GLOBAL_BATCH // data_parallel_size, "global_batch_size": GLOBAL_BATCH},
         dataset={"dataloader_type": "cyclic"},
-        ddp=ddp,
+        ddp={**ddp, "use_distributed_optimizer": is_distributed},
         checkpoint={
             "save": None,
             "pretrained_checkpoint": f"{directory}/{saved.kind}",

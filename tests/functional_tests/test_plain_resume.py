@@ -11,23 +11,14 @@ from megatron.bridge.training.optimizer_chain import in_this_chain
 from tests.on_ranks import Recorder, differing
 from tests.ranks import run_on_ranks
 from tests.resume_rig import without_repairs
-from tests.tiny import tiny_config
+from tests.tiny import fp32_norm_layer_spec, tiny_config
 
 PLAIN = {"use_distributed_optimizer": False}
-EXPERTS = {
-    "num_moe_experts": 4,
-    "moe_router_topk": 2,
-    "moe_ffn_hidden_size": 32,
-    "moe_token_dispatcher_type": "alltoall",
-    "expert_model_parallel_size": 2,
-}
 RUNS = {
     "FP32": (None, {}, {}),
-    "FP32, SGD": ("fp32", {"optimizer": "sgd"}, {}),
     "FP32, SGD without momentum": (None, {"optimizer": "sgd", "sgd_momentum": 0.0}, {}),
     "FP32, not clipped": (None, {"clip_grad": 0.0}, {}),
-    "FP32, experts": (None, {}, EXPERTS),
-    "bf16, SGD": ("bf16_mixed", {"optimizer": "sgd"}, {}),
+    "bf16, FP32 norms": ("bf16_mixed", {}, {"transformer_layer_spec": fp32_norm_layer_spec}),
     "FP16, each step overflows": ("fp16_mixed", {}, {}),
     "FP32, distributed": (None, {"use_distributed_optimizer": True}, {}),
 }

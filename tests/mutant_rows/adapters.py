@@ -109,11 +109,19 @@ ADAPTERS = (
         tests=(f"{_FROZEN}a_frozen_stage_resumes_without_the_distributed_optimizer[all]",),
     ),
     Mutant(
+        name="plain optimizer: state named after the 16-bit weights alone",
+        breaks="FP32 norms beside them: the save dies, or moments are another weight's",
+        file="src/megatron/bridge/training/cpu_offload/plain_state.py",
+        text="    if isinstance(optimizer, FP32Optimizer):\n        yield []\n",
+        replacement="    if True:\n        yield [[True] * 99] * 9\n",
+        tests=("tests/functional_tests/test_plain_resume.py::test_it_resumes_to_the_bit[bf16, FP32 norms]",),
+    ),
+    Mutant(
         name="frozen weights: masters in lists of other lengths",
         breaks="a plain optimizer's state can't be put together",
         file="src/megatron/bridge/training/cpu_offload/plain_state.py",
-        text="{number: masters for number, masters in enumerate(saved[MASTERS]) if masters}",
-        replacement="dict(enumerate(saved[MASTERS]))",
+        text="{number: of_group for number, of_group in enumerate(masters) if of_group}",
+        replacement="dict(enumerate(masters))",
         tests=(f"{_FROZEN}a_frozen_stage_resumes_without_the_distributed_optimizer[all]",),
     ),
     Mutant(

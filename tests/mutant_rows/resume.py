@@ -59,7 +59,7 @@ THE_REPAIRS = (
     _without("reshardable state", "reshardable_state", RESHARDED),
     _without("flat step", "flat_step", f"{_REPAIRED}parameters_share_an_optimizer_on_the_host"),
     _without("flat shards", "flat_shards", f"{_REPAIRED}shards_cross_in_few_copies"),
-    _without("plain state", "plain_state", f"{_PLAIN}it_resumes_to_the_bit[FP32, SGD]"),
+    _without("plain state", "plain_state", f"{_PLAIN}it_resumes_to_the_bit[bf16, FP32 norms]"),
     _without("finite gradients", "finite_gradients", f"{_FINITE}so_does_one_whose_norm_overflows"),
     _without("built once", "built_once", f"{_REPAIRED}only_what_a_rank_owns_is_copied"),
     Mutant(

@@ -51,6 +51,7 @@ def on_disk(tmp_path_factory):
 def plan_of(directory, options, *, load_required=True, local=None):
     """The plan of a finetune (or a pretraining) whose checkpoint options name directories of the fixture."""
     from megatron.bridge.training.checkpoint_plan import plan_load
+    from megatron.bridge.training.config_precedence import apply_mixed_precision
 
     checkpoint = dict(options)
     model = checkpoint.pop("model", {})
@@ -59,6 +60,7 @@ def plan_of(directory, options, *, load_required=True, local=None):
             checkpoint[option] = f"{directory}/{checkpoint[option]}"
     cfg = tiny_config(directory, checkpoint={"save": None, **checkpoint}, model=model)
     cfg._checkpoint_load_required = load_required
+    apply_mixed_precision(cfg)
     before = repr(cfg)
     try:
         return plan_load(cfg, local)

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import inspect
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,14 @@ from megatron.bridge.utils.distributed import on_all_ranks, rank, world_size
 COMMON_STATE = ShardedObject("common_state", None, (1,), (0,)).unique_key
 """Under this key later versions of Core keep, among the tensors, what is common to all ranks."""
 
+Advice = Callable[[list[str]], str]
+"""Says what to do, given the keys of the tensors that don't fit."""
+
+
+def load_another(keys: list[str]) -> str:
+    """The advice where all that is known are the keys."""
+    return "load a checkpoint of this model, or set the model's sizes to the checkpoint's"
+
 
 def load_sharded(
     sharded_state_dict: ShardedStateDict,
@@ -55,6 +63,7 @@ def load_sharded(
     exchange: str = "broadcast",
     check_sharding: bool = True,
     verify: bool = True,
+    advice: Advice = load_another,
 ) -> dict[str, Any]:
     """Read the tensors that a sharded state dict describes, with all ranks.
 
@@ -66,6 +75,7 @@ def load_sharded(
         exchange: Core's name of the way in which the group does so.
         check_sharding: Check that the template's parts, over all ranks, cover each tensor once.
         verify: Compare the tensors' files with the checksums in the manifest first, shared out among the ranks.
+        advice: Says what to do, given the keys of the tensors that don't fit.
 
     Returns:
         The template's structure with tensors in place of their descriptions, and the common state.
@@ -81,7 +91,7 @@ def load_sharded(
         if verify:
             check_files_of(directory, is_tensor_file, share=rank(), shares=world_size())
         common_state = read_common_state(directory, reader)
-        check_shapes(sharded_state_dict, directory, reader)
+        check_shapes(sharded_state_dict, directory, reader, advice)
         for wanted in _sharded_objects(sharded_state_dict):
             reader.read_object(wanted.unique_key)
     with _core_reads_plain_data(reader, common_state):
@@ -316,7 +326,10 @@ def check_files(directory: str | Path, reader: PlainReader | None = None) -> Non
 
 
 def check_shapes(
-    sharded_state_dict: ShardedStateDict, directory: str | Path, reader: PlainReader | None = None
+    sharded_state_dict: ShardedStateDict,
+    directory: str | Path,
+    reader: PlainReader | None = None,
+    advice: Advice = load_another,
 ) -> None:
     """Refuse a checkpoint whose tensors are not the ones the template asks for, before anything is read.
 
@@ -324,27 +337,25 @@ def check_shapes(
         sharded_state_dict: The template.
         directory: An iteration's.
         reader: As for `read_common_state`.
+        advice: As for `load_sharded`.
 
     Raises:
         ValueError: Names the first tensor that differs, how many others do, and both shapes.
     """
     stored = _stored_tensors(reader or PlainReader(directory))
-    wrong = []
+    wrong: dict[str, str] = {}
     for wanted in _sharded_tensors(sharded_state_dict):
         if wanted.allow_shape_mismatch:
             continue
         if wanted.key not in stored:
-            wrong.append(f"{wanted.key} is missing there, the run needs shape {tuple(wanted.global_shape)}")
+            wrong[wanted.key] = f"is missing there, the run needs shape {tuple(wanted.global_shape)}"
         elif tuple(stored[wanted.key].global_shape) != tuple(wanted.global_shape):
             found = tuple(stored[wanted.key].global_shape)
-            wrong.append(f"{wanted.key} has shape {found} there, the run needs {tuple(wanted.global_shape)}")
-    wrong = list(dict.fromkeys(wrong))
+            wrong[wanted.key] = f"has shape {found} there, the run needs {tuple(wanted.global_shape)}"
     if wrong:
+        first = " ".join(next(iter(wrong.items())))
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise ValueError(
-            f"{directory} doesn't fit this model: {wrong[0]}{more}; "
-            "load a checkpoint of this model, or set the model's sizes to the checkpoint's"
-        )
+        raise ValueError(f"{directory} doesn't fit this model: {first}{more}; {advice(list(wrong))}")
 
 
 def _stored_tensors(reader: PlainReader) -> dict[str, ShardedTensor]:

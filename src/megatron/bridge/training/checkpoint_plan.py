@@ -16,6 +16,7 @@ from megatron.bridge.checkpoint.sharded_state import read_common_state, stored_c
 from megatron.bridge.training.config import CheckpointConfig, ConfigContainer
 from megatron.bridge.training.local_checkpoint import CORE_RELEASE, LocalCheckpoint
 from megatron.bridge.training.resumed_adapters import check_adapters
+from megatron.bridge.training.resumed_optimizer import check_kind_of_optimizer
 from megatron.bridge.utils.distributed import world_size
 
 RunConfig = dict[str, Any]
@@ -166,8 +167,9 @@ def _plan_resume(cfg: ConfigContainer, root: str, *, option: str) -> LoadPlan:
         OPTIMIZER_KEY.match(key) for key in stored_shapes(directory)
     )
     if checkpoint.load_optim and holds_optimizer:
-        _check_kind_of_optimizer(cfg, directory, content_metadata)
-        _check_optimizer_layout(cfg, saved, directory, content_metadata.get("distrib_optim_sharding_type"))
+        check_kind_of_optimizer(cfg, saved, directory, content_metadata)
+        if not content_metadata or "distrib_optim_sharding_type" in content_metadata:  # else it is stored by weight
+            _check_optimizer_layout(cfg, saved, directory, content_metadata.get("distrib_optim_sharding_type"))
     plan = _whole_resume(cfg, directory, Source.MEGATRON, saved=saved, holds_optimizer=holds_optimizer)
     return replace(plan, content_metadata=content_metadata)
 
@@ -248,23 +250,6 @@ def _changed_layout(cfg: ConfigContainer, saved: RunConfig, sizes: tuple[str, ..
         if now is not None and was != now:
             return f"{short} {was} -> {now}"
     return None
-
-
-def _check_kind_of_optimizer(cfg: ConfigContainer, directory: Path, content_metadata: dict[str, Any]) -> None:
-    """What the distributed optimizer saves, only it can load, and only that.
-
-    Raises:
-        ValueError: The checkpoint says that it was the other kind.
-    """
-    was, now = "distrib_optim_sharding_type" in content_metadata, bool(cfg.ddp.use_distributed_optimizer)
-    if content_metadata and was != now:
-        kinds = {True: "the distributed optimizer", False: "an optimizer that is not distributed"}
-        value = str(was).lower()
-        raise ValueError(
-            f"{directory} (checkpoint.load) holds the state of {kinds[was]}, and this run has {kinds[now]}: set "
-            f"optimizer.use_distributed_optimizer={value} and ddp.use_distributed_optimizer={value}, or load its "
-            "weights alone with checkpoint.load_optim=false"
-        )
 
 
 def _check_optimizer_layout(cfg: ConfigContainer, saved: RunConfig, directory: Path, sharding_type: str | None) -> None:

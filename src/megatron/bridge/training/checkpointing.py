@@ -42,6 +42,7 @@ from megatron.bridge.training.local_checkpoint import (
     read_local,
     save_local,
 )
+from megatron.bridge.training.resumed_optimizer import advice_on
 from megatron.bridge.training.resumed_schedule import load_optimizer
 from megatron.bridge.training.rng_state import get_rng_state, restore_rng_state
 from megatron.bridge.training.state import GlobalState
@@ -378,6 +379,7 @@ def _load_megatron(
             exchange=cfg.checkpoint.ckpt_fully_parallel_load_exchange_algo,
             check_sharding=cfg.checkpoint.ckpt_load_validate_sharding_integrity,
             verify=cfg.checkpoint.verify_integrity,
+            advice=advice_on(model),
         )
     is_wanted = {} if cfg.peft is None else {"is_wanted": cfg.peft.adapter_key_filter}
     load_model_state_dict(model, loaded, strict=strict, **is_wanted)

@@ -7,9 +7,13 @@ tensors that are not there, or dies with KeyError at the next step. And Transfor
 step in the param groups, torch's beside the moments: what one saved, the other resumes with a step of its own.
 
 What rank 0 saves of it is what all ranks resume from. Where it trains nothing (a frozen stage, no expert of its own) it
-saves no step, and empty lists that fit no other rank's.
+saves no step, and empty lists that fit no other rank's. And Core names the state after the 16-bit parameters alone:
+with FP32 ones among them, no run could be saved.
 """
 
+import contextlib
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -37,12 +41,14 @@ def _state_from_step_zero(base: type) -> type:
             self, model_sharded_state_dict: Any, is_loading: bool = False, metadata: dict[str, Any] | None = None
         ) -> Any:
             allocate_state(self.optimizer)  # instead of what `is_loading` would do
-            saved = super().sharded_state_dict(model_sharded_state_dict, is_loading=False, metadata=metadata)
+            with _all_parameters_in_order(self) as are_masters:
+                saved = super().sharded_state_dict(model_sharded_state_dict, is_loading=False, metadata=metadata)
             if has_no_parameters(self.optimizer):
                 _keep_step_without_parameters(saved.get("optimizer", saved))
             if MASTERS in saved:
+                masters = map(list, map(itertools.compress, saved[MASTERS], are_masters))
                 # By number: Core takes what is empty out of a list, and the rest moves up.
-                saved[MASTERS] = {number: masters for number, masters in enumerate(saved[MASTERS]) if masters}
+                saved[MASTERS] = {number: of_group for number, of_group in enumerate(masters) if of_group}
             return saved
 
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -56,6 +62,27 @@ def _state_from_step_zero(base: type) -> type:
                     group["step"] = int(step)
 
     return StateFromStepZero
+
+
+@contextlib.contextmanager
+def _all_parameters_in_order(optimizer: MegatronOptimizer) -> Iterator[list[list[bool]]]:
+    """Inside, Core names state by all parameters in the inner optimizer's order, not by the 16-bit ones alone.
+
+    Yields:
+        Of each group's parameters, whether they are masters of 16-bit ones.
+    """
+    if isinstance(optimizer, FP32Optimizer):
+        yield []
+        return
+    own = optimizer.float16_groups, optimizer.fp32_from_float16_groups
+    model_param = dict(zip(*(itertools.chain.from_iterable(groups) for groups in reversed(own)), strict=True))
+    stepped_on = [list(group["params"]) for group in optimizer.optimizer.param_groups]
+    optimizer.float16_groups = [[model_param.get(param, param) for param in group] for group in stepped_on]
+    optimizer.fp32_from_float16_groups = stepped_on
+    try:
+        yield [[param in model_param for param in group] for group in stepped_on]
+    finally:
+        optimizer.float16_groups, optimizer.fp32_from_float16_groups = own
 
 
 def _keep_step_without_parameters(saved: dict[str, Any]) -> None:
