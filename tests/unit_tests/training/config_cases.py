@@ -55,6 +55,29 @@ GOOD = {
 """Overrides and ranks."""
 
 BAD = {
+    "check_numbers_are_finite": [
+        (["optimizer.lr=nan"], 1, "optimizer.lr=nan: expected a finite number"),
+        (["optimizer.clip_grad=nan"], 1, "optimizer.clip_grad=nan"),
+        (["optimizer.lr=.inf"], 1, "optimizer.lr=inf"),
+        (["model.layernorm_epsilon=nan"], 1, "model.layernorm_epsilon=nan"),
+    ],
+    "check_paths_are_not_empty": [
+        ([f"{option}="], 1, f"{option} is empty: set a text, or null")
+        for option in ("checkpoint.save", "checkpoint.load", "logger.tensorboard_dir", "tokenizer.tokenizer_model")
+    ],
+    "check_optimizer_numbers_are_in_range": [
+        (["optimizer.clip_grad=-1"], 1, "optimizer.clip_grad is -1.0: set 0 to clip nothing"),
+        (["optimizer.adam_beta1=1.0"], 1, "optimizer.adam_beta1 is 1.0"),
+        (["optimizer.adam_beta2=-0.1"], 1, "optimizer.adam_beta2 is -0.1"),
+        (["optimizer.adam_eps=-1e-8"], 1, "optimizer.adam_eps is -1e-08"),
+    ],
+    "check_router_losses_have_weights": [
+        (["model.num_moe_experts=4", "model.moe_aux_loss_coeff=[0.1,0.2]"], 1, "expected one coefficient for each"),
+        (["model.num_moe_experts=4", "model.moe_aux_loss_coeff=-0.1"], 1, "model.moe_aux_loss_coeff=-0.1: it can't"),
+        (["model.num_moe_experts=4", "model.moe_z_loss_coeff=-1"], 1, "model.moe_z_loss_coeff=-1.0: it can't"),
+        (["model.moe_aux_loss_coeff=0.1"], 1, "model.moe_aux_loss_coeff=0.1 in a model without experts"),
+        (["model.moe_z_loss_coeff=0.1"], 1, "model.moe_z_loss_coeff=0.1 in a model without experts"),
+    ],
     "check_model_has_a_size": [(["model.num_layers=0"], 1, "model.num_layers is not set")],
     "check_parallel_sizes_are_positive": [
         (["model.pipeline_model_parallel_size=0"], 1, "model.pipeline_model_parallel_size is 0")

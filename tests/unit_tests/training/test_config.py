@@ -258,6 +258,13 @@ def test_runtime_update_resolves_everything_once(monkeypatch):
     assert cfg.to_dict() == once
 
 
+def test_a_variable_of_the_environment_has_no_parts():
+    with pytest.raises(
+        ValueError, match=r"env_vars\.A is {'B': '1'}: expected a text; names of variables have no dots"
+    ):
+        runtime_config_update(make_config("env_vars.A.B=1"))
+
+
 def test_pipeline_stages_exchange_the_weights_format_unless_told_otherwise(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     cfg = make_config("model.pipeline_model_parallel_size=2")

@@ -199,6 +199,25 @@ def test_nothing_to_override():
     assert process_config_with_overrides(make_config()) == make_config()
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("results/my #1", "results/my #1"),
+        ("#1", "#1"),
+        ("~", "~"),
+        ("|", "|"),
+        ("a: b", "a: b"),
+        ("'a #1'", "a #1"),
+        ("'null'", "null"),
+        (" x ", "x"),
+        ("", ""),
+        ("Null", None),
+    ],
+)
+def test_a_text_stands_as_it_is_unless_it_is_quoted_or_null(text, value):
+    assert apply_overrides(make_config(), [f"checkpoint.save={text}"]).checkpoint.save == value
+
+
 def test_a_files_keys_may_be_paths(tmp_path):
     cfg, path = make_config(), tmp_path / "more.yaml"
     path.write_text(

@@ -266,6 +266,8 @@ def runtime_config_update(cfg: ConfigContainer) -> None:
     for name, value in cfg.env_vars.items():
         if name.startswith(_VARIABLES_OF_CODE):
             raise ValueError(f"env_vars.{name} would make processes load other code: set it where the run is started")
+        if not isinstance(value, str | int | float):
+            raise ValueError(f"env_vars.{name} is {value!r}: expected a text; names of variables have no dots")
         os.environ.setdefault(name, str(value))
     _move_deprecated_fields(cfg)
     apply_mixed_precision(cfg)

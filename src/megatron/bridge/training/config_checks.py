@@ -15,6 +15,7 @@ from megatron.core.dist_checkpointing import tensor_aware_state_dict
 from megatron.bridge.peft.base import PEFT
 from megatron.bridge.training.config_checks_optimizer import OPTIMIZER_RULES
 from megatron.bridge.training.config_checks_parallel import PARALLEL_RULES, check_virtual_pipeline_fits
+from megatron.bridge.training.config_checks_values import VALUE_RULES
 from megatron.bridge.training.config_derived import data_parallel_size, derive, global_batch_size
 from megatron.bridge.training.config_unsupported import check_comm_overlap_is_off, check_options_are_built
 from megatron.bridge.training.profiling import check_profiles_have_a_place
@@ -220,6 +221,7 @@ def check_exchange_suits_the_backend(cfg: "ConfigContainer", world_size: int) ->
 
 
 RULES: tuple[Callable[["ConfigContainer", int], None], ...] = (
+    *VALUE_RULES,
     *PARALLEL_RULES,
     check_global_batch_is_divisible,
     check_evaluation_batch_is_divisible,

@@ -21,6 +21,9 @@ __all__ = ["apply_mapping", "apply_overrides", "nearest"]
 
 _OVERRIDE = re.compile(r"^(?P<action>\+\+|\+|~)?(?P<key>[A-Za-z_][\w.-]*)(?:=(?P<value>.*))?$", re.DOTALL)
 _MISSING = object()
+_QUOTES_AND_BRACKETS = ("'", '"', "[", "{")
+_NULLS = ("null", "Null", "NULL", "None")
+"""`None` is Python's spelling; nobody means a directory of that name."""
 
 
 def apply_overrides(config: Any, overrides: Iterable[str]) -> Any:
@@ -179,8 +182,11 @@ def _value(text: str, hint: Any, key: str, *, current: Any) -> Any:
     """The value that a text stands for, in the option's type."""
     plain = _plain(text)
     takes_text = any(member is str for member in members_of(hint))
-    if plain == "None" and type(None) in members_of(hint):
-        plain = None  # Python's spelling of null; nobody means a directory of that name
+    if takes_text and isinstance(plain, str | None) and not text.startswith(_QUOTES_AND_BRACKETS):
+        # As it stands: YAML would take `~` and `#1` for nothing, and cut `my run #1` off.
+        plain = text.strip()
+    if plain in _NULLS and not text.startswith(_QUOTES_AND_BRACKETS) and type(None) in members_of(hint):
+        plain = None
     if isinstance(plain, Mapping) and dataclasses.is_dataclass(current) and "_target_" not in plain:
         return apply_mapping(current, plain, where=key)
     try:
@@ -188,7 +194,7 @@ def _value(text: str, hint: Any, key: str, *, current: Any) -> Any:
             return from_yaml_dict(plain, expected=hint, where=key)
         return fit(plain, hint, where=key)
     except ValueError:
-        if takes_text and not text.startswith(("[", "{")):
+        if takes_text and not text.startswith(_QUOTES_AND_BRACKETS[2:]):
             return text
         raise
 
