@@ -112,10 +112,3 @@ def test_what_a_shard_holds_counts_though_no_index_names_it(tmp_path, tensors):
     (tmp_path / "more").rename(tmp_path / "model-00002-of-00002.safetensors")
     with pytest.raises(ValueError, match="model-00002-of-00002.safetensors both hold 'b': expected it once"):
         HFWeights(tmp_path).files  # noqa: B018
-
-
-def test_an_adapter_beside_the_model_is_named(tmp_path, tensors):
-    write(tmp_path, tensors)
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "other"}')
-    with pytest.raises(ValueError, match=r"adapter_config\.json stands beside the model: .* merge the two"):
-        HFWeights(tmp_path).files  # noqa: B018

@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from megatron.bridge.models.conversion.export import export_weights
 from megatron.bridge.models.conversion.generation_config import FILE as GENERATION_FILE
 from megatron.bridge.models.conversion.generation_config import end_ids, generation_config_of_model
-from megatron.bridge.models.conversion.hf_weights import ADAPTER_FILE
 from megatron.bridge.models.conversion.mapping import WeightMapping, replicated
 from megatron.bridge.models.conversion.tasks import ConversionTask, WeightPlace, all_places, local_tasks, model_config
 from megatron.bridge.models.conversion.text_files import TextFiles
@@ -27,7 +26,7 @@ from megatron.bridge.utils.files import replaced_directory, use_umask
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE, WEIGHTS_FILE = ADAPTER_FILE, "adapter_model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _PEFT_NAMES = {
     "linear_in.weight": "lora_A.weight",

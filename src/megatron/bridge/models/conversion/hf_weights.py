@@ -19,7 +19,6 @@ logger = logging.getLogger(__name__)
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-ADAPTER_FILE = "adapter_config.json"
 
 
 class HFWeights:
@@ -41,14 +40,9 @@ class HFWeights:
 
         Raises:
             FileNotFoundError: No safetensors weights, or a shard that the index names is missing.
-            ValueError: A file is damaged or half-written, a shard lacks a tensor that the index puts there, two shards
-                hold the same one, or there is an adapter beside them.
+            ValueError: A file is damaged or half-written, a shard lacks a tensor that the index puts there, or two
+                shards hold the same one.
         """
-        if (self.directory / ADAPTER_FILE).is_file():
-            raise ValueError(
-                f"{self.directory / ADAPTER_FILE} stands beside the model: transformers loads the base that it names, "
-                "and the adapter; merge the two (peft's merge_and_unload), or move the adapter elsewhere"
-            )
         index, single = self.directory / INDEX_FILE, self.directory / SINGLE_FILE
         if single.is_file():
             if index.is_file():
