@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Whether a checkpoint's optimizer state is of the kind that this run has, and what to do where it isn't."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ def advice_on(model: Sequence[Any]) -> Advice:
     return advice
 
 
-def _weights(model: dict[str, Any]) -> str:
+def _weights(model: Mapping[str, Any]) -> str:
     """The format of a model's weights."""
     return "BF16" if model["bf16"] else "FP16" if model["fp16"] else "FP32"
 
