@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tests.on_ranks import differing, fill_weights
+from tests.on_ranks import differing, fill_weights, weights_of
 from tests.sync_rig import STEPS, Cell, Rig, Run, Stepper, Trace, config, offload_options, start
 
 ADAMS_APART = 2 * STEPS * 1e-3
@@ -184,3 +184,29 @@ def _apart(traced: Trace, reference: Trace, *, tolerance: float) -> str:
     if not tolerance and traced.losses and traced.losses != reference.losses:
         return f"losses {traced.losses}, expected {reference.losses}"
     return ""
+
+
+def load_mixed_chain(directory: Path, cell: Cell, offloaded: int) -> tuple[int, int, dict[str, float]]:
+    """Load weights alone into a chain of two optimizers of which one is offloaded.
+
+    Returns:
+        The masters, how many of them don't equal their weight, and what a step with learning rate 0 moves.
+    """
+    rig = Rig(directory, cell.model)
+    try:
+        fill_weights(rig.whole, seed=99)
+        checkpoint = WAYS["pretrained checkpoint"]
+        cfg = config(directory, cell.model, offload=offload_options(cell), checkpoint=checkpoint)
+        plain = start(config(directory, cell.model, offload={}, checkpoint={}), rig.whole)
+        run = start(cfg, rig.whole)
+        run.optimizer.chained_optimizers[1 - offloaded] = plain.optimizer.chained_optimizers[1 - offloaded]
+        load(run)
+        pairs = copies_and_weights(run.optimizer)
+        stale = [copy for copy, weight in pairs if not torch.equal(copy.float().cpu(), weight.float().cpu())]
+        before = weights_of(run.model)
+        for group in run.optimizer.param_groups:
+            group["lr"] = 0.0
+        Stepper(run, None).step()
+        return len(pairs), len(stale), differing(before, weights_of(run.model))
+    finally:
+        rig.close()

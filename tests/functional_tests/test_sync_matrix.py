@@ -12,7 +12,7 @@ import pytest
 from megatron.core.dist_checkpointing.tensor_aware_state_dict import HAVE_NVRX
 
 from tests.ranks import run_on_ranks
-from tests.sync_matrix import WAYS, run_cells
+from tests.sync_matrix import WAYS, load_mixed_chain, run_cells
 from tests.sync_rig import LAYOUTS, Cell, Model
 from tests.tiny import tiny_config
 
@@ -65,6 +65,17 @@ def test_every_way_in(cell, verdicts_of, cell_counts):
     wrong = verdicts_of(cell, ways)
     cell_counts.add(passed=len(ways) - len(wrong), failed=len(wrong))
     assert wrong == {}
+
+
+@pytest.mark.parametrize(
+    ("precision_aware", "offloaded"), [(False, 0), (True, 1)], ids=["experts_on_the_device", "experts_offloaded"]
+)
+def test_masters_follow_the_weights_in_a_chain_that_is_offloaded_in_part(written_model, precision_aware, offloaded):
+    """Core's reload rebuilds the masters of the member without offload, and the sync those of the other."""
+    cell = Cell(Model(kind="experts"), precision_aware=precision_aware)
+    for copies, stale, drift in run_on_ranks(load_mixed_chain, 2, written_model(cell.model, 2), cell, offloaded):
+        assert copies > 5 and stale == 0
+        assert drift == {}
 
 
 REFUSED = {

@@ -13,10 +13,20 @@ _GUARDED = (
 _MAIN = "tests/functional_tests/test_main_params.py::test_masters_hold_what_the_checkpoint_holds"
 _PLAN = "tests/unit_tests/training/test_checkpoint_plan.py::test_plan"
 
-_BRING = """        if not restored:
-            sync_hybrid_optimizer_param_copies(optimizer, main_params)
-        check_hybrid_optimizer_param_copies(optimizer, exact=not restored and main_params is None)
+_RELOAD = """        if not restored and (cfg.model.fp16 or cfg.model.bf16):
+            optimizer.reload_model_params(state_dict=main_params)
 """
+_SYNC = """            if not restored:  # after the reload, which leaves offloaded copies as they were
+                sync_hybrid_optimizer_param_copies(optimizer, main_params)
+"""
+_CHECK = """            check_hybrid_optimizer_param_copies(optimizer, exact=not restored and main_params is None)
+"""
+_BRING = _SYNC + _CHECK
+_AFTER = "tests/unit_tests/training/test_masters_after_load.py::test_"
+_IN_PART = (
+    "tests/functional_tests/test_sync_matrix.py::"
+    "test_masters_follow_the_weights_in_a_chain_that_is_offloaded_in_part[experts_on_the_device]"
+)
 
 THE_LOAD = (
     Mutant(
@@ -24,7 +34,7 @@ THE_LOAD = (
         breaks="no sync and no guard: the first step writes random weights",
         file=LOAD,
         text=_BRING,
-        replacement="        pass\n",
+        replacement="            pass\n",
         tests=(f"{_STILL}[1.0-False]",),
     ),
     Mutant(
@@ -62,7 +72,7 @@ THE_LOAD = (
         breaks="every finetune is refused",
         file=LOAD,
         text=_BRING,
-        replacement="".join([*_BRING.splitlines(keepends=True)[2:], *_BRING.splitlines(keepends=True)[:2]]),
+        replacement=_CHECK + _SYNC,
         tests=(f"{_STILL}[1.0-False]",),
     ),
     Mutant(
@@ -78,7 +88,7 @@ THE_LOAD = (
         breaks="a run with stale copies starts",
         file=LOAD,
         text=_BRING,
-        replacement="".join(_BRING.splitlines(keepends=True)[:2]),
+        replacement=_SYNC,
         tests=(f"{_GUARDED}[copies of random weights]",),
     ),
     Mutant(
@@ -104,6 +114,30 @@ THE_LOAD = (
         text=_BRING,
         replacement=_BRING.replace("(optimizer, main_params)", "(optimizer)"),
         tests=(f"{_MAIN}[True]",),
+    ),
+    Mutant(
+        name="the sync in the reload's place",
+        breaks="members of a chain that aren't offloaded keep masters of random weights",
+        file=LOAD,
+        text=_RELOAD,
+        replacement=_RELOAD.replace("if not", "if not cfg.optimizer.optimizer_cpu_offload and not"),
+        tests=(_IN_PART,),
+    ),
+    Mutant(
+        name="the sync before the reload",
+        breaks="Core's reload has the last word on what the sync wrote",
+        file=LOAD,
+        text=_RELOAD + "        if cfg.optimizer.optimizer_cpu_offload:\n" + _BRING,
+        replacement="        if cfg.optimizer.optimizer_cpu_offload:\n" + _BRING + _RELOAD,
+        tests=(f"{_AFTER}weights_alone_are_followed_by_the_reload_and_then_the_sync",),
+    ),
+    Mutant(
+        name="the sync under the reload's condition",
+        breaks="an offloaded run in FP32 trains random weights",
+        file=LOAD,
+        text=_SYNC,
+        replacement=_SYNC.replace("if not restored:", "if not restored and cfg.model.bf16:"),
+        tests=(f"{_AFTER}fp32_weights_need_the_sync_alone",),
     ),
     Mutant(
         name="no reload without offload",

@@ -5,9 +5,9 @@ from tests.mutant_rows.mutant import Mutant
 
 COPIES = "src/megatron/bridge/training/cpu_offload/param_copies.py"
 
-_SYNC = "tests/unit_tests/training/test_checkpointing.py::test_sync_hybrid_optimizer_param_copies_"
-_GUARD = "tests/unit_tests/training/test_checkpointing.py::test_guard_"
-_REAL = f"{_SYNC}on_real_optimizers"
+_SYNC = "tests/unit_tests/training/test_param_copies.py::test_rebuild_"
+_GUARD = "tests/unit_tests/training/test_param_copies.py::test_guard_"
+_REAL = "tests/unit_tests/training/test_checkpointing.py::test_sync_hybrid_optimizer_param_copies_on_real_optimizers"
 
 _ENTRY = "        yield _Entry(param, copies, stepped_on)\n"
 _WRITE = "            _write(entry.copies, _values(distributed_optimizer, entry.param, sources))\n"
@@ -57,23 +57,23 @@ THE_SYNC = (
         name="first optimizer of a chain",
         breaks="the others' copies keep their old values",
         file=COPIES,
-        text="in find_hybrid_optimizers(optimizer):\n        sources",
-        replacement="in find_hybrid_optimizers(optimizer)[:1]:\n        sources",
+        text="in _hybrids(optimizer):\n        sources",
+        replacement="in _hybrids(optimizer)[:1]:\n        sources",
         tests=(f"{_SYNC}finds_hybrids_at_any_depth",),
     ),
     Mutant(
         name="first level of a chain",
         breaks="a chain in a chain is left out",
         file=COPIES,
-        text='[leaf for child in _attribute(optimizer, "chained_optimizers") for leaf in _unchained(child)]',
-        replacement='[c for c in _attribute(optimizer, "chained_optimizers") if not isinstance(c, ChainedOptimizer)]',
+        text="            yield from _leaves(child, root or optimizer)\n",
+        replacement="            yield from () if isinstance(child, ChainedOptimizer) else _leaves(child, optimizer)\n",
         tests=(f"{_SYNC}finds_hybrids_at_any_depth",),
     ),
     Mutant(
         name="state_dict= ignored",
         breaks="FP32 weights reach the masters rounded",
         file=COPIES,
-        text="_sources(distributed_optimizer, state_dict, optimizer)",
+        text="_sources(distributed_optimizer, state_dict, root)",
         replacement="None",
         tests=(f"{_SYNC}takes_the_state_dict_rather_than_rounded_weights",),
     ),
@@ -81,8 +81,8 @@ THE_SYNC = (
         name="chunks counted by each optimizer",
         breaks="an optimizer of later chunks reads the first chunks' tensors",
         file=COPIES,
-        text="{chunks.index(chunk)}",
-        replacement="{at}",
+        text='state_dict[f"{prefix}{number}"] for',
+        replacement='state_dict[f"{prefix}{at}"] for',
         tests=(f"{_SYNC}gives_each_optimizer_its_chunks_of_a_state_dict",),
     ),
     Mutant(
@@ -97,9 +97,25 @@ THE_SYNC = (
         name="FP8 not dequantised",
         breaks="masters hold codes",
         file=COPIES,
-        text="    if fp8_utils.is_float8tensor(source):",
+        text="    if _is_quantised(source):",
         replacement="    if False:",
-        tests=(f"{_SYNC}takes_quantised_weights_through_cores_dequantiser",),
+        tests=(f"{_SYNC}takes_quantised_weights_as_core_reads_them[alone]",),
+    ),
+    Mutant(
+        name="modules of a Mimo model overlooked",
+        breaks="a model of several modules trains random weights",
+        file=COPIES,
+        text='                yield from _leaves(_attribute(info, "optimizer"))\n',
+        replacement="                pass\n",
+        tests=(f"{_SYNC}finds_the_optimizers_of_a_mimo_models_modules",),
+    ),
+    Mutant(
+        name="optimizers that can't be found let pass",
+        breaks="what a newer Core wraps in another way stays stale unnoticed",
+        file=COPIES,
+        text="    if inner is None and not may_be_a_stub",
+        replacement="    if False and not may_be_a_stub",
+        tests=(f"{_SYNC}refuses_an_optimizer_whose_own_it_cannot_find",),
     ),
     Mutant(
         name="unknown tensors let pass",

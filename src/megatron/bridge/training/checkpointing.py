@@ -7,17 +7,19 @@ weights. It is decided by what the load did (`LoadPlan.optimizer`), never by a f
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core import mpu
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import MegatronModule
 
 from megatron.bridge.checkpoint import layout
+from megatron.bridge.checkpoint.close_save import close_save
 from megatron.bridge.checkpoint.model_checkpoint import (
-    commit_checkpoint,
     load_model_state_dict,
     load_model_weights,
     prepare_save,
@@ -32,7 +34,7 @@ from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.training.cpu_offload.param_copies import (
     HybridParamSync,
     check_hybrid_optimizer_param_copies,
-    sync_hybrid_optimizer_param_copies,
+    rebuild_param_copies,
 )
 from megatron.bridge.training.finite_steps import check_weights_are_finite
 from megatron.bridge.training.local_checkpoint import (
@@ -82,9 +84,9 @@ def init_checkpointing_context(cfg: ConfigContainer) -> dict[str, Any]:
 
 def save_checkpoint(
     state: GlobalState,
-    model: list[Any],
-    optimizer: Any,
-    opt_param_scheduler: Any,
+    model: list[MegatronModule],
+    optimizer: MegatronOptimizer | None,
+    opt_param_scheduler: OptimizerParamScheduler | None,
     num_floating_point_operations_so_far: float = 0,
     checkpointing_context: dict[str, Any] | None = None,
     *,
@@ -176,7 +178,7 @@ def _save_iteration(
             if state.generation_config is not None:
                 write_generation_config(unfinished / layout.TOKENIZER_DIRECTORY, state.generation_config)
     close = partial(
-        _close_save,
+        close_save,
         unfinished,
         step,
         keep=keep,
@@ -192,36 +194,6 @@ def _save_iteration(
     save.write(show_progress=True)
     save.complete()
     return close()
-
-
-def _close_save(
-    unfinished: Path,
-    step: int,
-    *,
-    keep: int,
-    retain_interval: int | None,
-    run_config: dict[str, Any],
-    train_state: dict[str, torch.Tensor],
-    started: float,
-    afterwards: Callable[[], None],
-) -> Path:
-    """What every save ends with, when all tensors are on disk: commit, prune, `afterwards`."""
-    directory = commit_checkpoint(unfinished, step, run_config=run_config, train_state=train_state)
-    with on_all_ranks(f"removing what is older than {directory}"):
-        if is_rank_0():
-            seconds = time.monotonic() - started
-            try:
-                logger.info("saved step %d to %s (%.1f MB in %.1f s)", step, directory, _megabytes(directory), seconds)
-                for old in layout.prune(directory.parent, keep, retain_interval=retain_interval):
-                    logger.info("removed %s (the newest %d are kept)", old, keep)
-            except OSError as error:  # the checkpoint is complete: nothing that comes after it ends the run
-                logger.warning("looking for older checkpoints in %s failed: %s", directory.parent, error)
-    afterwards()
-    return directory
-
-
-def _megabytes(directory: Path) -> float:
-    return sum(entry.stat().st_size for entry in directory.rglob("*") if entry.is_file()) / 1e6
 
 
 def _forget_abandoned(cfg: ConfigContainer, context: dict[str, Any], step: int) -> None:
@@ -257,9 +229,9 @@ def plan_on_all_ranks(cfg: ConfigContainer, context: dict[str, Any]) -> LoadPlan
 
 def load_checkpoint(
     state: GlobalState,
-    model: list[Any],
-    optimizer: Any,
-    opt_param_scheduler: Any,
+    model: list[MegatronModule],
+    optimizer: MegatronOptimizer | None,
+    opt_param_scheduler: OptimizerParamScheduler | None,
     strict: bool = True,
     checkpointing_context: dict[str, Any] | None = None,
 ) -> tuple[int, float]:
@@ -304,18 +276,43 @@ def load_checkpoint(
     return state.train_state.step, state.train_state.floating_point_operations_so_far
 
 
-def _bring_masters_in_line(cfg: ConfigContainer, optimizer: Any, *, restored: bool, loaded: dict[str, Any]) -> None:
+def sync_hybrid_optimizer_param_copies(
+    optimizer: MegatronOptimizer | None, state_dict: Mapping[str, object] | None = None
+) -> HybridParamSync:
+    """Rebuild every parameter copy that an offloaded optimizer steps on from the model's weights.
+
+    Call it after a load that brought weights but no optimizer state, and after `optimizer.reload_model_params()`, which
+    rebuilds the masters of what isn't offloaded. Never call it after a load that restored the optimizer: its FP32
+    masters hold bits that the weights have lost. Moments, step counters and the loss scale stay as they are, so it is
+    also right in the middle of a run. It holds no collective and may be called again at any time.
+
+    Args:
+        optimizer: A Megatron optimizer, a chain of them at any depth, a `MimoOptimizer`, or None.
+        state_dict: The loaded model state (`{"model": …}`, or `model0`, `model1`, … per chunk; tensors of this rank's
+            model-parallel shapes, on any device). Its tensors, of whatever precision, become the FP32 copies instead
+            of the weights' 16-bit values.
+
+    Returns:
+        What was refreshed; false where nothing is hybrid.
+
+    Raises:
+        RuntimeError: Core's internals are not the ones this function knows; names the attribute or the parameter.
+    """
+    return rebuild_param_copies(optimizer, state_dict)
+
+
+def _bring_masters_in_line(
+    cfg: ConfigContainer, optimizer: MegatronOptimizer, *, restored: bool, loaded: dict[str, Any]
+) -> None:
     """Masters follow what was loaded: rebuilt from the weights, unless the optimizer's own state was restored."""
-    is_mixed_precision = cfg.model.fp16 or cfg.model.bf16
     main_params = loaded if cfg.checkpoint.load_main_params_from_ckpt and not restored else None
-    if not cfg.optimizer.optimizer_cpu_offload:
-        if not restored and is_mixed_precision:
+    with on_all_ranks("bringing the optimizer's masters in line"):
+        if not restored and (cfg.model.fp16 or cfg.model.bf16):
             optimizer.reload_model_params(state_dict=main_params)
-        return
-    with on_all_ranks("bringing the offloaded optimizer's copies in line"):
-        if not restored:
-            sync_hybrid_optimizer_param_copies(optimizer, main_params)
-        check_hybrid_optimizer_param_copies(optimizer, exact=not restored and main_params is None)
+        if cfg.optimizer.optimizer_cpu_offload:
+            if not restored:  # after the reload, which leaves offloaded copies as they were
+                sync_hybrid_optimizer_param_copies(optimizer, main_params)
+            check_hybrid_optimizer_param_copies(optimizer, exact=not restored and main_params is None)
 
 
 def load_base_weights(cfg: ConfigContainer, model: list[Any]) -> None:

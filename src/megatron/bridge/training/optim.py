@@ -6,6 +6,7 @@ from typing import Any
 
 import megatron.core.optimizer as core_optimizer
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -16,7 +17,7 @@ from megatron.bridge.training.config import (
     SchedulerConfig,
 )
 from megatron.bridge.training.cpu_offload.install import install_repairs, repaired_construction
-from megatron.bridge.training.cpu_offload.param_copies import find_hybrid_optimizers, sync_hybrid_optimizer_param_copies
+from megatron.bridge.training.cpu_offload.param_copies import find_hybrid_optimizers, rebuild_param_copies
 
 logger = logging.getLogger(__name__)
 
@@ -114,10 +115,10 @@ def describe_optimizer(config: OptimizerConfig, optimizer: Any) -> str:
     return what
 
 
-def sync_hybrid_device_optimizer_fp32_master_copies(optimizer: Any) -> bool:
-    """Megatron Bridge's public name for `sync_hybrid_optimizer_param_copies`.
+def sync_hybrid_device_optimizer_fp32_master_copies(optimizer: MegatronOptimizer | None) -> bool:
+    """Megatron Bridge's public name for `training.checkpointing.sync_hybrid_optimizer_param_copies`.
 
     Returns:
         Whether anything was refreshed.
     """
-    return bool(sync_hybrid_optimizer_param_copies(optimizer))
+    return bool(rebuild_param_copies(optimizer))

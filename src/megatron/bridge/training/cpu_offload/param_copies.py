@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Keep the parameter copies of Megatron-Core's offloaded optimizer equal to the weights that were loaded.
 
-`HybridDeviceOptimizer` (Core 0.16.1 to 0.19.2, `megatron/core/optimizer/cpu_offloading/hybrid_optimizer.py`) steps on
+`HybridDeviceOptimizer` (Core 0.16.1 to 0.20, `megatron/core/optimizer/cpu_offloading/hybrid_optimizer.py`) steps on
 copies that it makes of the weights when it is built. A checkpoint loaded after that changes the weights only:
 
     model weight (bf16 or fp16, device)
@@ -13,14 +13,14 @@ copies that it makes of the weights when it is built. A checkpoint loaded after 
     [3] FP32 copy               HybridDeviceOptimizer.param_to_fp32_param; empty unless precision-aware, where an
                                 offloaded parameter's [3] is the same tensor as its [2]
 
-Core's own `reload_model_params()` returns early for this optimizer after refreshing [3] alone, so the first step writes
-the old copies over the loaded weights (NVIDIA-NeMo/RL #2371, NVIDIA/Megatron-LM PR 5071, NVIDIA-NeMo/Megatron-Bridge
-PR 3949). This module imports only torch, megatron-core and logging, so that it can be lifted as it stands.
+Core's own `reload_model_params()` returns early for this optimizer after refreshing [3] alone, so the first step
+writes the old copies over the loaded weights (NVIDIA-NeMo/RL #2371, NVIDIA/Megatron-LM PR 5071,
+NVIDIA-NeMo/Megatron-Bridge PR 3949). This module imports only torch and megatron-core: it can be lifted as it stands.
 """
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,11 +29,16 @@ from megatron.core import __version__ as core_version
 from megatron.core import fp8_utils
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.optimizer.optimizer import (
+    ChainedOptimizer,
+    FP32Optimizer,
+    MegatronOptimizer,
+    MixedPrecisionOptimizer,
+)
 
 logger = logging.getLogger(__name__)
 
-SUPPORTED_CORE = "0.16.1 to 0.19.2"
+SUPPORTED_CORE = "0.16.1 to 0.20"
 
 
 @dataclass(frozen=True)
@@ -52,52 +57,34 @@ class HybridParamSync:
         return self.parameters > 0
 
 
-def find_hybrid_optimizers(optimizer: Any) -> list[DistributedOptimizer]:
-    """The distributed optimizers that wrap a `HybridDeviceOptimizer`, at any depth of `ChainedOptimizer`.
+def find_hybrid_optimizers(optimizer: MegatronOptimizer | None) -> list[DistributedOptimizer]:
+    """The distributed optimizers that wrap a `HybridDeviceOptimizer`, below any chain and any `MimoOptimizer`.
 
     Stub optimizers (a rank without trainable parameters) and optimizers without offload are left out.
 
     Raises:
         RuntimeError: A `HybridDeviceOptimizer` is wrapped by something else, whose parameters it doesn't know
-            (NVIDIA/Megatron-LM #4042).
+            (NVIDIA/Megatron-LM #4042), or an optimizer keeps its own where this function doesn't look.
     """
-    found = [leaf for leaf in _unchained(optimizer) if isinstance(leaf.optimizer, HybridDeviceOptimizer)]
-    for leaf in found:
-        if not isinstance(leaf, DistributedOptimizer):
-            raise RuntimeError(
-                f"HybridDeviceOptimizer inside {type(leaf).__name__}: only the distributed optimizer's copies can be "
-                "refreshed; set optimizer.use_distributed_optimizer=True and ddp.use_distributed_optimizer=True"
-            )
-    return found
+    return [found for found, _ in _hybrids(optimizer)]
 
 
 @torch.no_grad()
-def sync_hybrid_optimizer_param_copies(optimizer: Any, state_dict: dict[str, Any] | None = None) -> HybridParamSync:
-    """Rebuild every parameter copy that an offloaded optimizer steps on from the model's weights.
+def rebuild_param_copies(
+    optimizer: MegatronOptimizer | None, state_dict: Mapping[str, object] | None = None
+) -> HybridParamSync:
+    """Write every copy that an offloaded optimizer steps on, once, from the weights or from a state dict.
 
-    Call it after a load that brought weights but no optimizer state, never after one that restored the optimizer: its
-    FP32 masters hold bits that the weights have lost. Moments, step counters and the loss scale stay as they are, so
-    it is also right in the middle of a run. It holds no collective and may be called again at any time.
+    `training.checkpointing.sync_hybrid_optimizer_param_copies` is the public door, and says when to call it. Copies in
+    pinned host memory are written asynchronously on the current stream, which is synchronised once, at the end. Beyond
+    the copies themselves, one parameter's values are held at a time.
 
-    Each copy is written once. A copy in pinned host memory is written asynchronously on the current stream, which is
-    synchronised once, at the end. Beyond the copies themselves, one parameter's values are held at a time.
-
-    Args:
-        optimizer: A Megatron optimizer, a chain of them at any depth, or None.
-        state_dict: The loaded model state (`{"model": …}`, or `model0`, `model1`, … per chunk; tensors of this rank's
-            model-parallel shapes, on any device). Its tensors, of whatever precision, become the FP32 copies instead
-            of the weights' 16-bit values.
-
-    Returns:
-        What was refreshed; false where nothing is hybrid.
-
-    Raises:
-        RuntimeError: Core's internals are not the ones this function knows; names the attribute or the parameter.
+    Args, result and errors are the door's.
     """
     started = time.perf_counter()
     num_written = num_bytes = 0
-    for distributed_optimizer in find_hybrid_optimizers(optimizer):
-        sources = _sources(distributed_optimizer, state_dict, optimizer)
+    for distributed_optimizer, root in _hybrids(optimizer):
+        sources = _sources(distributed_optimizer, state_dict, root)
         for entry in _entries(distributed_optimizer):
             if not entry.copies:
                 continue  # stepped on in place
@@ -120,14 +107,16 @@ def sync_hybrid_optimizer_param_copies(optimizer: Any, state_dict: dict[str, Any
 
 
 @torch.no_grad()
-def check_hybrid_optimizer_param_copies(optimizer: Any, *, exact: bool, sample_size: int = 32) -> int:
+def check_hybrid_optimizer_param_copies(
+    optimizer: MegatronOptimizer | None, *, exact: bool, sample_size: int = 32
+) -> int:
     """Compare a sample of every copy with its weight, so that stale copies can't go unnoticed.
 
     The samples cross the host link together, once. A quantised weight is compared only where `exact`: no rounding of
     ours gives back its bits.
 
     Args:
-        optimizer: A Megatron optimizer, a chain of them, or None.
+        optimizer: A Megatron optimizer, whatever it is made of, or None.
         exact: True after a weights-only load: masters equal the weights. False after optimizer state was restored
             (or FP32 weights became the masters): masters round to the weights.
         sample_size: Elements compared in each parameter, evenly spaced.
@@ -142,7 +131,7 @@ def check_hybrid_optimizer_param_copies(optimizer: Any, *, exact: bool, sample_s
     for distributed_optimizer in find_hybrid_optimizers(optimizer):
         samples: dict[Any, list[_Sample]] = {}
         for entry in _entries(distributed_optimizer):
-            is_quantised = fp8_utils.is_float8tensor(entry.param)
+            is_quantised = _is_quantised(entry.param)
             if is_quantised and not exact:
                 continue
             whole = _dequantised(entry.param) if is_quantised else entry.param
@@ -185,18 +174,56 @@ class _Sample(NamedTuple):
     copy: torch.Tensor
 
 
-def _unchained(optimizer: Any) -> list[Any]:
-    """The optimizers of a chain, at any depth."""
-    if optimizer is None:
-        return []
+def _leaves(optimizer: Any, root: Any = None) -> Iterator[tuple[Any, Any]]:
+    """Each optimizer that is made of no others, with the root whose model chunks a state dict numbers.
+
+    A `MimoOptimizer` (Core 0.19 and later, known by its `module_infos`) is no chain: it has an optimizer for each of
+    its modules, which count their chunks by themselves.
+    """
     if isinstance(optimizer, ChainedOptimizer):
-        return [leaf for child in _attribute(optimizer, "chained_optimizers") for leaf in _unchained(child)]
-    return [optimizer]
+        for child in _attribute(optimizer, "chained_optimizers"):
+            yield from _leaves(child, root or optimizer)
+    elif isinstance(getattr(optimizer, "module_infos", None), Mapping):
+        for info in optimizer.module_infos.values():
+            if _attribute(info, "is_active"):  # else its module is on other ranks
+                yield from _leaves(_attribute(info, "optimizer"))
+    elif optimizer is not None:
+        yield optimizer, root or optimizer
 
 
-def _model_chunks(optimizer: Any) -> list[Any]:
+def _hybrids(optimizer: Any) -> list[tuple[DistributedOptimizer, Any]]:
+    """The distributed optimizers around a `HybridDeviceOptimizer`, each with its root; all are looked at first."""
+    found = [(leaf, root) for leaf, root in _leaves(optimizer) if isinstance(_wrapped(leaf), HybridDeviceOptimizer)]
+    for leaf, _ in found:
+        if not isinstance(leaf, DistributedOptimizer):
+            raise RuntimeError(
+                f"HybridDeviceOptimizer inside {type(leaf).__name__}: only the distributed optimizer's copies can be "
+                "refreshed; set optimizer.use_distributed_optimizer=True and ddp.use_distributed_optimizer=True"
+            )
+    return found
+
+
+def _wrapped(leaf: Any) -> Any:
+    """The torch optimizer that steps for a Megatron optimizer; None for a stub.
+
+    Raises:
+        RuntimeError: It has none of its own and is no stub: those that step for it are kept elsewhere.
+    """
+    if isinstance(leaf, torch.optim.Optimizer):
+        return leaf
+    inner = _attribute(leaf, "optimizer")
+    may_be_a_stub = isinstance(leaf, MixedPrecisionOptimizer | FP32Optimizer)
+    if inner is None and not may_be_a_stub and not getattr(leaf, "is_stub_optimizer", False):
+        raise RuntimeError(
+            f"{type(leaf).__name__} of megatron-core {core_version} keeps its optimizers where they can't be found, "
+            f"and one may be offloaded: use megatron-core {SUPPORTED_CORE} or optimizer.optimizer_cpu_offload=False"
+        )
+    return inner
+
+
+def _model_chunks(root: Any) -> list[Any]:
     """The model's chunks in order: those of the chain's optimizers, each once, as Core numbers them."""
-    leaves = [leaf for leaf in _unchained(optimizer) if isinstance(leaf, DistributedOptimizer)]
+    leaves = [leaf for leaf, _ in _leaves(root) if isinstance(leaf, DistributedOptimizer)]
     return list(dict.fromkeys(chunk for leaf in leaves for chunk in _attribute(leaf, "model_chunks")))
 
 
@@ -207,7 +234,8 @@ def _attribute(owner: Any, name: str) -> Any:
     except AttributeError as error:
         raise RuntimeError(
             f"{type(owner).__name__}.{name} is missing in megatron-core {core_version}: the copies of an offloaded "
-            f"optimizer can't be refreshed; use megatron-core {SUPPORTED_CORE} or optimizer.optimizer_cpu_offload=False"
+            f"optimizer can't be refreshed; use megatron-core {SUPPORTED_CORE} or set "
+            "optimizer.optimizer_cpu_offload=False"
         ) from error
 
 
@@ -260,17 +288,23 @@ def _params_and_shards(
 
 
 def _sources(
-    distributed_optimizer: DistributedOptimizer, state_dict: dict[str, Any] | None, optimizer: Any
+    distributed_optimizer: DistributedOptimizer, state_dict: Mapping[str, object] | None, root: Any
 ) -> dict[torch.Tensor, torch.Tensor] | None:
     """The state dict's tensor for each parameter, found by Core's own matching of names."""
     if state_dict is None:
         return None
-    chunks = _model_chunks(optimizer)
+    chunks = _model_chunks(root)
     if len(chunks) > 1:
         # Core numbers the chunks of one optimizer from 0; the state dict numbers those of the model.
         prefix = "model" if "model0" in state_dict else "model_"
-        own = _attribute(distributed_optimizer, "model_chunks")
-        state_dict = {f"{prefix}{at}": state_dict[f"{prefix}{chunks.index(chunk)}"] for at, chunk in enumerate(own)}
+        numbers = [chunks.index(chunk) for chunk in _attribute(distributed_optimizer, "model_chunks")]
+        for number in numbers:
+            if f"{prefix}{number}" not in state_dict:
+                raise RuntimeError(
+                    f"the state dict has no {prefix}{number}, and the model has {len(chunks)} chunks: pass the state "
+                    "dict that was loaded into this model"
+                )
+        state_dict = {f"{prefix}{at}": state_dict[f"{prefix}{number}"] for at, number in enumerate(numbers)}
     return _attribute(distributed_optimizer, "_build_model_param_to_state_dict_param_map")(state_dict)
 
 
@@ -279,13 +313,13 @@ def _values(
 ) -> torch.Tensor:
     """This rank's slice of a parameter's values, flat: the state dict's, or those of the weight itself."""
     source = param if sources is None else sources[param]
-    if fp8_utils.is_float8tensor(source):
-        source = _dequantised(source)
     if source.shape != param.shape:
         raise RuntimeError(
             f"{_name_of(distributed_optimizer, param)} has shape {tuple(param.shape)} in the model and "
             f"{tuple(source.shape)} in the state dict: pass the state dict that was loaded into this model"
         )
+    if _is_quantised(source):
+        source = _dequantised(source)
     owned = _owned(distributed_optimizer, param)
     return source.detach().reshape(-1)[owned.start : owned.end]
 
@@ -295,8 +329,17 @@ def _owned(distributed_optimizer: DistributedOptimizer, param: torch.Tensor) -> 
     return _attribute(distributed_optimizer, "_get_model_param_range_map")(param)["param"]
 
 
-def _dequantised(param: torch.Tensor) -> torch.Tensor:
-    return fp8_utils.dequantize_fp8_tensor(param)
+def _is_quantised(tensor: torch.Tensor) -> bool:
+    """Core's own predicate: from 0.19 on it knows the quantised storage of grouped weights too."""
+    return getattr(DistributedOptimizer, "_is_distopt_quantized_param", fp8_utils.is_float8tensor)(tensor)
+
+
+def _dequantised(tensor: torch.Tensor) -> torch.Tensor:
+    """A quantised tensor's values, as Core's distributed optimizer reads them."""
+    is_grouped = getattr(DistributedOptimizer, "_is_grouped_quantized_tensor", None)
+    if is_grouped is not None and is_grouped(tensor):
+        return tensor.float()
+    return fp8_utils.dequantize_fp8_tensor(tensor)
 
 
 def _write(copies: tuple[torch.Tensor, ...], values: torch.Tensor) -> None:
