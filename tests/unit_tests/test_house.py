@@ -3,6 +3,7 @@
 
 import ast
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -110,10 +111,17 @@ def test_only_the_device_layer_speaks_of_cuda(file):
         assert lines == [], f"{file} says cuda in lines {lines}: ask megatron.bridge.utils.device instead"
 
 
-def test_the_lifted_file_imports_nothing_of_ours():
+def test_the_lifted_file_imports_nothing_of_ours_and_its_tests_only_that():
     file = "training/cpu_offload/param_copies.py"
     tree = ast.parse((SOURCE / file).read_text(encoding="utf-8"))
+    roots = {module.split(".")[0] for _, module in imported_modules(tree, file)}
     assert [module for _, module in imported_modules(tree, file) if module.startswith(PACKAGE)] == []
+    assert roots - sys.stdlib_module_names == {"torch", "megatron"}
+    tests = ast.parse((Path(__file__).parent / "training" / "test_param_copies.py").read_text(encoding="utf-8"))
+    imported = {module for _, module in imported_modules(tests, "test_param_copies.py")}
+    ours = f"{PACKAGE}.training.cpu_offload.param_copies"
+    others = {name for name in imported if not name.startswith((ours, "megatron.core"))}
+    assert others == {"pytest", "torch", "unittest.mock.MagicMock"}
 
 
 def test_the_namespace_is_shared_with_megatron_core():

@@ -187,12 +187,16 @@ def test_rebuild_takes_quantised_weights_as_core_reads_them(monkeypatch, kind):
         check_hybrid_optimizer_param_copies(optimizer, exact=True)
 
 
+def first_chunks_weight(state):
+    return {WEIGHT: state["model0"]["weight"]}
+
+
 def test_rebuild_gives_each_optimizer_its_chunks_of_a_state_dict():
     children = []
     for index in range(2):
         child, _, clone = mocked_optimizer()
         child.model_chunks = [f"chunk {index}"]
-        child._build_model_param_to_state_dict_param_map.side_effect = lambda state: {WEIGHT: state["model0"]["weight"]}
+        child._build_model_param_to_state_dict_param_map.side_effect = first_chunks_weight
         children.append((child, clone))
     state = {f"model{index}": {"weight": torch.full((4,), 5.0 + index)} for index in range(2)}
     rebuild_param_copies(chained(children[0][0], chained(children[1][0])), state)
@@ -202,7 +206,7 @@ def test_rebuild_gives_each_optimizer_its_chunks_of_a_state_dict():
 def test_rebuild_says_which_chunk_a_state_dict_lacks():
     first, second = mocked_optimizer()[0], mocked_optimizer()[0]
     first.model_chunks, second.model_chunks = ["chunk 0"], ["chunk 1"]
-    first._build_model_param_to_state_dict_param_map.side_effect = lambda state: {WEIGHT: state["model0"]["weight"]}
+    first._build_model_param_to_state_dict_param_map.side_effect = first_chunks_weight
     with pytest.raises(RuntimeError, match="the state dict has no model1, and the model has 2 chunks"):
         rebuild_param_copies(chained(first, second), {"model0": {"weight": torch.zeros(4)}})
 

@@ -281,10 +281,10 @@ def sync_hybrid_optimizer_param_copies(
 ) -> HybridParamSync:
     """Rebuild every parameter copy that an offloaded optimizer steps on from the model's weights.
 
-    Call it after a load that brought weights but no optimizer state, and after `optimizer.reload_model_params()`, which
-    rebuilds the masters of what isn't offloaded. Never call it after a load that restored the optimizer: its FP32
-    masters hold bits that the weights have lost. Moments, step counters and the loss scale stay as they are, so it is
-    also right in the middle of a run. It holds no collective and may be called again at any time.
+    Call it after a load that brought weights but no optimizer state, and after `optimizer.reload_model_params()`,
+    which rebuilds the masters of what isn't offloaded. Never call it after a load that restored the optimizer: its
+    FP32 masters hold bits that the weights have lost. Moments, step counters and the loss scale stay as they are, so
+    it is also right in the middle of a run. It holds no collective and may be called again at any time.
 
     Args:
         optimizer: A Megatron optimizer, a chain of them at any depth, a `MimoOptimizer`, or None.
