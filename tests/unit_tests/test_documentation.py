@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
+
+from megatron.bridge import __version__
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "megatron" / "bridge"
@@ -122,6 +125,22 @@ def test_python_in_the_readme_compiles_and_names_what_is_there():
     assert blocks
     for block in blocks:
         compile(textwrap.dedent(block), "README.md", "exec")
+
+
+def test_the_changelog_and_the_citation_are_of_this_version():
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^## (.+)$", changelog, re.MULTILINE)
+    assert headings[0] == "[Unreleased]"
+    released = [re.fullmatch(r"\[(\d+\.\d+\.\d+)\] - (\d{4}-\d\d-\d\d)", heading) for heading in headings[1:]]
+    assert all(released), headings
+    dates = [release[2] for release in released]
+    assert dates == sorted(dates, reverse=True)
+    assert released[0][1] == __version__ if released else f"what {__version__} will hold" in changelog
+    kinds = set(re.findall(r"^### (.+)$", changelog, re.MULTILINE))
+    assert kinds <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == __version__
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
 
 
 BAD = """# A heading
