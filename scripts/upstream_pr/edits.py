@@ -109,7 +109,7 @@ def _conditions(test: ast.expr) -> tuple[list[str], bool]:
         if names & {"fp16", "bf16"}:
             of_precision = True
         elif names != {"optimizer"} and "use_megatron_fsdp" not in names:
-            kept.append(ast.unparse(part))
+            kept.append(f"({ast.unparse(part)})" if isinstance(part, ast.BoolOp) else ast.unparse(part))
     return kept, of_precision
 
 

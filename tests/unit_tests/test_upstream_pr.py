@@ -334,10 +334,15 @@ def test_another_directory_is_refused(tmp_path):
 
 def test_conditions_other_than_precision_are_kept(checkout):
     path = checkout / TRAINING / "checkpointing.py"
-    source = path.read_text().replace("and optimizer is not None and not cfg", "and optimizer and model and not cfg")
+    source = path.read_text().replace(
+        "and optimizer is not None and not cfg", "and optimizer and (model or path) and not cfg"
+    )
     path.write_text(source)
     assert lay(checkout)[0] == 0
-    assert f"        if model:\n            {HELPER}(cfg, optimizer, state_dict)\n    return 0\n" in path.read_text()
+    assert (
+        f"        if (model or path):\n            {HELPER}(cfg, optimizer, state_dict)\n    return 0\n"
+        in path.read_text()
+    )
 
 
 def test_what_is_laid_fits_the_other_repositorys_lines(laid):
