@@ -176,9 +176,9 @@ def test_mlflow_gets_what_another_thread_hands_over(tmp_path, monkeypatch):
     state = _state("logger.mlflow_experiment=mine", step=4)
     [logger] = build_loggers(state.cfg)
     with opened([logger], state):
-        logger.deliver(state, "train", {"lm loss": 2.0, "grad_norm": float("nan")})
+        logger.deliver(state, "train", {"lm loss": 2.0, "grad_norm": float("nan"), "größe@1, %": 1})
     assert calls == [
-        ("figures for MLflow", {"lm loss": 2.0}, {"step": 4, "run_id": "r"}),
+        ("figures for MLflow", {"lm loss": 2.0, "größe_1_ _": 1.0}, {"step": 4, "run_id": "r"}),
         (threading.current_thread().name, "FINISHED"),
     ]
 

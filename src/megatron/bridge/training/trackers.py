@@ -4,6 +4,7 @@
 import importlib.util
 import math
 import os
+import re
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.training.metrics import MetricsLogger, metrics_file_of
@@ -12,6 +13,10 @@ from megatron.bridge.training.router_losses import is_router_loss
 if TYPE_CHECKING:
     from megatron.bridge.training.config import ConfigContainer
     from megatron.bridge.training.state import GlobalState
+
+
+_NO_NAME = re.compile(r"[^\w.\- :/]")
+"""What MLflow's names may not have. It refuses all figures of a step for one of them."""
 
 
 def curve_names(split: str, values: dict[str, Any]) -> dict[str, float]:
@@ -110,8 +115,9 @@ class MLflow(MetricsLogger):
         self._run = {} if run is None else {"run_id": run.info.run_id}
 
     def write(self, state: "GlobalState", split: str, values: dict[str, Any]) -> None:
-        """Add a point to each curve; MLflow's stores take no number that isn't finite."""
-        finite = {name: value for name, value in curve_names(split, values).items() if math.isfinite(value)}
+        """Add a point to each curve; MLflow takes no number that isn't finite, nor a name such as acc@1."""
+        curves = curve_names(split, values)
+        finite = {_NO_NAME.sub("_", name): value for name, value in curves.items() if math.isfinite(value)}
         self._mlflow.log_metrics(finite, step=state.train_state.step, **self._run)
 
     def close(self, *, failed: bool) -> None:
