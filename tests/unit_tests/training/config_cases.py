@@ -63,7 +63,7 @@ BAD = {
     ],
     "check_paths_are_not_empty": [
         ([f"{option}="], 1, f"{option} is empty: set a text, or null")
-        for option in ("checkpoint.save", "checkpoint.load", "logger.tensorboard_dir", "tokenizer.tokenizer_model")
+        for option in ("checkpoint.save", "checkpoint.load", "logger.tensorboard_dir", "dataset.path_to_cache")
     ],
     "check_optimizer_numbers_are_in_range": [
         (["optimizer.clip_grad=-1"], 1, "optimizer.clip_grad is -1.0: set 0 to clip nothing"),

@@ -23,6 +23,14 @@ LINES = {
 }
 
 
+def test_a_home_of_nobody_is_said(capsys):
+    from megatron.bridge.plot import build_parser
+
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["~nobody-at-all/x"])
+    assert "there is no user 'nobody-at-all' whose home it could be" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", LINES)
 def test_every_path_of_a_command_may_begin_at_home(monkeypatch, command):
     monkeypatch.setenv("HOME", "/home/me")

@@ -22,6 +22,13 @@ def test_a_reader_that_goes_away_ends_a_command_in_silence(argument, statuses):
     assert done.returncode in statuses and done.stderr == ""
 
 
+def test_a_command_whose_output_is_closed_ends_as_it_would(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(SystemExit) as ended:
+        exit_with(lambda: 0)
+    assert ended.value.code == 0
+
+
 def test_another_broken_pipe_is_an_error():
     def main():
         raise BrokenPipeError("to a worker")

@@ -261,6 +261,18 @@ def test_a_value_that_does_not_fit_says_where(value, message):
 def test_numbers_and_booleans_are_those_of_yaml_1_2():
     parsed = parse_yaml("[1e-5, 1.0e-5, -2E+3, 3, 0.5, .inf, true, False, yes, off, null, ~, 1_000]")
     assert parsed == [1e-5, 1e-5, -2000.0, 3, 0.5, float("inf"), True, False, "yes", "off", None, None, 1000]
+    assert parse_yaml("[010, 1:30, 0x10, -7, +7, 0]") == ["010", "1:30", 16, -7, 7, 0]
+
+
+def test_a_key_that_comes_twice_is_refused_and_a_merge_is_no_second_one(tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text("train:\n  train_iters: 3\n  train_iters: 4\n")
+    with pytest.raises(
+        ConfigFileError, match=r"twice.yaml isn't .*: train_iters comes twice, on lines 2 and 3; correct"
+    ):
+        load_yaml(path)
+    merged = parse_yaml("a: &a {x: 1, y: 1}\nb: {<<: *a, x: 2}")
+    assert merged == {"a": {"x": 1, "y": 1}, "b": {"x": 2, "y": 1}}
 
 
 def test_yaml_tags_that_make_objects_are_refused(tmp_path):

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megatron.bridge.training.config import ConfigContainer
 
-_PATHS_OF_OTHER_SECTIONS = ("dataset.path_to_cache", "tokenizer.tokenizer_model")  # the data say it of their root
-
 
 def check_numbers_are_finite(cfg: "ConfigContainer", world_size: int) -> None:
     """No option is NaN or infinite: comparisons with NaN are false, so most checks and uses would let it pass."""
@@ -24,7 +22,7 @@ def check_numbers_are_finite(cfg: "ConfigContainer", world_size: int) -> None:
 def check_paths_are_not_empty(cfg: "ConfigContainer", world_size: int) -> None:
     """An empty text, as `checkpoint.save=$NOT_SET` is in a shell, doesn't mean that nothing is saved."""
     for option, value in _options(cfg):
-        is_one = option.startswith(("checkpoint.", "logger.")) or option in _PATHS_OF_OTHER_SECTIONS
+        is_one = option.startswith(("checkpoint.", "logger.")) or option == "dataset.path_to_cache"
         if is_one and isinstance(value, str) and not value.strip():
             raise ValueError(
                 f"{option} is empty: set a text, or null to leave it unset (is a shell's variable not set?)"

@@ -5,6 +5,7 @@ A shell doesn't expand `checkpoint.save=~/run`, and YAML never does: left as the
 name.
 """
 
+import argparse
 import dataclasses
 import os
 import re
@@ -20,6 +21,10 @@ _TEMPLATES = ("dataset_kwargs", "chat_template")
 """Options whose text may hold such marks of its own; a path to a template has none."""
 
 
+class NoHomeError(argparse.ArgumentTypeError, ValueError):
+    """A home of nobody; a command line shows its text."""
+
+
 def home_expanded(text: str, *, where: str = "path") -> str:
     """A path with `~` or `~user` at its start replaced by the home directory; `~` elsewhere is an ordinary character.
 
@@ -31,7 +36,7 @@ def home_expanded(text: str, *, where: str = "path") -> str:
     expanded = os.path.expanduser(text)
     if expanded.startswith("~") and "/" in expanded:
         user = text.partition("/")[0][1:]
-        raise ValueError(
+        raise NoHomeError(
             f"{where}={text!r}: there is no user {user!r} whose home it could be: write ./{text} for a name"
         )
     return expanded

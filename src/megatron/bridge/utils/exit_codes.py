@@ -41,7 +41,8 @@ def exit_with(main: Callable[[], int | None]) -> NoReturn:
             status = main()
         except SystemExit as ended:  # argparse's
             status = ended.code
-        sys.stdout.flush()
+        if sys.stdout is not None:  # `>&-` closed it
+            sys.stdout.flush()
     except BrokenPipeError:
         if not _nobody_reads_output():
             raise
