@@ -1,6 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from megatron.bridge.data.config import SFTOptions, TokenizerConfig
 from megatron.bridge.data.sft import load_sft_dataset
@@ -71,6 +72,21 @@ def test_options(write_jsonl, tokenizer, options, whole, learned):
     first = tokenizer.ids_to_text([int(sample["tokens"][0])])
     expected = whole.removeprefix(first) if options.get("answer_only_loss") is False else learned
     assert learned_text(sample, tokenizer) == expected
+
+
+@pytest.mark.parametrize("row", [{"input": "the cat", "output": "sat"}, {"text": "the cat sat"}])
+def test_a_bos_that_the_tokenizer_puts_is_asked_for_or_warned_of(write_jsonl, tokenizer_directory, row):
+    tokenizer = build_tokenizer(TokenizerConfig(tokenizer_model=str(tokenizer_directory)))
+    bos = tokenizer.hf_tokenizer.bos_token
+    assert not load(write_jsonl([row]), tokenizer).report.warnings
+    tokenizer.hf_tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_id)]
+    )
+    [warning] = load(write_jsonl([row]), tokenizer).report.warnings
+    assert "the tokenizer's BOS is left out in 1 row" in warning and "add_bos=true" in warning
+    dataset = load(write_jsonl([row]), tokenizer, add_bos=True)
+    assert not dataset.report.warnings
+    assert whole_text(dataset[0], tokenizer) == bos + "the cat sat<|im_end|>"
 
 
 def test_other_field_names(write_jsonl, tokenizer):

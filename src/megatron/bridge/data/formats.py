@@ -13,6 +13,10 @@ from megatron.bridge.data.sft_options import SFTOptions
 from megatron.bridge.data.tokenizer import Tokenizer
 
 PROMPT_AND_ANSWER = SFTOptions.prompt_template
+LACKS_BOS = Note(
+    "the tokenizer's BOS is left out",
+    "the tokenizer puts it before a text, and so does generate; set dataset.dataset_kwargs.add_bos=true",
+)
 NO_PROMPT = Note(
     "the prompt is empty",
     "the first token of the answer isn't learned, as none comes before it; name the field that holds the prompt in "
@@ -33,18 +37,23 @@ def choose_format(first_row: dict[str, Any], options: SFTOptions, tokenizer: Tok
         return ChatFormat(options, tokenizer)
     if "text" in first_row and options.label_key not in first_row and options.prompt_template == PROMPT_AND_ANSWER:
         options = replace(options, prompt_template="{text}", label_key="text", truncation_field="")
-    return PromptFormat(options)
+    return PromptFormat(options, lacks_bos=tokenizer.puts_bos and not options.add_bos)
 
 
 class PromptFormat:
     """Lines with a prompt and an answer, joined by a template that ends with the answer."""
 
-    def __init__(self, options: SFTOptions) -> None:
+    def __init__(self, options: SFTOptions, *, lacks_bos: bool = False) -> None:
         """Parses the template.
+
+        Args:
+            options: Format of the lines.
+            lacks_bos: Whether the tokenizer puts a BOS before a text, and samples are to have none.
 
         Raises:
             ValueError: The template does not end with the answer's field, or lacks the truncation field.
         """
+        self.notes = (LACKS_BOS,) if lacks_bos else ()
         self.adds_bos = options.add_bos
         self.adds_eos = options.add_eos
         self.answer_only_loss = options.answer_only_loss
@@ -79,7 +88,9 @@ class PromptFormat:
             value = self._value(row, name)
             spans[name] = (len(text), len(text) + len(value))
             text += value
-        notes = ignored_fields(row, self.fields, self.if_ignored) if len(row) > len(self.fields) else ()
+        notes = self.notes
+        if len(row) > len(self.fields):
+            notes = (*notes, *ignored_fields(row, self.fields, self.if_ignored))
         start, end = spans[self.label_key]
         if not text[start:end].strip():
             return nothing_to_learn("a blank answer", notes)

@@ -124,6 +124,11 @@ class HuggingFaceTokenizer:
         """Returns the tokens of `text` as transformers makes them, with the BOS that some tokenizers put before it."""
         return self.hf_tokenizer(text, verbose=False)["input_ids"]
 
+    @property
+    def puts_bos(self) -> bool:
+        """Whether transformers puts BOS before a text."""
+        return self.bos_id is not None and self.prompt_to_ids("a")[:1] == [self.bos_id]
+
     def ids_to_text(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Returns the text of `ids`."""
         return self.hf_tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
@@ -193,6 +198,7 @@ class NullTokenizer:
 
     name = "NullTokenizer"
     bos_id = None
+    puts_bos = False
     eos_text = None
     special_texts = ()
     has_chat_template = False
