@@ -3,6 +3,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,8 @@ from megatron.bridge.training.reported_losses import Total, means, sum_and_count
         ((torch.tensor(1.5),), [1.5, 1.0], False),
         (1.5, [1.5, 1.0], False),
         (3, [3.0, 1.0], False),
+        (np.float32(1.5), [1.5, 1.0], False),
+        (np.array([6.0, 4.0]), [6.0, 4.0], True),
     ],
 )
 def test_a_form_that_is_known(value, pair, is_per_token):
@@ -39,12 +42,19 @@ def test_a_form_that_is_known(value, pair, is_per_token):
         ("0.5", "str"),
         (None, "NoneType"),
         ({"a": 1}, "dict"),
+        (torch.tensor(1j), "Tensor of shape [] (it is complex)"),
     ],
 )
 def test_a_form_that_is_none_is_named(value, said):
     with pytest.raises(ValueError, match="the loss function reports 'my loss' as a ") as error:
         sum_and_count("my loss", value, "cpu")
     assert f" as a {said}: expected a number, a tensor of one element, or (sum, count)" in str(error.value)
+
+
+@pytest.mark.parametrize("value", [torch.ones(2).to_sparse(), torch.tensor(1.0, device="meta"), 10**400])
+def test_what_torch_cannot_take_is_named_too(value):
+    with pytest.raises(ValueError, match=r"the loss function reports 'my loss' as a .* \(.*\): expected a number"):
+        sum_and_count("my loss", value, "cpu")
 
 
 def test_nothing_counted_is_no_mean_and_only_tokens_are_tokens():

@@ -12,6 +12,7 @@ import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import mpu
@@ -49,9 +50,12 @@ def sum_and_count(name: str, value: Any, device: torch.device | str) -> tuple[to
         ValueError: The form is none of those above.
     """
     parts = list(value) if isinstance(value, tuple | list) else [value]
-    if not all(isinstance(part, torch.Tensor | numbers.Real) for part in parts):
+    if not all(isinstance(part, torch.Tensor | numbers.Real | np.ndarray) for part in parts):
         raise _unknown_form(name, value)
-    flat = [torch.as_tensor(part, device=device).detach().float().reshape(-1) for part in parts]
+    try:
+        flat = [_flat(part, device) for part in parts]
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        raise _unknown_form(name, value, because=str(error).splitlines()[0]) from error
     elements = torch.cat(flat) if flat else torch.empty(0)
     if elements.numel() == 2:
         return elements, True
@@ -60,12 +64,21 @@ def sum_and_count(name: str, value: Any, device: torch.device | str) -> tuple[to
     raise _unknown_form(name, value)
 
 
-def _unknown_form(name: str, value: Any) -> ValueError:
+def _flat(part: Any, device: torch.device | str) -> torch.Tensor:
+    """Its elements, float32, on a device."""
+    tensor = torch.as_tensor(part, device=device).detach()
+    if tensor.is_complex():
+        raise TypeError("it is complex")
+    return tensor.float().reshape(-1)
+
+
+def _unknown_form(name: str, value: Any, *, because: str | None = None) -> ValueError:
+    because = "" if because is None else f" ({because})"
     shape = f" of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else ""
     shape = f" of {len(value)}" if isinstance(value, tuple | list) else shape
     return ValueError(
-        f"the loss function reports {name!r} as a {type(value).__name__}{shape}: expected a number, a tensor of one "
-        "element, or (sum, count) as a tensor of two or a pair"
+        f"the loss function reports {name!r} as a {type(value).__name__}{shape}{because}: expected a number, a "
+        "tensor of one element, or (sum, count) as a tensor of two or a pair"
     )
 
 
