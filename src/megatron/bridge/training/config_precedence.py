@@ -33,7 +33,7 @@ def forget_what_agrees(cfg: "ConfigContainer") -> None:
             agreeing = [name for name, value in written.items() if getattr(section, name, ...) == value]
             forget_set_fields(section, agreeing)
     for name in _SHARED:
-        if getattr(cfg.ddp, name, None) == getattr(cfg.optimizer, name, None):
+        if getattr(cfg.ddp, name) == getattr(cfg.optimizer, name):
             forget_set_fields(cfg.ddp, [name])
             forget_set_fields(cfg.optimizer, [name])
 

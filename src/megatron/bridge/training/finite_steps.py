@@ -7,6 +7,7 @@ Only where the norm is not finite are the parameters looked through. FP16's loss
 
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,12 +32,15 @@ def checked_loss_of(state: GlobalState) -> str | None:
     return f"step {state.train_state.step + 1}" if is_checked else None
 
 
-def check_loss(reported: list[dict[str, Any]], totals: dict[str, Total], *, where: str) -> None:
+def check_loss(
+    reported: list[dict[str, Any]], totals: dict[str, Total], *, model: Sequence[torch.nn.Module], where: str
+) -> None:
     """Refuse a loss that is NaN or infinite. Collective only then.
 
     Args:
         reported: Of each micro-batch of this rank, what its loss function reported; empty where this stage has none.
         totals: Their sums over all ranks, the same on each.
+        model: This rank's chunks; their weights are looked at, frozen ones too.
         where: The step, for the error.
 
     Raises:
@@ -48,9 +52,17 @@ def check_loss(reported: list[dict[str, Any]], totals: dict[str, Total], *, wher
     own = [sum_and_count(CHECKED_LOSS, losses[CHECKED_LOSS], "cpu")[0] for losses in reported if CHECKED_LOSS in losses]
     is_wrong = any(not torch.isfinite(pair).all() for pair in own)
     ranks = [rank for rank, wrong in enumerate(all_gathered(is_wrong)) if wrong]
+    weights = all_gathered(
+        _nonfinite((name, param) for chunk in model for name, param in unwrap_model(chunk).named_parameters())
+    )
+    advice = (
+        f"Weights were wrong before it ({_summary(weights)}): resume an earlier checkpoint, or see what was loaded"
+        if any(weights)
+        else "Check the data and optimizer.lr"
+    )
     raise FloatingPointError(
         f"{where}: the loss over {num_tokens:.0f} tokens is {loss}, on {in_words(ranks)}; weights and checkpoints are "
-        "those of the steps before it. Check the data and optimizer.lr"
+        f"those of the steps before it. {advice}"
     )
 
 
@@ -138,7 +150,7 @@ def check_weights_are_finite(model: list[Any], step: int) -> None:
 
 def _where(model: list[Any]) -> str:
     """Which gradients are not finite, on which ranks; where each is, the largest. Collective."""
-    gradients = [(name, param.main_grad) for name, param in _trained(model) if hasattr(param, "main_grad")]
+    gradients = [(name, param.main_grad) for name, param in _trained(model)]
     by_rank = all_gathered(_nonfinite(gradients))
     if any(by_rank):
         return _summary(by_rank)

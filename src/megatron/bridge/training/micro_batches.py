@@ -94,5 +94,5 @@ def run_micro_batches(
     )
     totals = sum_over_ranks(reported)
     if checked_as is not None:
-        check_loss(reported, totals, where=checked_as)
+        check_loss(reported, totals, model=model, where=checked_as)
     return totals
