@@ -170,6 +170,12 @@ def test_a_long_answer_is_cut_at_its_end_and_then_has_no_eos(write_jsonl, tokeni
     assert dataset.report.truncated == 1
 
 
+def test_an_answer_that_has_lost_its_prompt_is_warned_of(write_jsonl, tokenizer):
+    rows = [{"input": "the cat", "output": "sat on the mat " * 9}, {"input": "the dog " * 9, "output": "ran"}]
+    [warning] = load(write_jsonl(rows), tokenizer, seq_length=8).report.warnings
+    assert "an answer has lost all of its prompt in 1 row (the first in line 1): it fills seq_length=8 alone" in warning
+
+
 def test_a_conversation_is_cut_at_its_end(write_jsonl, tokenizer):
     full = load(write_jsonl([{"messages": CONVERSATION}]), tokenizer)[0]
     cut = load(write_jsonl([{"messages": CONVERSATION}]), tokenizer, seq_length=len(full["tokens"]) - 4)

@@ -72,6 +72,9 @@ class SampleEncoder:
         self.format = sample_format
         self.max_tokens = seq_length + 1
         self.beyond_limit = Note(f"dropped: {NO_LEARNED_TOKEN.format(limit=f'{limit}={seq_length}')}")
+        self.without_prompt = Note(
+            "an answer has lost all of its prompt", f"it fills {limit}={seq_length} alone: raise it, or take the row out"
+        )
         self.cuts_left = options.truncation_method == "left"
         self.special_ids = tokenizer.special_ids
         for name, wanted, token in (
@@ -147,7 +150,10 @@ class SampleEncoder:
     ) -> tuple[TokenisedSample | None, tuple[Note, ...]]:
         if fitted is None:
             return None, (*sample.notes, self.beyond_limit)
-        return fitted, (*sample.notes, NO_END) if lacks_end and not fitted.truncated else sample.notes
+        if fitted.truncated:
+            has_lost_prompt = sample.learned[0][0] > 0 and bool(fitted.learned[len(self.prefix) :].all())
+            return fitted, (*sample.notes, self.without_prompt) if has_lost_prompt else sample.notes
+        return fitted, (*sample.notes, NO_END) if lacks_end else sample.notes
 
     def _fit(
         self, sample: RenderedSample, ids: np.ndarray, spans: np.ndarray, learned: np.ndarray
