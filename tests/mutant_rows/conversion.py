@@ -19,16 +19,23 @@ def _converted_wrongly(name: str, breaks: str, file: str, text: str, replacement
 
 
 _UNIT = "tests/unit_tests/models/test_"
-_EXPORTED = "tests/functional_tests/test_lora_export.py::test_peft_and_merged_weights_give_the_logits_of_the_run"
 
 THE_CONVERSION = (
+    _converted_wrongly(
+        "values trained with",
+        "an export says what its model said before it was changed",
+        "conversion/hf_directory.py",
+        "as_trained = config_as_trained(hf_config, config)",
+        "as_trained = hf_config",
+        "tests/functional_tests/test_conversion_finetune.py",
+    ),
     Mutant(
         name="conversion: end tokens",
         breaks="a finetuned model is exported without the token that its turns end with, and runs on",
         file="src/megatron/bridge/training/end_tokens.py",
         text="with_end_ids(found, learned_end_ids(hf_tokenizer))",
         replacement="found",
-        tests=(f"{_EXPORTED}[llama3, DoRA, of another kind in one layer]",),
+        tests=("tests/unit_tests/training/test_end_tokens.py",),
     ),
     _converted_wrongly(
         "configuration",
