@@ -27,7 +27,7 @@ THE_CONVERSION = (
         "conversion/hf_directory.py",
         "as_trained = config_as_trained(hf_config, config)",
         "as_trained = hf_config",
-        "tests/functional_tests/test_conversion_finetune.py",
+        "tests/functional_tests/test_conversion_finetune.py::test_experts_from_hugging_face_and_back",
     ),
     Mutant(
         name="conversion: end tokens",
@@ -35,7 +35,7 @@ THE_CONVERSION = (
         file="src/megatron/bridge/training/end_tokens.py",
         text="with_end_ids(found, learned_end_ids(hf_tokenizer))",
         replacement="found",
-        tests=("tests/unit_tests/training/test_end_tokens.py",),
+        tests=("tests/unit_tests/training/test_end_tokens.py::test_what_is_loaded_counts_first",),
     ),
     _converted_wrongly(
         "configuration",

@@ -33,7 +33,7 @@ def state_of(tokenizer, *, pretrained=None, hf_model_id=None):
     return SimpleNamespace(cfg=cfg, tokenizer=tokenizer)
 
 
-def test_what_is_loaded_counts_before_the_pretrained_model_and_that_before_the_first(tmp_path, tokenizer):
+def test_what_is_loaded_counts_first(tmp_path, tokenizer):
     loaded, pretrained, first = (
         write_model(tmp_path / name, {"eos_token_id": index}) for index, name in enumerate("abc")
     )
