@@ -106,7 +106,7 @@ def _sums(reported, **sizes):
     found = []
     for of_ranks in reported:
         try:
-            found.append({name: (total.sum, total.count) for name, total in sum_over_ranks(of_ranks[rank]).items()})
+            found.append({name: (total.sum, total.counted) for name, total in sum_over_ranks(of_ranks[rank]).items()})
         except ValueError as error:
             found.append(str(error))
     return found
