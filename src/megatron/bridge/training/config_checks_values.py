@@ -64,13 +64,15 @@ def check_router_losses_have_weights(cfg: "ConfigContainer", world_size: int) ->
 
 
 def _options(cfg: "ConfigContainer") -> Iterator[tuple[str, Any]]:
-    """Each option and what it holds; of a list, each item."""
+    """Each option and what it holds, of a list each item; not its default, such as Core's thresholds of infinity."""
     for section in (field.name for field in dataclasses.fields(cfg)):
         values = getattr(cfg, section)
         if not dataclasses.is_dataclass(values) or isinstance(values, type):
             continue
         for field in dataclasses.fields(values):
             value = getattr(values, field.name, None)
+            if value == field.default:
+                continue
             for item in value if isinstance(value, list | tuple) else (value,):
                 yield f"{section}.{field.name}", item
 
