@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron.bridge.peft.dora import DoRA
 from megatron.bridge.peft.linear_layout import linear_layout
+from megatron.bridge.peft.lora import LoRA
 
 
 class TELayerNormColumnParallelLinear(torch.nn.Linear):
@@ -40,3 +42,10 @@ def test_the_adapter_gets_what_the_matrix_gets(normalization, zero_centered_gamm
 def test_other_modules_are_refused():
     with pytest.raises(ValueError, match="matches decoder.x, which is a Linear: expected one of ColumnParallelLinear"):
         linear_layout(torch.nn.Linear(2, 2), "decoder.x")
+
+
+@pytest.mark.parametrize("kind", [LoRA, DoRA])
+def test_a_target_without_a_weight_is_refused_by_name(kind):
+    expected = "peft.target_modules matches decoder.layers.0.self_attention.core_attention, which is a Identity"
+    with pytest.raises(ValueError, match=expected):
+        kind().adapter_for(torch.nn.Identity(), "decoder.layers.0.self_attention.core_attention")
