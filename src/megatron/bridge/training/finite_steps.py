@@ -162,7 +162,8 @@ def _where(model: list[Any]) -> str:
     )
 
 
-def _trained(model: list[Any]) -> list[tuple[str, torch.Tensor]]:
+def _trained(model: list[Any]) -> list[tuple[str, Any]]:
+    """Name and parameter, which carries Core's `main_grad`."""
     named = [pair for chunk in model for pair in unwrap_model(chunk).named_parameters()]
     return [(name, param) for name, param in named if param.requires_grad]
 
