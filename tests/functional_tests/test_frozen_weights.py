@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.non_persistent_rig import needs_the_package
 from tests.on_ranks import Recorder, differing
 from tests.ranks import RankError, run_on_ranks
 from tests.tiny import tiny_config
@@ -97,6 +98,20 @@ def test_some_layers_trained_resume(tmp_path):
 def test_a_frozen_stage_resumes_without_the_distributed_optimizer(tmp_path, frozen):
     kept = ("decoder.layers.0.input_layernorm", "decoder.final_layernorm")
     _check_resume(tmp_path, frozen, True, kept=kept, rank=1, model=PP2, optimizer=PLAIN, ddp=PLAIN)
+
+
+@needs_the_package
+def test_a_local_checkpoint_of_a_frozen_stage_resumes(tmp_path):
+    """Each rank reads its own file, and that of the frozen stage holds nothing of the optimizer."""
+    local = {"non_persistent_ckpt_type": "local", "non_persistent_local_ckpt_dir": f"{tmp_path}/local"}
+    checkpoint = {"save": None, **local, "non_persistent_save_interval": 2}
+    options = {"kept": ("decoder.final_layernorm",), "model": PP2, "optimizer": PLAIN, "ddp": PLAIN}
+    options |= {"checkpoint": checkpoint, "timeout_seconds": 60}
+    whole = run_on_ranks(_train, 2, tmp_path, EVERYTHING, **options)
+    resumed = run_on_ranks(_train, 2, tmp_path, EVERYTHING, **options)
+    for uninterrupted, continued in zip(whole, resumed, strict=True):
+        assert continued.losses == uninterrupted.losses[2:]
+        assert differing(continued.weights_after, uninterrupted.weights_after) == {}
 
 
 @pytest.mark.parametrize("plain", [False, True], ids=["distributed", "plain"])

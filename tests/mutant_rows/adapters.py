@@ -117,6 +117,14 @@ ADAPTERS = (
         tests=("tests/functional_tests/test_plain_resume.py::test_it_resumes_to_the_bit[bf16, FP32 norms]",),
     ),
     Mutant(
+        name="frozen weights: each rank decides by its own local file",
+        breaks="the frozen stage skips what the others wait for",
+        file="src/megatron/bridge/training/local_checkpoint.py",
+        text=' or "optimizer" in common,',
+        replacement=",",
+        tests=(f"{_FROZEN}a_local_checkpoint_of_a_frozen_stage_resumes",),
+    ),
+    Mutant(
         name="frozen weights: masters in lists of other lengths",
         breaks="a plain optimizer's state can't be put together",
         file="src/megatron/bridge/training/cpu_offload/plain_state.py",

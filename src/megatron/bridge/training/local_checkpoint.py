@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedState
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 
 from megatron.bridge.training.config import ConfigContainer
-from megatron.bridge.utils.distributed import all_gathered, is_rank_0, on_all_ranks, rank, world_size
+from megatron.bridge.utils.distributed import is_rank_0, on_all_ranks, rank, world_size
 from megatron.bridge.utils.files import check_writable_directory
 
 logger = logging.getLogger(__name__)
@@ -89,16 +89,15 @@ def find_local(context: dict[str, Any]) -> LocalCheckpoint | None:
     with on_all_ranks(f"reading {path}"):
         stored = files.read(path, mmap=True)
         common = stored.common
-        # Whether a part of it was saved at all: a rank that trains nothing may have none itself.
-        holds_optimizer = "optimizer" in stored.sharded_state_dict or "optimizer" in common
-    return LocalCheckpoint(
-        step=step,
-        path=path,
-        run_config=common["run_config"],
-        num_ranks=common["num_ranks"],
-        core_version=common["core_version"],
-        holds_optimizer=any(all_gathered(holds_optimizer)),
-    )
+        return LocalCheckpoint(
+            step=step,
+            path=path,
+            run_config=common["run_config"],
+            num_ranks=common["num_ranks"],
+            core_version=common["core_version"],
+            # All ranks must say the same: one that trains nothing has param groups, and no tensors.
+            holds_optimizer="optimizer" in stored.sharded_state_dict or "optimizer" in common,
+        )
 
 
 def _log_what_is_incomplete(files: Any, step: int) -> None:
