@@ -5,6 +5,7 @@ import contextlib
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import megatron.core.optimizer as core_optimizer
 import pytest
@@ -92,6 +93,10 @@ def test_which_repairs_are_in_effect(tmp_path, run):
             assert names <= IN_EFFECT[run], "none is newly needed"
 
 
+ON_SOME_RANKS = {"empty shard": "a rank that trains nothing", "empty bucket": "a shard of padding"}
+"""What the documentation says of repairs that none of these runs needs."""
+
+
 def test_the_documentation_lists_them():
     text = (Path(__file__).parents[2] / "docs" / "training" / "cpu-offload.md").read_text(encoding="utf-8")
     section = re.search(r"^## Repairs$(.*?)^## ", text, re.MULTILINE | re.DOTALL).group(1)
@@ -102,7 +107,7 @@ def test_the_documentation_lists_them():
         repair.name: (
             ", ".join(repair.threads) or "none known",
             repair.core_versions,
-            ", ".join(run for run in RUNS if repair.name in IN_EFFECT[run]) or "a rank that trains nothing",
+            ", ".join(run for run in RUNS if repair.name in IN_EFFECT[run]) or ON_SOME_RANKS[repair.name],
             f"`{repair.subclass.__module__.rpartition('.')[2]}.py`",
         )
         for repair in REPAIRS
@@ -229,10 +234,24 @@ def test_those_that_look_at_two_things_step_aside_too(tmp_path):
         assert as_it_is == [True, True] and mended == [False, False]
 
 
+def test_the_one_for_a_bucket_of_padding_steps_aside_too(monkeypatch):
+    (repair,) = (repair for repair in REPAIRS if repair.name == "empty bucket")
+    bucket = SimpleNamespace(numel_unpadded=8, grad_data=torch.zeros(16))
+    optimizer = SimpleNamespace(
+        data_parallel_group=SimpleNamespace(size=lambda: 2, rank=lambda: 1),
+        gbuf_ranges=[{torch.bfloat16: [{"param_map": {}}]}],
+        buffers=[SimpleNamespace(buckets=[bucket])],
+    )
+    assert repair.is_needed(optimizer)
+    monkeypatch.setattr(DistributedOptimizer, "sharded_param_state_dp_reshardable", _nothing)
+    assert not repair.is_needed(optimizer)
+
+
 def test_each_repair_is_seen_to_step_aside():
     assert {repair.name for repair in REPAIRS} == {
         *MENDED,
         "plain param groups",
         "exact resume",
+        "empty bucket",
         "empty shard",  # asks for the optimizer's state alone: tests/functional_tests/test_frozen_weights.py
     }

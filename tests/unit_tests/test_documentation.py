@@ -160,3 +160,12 @@ def test_the_checkers_find_what_is_missing(tmp_path):
     assert unknown_targets(BAD, "test: install\n\tpytest\n") == ["also-nothing", "nothing"]
     assert missing_modules(BAD) == ["megatron.bridge.nothing"]
     assert missing_files(BAD) == ["models/nothing.py"]
+
+
+@pytest.mark.parametrize(
+    "document", [path for path in DOCUMENTS if path.name != "performance.md"], ids=lambda path: path.name
+)
+def test_prose_is_wrapped(document):
+    """Tables can't be; performance.md is written by `make bench`."""
+    lines = without_fences(document.read_text(encoding="utf-8")).splitlines()
+    assert [line for line in lines if len(line) > 160 and not line.startswith("|")] == []

@@ -41,6 +41,7 @@ RUN_BY = {
     r"\.venv/bin/pre-commit install": ("unit_tests/test_workflows.py", "pre-commit"),
     r"scripts/make_wheelhouse\.sh wheels": ("unit_tests/test_gpu_scripts.py", "make_wheelhouse.sh"),
     r"scripts/run_gpu_tests\.sh wheels 0\.19\.2": ("unit_tests/test_gpu_scripts.py", "run_gpu_tests.sh"),
+    r"scripts/make_upstream_pr\.sh CHECKOUT( --undo)?": ("unit_tests/test_upstream_pr.py", "make_upstream_pr.sh"),
     r"IMAGE=.* sbatch .*\.slurm": ("unit_tests/test_slurm_scripts.py", "run_checkpointing_sync_test.slurm"),
     r"torchrun --nproc-per-node \d my_script\.py": (FINETUNE, "scripts/finetune_smollm2/run.py"),
     r"python -m megatron\.bridge\.generate.*": ("functional_tests/test_generate.py", "megatron.bridge.generate"),
