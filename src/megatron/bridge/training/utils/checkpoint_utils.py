@@ -40,7 +40,7 @@ StrPath: TypeAlias = str | os.PathLike[str]
 
 def _reads_each_time(reader: Reader) -> Reader:
     """Give a reader the `cache_clear` that scripts call. There is no cache: what one run changes, no other sees."""
-    reader.cache_clear = lambda: None  # type: ignore[attr-defined]
+    reader.cache_clear = lambda: None  # type: ignore[attr-defined]  # a function takes attributes
     return reader
 
 
