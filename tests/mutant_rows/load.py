@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """The mutants of the load."""
 
-from tests.mutant_rows.mutant import EXPERTS, NOT_OFFLOADED, OFFLOADED, RESHARDED, Mutant
+from tests.mutant_rows.mutant import NOT_OFFLOADED, OFFLOADED, RESHARDED, Mutant
 
 LOAD = "src/megatron/bridge/training/checkpointing.py"
 PLAN = "src/megatron/bridge/training/checkpoint_plan.py"
@@ -12,6 +12,9 @@ _GUARDED = (
 )
 _MAIN = "tests/functional_tests/test_main_params.py::test_masters_hold_what_the_checkpoint_holds"
 _PLAN = "tests/unit_tests/training/test_checkpoint_plan.py::test_plan"
+_FOUND_BY_NAME = (
+    "tests/unit_tests/training/test_checkpoint_plan.py::test_optimizer_state_is_found_where_the_common_state_has_none"
+)
 
 _RELOAD = """        if not restored and (cfg.model.fp16 or cfg.model.bf16):
             optimizer.reload_model_params(state_dict=main_params)
@@ -158,10 +161,10 @@ THE_LOAD = (
     Mutant(
         name="experts' optimizer overlooked",
         breaks="a model with experts starts with a fresh optimizer",
-        file=PLAN,
+        file="src/megatron/bridge/checkpoint/layout.py",
         text='r"(chained_\\d+\\.)?optimizer\\."',
         replacement='r"optimizer\\."',
-        tests=(EXPERTS,),
+        tests=(_FOUND_BY_NAME,),
     ),
     Mutant(
         name="finetune=True resumes",

@@ -287,6 +287,16 @@ def test_optimizer_state_in_a_format_that_cannot_be_read_is_refused(on_disk, mon
     assert not plan_of(on_disk, {"load": "full", "load_optim": False}).optimizer
 
 
+@pytest.mark.parametrize("key", ["optimizer.state.exp_avg", "chained_1.optimizer.distributed.param"])
+def test_optimizer_state_is_found_where_the_common_state_has_none(on_disk, monkeypatch, key):
+    """As where the first rank trains nothing; with experts the names have a number before them."""
+    from megatron.bridge.training import checkpoint_plan
+
+    monkeypatch.setattr(checkpoint_plan, "read_common_state", lambda directory: {})
+    monkeypatch.setattr(checkpoint_plan, "stored_shapes", lambda directory: {"decoder.weight": (1,), key: (1,)})
+    assert plan_of(on_disk, {"load": "full"}).optimizer
+
+
 def test_a_plan_says_what_it_restores_and_why_not(on_disk):
     assert str(plan_of(on_disk, {"load": "full"})) == (
         f"{on_disk}/full/iter_0000002: restoring weights, optimizer, schedule, rng, step"

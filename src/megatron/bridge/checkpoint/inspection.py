@@ -1,7 +1,6 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """What a checkpoint holds and whether it is whole, in lines of text. No model is built, nothing of it is executed."""
 
-import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,6 @@ from megatron.bridge.checkpoint.manifest import ALGORITHM, MANIFEST_FILE, damage
 from megatron.bridge.checkpoint.model_checkpoint import read_run_config
 from megatron.bridge.checkpoint.safe_pickle import read_blob, read_dcp_metadata
 from megatron.bridge.checkpoint.sharded_state import stored_content_metadata
-
-_OPTIMIZER_KEY = re.compile(r"(chained_\d+\.)?optimizer\.")
 
 
 def inspect(path: str | Path, ckpt_step: int | None = None) -> list[str]:
@@ -53,7 +50,7 @@ def _stored(directory: Path) -> list[str]:
         if not isinstance(stored, TensorStorageMetadata):
             counts["objects"] += 1
             continue
-        kind = "optimizer state" if _OPTIMIZER_KEY.match(key) else "weights"
+        kind = "optimizer state" if layout.OPTIMIZER_KEY.match(key) else "weights"
         counts[kind] += 1
         dtype = stored.properties.dtype
         sizes[kind][str(dtype).removeprefix("torch.")] += stored.size.numel() * dtype.itemsize

@@ -27,6 +27,9 @@ METADATA_FILE = "metadata.json"
 DCP_METADATA_FILE = ".metadata"
 TOKENIZER_DIRECTORY = "tokenizer"
 
+OPTIMIZER_KEY = re.compile(r"(chained_\d+\.)?optimizer\.")
+"""How the names of optimizer state begin; in a model with experts, it has several optimizers."""
+
 _MOST_DIGITS = 18
 _ITERATION_NAME = re.compile(r"iter_(\d{7,})")
 

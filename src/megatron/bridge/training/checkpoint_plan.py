@@ -4,7 +4,6 @@
 `load_checkpoint` follows the plan; no flag of the configuration is changed on the way.
 """
 
-import re
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
@@ -27,9 +26,6 @@ LAYOUT = tuple(
     for axis in ("tensor_model", "pipeline_model", "virtual_pipeline_model", "context", "expert_model", "expert_tensor")
 )
 """The parallel sizes in the model's section, all of which a local checkpoint is tied to."""
-
-OPTIMIZER_KEY = re.compile(r"(chained_\d+\.)?optimizer\.")
-"""How the names of optimizer state begin; in a model with experts, it has several optimizers."""
 
 PARALLEL_SIZES = {
     "TP": "tensor_model_parallel_size",
@@ -164,7 +160,7 @@ def _plan_resume(cfg: ConfigContainer, root: str, *, option: str) -> LoadPlan:
     content_metadata = stored_content_metadata(directory)
     # SGD without momentum has its param groups alone.
     holds_optimizer = "optimizer" in read_common_state(directory) or any(
-        OPTIMIZER_KEY.match(key) for key in stored_shapes(directory)
+        layout.OPTIMIZER_KEY.match(key) for key in stored_shapes(directory)
     )
     if checkpoint.load_optim and holds_optimizer:
         check_kind_of_optimizer(cfg, saved, directory, content_metadata)
