@@ -17,6 +17,7 @@ from tests.ranks import run_on_ranks
 def _plans(directory, options_by_name):
     """(where each load would come from, its error, what is said) on this rank."""
     from megatron.bridge.training.checkpointing import init_checkpointing_context, plan_on_all_ranks
+    from megatron.bridge.training.config_precedence import apply_mixed_precision
 
     answers = {}
     for name, options in options_by_name.items():
@@ -24,6 +25,7 @@ def _plans(directory, options_by_name):
         logging.getLogger("megatron.bridge").addHandler(heard)
         try:
             cfg = config_of(directory, **options)
+            apply_mixed_precision(cfg)
             plan = plan_on_all_ranks(cfg, init_checkpointing_context(cfg))
             answers[name] = str(plan.path.relative_to(directory)), None, heard.messages
         except Exception as error:
