@@ -94,10 +94,12 @@ RUNS = (
     ),
     Mutant(
         name="ranks don't agree on what is reported",
-        breaks="a loss function that reports other figures on another rank stops all, or adds up what isn't one",
+        breaks="a figure that is a mean on one rank and a sum on another is added up",
         file=f"{SOURCE}training/reported_losses.py",
-        text="    return largest == -smallest\n",
-        replacement="    return True\n",
+        text="""        if agreed.setdefault(name, is_per_token) != is_per_token:
+            raise _two_forms(name)
+""",
+        replacement="        agreed.setdefault(name, is_per_token)\n",
         tests=(
             "tests/functional_tests/test_own_losses.py::test_ranks_that_report_unlike_figures_agree_and_none_waits",
         ),
