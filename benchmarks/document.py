@@ -5,6 +5,8 @@ What was measured is kept in benchmarks/measured.json; the document follows from
 """
 
 import json
+import re
+import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -100,7 +102,17 @@ def render(measured: dict[str, Measured]) -> str:
         _summary(figures),
         *(_section(benchmark, measured[benchmark.name], several=len(places) > 1) for benchmark in known),
     ]
-    return "\n".join(parts)
+    return "".join(f"{_wrapped(line)}\n" for line in "\n".join(parts).splitlines())
+
+
+def _wrapped(line: str) -> str:
+    """A line of prose or of a list, at 120 columns; a table's row stays as it is, and code in one piece."""
+    if line.startswith("|"):
+        return line
+    whole = re.sub(r"`[^`]+`", lambda code: code.group().replace(" ", "\0"), line)
+    indent = "  " if line.startswith("- ") else ""
+    wrapped = textwrap.fill(whole, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return wrapped.replace("\0", " ")
 
 
 HEAD = """\

@@ -162,10 +162,8 @@ def test_the_checkers_find_what_is_missing(tmp_path):
     assert missing_files(BAD) == ["models/nothing.py"]
 
 
-@pytest.mark.parametrize(
-    "document", [path for path in DOCUMENTS if path.name != "performance.md"], ids=lambda path: path.name
-)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_prose_is_wrapped(document):
-    """Tables can't be; performance.md is written by `make bench`."""
+    """Tables can't be."""
     lines = without_fences(document.read_text(encoding="utf-8")).splitlines()
     assert [line for line in lines if len(line) > 160 and not line.startswith("|")] == []

@@ -70,7 +70,7 @@ def _options(cfg: "ConfigContainer") -> Iterator[tuple[str, Any]]:
         if not dataclasses.is_dataclass(values) or isinstance(values, type):
             continue
         for field in dataclasses.fields(values):
-            value = getattr(values, field.name, None)
+            value = getattr(values, field.name)
             if value == field.default:
                 continue
             for item in value if isinstance(value, list | tuple) else (value,):
