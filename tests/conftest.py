@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Counts of matrix cells, printed at the end of a test run; what several modules load: checkpoints, a model, data.
 
-Which tests see CUDA is in gpus.py, which are quick in quick.py. Nothing heavy is imported here.
+Which tests see CUDA is in rigs/gpus.py, which are quick in rigs/quick.py. Nothing heavy is imported here.
 """
 
 import importlib.metadata
@@ -11,7 +11,7 @@ from collections import Counter
 
 import pytest
 
-from tests import gpus, quick, ranks
+from tests.rigs import gpus, quick, ranks
 
 _COUNTS: dict[str, "CellCounts"] = {}
 
@@ -101,9 +101,9 @@ def written_model(tmp_path_factory):
     """The directory of a model's weights in every form, written on that many ranks when first asked for."""
     import torch
 
-    from tests.ranks import run_on_ranks
-    from tests.sync_checkpoints import write_checkpoints
-    from tests.sync_rig import LAYOUTS, SIZES
+    from tests.rigs.ranks import run_on_ranks
+    from tests.rigs.sync import LAYOUTS, SIZES
+    from tests.rigs.sync_checkpoints import write_checkpoints
     from tests.unit_tests.models.tiny_llama import save_tiny_llama
 
     written = {}

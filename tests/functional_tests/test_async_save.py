@@ -12,10 +12,10 @@ import time
 import pytest
 
 from megatron.bridge.checkpoint import layout
-from tests.on_ranks import Recorder, differing, make_pretrained
-from tests.ranks import run_on_ranks
-from tests.stored import stored_content, unequal
-from tests.tiny import tiny_config
+from tests.rigs.on_ranks import Recorder, differing, make_pretrained
+from tests.rigs.ranks import run_on_ranks
+from tests.rigs.stored import stored_content, unequal
+from tests.rigs.tiny import tiny_config
 
 OFFLOAD = {
     "off": {},

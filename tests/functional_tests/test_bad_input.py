@@ -17,9 +17,9 @@ from megatron.core import dist_checkpointing
 from megatron.bridge.checkpoint.__main__ import main as inspect_checkpoint
 from megatron.bridge.data.config import GPTSFTDatasetConfig, TokenizerConfig
 from megatron.bridge.training.callbacks import Callback
-from tests.on_ranks import make_pretrained, run_finetune
-from tests.ranks import run_on_ranks
-from tests.tiny import SEQ_LENGTH, tiny_config
+from tests.rigs.on_ranks import make_pretrained, run_finetune
+from tests.rigs.ranks import run_on_ranks
+from tests.rigs.tiny import SEQ_LENGTH, tiny_config
 from tests.unit_tests.data.conftest import write_tokenizer
 
 OFFLOAD = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 1.0}
@@ -350,7 +350,7 @@ import torch.distributed as dist
 from megatron.bridge.training import gpt_step
 from megatron.bridge.training.finetune import finetune
 from megatron.bridge.training.state import GlobalState
-from tests.tiny import tiny_config
+from tests.rigs.tiny import tiny_config
 
 
 def forward_step(state: GlobalState, data_iterator, model):

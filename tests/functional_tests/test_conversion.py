@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from megatron.bridge import AutoBridge
 from megatron.bridge.models.conversion.hf_weights import HFWeights
 from megatron.bridge.models.conversion.roundtrip import compare_with_files
-from tests.ranks import run_on_ranks
+from tests.rigs.ranks import run_on_ranks
 from tests.unit_tests.models.tiny_llama import LLAMA3_ROPE, hf_logits, megatron_logits, save_tiny_model, some_tokens
 
 LOGIT_TOLERANCE = 1e-4

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron.bridge.convert import build_parser, main
-from tests.families import MODELS
-from tests.ranks import run_on_ranks
+from tests.rigs.families import MODELS
+from tests.rigs.ranks import run_on_ranks
 from tests.unit_tests.models.tiny_llama import save_tiny_llama, save_tiny_model
 
 

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Every family at every layout: Megatron computes what transformers computes, and gives back the bits it was given.
 
-`tests/families.py` holds the tables. The cells are counted at the end of the test run.
+`tests/rigs/families.py` holds the tables. The cells are counted at the end of the test run.
 """
 
 import pytest
@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from megatron.bridge import AutoBridge
 from megatron.bridge.models.conversion.hf_weights import HFWeights
 from megatron.bridge.models.conversion.roundtrip import compare_with_files
-from tests.families import CELLS, LAYOUTS, MODELS
-from tests.ranks import run_on_ranks
+from tests.rigs.families import CELLS, LAYOUTS, MODELS
+from tests.rigs.ranks import run_on_ranks
 from tests.unit_tests.models.tiny_llama import hf_logits, megatron_logits, save_tiny_model, some_tokens
 
 LOGIT_TOLERANCE = 1e-4

@@ -5,10 +5,10 @@ import torch
 from transformers import AutoConfig
 
 from megatron.bridge import AutoBridge
-from tests.families import MODELS
-from tests.on_ranks import run_finetune
-from tests.ranks import run_on_ranks
-from tests.tiny import SEQ_LENGTH, VOCAB_SIZE, TinyDataset, tiny_config
+from tests.rigs.families import MODELS
+from tests.rigs.on_ranks import run_finetune
+from tests.rigs.ranks import run_on_ranks
+from tests.rigs.tiny import SEQ_LENGTH, VOCAB_SIZE, TinyDataset, tiny_config
 from tests.unit_tests.models.tiny_llama import hf_logits, save_tiny_model
 
 ROTARY_BASE = 20_000

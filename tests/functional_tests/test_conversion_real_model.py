@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.functional_tests.test_conversion import LAYOUTS, logits_on_rank, roundtrip_on_rank
-from tests.ranks import run_on_ranks
+from tests.rigs.ranks import run_on_ranks
 from tests.unit_tests.models.tiny_llama import hf_logits
 
 DIRECTORY = Path(os.environ.get("SMOLLM2_DIR", Path(__file__).parents[2] / "data" / "smollm2-135m-instruct"))

@@ -16,11 +16,11 @@ from megatron.core import __version__ as core_version
 
 from megatron.bridge.checkpoint import layout
 from megatron.bridge.checkpoint.model_checkpoint import commit_checkpoint, prepare_save
-from tests.on_ranks import Recorder, differing, make_pretrained
-from tests.ranks import RankError, run_on_ranks
-from tests.soak import soak, write
-from tests.soak_faults import FAULTS
-from tests.tiny import tiny_config
+from tests.rigs.on_ranks import Recorder, differing, make_pretrained
+from tests.rigs.ranks import RankError, run_on_ranks
+from tests.rigs.tiny import tiny_config
+from tests.soak.__main__ import soak, write
+from tests.soak.faults import FAULTS
 
 STEPS = 4
 SEED = 6

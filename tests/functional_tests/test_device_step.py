@@ -9,9 +9,9 @@ import torch
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
-from tests.on_ranks import Recorder, build_training, differing, make_pretrained, take_step
-from tests.ranks import run_on_ranks
-from tests.tiny import tiny_config
+from tests.rigs.on_ranks import Recorder, build_training, differing, make_pretrained, take_step
+from tests.rigs.ranks import run_on_ranks
+from tests.rigs.tiny import tiny_config
 
 STEPS, SPLIT = 5, 2
 

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 
 from megatron.bridge.training.callbacks import Callback
-from tests.on_ranks import weights_of
-from tests.ranks import run_on_ranks
-from tests.tiny import tiny_config
+from tests.rigs.on_ranks import weights_of
+from tests.rigs.ranks import run_on_ranks
+from tests.rigs.tiny import tiny_config
 
 PARAMETER = "decoder.layers.1.mlp.linear_fc2.weight"
 PLAIN = {"use_distributed_optimizer": False}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
-from tests.ranks import run_on_ranks
+from tests.rigs.ranks import run_on_ranks
 
 SIZES = (64, 128, 1, 63, 4096, 65, 64 * 37, 100, 256, 2048)
 """Elements: with and without a tail after the kernel's vectors."""

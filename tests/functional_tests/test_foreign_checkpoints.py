@@ -22,9 +22,9 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.rerun_state_machine import RerunMode, RerunState
 from megatron.core.transformer.enums import AttnBackend
 
-from tests.on_ranks import Recorder, differing, make_pretrained, run_finetune
-from tests.ranks import run_on_ranks
-from tests.tiny import tiny_config
+from tests.rigs.on_ranks import Recorder, differing, make_pretrained, run_finetune
+from tests.rigs.ranks import run_on_ranks
+from tests.rigs.tiny import tiny_config
 
 STEPS, SPLIT = 4, 2
 ITERATION = f"iter_{SPLIT:07d}"

@@ -5,10 +5,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.non_persistent_rig import needs_the_package
-from tests.on_ranks import Recorder, differing
-from tests.ranks import RankError, run_on_ranks
-from tests.tiny import tiny_config
+from tests.rigs.non_persistent import needs_the_package
+from tests.rigs.on_ranks import Recorder, differing
+from tests.rigs.ranks import RankError, run_on_ranks
+from tests.rigs.tiny import tiny_config
 
 FULL = {"recompute_granularity": "full", "recompute_num_layers": 1}
 PP2, TP2 = {"pipeline_model_parallel_size": 2}, {"tensor_model_parallel_size": 2}

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from tests import fuzz
-from tests.fuzz import BEGIN, END, Job, feed, readers, run_jobs, write_document
-from tests.fuzz_readers import Reader
+from tests.fuzz import __main__ as fuzz
+from tests.fuzz.__main__ import BEGIN, END, Job, feed, readers, run_jobs, write_document
+from tests.fuzz.data_readers import Reader
 
 INPUTS = 30
 

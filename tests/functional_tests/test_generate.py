@@ -13,7 +13,7 @@ import torch
 
 from megatron.bridge.generate import main
 from megatron.bridge.models.generation import Sampling
-from tests.ranks import run_on_ranks
+from tests.rigs.ranks import run_on_ranks
 from tests.unit_tests.data.conftest import write_tokenizer
 from tests.unit_tests.models.tiny_llama import LLAMA3_ROPE, save_tiny_llama
 

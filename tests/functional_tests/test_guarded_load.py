@@ -4,9 +4,9 @@
 import pytest
 import torch
 
-from tests.on_ranks import Recorder, make_pretrained
-from tests.ranks import run_on_ranks
-from tests.tiny import tiny_config
+from tests.rigs.on_ranks import Recorder, make_pretrained
+from tests.rigs.ranks import run_on_ranks
+from tests.rigs.tiny import tiny_config
 
 
 @torch.no_grad()

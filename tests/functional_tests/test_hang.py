@@ -11,7 +11,7 @@ from megatron.bridge.training.hang_watchdog import HangWatchdog, Hung, watched
 from megatron.bridge.training.state import GlobalState
 from megatron.bridge.utils.distributed import rank
 from megatron.bridge.utils.exit_codes import HUNG
-from tests.soak_run import RANKS, Run, warm_up
+from tests.soak.run import RANKS, Run, warm_up
 from tests.unit_tests.training.config_examples import make_config
 
 TIMEOUT_SECONDS = 40

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
-from tests.damages import MODES, STEP, Rig, try_damages
-from tests.hostile import DOUBLED, YAML_BOMBS, Payload, repacked, torch_saved
-from tests.ranks import run_on_ranks
+from tests.rigs.damages import MODES, STEP, Rig, try_damages
+from tests.rigs.hostile import DOUBLED, YAML_BOMBS, Payload, repacked, torch_saved
+from tests.rigs.ranks import run_on_ranks
 
 ITERATION = f"iter_{STEP:07d}"
 MOST_BYTES = 512 << 20

@@ -28,9 +28,9 @@ from megatron.bridge.data.tokenizer import NullTokenizer, build_tokenizer
 from megatron.bridge.models.conversion.hf_weights import HFWeights
 from megatron.bridge.training.config import ConfigContainer, runtime_config_update
 from megatron.bridge.utils.overrides import apply_overrides
-from tests.hostile import DOUBLED, YAML_BOMBS, Payload, repacked, torch_saved, write_hostile_model
-from tests.ranks import run_on_ranks
-from tests.tiny import tiny_config
+from tests.rigs.hostile import DOUBLED, YAML_BOMBS, Payload, repacked, torch_saved, write_hostile_model
+from tests.rigs.ranks import run_on_ranks
+from tests.rigs.tiny import tiny_config
 from tests.unit_tests.data.conftest import write_tokenizer
 
 MOST_BYTES = 64 << 20

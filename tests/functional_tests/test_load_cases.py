@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Each way to start a run, on two ranks with the optimizer offloaded: what is restored, what is fresh, what is refused.
 
-`tests/load_rig.py` says what is compared.
+`tests/rigs/load.py` says what is compared.
 """
 
 import shutil
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron.bridge.checkpoint import layout
-from tests.load_rig import (
+from tests.rigs.load import (
     SAVED_SEED,
     STATE,
     STILL,
@@ -22,8 +22,8 @@ from tests.load_rig import (
     run_config,
     start_config,
 )
-from tests.on_ranks import make_pretrained
-from tests.ranks import run_on_ranks
+from tests.rigs.on_ranks import make_pretrained
+from tests.rigs.ranks import run_on_ranks
 from tests.unit_tests.models.tiny_llama import save_tiny_llama
 
 PRETRAINED = {"pretrained_checkpoint": "pretrained"}

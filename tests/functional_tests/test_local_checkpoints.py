@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from megatron.bridge.checkpoint import layout
-from tests.load_rig import refusal
-from tests.non_persistent_rig import config_of, files_of, needs_the_package, run_saving
-from tests.on_ranks import make_pretrained
-from tests.ranks import run_on_ranks
+from tests.rigs.load import refusal
+from tests.rigs.non_persistent import config_of, files_of, needs_the_package, run_saving
+from tests.rigs.on_ranks import make_pretrained
+from tests.rigs.ranks import run_on_ranks
 
 
 def _plans(directory, options_by_name):

@@ -6,9 +6,9 @@ import dataclasses
 import pytest
 import torch
 
-from tests.on_ranks import Recorder, differing, make_pretrained
-from tests.ranks import RankError, run_on_ranks
-from tests.tiny import tiny_config
+from tests.rigs.on_ranks import Recorder, differing, make_pretrained
+from tests.rigs.ranks import RankError, run_on_ranks
+from tests.rigs.tiny import tiny_config
 
 # A trained B: with B zero, A has no gradient at first and half of the path would go untested.
 LORA = {"dim": 4, "alpha": 8, "lora_B_init_method": "normal"}

@@ -9,11 +9,11 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.families import MODELS
 from tests.functional_tests.test_conversion_command import on_rank
-from tests.on_ranks import Recorder
-from tests.ranks import run_on_ranks
-from tests.tiny import tiny_config
+from tests.rigs.families import MODELS
+from tests.rigs.on_ranks import Recorder
+from tests.rigs.ranks import run_on_ranks
+from tests.rigs.tiny import tiny_config
 from tests.unit_tests.data.conftest import CHATML, write_tokenizer
 from tests.unit_tests.models.tiny_llama import megatron_logits, save_tiny_model
 

@@ -4,8 +4,8 @@
 import pytest
 
 from tests.functional_tests.test_lora import AWARE, EP2, EXPERTS, HALF, PP2, SIZES, TP2, _train
-from tests.on_ranks import differing, make_pretrained
-from tests.ranks import run_on_ranks
+from tests.rigs.on_ranks import differing, make_pretrained
+from tests.rigs.ranks import run_on_ranks
 
 FULLY, BY_BUCKET = {}, {"dist_ckpt_optim_fully_reshardable": False}
 LAST_LAYER = {"lora": {"target_modules": ["*.layers.3.*.linear_qkv"]}, "model": PP2}

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from megatron.bridge.training.callbacks import Callback
-from tests.on_ranks import run_finetune
-from tests.ranks import run_on_ranks
-from tests.tiny import tiny_config
+from tests.rigs.on_ranks import run_finetune
+from tests.rigs.ranks import run_on_ranks
+from tests.rigs.tiny import tiny_config
 
 
 def _write_fp32_checkpoint(directory):

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from megatron.bridge.training.memory_estimate import plan_memory
-from tests.ranks import run_on_ranks
-from tests.tiny import tiny_config
+from tests.rigs.ranks import run_on_ranks
+from tests.rigs.tiny import tiny_config
 
 SIZES = {
     "num_layers": 4,

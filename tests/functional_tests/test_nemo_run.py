@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.slurm_stub import slurm_on_path
+from tests.rigs.slurm_stub import slurm_on_path
 
 if importlib.util.find_spec("nemo_run") is None:
     pytest.skip("nemo_run is not installed: pip install 'megatron-bridge[recipes]'", allow_module_level=True)

@@ -10,8 +10,8 @@ import shutil
 import pytest
 
 from megatron.bridge.checkpoint import layout
-from tests.load_rig import STATE, STILL, parts_equal, refusal
-from tests.non_persistent_rig import (
+from tests.rigs.load import STATE, STILL, parts_equal, refusal
+from tests.rigs.non_persistent import (
     ALL,
     FullWitness,
     config_of,
@@ -20,8 +20,8 @@ from tests.non_persistent_rig import (
     needs_the_package,
     run_saving,
 )
-from tests.on_ranks import differing, make_pretrained, run_finetune
-from tests.ranks import RankError, run_on_ranks
+from tests.rigs.on_ranks import differing, make_pretrained, run_finetune
+from tests.rigs.ranks import RankError, run_on_ranks
 
 OFF = {"optimizer_cpu_offload": False}
 HALF = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.5}

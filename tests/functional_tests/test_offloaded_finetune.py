@@ -8,9 +8,9 @@ optimizer was built.
 
 import pytest
 
-from tests.on_ranks import Recorder, differing, make_pretrained, run_finetune
-from tests.ranks import run_on_ranks
-from tests.tiny import tiny_config
+from tests.rigs.on_ranks import Recorder, differing, make_pretrained, run_finetune
+from tests.rigs.ranks import run_on_ranks
+from tests.rigs.tiny import tiny_config
 
 WORLD_SIZES = [pytest.param(2, id="2 ranks")]
 OFFLOADS = [(fraction, overlap) for fraction in (0.5, 1.0) for overlap in (False, True)]

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from tests.ranks import run_on_ranks
-from tests.tiny import tiny_config
+from tests.rigs.ranks import run_on_ranks
+from tests.rigs.tiny import tiny_config
 
 
 def _collections(directory, manual_gc_eval):
@@ -51,7 +51,7 @@ def test_garbage_is_collected_around_an_evaluation_unless_told_otherwise(tmp_pat
 def _read_with(directory, options):
     """What Core was told of each load, and the losses after it."""
     from megatron.bridge.checkpoint import sharded_state
-    from tests.on_ranks import make_pretrained, run_finetune
+    from tests.rigs.on_ranks import make_pretrained, run_finetune
 
     make_pretrained(f"{directory}/pretrained")
     told, wrapper, load = [], sharded_state.FullyParallelLoadStrategyWrapper, sharded_state.dist_checkpointing.load
@@ -90,7 +90,7 @@ def test_a_checkpoint_is_read_as_asked(tmp_path):
 
 
 def _train_nothing(directory):
-    from tests.on_ranks import make_pretrained, run_finetune
+    from tests.rigs.on_ranks import make_pretrained, run_finetune
 
     make_pretrained(f"{directory}/pretrained")
     cfg = tiny_config(directory, checkpoint={"save": None, "pretrained_checkpoint": f"{directory}/pretrained"})

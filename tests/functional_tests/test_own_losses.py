@@ -6,8 +6,8 @@ from functools import partial
 import pytest
 import torch
 
-from tests.ranks import run_on_ranks
-from tests.tiny import tiny_config
+from tests.rigs.ranks import run_on_ranks
+from tests.rigs.tiny import tiny_config
 
 FORMS = {
     "tensor of two": lambda total, count: torch.stack([total, count]),

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from megatron.bridge.data.config import GPTSFTDatasetConfig, PackedSequenceSpecs
-from tests.on_ranks import Recorder, make_pretrained
-from tests.ranks import run_on_ranks
-from tests.tiny import VOCAB_SIZE, tiny_config
+from tests.rigs.on_ranks import Recorder, make_pretrained
+from tests.rigs.ranks import run_on_ranks
+from tests.rigs.tiny import VOCAB_SIZE, tiny_config
 
 SEQ_LENGTH = 32
 MODEL = {"num_layers": 4, "init_method_std": 0.1, "seq_length": SEQ_LENGTH}

@@ -7,9 +7,9 @@ step changes.
 
 import pytest
 
-from tests.on_ranks import Recorder, make_pretrained
-from tests.ranks import run_on_ranks
-from tests.tiny import TinyDataset, tiny_config
+from tests.rigs.on_ranks import Recorder, make_pretrained
+from tests.rigs.ranks import run_on_ranks
+from tests.rigs.tiny import TinyDataset, tiny_config
 
 STEPS = 4
 LAYERS = {"num_layers": 4, "init_method_std": 0.1}

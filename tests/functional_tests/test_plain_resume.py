@@ -8,10 +8,10 @@ import torch
 
 from megatron.bridge.training.cpu_offload.plain_state import _put_step_where_it_is_kept
 from megatron.bridge.training.optimizer_chain import in_this_chain
-from tests.on_ranks import Recorder, differing
-from tests.ranks import run_on_ranks
-from tests.resume_rig import without_repairs
-from tests.tiny import fp32_norm_layer_spec, tiny_config
+from tests.rigs.on_ranks import Recorder, differing
+from tests.rigs.ranks import run_on_ranks
+from tests.rigs.resume import without_repairs
+from tests.rigs.tiny import fp32_norm_layer_spec, tiny_config
 
 PLAIN = {"use_distributed_optimizer": False}
 RUNS = {

@@ -6,7 +6,7 @@ import pytest
 
 from megatron.bridge.training.planned_shards import as_table, plan_shards
 from tests.functional_tests.test_memory_estimate import SIZES, _config
-from tests.ranks import run_on_ranks
+from tests.rigs.ranks import run_on_ranks
 
 CUT = {"TP 2": "linear_proj.weight", "PP 2": "mlp.linear_fc2.weight", "EP 2": "experts.linear_fc2.weight"}
 """A weight of which each rank has a part of its own."""

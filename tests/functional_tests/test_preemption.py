@@ -15,9 +15,9 @@ from megatron.bridge.checkpoint import layout
 from megatron.bridge.training.config import TrainingConfig
 from megatron.bridge.training.preemption import Preempted, catch_exit_signal
 from megatron.bridge.utils.exit_codes import PREEMPTED
-from tests.restarted_rank import KILLED_AT
-from tests.soak_rank import STEPS
-from tests.soak_run import RANKS, Run, check_equal, wait_for_saves, warm_up
+from tests.soak.rank import STEPS
+from tests.soak.restarted_rank import KILLED_AT
+from tests.soak.run import RANKS, Run, check_equal, wait_for_saves, warm_up
 
 SECONDS = 300
 """Only ends what hangs."""
@@ -97,7 +97,7 @@ def test_torchrun_starts_a_killed_rank_again_and_hands_the_signal_on(tmp_path, w
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     with open(tmp_path / "torchrun.txt", "w") as output:
         torchrun = subprocess.Popen(
-            [*command, "-m", "tests.restarted_rank", str(run.directory)], stdout=output, stderr=output, cwd=ROOT
+            [*command, "-m", "tests.soak.restarted_rank", str(run.directory)], stdout=output, stderr=output, cwd=ROOT
         )
     deadline = time.monotonic() + 2 * SECONDS
     try:

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from tests.ranks import run_on_ranks
+from tests.rigs.ranks import run_on_ranks
 
 RECIPE = """
 import argparse

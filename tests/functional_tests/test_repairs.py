@@ -8,15 +8,15 @@ import torch
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
 from megatron.bridge.training.cpu_offload.repair import stepping_optimizers
-from tests.on_ranks import (
+from tests.rigs.on_ranks import (
     build_training,
     differing,
     take_step,
     weights_of,
 )
-from tests.ranks import run_on_ranks
-from tests.resume_rig import without_repairs
-from tests.tiny import fp32_norm_layer_spec, tiny_config
+from tests.rigs.ranks import run_on_ranks
+from tests.rigs.resume import without_repairs
+from tests.rigs.tiny import fp32_norm_layer_spec, tiny_config
 
 
 def _last_norm_in_16_bits(config, vp_stage=None):

@@ -18,9 +18,9 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer, Float16Optimizer
 from megatron.bridge.training.cpu_offload.install import REPAIRS
 from megatron.bridge.training.cpu_offload.repair import ToBuild
 from tests.functional_tests.test_device_step import as_with_transformer_engine
-from tests.on_ranks import build_training
-from tests.ranks import run_on_ranks
-from tests.tiny import fp32_norm_layer_spec, tiny_config
+from tests.rigs.on_ranks import build_training
+from tests.rigs.ranks import run_on_ranks
+from tests.rigs.tiny import fp32_norm_layer_spec, tiny_config
 
 OFFLOAD = {
     "optimizer_cpu_offload": True,

@@ -1,18 +1,18 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Stop and resume: a run that was interrupted ends with the bits of the run that was not.
 
-`tests/resume_matrix.py` lists the cells, `tests/resume_rig.py` says what must hold. `make test` runs a cut of the
+`tests/rigs/resume_matrix.py` lists the cells, `tests/rigs/resume.py` says what must hold. `make test` runs a cut of the
 matrix, `make test-resume` all of it (--resume-matrix=whole). Stock Core can't do this for any offloaded optimizer (the
 repairs in training/cpu_offload say why); without Transformer Engine or Apex it can't for a plain one either.
 """
 
 import pytest
 
-from tests import resume_matrix
-from tests.on_ranks import make_pretrained
-from tests.ranks import end_ranks, run_on_ranks
-from tests.resume_matrix import LAYOUTS, MODELS, ONE_BUCKET, RESHARDED_AT, SAME, SAVES, Cell, Saved
-from tests.resume_rig import apart, resume, run_through, without_repairs
+from tests.rigs import resume_matrix
+from tests.rigs.on_ranks import make_pretrained
+from tests.rigs.ranks import end_ranks, run_on_ranks
+from tests.rigs.resume import apart, resume, run_through, without_repairs
+from tests.rigs.resume_matrix import LAYOUTS, MODELS, ONE_BUCKET, RESHARDED_AT, SAME, SAVES, Cell, Saved
 
 
 def pytest_generate_tests(metafunc):

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.on_ranks import make_pretrained, run_finetune
-from tests.ranks import run_on_ranks
-from tests.tiny import tiny_config
+from tests.rigs.on_ranks import make_pretrained, run_finetune
+from tests.rigs.ranks import run_on_ranks
+from tests.rigs.tiny import tiny_config
 
 STEPS, STOPS_AT = 4, 2
 GPU_BYTES = 16

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from megatron.bridge.data.config import DatasetProvider
-from tests.ranks import run_on_ranks
-from tests.tiny import SEQ_LENGTH, VOCAB_SIZE, tiny_config
+from tests.rigs.ranks import run_on_ranks
+from tests.rigs.tiny import SEQ_LENGTH, VOCAB_SIZE, tiny_config
 
 EXPERTS, TOPK, STEPS = 4, 2, 2
 ALL = {
@@ -44,7 +44,7 @@ def _run(directory, model, **sections):
     from megatron.bridge.training.gpt_step import forward_step
     from megatron.bridge.training.metrics import read_metrics
     from megatron.bridge.training.pretrain import pretrain
-    from tests.on_ranks import forget_last_forward
+    from tests.rigs.on_ranks import forget_last_forward
 
     steps, seen, lines = [], [], []
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import run_on_ranks
+from tests.rigs.ranks import run_on_ranks
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "scripts" / "training" / "run_recipe.py")

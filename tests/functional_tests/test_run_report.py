@@ -4,8 +4,8 @@
 import json
 import logging
 
-from tests.ranks import run_on_ranks
-from tests.tiny import tiny_config
+from tests.rigs.ranks import run_on_ranks
+from tests.rigs.tiny import tiny_config
 
 LAYOUTS = {
     "data": {},
@@ -35,7 +35,7 @@ def _counts(directory, layouts):
     """(all, trained) parameters by layout, with the final norm frozen."""
     from megatron.bridge.training.summary import count_parameters
     from megatron.bridge.utils.distributed import destroy_model_parallel
-    from tests.on_ranks import build_training
+    from tests.rigs.on_ranks import build_training
 
     found = {}
     for name, model in layouts.items():

@@ -1,8 +1,8 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """The sync in every configuration and for every way that weights come in, on Core's own classes, two ranks.
 
-`tests/sync_matrix.py` says what must hold. A cell that Core can't build is refused by name before anything is built;
-both kinds are counted at the end of the test run.
+`tests/rigs/sync_matrix.py` says what must hold. A cell that Core can't build is refused by name before anything is
+built; both kinds are counted at the end of the test run.
 """
 
 import itertools
@@ -11,10 +11,10 @@ import re
 import pytest
 from megatron.core.dist_checkpointing.tensor_aware_state_dict import HAVE_NVRX
 
-from tests.ranks import run_on_ranks
-from tests.sync_matrix import WAYS, load_mixed_chain, run_cells
-from tests.sync_rig import LAYOUTS, Cell, Model
-from tests.tiny import tiny_config
+from tests.rigs.ranks import run_on_ranks
+from tests.rigs.sync import LAYOUTS, Cell, Model
+from tests.rigs.sync_matrix import WAYS, load_mixed_chain, run_cells
+from tests.rigs.tiny import tiny_config
 
 CELLS = [
     Cell(Model(precision, kind, layout), precision_aware, fraction, overlap)

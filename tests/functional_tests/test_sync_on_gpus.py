@@ -11,9 +11,9 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.tensor_aware_state_dict import HAVE_NVRX
 
-from tests.ranks import run_on_ranks
-from tests.sync_matrix import WAYS, run_cells
-from tests.sync_rig import Cell, Model, Rig, config, offload_options, start
+from tests.rigs.ranks import run_on_ranks
+from tests.rigs.sync import Cell, Model, Rig, config, offload_options, start
+from tests.rigs.sync_matrix import WAYS, run_cells
 
 pytestmark = pytest.mark.gpu
 OFFLOADS = list(itertools.product((False, True), (0.5, 1.0), (False, True)))

@@ -6,8 +6,8 @@ import logging
 import pytest
 import torch
 
-from tests.ranks import run_on_ranks
-from tests.tiny import tiny_config
+from tests.rigs.ranks import run_on_ranks
+from tests.rigs.tiny import tiny_config
 
 SKIPPED, UNLEARNED, STEPS = 2, 3, 6
 

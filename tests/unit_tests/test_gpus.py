@@ -6,8 +6,8 @@ import subprocess
 
 import pytest
 
-from tests import gpus, quick
-from tests.ranks import run_on_ranks
+from tests.rigs import gpus, quick
+from tests.rigs.ranks import run_on_ranks
 
 pytestmark = pytest.mark.any_core
 
@@ -67,6 +67,6 @@ def test_what_reaches_ranks_or_a_program_is_not_quick():
 
 
 def test_a_quick_test_that_asks_for_ranks_all_the_same_is_an_error(monkeypatch):
-    monkeypatch.setattr("tests.ranks.is_quick", True)
+    monkeypatch.setattr("tests.rigs.ranks.is_quick", True)
     with pytest.raises(AssertionError, match="isn't quick"):
         run_on_ranks(int, 1)

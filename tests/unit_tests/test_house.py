@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = "megatron.bridge"
-SOURCE = Path(__file__).parents[2] / "src" / "megatron" / "bridge"
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "src" / "megatron" / "bridge"
 
 FLOORS = {
     "utils": 1,
@@ -38,6 +39,17 @@ NAMES_THE_DEVICE = {
     "training/cpu_offload/param_copies.py": "imports only torch and megatron-core, so that it can be lifted as it is",
 }
 """The files that may say "cuda" in code, and why."""
+
+
+TEST_ROOMS = {
+    "unit_tests": "one module each",
+    "functional_tests": "whole runs",
+    "rigs": "what tests share",
+    "soak": "`make soak`",
+    "fuzz": "`make fuzz`",
+    "mutants": "`make mutants`",
+}
+"""The folders of tests/, and what for."""
 
 
 def source_files() -> list[str]:
@@ -128,6 +140,12 @@ def test_the_namespace_is_shared_with_megatron_core():
     assert not (SOURCE.parent / "__init__.py").exists()
     folders = {(SOURCE / file).parent for file in source_files()}
     assert [folder for folder in folders if not (folder / "__init__.py").is_file()] == []
+
+
+def test_each_file_of_tests_is_in_a_room():
+    files = {path.relative_to(ROOT / "tests").as_posix() for path in (ROOT / "tests").rglob("*.py")}
+    assert {file for file in files if "/" not in file} == {"__init__.py", "conftest.py"}, "the others go into a room"
+    assert {file.split("/")[0] for file in files if "/" in file} == set(TEST_ROOMS)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import dataclasses
 
 import pytest
 
-from tests.mutant_rows.mutant import Mutant
-from tests.mutants import MUTANTS, ROOT, StaleRow, main, mutated
+from tests.mutants.__main__ import MUTANTS, ROOT, StaleRow, main, mutated
+from tests.mutants.rows.mutant import Mutant
 
 pytestmark = pytest.mark.any_core
 

@@ -18,7 +18,7 @@ from megatron.bridge.data.config import (
 )
 from megatron.bridge.data.loaders import build_datasets, build_iterator, padding_for
 from megatron.bridge.data.tokenizer import NullTokenizer, build_tokenizer
-from tests.ranks import run_on_ranks
+from tests.rigs.ranks import run_on_ranks
 
 
 @pytest.fixture

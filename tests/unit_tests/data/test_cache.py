@@ -11,7 +11,7 @@ from megatron.bridge.data import encoding, sft
 from megatron.bridge.data.config import SFTOptions, TokenizerConfig
 from megatron.bridge.data.sft import load_sft_dataset
 from megatron.bridge.data.tokenizer import build_tokenizer
-from tests.ranks import run_on_ranks
+from tests.rigs.ranks import run_on_ranks
 
 pytestmark = pytest.mark.any_core
 

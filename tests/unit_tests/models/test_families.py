@@ -6,10 +6,10 @@ from pathlib import Path
 
 import megatron.bridge.models as doors
 from megatron.bridge.models.families import FAMILY_MODULES, family_of
-from tests.families import MODELS, table
+from tests.rigs.families import MODELS, table
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "models.md"
-MARKED = r"(?<=`tests/families.py` -->\n).*?(?=<!-- /families -->)"
+MARKED = r"(?<=`tests/rigs/families.py` -->\n).*?(?=<!-- /families -->)"
 
 
 def test_every_family_is_tested():

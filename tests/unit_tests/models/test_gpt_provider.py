@@ -12,7 +12,7 @@ from megatron.bridge.models import GPTModelProvider, Llama3ModelProvider, Mixtra
 from megatron.bridge.models.layer_specs import local_layer_spec
 from megatron.bridge.models.llama import LlamaModelProvider
 from megatron.bridge.utils.yaml_io import from_yaml_dict, to_yaml_dict
-from tests.ranks import run_on_ranks
+from tests.rigs.ranks import run_on_ranks
 
 
 def tiny(cls=LlamaModelProvider, **fields):

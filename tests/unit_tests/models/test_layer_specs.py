@@ -11,7 +11,7 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.bridge.models import layer_specs
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.models.torch_norm import TorchNorm
-from tests.ranks import run_on_ranks
+from tests.rigs.ranks import run_on_ranks
 
 
 def classes_in(spec):

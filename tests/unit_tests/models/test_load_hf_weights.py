@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron.bridge import AutoBridge
 from megatron.bridge.models.conversion.hf_weights import HFWeights
-from tests.ranks import run_on_ranks
+from tests.rigs.ranks import run_on_ranks
 from tests.unit_tests.models.tiny_llama import save_tiny_llama
 
 

@@ -7,7 +7,7 @@ import torch
 
 from megatron.bridge.models.conversion.tasks import local_tasks
 from megatron.bridge.models.families import family_of
-from tests.ranks import run_on_ranks
+from tests.rigs.ranks import run_on_ranks
 
 
 def grouped_experts_on_rank(architecture):

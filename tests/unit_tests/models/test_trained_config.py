@@ -10,7 +10,7 @@ from megatron.bridge.models.conversion.trained_config import (
     fields_trained_otherwise,
 )
 from megatron.bridge.models.families import family_of, provider_fields
-from tests.families import MODELS
+from tests.rigs.families import MODELS
 from tests.unit_tests.models.tiny_llama import LLAMA3_ROPE, SMALL
 
 

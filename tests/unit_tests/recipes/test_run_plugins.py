@@ -114,7 +114,7 @@ class TestEachPlugin:
 
 def test_the_options_that_plugins_set_exist(all_built):
     from megatron.bridge.utils.overrides import apply_overrides
-    from tests.tiny import tiny_config
+    from tests.rigs.tiny import tiny_config
 
     for _, overrides in PLUGINS:
         apply_overrides(tiny_config("unused"), overrides)

@@ -8,9 +8,9 @@ import pytest
 
 from megatron.bridge.checkpoint import layout
 from megatron.bridge.training.local_checkpoint import CORE_RELEASE
-from tests.on_ranks import make_pretrained, run_finetune
-from tests.ranks import run_on_ranks
-from tests.tiny import tiny_config
+from tests.rigs.on_ranks import make_pretrained, run_finetune
+from tests.rigs.ranks import run_on_ranks
+from tests.rigs.tiny import tiny_config
 from tests.unit_tests.models.tiny_llama import save_tiny_llama
 
 RESUMED = {"optimizer": True, "scheduler": True, "rng": True, "train_state": True}

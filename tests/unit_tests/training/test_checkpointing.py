@@ -12,14 +12,14 @@ from megatron.bridge.training.checkpointing import (
     check_hybrid_optimizer_param_copies,
     sync_hybrid_optimizer_param_copies,
 )
-from tests.on_ranks import (
+from tests.rigs.on_ranks import (
     build_training,
     fill_weights,
     take_step,
     weights_of,
 )
-from tests.ranks import run_on_ranks
-from tests.tiny import tiny_config
+from tests.rigs.ranks import run_on_ranks
+from tests.rigs.tiny import tiny_config
 
 
 def _offloaded_run(directory, fraction, overlap, **optimizer):

@@ -4,9 +4,9 @@
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.on_ranks import build_training
-from tests.ranks import run_on_ranks
-from tests.tiny import tiny_config
+from tests.rigs.on_ranks import build_training
+from tests.rigs.ranks import run_on_ranks
+from tests.rigs.tiny import tiny_config
 
 BATCH, SEQ = 2, 16
 

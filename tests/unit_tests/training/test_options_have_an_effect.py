@@ -18,7 +18,7 @@ from megatron.bridge.peft.lora import LoRA
 from megatron.bridge.training import config_unsupported
 from megatron.bridge.training.comm_overlap import CommOverlapConfig
 from megatron.bridge.utils.field_types import field_hints, members_of
-from tests.option_readers import Readers
+from tests.rigs.option_readers import Readers
 from tests.unit_tests.training.config_examples import make_config
 
 SECTIONS = {

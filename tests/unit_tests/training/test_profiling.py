@@ -4,9 +4,9 @@
 import json
 
 from megatron.bridge.training.config import ProfilingConfig
-from tests.on_ranks import make_pretrained, run_finetune
-from tests.ranks import run_on_ranks
-from tests.tiny import tiny_config
+from tests.rigs.on_ranks import make_pretrained, run_finetune
+from tests.rigs.ranks import run_on_ranks
+from tests.rigs.tiny import tiny_config
 
 STEPS = 4
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.ranks import run_on_ranks
+from tests.rigs.ranks import run_on_ranks
 
 GPU_STATE = torch.arange(16, dtype=torch.uint8)
 HOST = ("random_rng_state", "np_rng_state", "torch_rng_state")

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from megatron.bridge.utils.device import choose_device
-from tests.ranks import run_on_ranks
+from tests.rigs.ranks import run_on_ranks
 
 CHOICES = [
     ("auto", "auto", "cpu", "gloo", "torch finds no CUDA device"),

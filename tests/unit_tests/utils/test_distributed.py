@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron.bridge.utils import distributed
 from megatron.bridge.utils.distributed import on_all_ranks
-from tests.ranks import run_on_ranks
+from tests.rigs.ranks import run_on_ranks
 
 
 def _raised_on_each_rank(failing_ranks):

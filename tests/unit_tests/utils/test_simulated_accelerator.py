@@ -3,7 +3,7 @@
 
 import torch
 
-from tests.ranks import run_on_ranks
+from tests.rigs.ranks import run_on_ranks
 
 
 def _tensors_answer_for_their_place():

@@ -1,0 +1,22 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""The mutants by subject: what is broken, by which replacement, and the smallest tests that must notice it.
+
+`python -m tests.mutants` applies them.
+"""
+
+from tests.mutants.rows import adapters, conversion, data, files, load, memory, resume, runs, sync
+
+MUTANTS = (
+    *sync.THE_SYNC,
+    *sync.THE_GUARD,
+    *load.THE_LOAD,
+    *resume.THE_REPAIRS,
+    *resume.THE_FLAT_STEP,
+    *resume.THE_RESUME,
+    *conversion.THE_CONVERSION,
+    *adapters.ADAPTERS,
+    *data.THE_DATA,
+    *files.THE_FILES,
+    *memory.MEMORY,
+    *runs.RUNS,
+)

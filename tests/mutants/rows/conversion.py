@@ -1,0 +1,160 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""The mutants of the conversion to and from Hugging Face."""
+
+from tests.mutants.rows.mutant import Mutant
+
+_CELL = "tests/functional_tests/test_conversion_families.py::test_family_at_layout"
+_COMMAND = "tests/functional_tests/test_conversion_command.py::test_"
+
+
+def _converted_wrongly(name: str, breaks: str, file: str, text: str, replacement: str, test: str) -> Mutant:
+    return Mutant(
+        name=f"conversion: {name}",
+        breaks=breaks,
+        file=f"src/megatron/bridge/models/{file}",
+        text=text,
+        replacement=replacement,
+        tests=(test,),
+    )
+
+
+_UNIT = "tests/unit_tests/models/test_"
+
+THE_CONVERSION = (
+    _converted_wrongly(
+        "values trained with",
+        "an export says what its model said before it was changed",
+        "conversion/hf_directory.py",
+        "as_trained = config_as_trained(hf_config, config)",
+        "as_trained = hf_config",
+        "tests/functional_tests/test_conversion_finetune.py::test_experts_from_hugging_face_and_back",
+    ),
+    Mutant(
+        name="conversion: end tokens",
+        breaks="a finetuned model is exported without the token that its turns end with, and runs on",
+        file="src/megatron/bridge/training/end_tokens.py",
+        text="with_end_ids(found, learned_end_ids(hf_tokenizer))",
+        replacement="found",
+        tests=("tests/unit_tests/training/test_end_tokens.py::test_what_is_loaded_counts_first",),
+    ),
+    _converted_wrongly(
+        "configuration",
+        "not read as transformers reads it",
+        "conversion/transformers_config.py",
+        "config.to_dict()",
+        "{**config_class().to_dict(), **content}",
+        f"{_UNIT}hf_config.py::test_both_spellings_of_rope_scaling",
+    ),
+    _converted_wrongly(
+        "a head of its own",
+        "dropped from a model that says it is tied",
+        "conversion/load.py",
+        "    if is_rank_0():\n        _check_tied_head(config, weights)\n",
+        "",
+        f"{_UNIT}load_hf_weights.py::test_a_head_of_its_own_in_a_tied_model",
+    ),
+    _converted_wrongly(
+        "an old index",
+        "goes before the single file",
+        "conversion/hf_weights.py",
+        "        if single.is_file():",
+        "        if single.is_file() and not index.is_file():",
+        f"{_UNIT}hf_weights.py::test_single_file_goes_before_an_index",
+    ),
+    _converted_wrongly(
+        "window",
+        "each token sees one more",
+        "decoder.py",
+        "(window - 1, 0)",
+        "(window, 0)",
+        f"{_CELL}[mistral-one_process]",
+    ),
+    _converted_wrongly(
+        "windows in some layers",
+        "the others have one too",
+        "decoder.py",
+        "None if all(slides) else slides",
+        "None",
+        f"{_CELL}[qwen2_window-one_process]",
+    ),
+    _converted_wrongly(
+        "query and key norms",
+        "the wrong one gets the weight",
+        "decoder.py",
+        'q_layernorm.weight", f"{HF_LAYER}self_attn.q_norm',
+        'q_layernorm.weight", f"{HF_LAYER}self_attn.k_norm',
+        f"{_CELL}[qwen3-one_process]",
+    ),
+    _converted_wrongly(
+        "weights of the chosen experts",
+        "always add up to 1",
+        "qwen3_moe.py",
+        'not hf["norm_topk_prob"]',
+        "False",
+        f"{_CELL}[qwen3_moe_mixed-one_process]",
+    ),
+    _converted_wrongly(
+        "layers with an MLP",
+        "the next one gets it",
+        "qwen3_moe.py",
+        "int(layer not in dense",
+        "int(layer - 1 not in dense",
+        f"{_CELL}[qwen3_moe_mixed-one_process]",
+    ),
+    _converted_wrongly(
+        "length that was trained on",
+        "it isn't heard beside the rotary settings",
+        "conversion/transformers_config.py",
+        "            config.standardize_rope_params()",
+        "            pass",
+        f"{_UNIT}hf_config.py::test_the_length_that_was_trained_on_may_stand_beside_the_rotary_settings[Llama]",
+    ),
+    _converted_wrongly(
+        "layers with a window",
+        "a Mistral has it in all",
+        "mistral.py",
+        'layer_types=hf.get("layer_types")',
+        "layer_types=None",
+        f"{_UNIT}hf_config.py::test_window_of_each_spelling[Mistral-config2-expected2]",
+    ),
+    _converted_wrongly(
+        "gate and up of an expert",
+        "change places",
+        "mixtral.py",
+        'gate="w1", up="w3"',
+        'gate="w3", up="w1"',
+        f"{_CELL}[mixtral-one_process]",
+    ),
+    _converted_wrongly(
+        "expert parallelism",
+        "each rank loads the first experts",
+        "conversion/tasks.py",
+        "per_rank * parallel_state.get_expert_model_parallel_rank()",
+        "0",
+        f"{_CELL}[mixtral-EP2]",
+    ),
+    _converted_wrongly(
+        "expert tensor parallelism",
+        "experts are cut as the other matrices",
+        "conversion/tasks.py",
+        "        return parallel_state.get_expert_tensor_parallel_group()\n",
+        "        return parallel_state.get_tensor_model_parallel_group()\n",
+        f"{_CELL}[mixtral-TP1_ETP2]",
+    ),
+    _converted_wrongly(
+        "NaN",
+        "is imported",
+        "conversion/load.py",
+        "not is_finite(block)",
+        "False",
+        f"{_COMMAND}what_cannot_be_imported_is_named_and_leaves_nothing[nan]",
+    ),
+    _converted_wrongly(
+        "index that names a file elsewhere",
+        "it is opened",
+        "conversion/hf_weights.py",
+        "is_below(file) and Path(file).name == file",
+        "True",
+        "tests/unit_tests/models/test_hf_weights.py::test_wrong_index_is_named",
+    ),
+)

@@ -1,0 +1,203 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""The mutants of a resume: repairs of Core's optimizers left out, and states that are not restored."""
+
+from tests.mutants.rows.mutant import EXPERTS, NOT_OFFLOADED, OFFLOADED, RESHARDED, RESUME, Mutant
+
+INSTALL = "src/megatron/bridge/training/cpu_offload/install.py"
+
+_FROZEN = "tests/functional_tests/test_frozen_weights.py::test_"
+_REPAIRED = "tests/functional_tests/test_repairs.py::test_"
+_FINITE = "tests/functional_tests/test_finite_steps.py::test_"
+_PLAIN = "tests/functional_tests/test_plain_resume.py::test_"
+_DEVICE = "tests/functional_tests/test_device_step.py::test_"
+_RANDOM = "tests/unit_tests/training/test_rng_state.py::test_"
+_COUNTS = f"{_DEVICE}a_device_optimizer_that_counts_in_its_groups_counts_on"
+
+
+def _without(repair: str, row: str, *tests: str, kept: str = "") -> Mutant:
+    """A repair left out; `kept` is what of its file stays in."""
+    return Mutant(
+        name=f"without {repair}",
+        breaks=f"Core's defect is back: {repair}",
+        file=INSTALL,
+        text=f"    *{row}.REPAIRS,\n",
+        replacement=kept and f"    *{row}.REPAIRS{kept},\n",
+        tests=tests,
+    )
+
+
+THE_REPAIRS = (
+    _without("empty shard", "empty_shard", f"{_FROZEN}a_frozen_stage_resumes"),
+    _without("empty bucket", "empty_bucket", f"{_FROZEN}a_shard_of_padding_between_two_parameters_resumes_by_bucket"),
+    _without("load template", "load_template", NOT_OFFLOADED, kept="[1:]"),
+    _without("no dummy step", "load_template", f"{_REPAIRED}an_empty_optimizer_is_filled_without_a_step", kept="[:1]"),
+    _without("master lookup", "master_lookup", OFFLOADED),
+    _without("state device", "state_device", f"{_REPAIRED}state_is_on_the_side_of_its_parameter"),
+    _without("step counter", "step_counter", f"{_COUNTS}[nothing]", f"{_COUNTS}[half]"),
+    _without("gradient wait", "gradient_wait", f"{_DEVICE}the_device_steps_when_its_gradients_are_cast"),
+    _without("exact resume", "exact_resume", OFFLOADED),
+    Mutant(
+        name="without adam kernel",
+        breaks="Core's defect is back: runs with offload and without step with kernels that round differently",
+        file=INSTALL,
+        text="    *adam_kernel.REPAIRS,  # after what restores the step counter\n",
+        replacement="",
+        tests=(f"{_REPAIRED}adam_steps_with_the_same_kernel_with_offload_and_without",),
+    ),
+    _without("one master", "one_master", f"{RESUME}[dense-DP2-bf16-shards-0.0-serial-fully-offload_on]"),
+    _without("plain param groups", "plain_param_groups", f"{_REPAIRED}saved_param_groups_are_plain_data"),
+    _without(
+        "native FP32 parameters", "native_fp32", f"{_REPAIRED}state_is_found_under_its_own_parameter", kept="[1:]"
+    ),
+    _without(
+        "native FP32 gradients",
+        "native_fp32",
+        f"{_REPAIRED}fp32_weights_on_the_device_move",
+        kept="[:1]",
+    ),
+    _without("group order", "group_order", f"{_REPAIRED}state_is_found_under_its_own_parameter"),
+    _without("reshardable state", "reshardable_state", RESHARDED),
+    _without("flat step", "flat_step", f"{_REPAIRED}parameters_share_an_optimizer_on_the_host"),
+    _without("flat shards", "flat_shards", f"{_REPAIRED}shards_cross_in_few_copies"),
+    _without("plain state", "plain_state", f"{_PLAIN}it_resumes_to_the_bit[bf16, FP32 norms]"),
+    _without("finite gradients", "finite_gradients", f"{_FINITE}so_does_one_whose_norm_overflows"),
+    _without("built once", "built_once", f"{_REPAIRED}only_what_a_rank_owns_is_copied"),
+    Mutant(
+        name="native FP32 parameters, views",
+        breaks="a run with FP32 parameters can't be resumed: a view whose base was changed",
+        file="src/megatron/bridge/training/cpu_offload/native_fp32.py",
+        text="    leaf = shard.detach()\n",
+        replacement="    with torch.no_grad():\n        leaf = shard.view(-1)\n",
+        tests=(f"{RESUME}[FP32norms-DP2-bf16-shards-0.5-serial-fully-as_it_was]",),
+    ),
+)
+
+
+def _flat(what: str, breaks: str, text: str, replacement: str) -> Mutant:
+    file = "src/megatron/bridge/training/cpu_offload/flat_adam.py"
+    test = "tests/functional_tests/test_flat_step.py::test_the_bits_are_those_of_cores_own_step[precision-aware-serial]"
+    return Mutant(f"flat step, {what}", breaks, file, text, replacement, (test,))
+
+
+THE_FLAT_STEP = (
+    _flat(
+        "tails in the run",
+        "gaps are stepped on as parameters, and last elements round otherwise",
+        "        self._in_run = sum(map(fits_in_a_run, params))\n",
+        "        self._in_run = len(params)\n",
+    ),
+    _flat(
+        "counters of the run",
+        "all but its first parameter stay at step 0",
+        "        self._counters_of_run()[1:] += 1\n",
+        "",
+    ),
+    _flat(
+        "counters that differ",
+        "parameters at different steps are stepped on as if at one",
+        " and bucket.counters_agree()",
+        "",
+    ),
+    _flat(
+        "state that a load left elsewhere",
+        "steps continue with the moments from before the load",
+        "                    place.copy_(tensor)\n",
+        "                    pass\n",
+    ),
+)
+
+
+def _not_restored(what: str, breaks: str, file: str, text: str, replacement: str, test: str) -> Mutant:
+    return Mutant(f"{what} not restored", breaks, f"src/megatron/bridge/training/{file}", text, replacement, (test,))
+
+
+THE_RESUME = (
+    _not_restored(
+        "step",
+        "Adam's bias correction starts anew",
+        "cpu_offload/exact_resume.py",
+        'state["step"] = torch.tensor(float(next(iter(steps))))',
+        "pass",
+        OFFLOADED,
+    ),
+    _not_restored(
+        "masters",
+        "they keep what the optimizer was built on",
+        "cpu_offload/reshardable_state.py",
+        'for key, tensor in tensors.items() if key != "step"}',
+        'for key, tensor in tensors.items() if key.startswith("exp_avg")}',
+        RESHARDED,
+    ),
+    _not_restored(
+        "moments",
+        "Adam's second moment starts at 0",
+        "cpu_offload/reshardable_state.py",
+        'for key, tensor in tensors.items() if key != "step"}',
+        'for key, tensor in tensors.items() if key not in ("step", "exp_avg_sq")}',
+        RESHARDED,
+    ),
+    _not_restored(
+        "random states",
+        "dropout follows another course",
+        "checkpointing.py",
+        'restore_rng_state(loaded["rng_state"], data_parallel_random_init=cfg.rng.data_parallel_random_init)',
+        "pass",
+        NOT_OFFLOADED,
+    ),
+    _not_restored(
+        "random states of each expert-parallel rank",
+        "all take the first rank's",
+        "rng_state.py",
+        "if data_parallel_random_init or is_of_each else 0",
+        "if data_parallel_random_init else 0",
+        EXPERTS,
+    ),
+    _not_restored(
+        "random states of another device",
+        "a run can't be taken from a GPU to a machine without one",
+        "rng_state.py",
+        "for name, size in sizes.items() if size != own_size}",
+        "for name, size in sizes.items() if False}",
+        f"{_RANDOM}the_devices_states_start_anew_together_and_on_all_ranks",
+    ),
+    _not_restored(
+        "the tracker's random states with the generator's",
+        "parts of the device's states are a GPU's, and parts are not",
+        "rng_state.py",
+        'for name, of_name in state["rng_tracker_states"].items()}',
+        "for name, of_name in ()}",
+        f"{_RANDOM}the_devices_states_start_anew_together_and_on_all_ranks",
+    ),
+    _not_restored(
+        "damaged random states",
+        "they are an error of torch's, a step later",
+        "rng_state.py",
+        "if not is_whole or state.numel() not in (own_size, *RNG_STATE_BYTES):",
+        "if False:",
+        f"{_RANDOM}a_damaged_state_ends_all_ranks_in_a_line_that_names_it",
+    ),
+    _not_restored(
+        "place in the data",
+        "samples are seen again",
+        "setup.py",
+        "consumed_samples=state.train_state.consumed_train_samples,",
+        "consumed_samples=0,",
+        NOT_OFFLOADED,
+    ),
+    _not_restored(
+        "schedule",
+        "the warm-up starts anew",
+        "resumed_schedule.py",
+        "    scheduler.load_state_dict(saved_schedule)\n",
+        "",
+        NOT_OFFLOADED,
+    ),
+    _not_restored(
+        "another number of optimizers",
+        "experts can't be spread over other ranks",
+        "resumed_schedule.py",
+        'in_this_chain(optimizer, loaded["optimizer"])',
+        'loaded["optimizer"]',
+        f"{RESUME}[experts-EP2-bf16-aware-0.5-overlap-fully-DP_2]",
+    ),
+)

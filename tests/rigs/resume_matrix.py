@@ -1,0 +1,227 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""The resume matrix as data: which runs are stopped and how they go on. `tests/rigs/resume.py` says what must hold.
+
+Sizes are odd and buckets small, so that buckets end with padding and slices begin in the middle of a row.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.bridge.training.checkpoint_plan import PARALLEL_SIZES
+from tests.rigs.tiny import fp32_norm_layer_spec
+
+STEPS, SAVES = 5, (0, 1, 3)
+RESHARDED_AT = 3
+"""The save from which another layout resumes."""
+SIZES = {
+    "num_layers": 2,
+    "hidden_size": 36,
+    "ffn_hidden_size": 54,
+    "num_attention_heads": 6,
+    "num_query_groups": 2,
+    "init_method_std": 0.1,
+}
+MODELS = {
+    "dense": SIZES,
+    "tied": {**SIZES, "share_embeddings_and_output_weights": True},
+    "FP32 norms": {**SIZES, "transformer_layer_spec": fp32_norm_layer_spec},
+    "experts": {
+        **SIZES,
+        "num_moe_experts": 4,
+        "moe_router_topk": 2,
+        "moe_ffn_hidden_size": 26,
+        "moe_token_dispatcher_type": "alltoall",
+    },
+}
+LAYOUTS = {
+    "DP 1": (1, {}),
+    "DP 2": (2, {}),
+    "DP 3": (3, {}),
+    "DP 4": (4, {}),
+    "TP 2": (2, {"TP": 2}),
+    "PP 2": (2, {"PP": 2}),
+    "PP 2, DP 2": (4, {"PP": 2}),
+    "EP 2": (2, {"EP": 2}),
+    "EP 2, DP 4": (4, {"EP": 2}),
+    "TP 2, EP 2": (2, {"TP": 2, "EP": 2}),
+    "TP 2, ETP 2": (2, {"TP": 2, "ETP": 2}),
+}
+"""The number of ranks, and the parallel sizes that aren't 1. EP 2 spreads the experts over data-parallel ranks."""
+BUCKETS = {"overlap_grad_reduce": True, "bucket_size": 3000}
+ONE_BUCKET = {"overlap_grad_reduce": False, "bucket_size": None}
+SAME = "as it was"
+FRACTIONS = {"offload off": 0.0, "offload on": 1.0, "half offloaded": 0.5}
+"""Changes of the optimizer. On the CPU the offloaded one computes the bits that the other does."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """An uninterrupted run, and how it saves."""
+
+    kind: str = "dense"
+    """In `MODELS`."""
+    layout: str = "DP 2"
+    """In `LAYOUTS`."""
+    precision: str = "bf16"
+    optimizer: str = "distributed"
+    """Or, each rank stepping on all of its weights, "adam" or "sgd"."""
+    fraction: float = 1.0
+    """Of the optimizer on the CPU; 0: no offload."""
+    precision_aware: bool = False
+    overlap: bool = False
+    form: str = "fully_reshardable"
+    """The format, as checkpoints name it."""
+
+    def __str__(self) -> str:
+        mode = "aware" if self.precision_aware else "shards"
+        overlap = "overlap" if self.overlap else "serial"
+        model = f"{self.kind}-{self.layout}".replace(", ", "+").replace(" ", "")
+        if self.optimizer != "distributed":
+            return f"{model}-{self.precision}-{self.optimizer}"
+        return f"{model}-{self.precision}-{mode}-{self.fraction}-{overlap}-{self.form.partition('_')[0]}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A saved run and what is changed in the run that resumes it."""
+
+    saved: Saved
+    change: str = SAME
+    """`SAME`, or in `LAYOUTS` or `FRACTIONS`."""
+
+    def __str__(self) -> str:
+        return f"{self.saved}-{self.change}".replace(", ", "+").replace(" ", "_")
+
+    @property
+    def layout(self) -> str:
+        return self.change if self.change in LAYOUTS else self.saved.layout
+
+    @property
+    def refused(self) -> str:
+        """What a dp_reshardable checkpoint answers; empty where the run resumes."""
+        if self.saved.form != "dp_reshardable":
+            return ""
+        was, now = (LAYOUTS[layout][1] for layout in (self.saved.layout, self.layout))
+        changed = (size for size in PARALLEL_SIZES if was.get(size, 1) != now.get(size, 1))
+        return next((f"{size} {was.get(size, 1)} -> {now.get(size, 1)}" for size in changed), "")
+
+
+def every_cell() -> list[Cell]:
+    """The whole matrix."""
+    return [
+        *(Cell(saved, change) for saved in _every_saved() for change in _changes_of(saved)),
+        *OTHERS,
+        *NOT_DISTRIBUTED,
+    ]
+
+
+def _every_saved() -> Iterator[Saved]:
+    for (kind, layout), precision, form in itertools.product(
+        (("dense", "DP 2"), ("experts", "EP 2"), ("experts", "DP 2")),
+        ("bf16", "fp16"),
+        ("dp_reshardable", "fully_reshardable"),
+    ):
+        if (kind, layout, form) == ("experts", "DP 2", "dp_reshardable"):
+            continue  # the experts are parameters like any other
+        yield Saved(kind, layout, precision, fraction=0.0, form=form)
+        for fraction, aware, overlap in itertools.product((0.5, 1.0), (False, True), (False, True)):
+            yield Saved(kind, layout, precision, "distributed", fraction, aware, overlap, form)
+
+
+def _changes_of(saved: Saved) -> list[str]:
+    if saved.kind == "experts" and saved.layout == "DP 2":
+        return [SAME, "EP 2"]
+    if saved.kind == "experts":
+        changes = [SAME, "EP 2, DP 4", "DP 2", "TP 2, EP 2", "TP 2, ETP 2"]
+    else:
+        changes = [SAME, "DP 1" if saved.overlap else "DP 4", "TP 2", "PP 2"]
+    if saved.fraction == 0:
+        changes.append("offload on")
+    elif saved.fraction == 1 and not saved.overlap:
+        changes += ["offload off", "half offloaded"]
+    return changes
+
+
+OTHERS = [
+    Cell(Saved("tied"), "PP 2"),
+    Cell(Saved("tied", "PP 2"), "DP 2"),
+    Cell(Saved("FP32 norms", "TP 2", fraction=0.5), "DP 2"),
+    Cell(Saved("FP32 norms", fraction=0.5)),
+    Cell(Saved("FP32 norms", fraction=0.5, form="dp_reshardable")),
+    Cell(Saved("experts", "PP 2"), "DP 2"),
+    Cell(Saved("dense", "TP 2"), "DP 2"),
+    Cell(Saved("dense", "TP 2"), "PP 2, DP 2"),
+    Cell(Saved("dense", "PP 2"), "DP 2"),
+    Cell(Saved("dense", "DP 3", fraction=0.5)),
+    Cell(Saved("dense", "DP 2"), "DP 3"),
+    *(
+        Cell(Saved(precision="fp32", fraction=fraction, precision_aware=aware, form=form), change)
+        for fraction, aware, form, change in (
+            (0.0, False, "dp_reshardable", SAME),
+            (0.0, False, "fully_reshardable", "TP 2"),
+            (0.5, False, "dp_reshardable", SAME),
+            (0.5, True, "fully_reshardable", SAME),
+            (1.0, True, "dp_reshardable", SAME),
+            (1.0, False, "fully_reshardable", "offload off"),
+        )
+    ),
+    Cell(Saved("experts", "EP 2", precision="fp32", fraction=0.0)),
+]
+"""Beside the product: what is special about one model or layout."""
+
+
+def _plain(optimizer: str, precision: str = "bf16", kind: str = "dense", layout: str = "DP 2") -> Saved:
+    return Saved(kind, layout, precision, optimizer, fraction=0.0)
+
+
+NOT_DISTRIBUTED = [
+    *(
+        Cell(_plain(optimizer, precision), change)
+        for optimizer in ("adam", "sgd")
+        for precision in ("bf16", "fp16", "fp32")
+        for change in (SAME, "DP 1", "DP 4", "TP 2", "PP 2")
+    ),
+    *(
+        Cell(_plain(optimizer, precision, *model))
+        for optimizer in ("adam", "sgd")
+        for precision in ("bf16", "fp32")
+        for model in (("experts", "EP 2"), ("FP32 norms", "DP 2"), ("tied", "PP 2"))
+    ),
+    Cell(_plain("adam", kind="tied", layout="PP 2"), "DP 2"),
+    Cell(_plain("adam", "fp32", "dense", "TP 2"), "PP 2"),
+]
+"""Without the distributed optimizer, which offload needs: state is stored by weight, and fits any layout."""
+
+NOT_DISTRIBUTED_IN_SHORT = [
+    Cell(_plain("adam")),
+    Cell(_plain("adam"), "TP 2"),
+    Cell(_plain("sgd", "fp16")),
+    Cell(_plain("sgd", "fp16"), "PP 2"),
+    Cell(_plain("adam", "fp32"), "DP 1"),
+    Cell(_plain("sgd", "fp32", "experts", "EP 2")),
+]
+
+
+def cut(cells: list[Cell]) -> list[Cell]:
+    """A few cells in which each value of each axis meets each value of each other that it meets in all of them.
+
+    Of what is refused, one of each kind; of what isn't distributed, a few.
+    """
+    product = [cell for cell in cells if cell not in OTHERS and cell not in NOT_DISTRIBUTED]
+    left = {pair for cell in product for pair in _pairs(cell)}
+    chosen: list[Cell] = []
+    while left:
+        runs = {cell.saved for cell in chosen}
+        best = max(product, key=lambda cell: (len(left & _pairs(cell)), cell.saved in runs))
+        chosen.append(best)
+        left -= _pairs(best)
+    return chosen + OTHERS + NOT_DISTRIBUTED_IN_SHORT
+
+
+def _pairs(cell: Cell) -> set[Any]:
+    if cell.refused:
+        return {cell.refused}
+    values = [*vars(cell.saved).items(), ("change", cell.change)]
+    return set(itertools.combinations(values, 2))
