@@ -67,9 +67,9 @@ def _in_a_process(num_layers: int, aware: bool, stock: bool) -> tuple[int, int, 
 def _measure_process(sender: Any, num_layers: int, aware: bool, stock: bool) -> None:
     """Send the bytes that the optimizer took at its peak, those that it must hold, and what rounding up would add."""
     logging.disable(logging.INFO)
+    from megatron.bridge.core_repairs import install
     from megatron.bridge.recipes.smollm2 import smollm2_135m_sft_config
     from megatron.bridge.training.config import runtime_config_update
-    from megatron.bridge.training.cpu_offload import install
     from megatron.bridge.training.initialize import initialize_megatron
     from megatron.bridge.training.optim import setup_optimizer
 

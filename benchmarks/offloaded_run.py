@@ -22,7 +22,7 @@ import torch
 from benchmarks.figures import Figure, ratios, run
 from benchmarks.packing import Clock
 from benchmarks.training_step import UNCOUNTED, config, model_shape
-from megatron.bridge.training.cpu_offload import install
+from megatron.bridge.core_repairs import install
 from megatron.bridge.training.gpt_step import forward_step
 from megatron.bridge.training.pretrain import pretrain
 from megatron.bridge.utils import device

@@ -18,11 +18,14 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "megatron" / "bridge"
 
 ROOMS = {
-    "training": "The run: configuration, loop, save and load, optimizer, offload.",
+    "training": "The run: configuration, loop, save and load, what it says of itself.",
+    "planning": "A run planned without running it.",
     "recipes": "Functions that return a ready configuration.",
     "models": "Model families, and conversion from and to Hugging Face.",
     "data": "From rows of text to the batches of a step.",
     "peft": "Adapters.",
+    "core_repairs": "Repairs of Megatron-Core's optimizers.",
+    "offload_engine": "The offloaded step in buckets.",
     "checkpoint": "What a checkpoint is on disk.",
     "utils": "Device, process groups, files, YAML, overrides.",
 }

@@ -33,8 +33,8 @@ from megatron.bridge.training.config import (
     TrainingConfig,
     ValidationConfig,
 )
-from megatron.bridge.training.config_unsupported import UNSUPPORTED
-from megatron.bridge.training.mixed_precision import MixedPrecisionConfig
+from megatron.bridge.training.config.mixed_precision import MixedPrecisionConfig
+from megatron.bridge.training.config.unsupported import UNSUPPORTED
 from megatron.bridge.utils.field_types import describe, field_hints
 
 SECTIONS: dict[str, tuple[type, ...]] = {

@@ -73,11 +73,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 def plan(request: RecipeRequest, arguments: argparse.Namespace) -> None:
     """Show what a run would be told, and the memory it would need."""
-    from megatron.bridge.utils.uncompiled import import_core_uncompiled
+    from megatron.bridge.utils.no_compile import import_core_uncompiled
 
     import_core_uncompiled()
+    from megatron.bridge.planning.memory import GIB, as_table, plan_memory, resolve
     from megatron.bridge.recipes.build import smallest_world_size
-    from megatron.bridge.training.memory_estimate import GIB, as_table, plan_memory, resolve
 
     cfg = request.build()
     world_size = arguments.world_size or int(os.environ.get("WORLD_SIZE", smallest_world_size(cfg)))

@@ -165,7 +165,7 @@ def test_the_device_steps_when_its_gradients_are_cast(tmp_path, aware):
 
 def _steps_of_a_hybrid(*, overlap):
     """The weights after 50 steps of a precision-aware hybrid on large 16-bit gradients, the same each time."""
-    from megatron.bridge.training.cpu_offload import install
+    from megatron.bridge.core_repairs import install
     from megatron.bridge.utils.device import current_device
 
     torch.manual_seed(1)

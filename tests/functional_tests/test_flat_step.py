@@ -108,8 +108,8 @@ RUNS = {
 
 def _compared(run: str, *, aware: bool, overlap: bool) -> tuple[int, list[str]]:
     """How often a bucket was stepped on as one, and in what the bits are not Core's."""
-    from megatron.bridge.training.cpu_offload import flat_step, install, master_lookup, state_device
-    from megatron.bridge.training.cpu_offload.flat_adam import Bucket
+    from megatron.bridge.core_repairs import engine, install, master_lookup, state_device
+    from megatron.bridge.offload_engine.adam import Bucket
 
     of_run = RUNS[run]
     core = install._repaired_class(HybridDeviceOptimizer, (*master_lookup.REPAIRS, *state_device.REPAIRS))
@@ -118,7 +118,7 @@ def _compared(run: str, *, aware: bool, overlap: bool) -> tuple[int, list[str]]:
     torch.set_num_threads(2)
     try:
         expected = _states(core, of_run, aware=aware, overlap=overlap)
-        found = _states(install._repaired_class(core, flat_step.REPAIRS), of_run, aware=aware, overlap=overlap)
+        found = _states(install._repaired_class(core, engine.REPAIRS[:1]), of_run, aware=aware, overlap=overlap)
     finally:
         torch.set_num_threads(1)
         Bucket.enter_step = enter_step
@@ -151,7 +151,7 @@ def test_the_bits_are_those_of_cores_own_step(aware, overlap):
 
 def _pinned_slab() -> tuple[bool, bool, float]:
     """Whether a slab's tensors and its run are pinned, and what a copy to the device and back changes."""
-    from megatron.bridge.training.cpu_offload.host_memory import Slab
+    from megatron.bridge.offload_engine.host_memory import Slab
     from megatron.bridge.utils.device import current_device
 
     slab = Slab([torch.Size([1000]), torch.Size([64])], pinned=True)

@@ -62,7 +62,7 @@ class _WriteAsUpstream(Recorder):
 
 def _write_as_upstream(root, sharding, context):
     from megatron.bridge.checkpoint.model_checkpoint import model_sharded_state_dict
-    from megatron.bridge.training.rng_state import get_rng_state
+    from megatron.bridge.training.run_state.rng import get_rng_state
 
     directory = root / ITERATION
     metadata = {

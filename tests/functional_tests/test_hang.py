@@ -7,7 +7,7 @@ import time
 import pytest
 
 from megatron.bridge.training.gpt_step import forward_step
-from megatron.bridge.training.hang_watchdog import HangWatchdog, Hung, watched
+from megatron.bridge.training.monitoring.hang_watchdog import HangWatchdog, Hung, watched
 from megatron.bridge.training.state import GlobalState
 from megatron.bridge.utils.distributed import rank
 from megatron.bridge.utils.exit_codes import HUNG
@@ -60,8 +60,8 @@ class Clock:
 def clock(monkeypatch):
     """The watchdog's, in one of two processes."""
     found = Clock()
-    monkeypatch.setattr("megatron.bridge.training.hang_watchdog.world_size", lambda: 2)
-    monkeypatch.setattr("megatron.bridge.training.hang_watchdog.time", found)
+    monkeypatch.setattr("megatron.bridge.training.monitoring.hang_watchdog.world_size", lambda: 2)
+    monkeypatch.setattr("megatron.bridge.training.monitoring.hang_watchdog.time", found)
     return found
 
 
@@ -87,7 +87,7 @@ def test_an_error_that_comes_after_the_stacks_is_a_hang_too(clock, caplog, sign_
 def test_signs_of_life_pauses_and_the_end_keep_it_quiet(clock, capfd, monkeypatch):
     """A thread of its own, so that what would end this process can be seen instead."""
     ended = []
-    monkeypatch.setattr("megatron.bridge.training.hang_watchdog.os._exit", ended.append)
+    monkeypatch.setattr("megatron.bridge.training.monitoring.hang_watchdog.os._exit", ended.append)
     watchdog = HangWatchdog()
     watchdog.start(0.5)
 

@@ -17,7 +17,7 @@ from tests.rigs.ranks import run_on_ranks
 def _plans(directory, options_by_name):
     """(where each load would come from, its error, what is said) on this rank."""
     from megatron.bridge.training.checkpointing import init_checkpointing_context, plan_on_all_ranks
-    from megatron.bridge.training.config_precedence import apply_mixed_precision
+    from megatron.bridge.training.config.precedence import apply_mixed_precision
 
     answers = {}
     for name, options in options_by_name.items():

@@ -6,7 +6,7 @@ import gc
 import pytest
 import torch
 
-from megatron.bridge.training.memory_estimate import plan_memory
+from megatron.bridge.planning.memory import plan_memory
 from tests.rigs.ranks import run_on_ranks
 from tests.rigs.tiny import tiny_config
 
@@ -43,7 +43,7 @@ CASES = {
 
 def _config(case):
     from megatron.bridge.peft.lora import LoRA
-    from megatron.bridge.training.mixed_precision import get_mixed_precision_config
+    from megatron.bridge.training.config.mixed_precision import get_mixed_precision_config
 
     case = dict(CASES[case])
     lora, in_16_bits = case.pop("lora", False), case.pop("bf16_gradients", False)

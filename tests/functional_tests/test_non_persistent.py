@@ -51,7 +51,7 @@ def directory(tmp_path, pretrained):
 
 
 def _run_without_exact_resume(directory, **options):
-    from megatron.bridge.training.cpu_offload import install
+    from megatron.bridge.core_repairs import install
 
     everything = install.REPAIRS
     # The flat step keeps a counter where the load template knows it, and with it its value.
@@ -135,7 +135,7 @@ def test_a_local_checkpoint_without_optimizer_rebuilds_the_masters(directory, ca
 
 
 def _run_with_a_full_disk(directory):
-    from megatron.bridge.training.local_checkpoint_files import LocalCheckpointFiles
+    from megatron.bridge.training.run_state.local_files import LocalCheckpointFiles
     from megatron.bridge.utils.distributed import rank
 
     def no_room(self, state_dict, ckpt_id):

@@ -98,7 +98,7 @@ def _sums(reported, **sizes):
     """What each case gives on this rank."""
     from megatron.core import mpu
 
-    from megatron.bridge.training.reported_losses import sum_over_ranks
+    from megatron.bridge.training.monitoring.reported_losses import sum_over_ranks
     from megatron.bridge.utils.distributed import initialize_model_parallel
 
     initialize_model_parallel(**sizes)

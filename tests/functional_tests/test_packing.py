@@ -203,7 +203,7 @@ def test_a_packed_run_resumes_to_the_bit(directory, alone, tmp_path):
 
 
 def _refusals(directory):
-    from megatron.bridge.training.packed_attention import check_samples_are_kept_apart
+    from megatron.bridge.models.packed_attention import check_samples_are_kept_apart
 
     refused = []
     for model in ({"window_size": (3, 0)}, {}):
@@ -231,7 +231,7 @@ def test_what_would_look_across_is_refused(directory):
 
 
 def test_transformer_engine_gets_the_boundaries():
-    from megatron.bridge.training.packed_attention import packed_seq_params
+    from megatron.bridge.models.packed_attention import packed_seq_params
 
     params = packed_seq_params(torch.tensor([0, 3, 5, 8], dtype=torch.int32), seq_length=8)
     assert params.qkv_format == "thd" and (params.max_seqlen_q, params.max_seqlen_kv) == (3, 3)

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron.bridge.training.cpu_offload.plain_state import _put_step_where_it_is_kept
-from megatron.bridge.training.optimizer_chain import in_this_chain
+from megatron.bridge.core_repairs.plain_state import _put_step_where_it_is_kept
+from megatron.bridge.training.run_state.optimizer_chain import in_this_chain
 from tests.rigs.on_ranks import Recorder, differing
 from tests.rigs.ranks import run_on_ranks
 from tests.rigs.resume import without_repairs

@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 
-from megatron.bridge.training.planned_shards import as_table, plan_shards
+from megatron.bridge.planning.shards import as_table, plan_shards
 from tests.functional_tests.test_memory_estimate import SIZES, _config
 from tests.rigs.ranks import run_on_ranks
 

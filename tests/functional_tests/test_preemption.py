@@ -13,7 +13,7 @@ import pytest
 
 from megatron.bridge.checkpoint import layout
 from megatron.bridge.training.config import TrainingConfig
-from megatron.bridge.training.preemption import Preempted, catch_exit_signal
+from megatron.bridge.training.monitoring.preemption import Preempted, catch_exit_signal
 from megatron.bridge.utils.exit_codes import PREEMPTED
 from tests.soak.rank import STEPS
 from tests.soak.restarted_rank import KILLED_AT

@@ -7,7 +7,7 @@ import pytest
 import torch
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
-from megatron.bridge.training.cpu_offload.repair import stepping_optimizers
+from megatron.bridge.core_repairs.repair import stepping_optimizers
 from tests.rigs.on_ranks import (
     build_training,
     differing,
@@ -148,7 +148,7 @@ def _elements_copied(directory):
 def test_only_what_a_rank_owns_is_copied(tmp_path):
     for _, owned, copied in run_on_ranks(_elements_copied, 2, tmp_path):
         assert copied == [owned]
-    for of_model, owned, copied in run_on_ranks(without_repairs, 2, ("built once",), _elements_copied, tmp_path):
+    for of_model, owned, copied in run_on_ranks(without_repairs, 2, ("lazy hybrid init",), _elements_copied, tmp_path):
         assert copied == [of_model, owned], "Core copies the whole model first"
 
 

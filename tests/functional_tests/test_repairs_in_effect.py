@@ -15,8 +15,8 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer
 
-from megatron.bridge.training.cpu_offload.install import REPAIRS
-from megatron.bridge.training.cpu_offload.repair import ToBuild
+from megatron.bridge.core_repairs.install import REPAIRS
+from megatron.bridge.core_repairs.repair import ToBuild
 from tests.functional_tests.test_device_step import as_with_transformer_engine
 from tests.rigs.on_ranks import build_training
 from tests.rigs.ranks import run_on_ranks
@@ -43,10 +43,10 @@ RUNS = {
 """Options of the optimizer and of the model, and whether Core finds an optimizer as Transformer Engine's is."""
 
 ALL = ("load template", "exact resume", "adam kernel", "reshardable state", "finite gradients")
-HYBRID = ("no dummy step", "master lookup", "plain param groups", "flat step", "built once")
+HYBRID = ("no dummy step", "master lookup", "plain param groups", "flat step", "lazy hybrid init")
 IN_EFFECT = {
     "no offload": {*ALL},
-    "offload": {*ALL, *HYBRID, "state device", "one master", "flat shards"},
+    "offload": {*ALL, *HYBRID, "state device", "duplicate master", "flat shards"},
     "precision-aware": {*ALL, *HYBRID, "state device", "gradient wait"},
     "FP32 weights": {
         *ALL,
@@ -57,7 +57,7 @@ IN_EFFECT = {
         "native FP32 gradients",
         "group order",
     },
-    "fused Adam": {*ALL, *HYBRID, "one master", "step counter", "flat shards"},
+    "fused Adam": {*ALL, *HYBRID, "duplicate master", "step counter", "flat shards"},
     "FP32": {*ALL, "native FP32 parameters", "group order"},
     "FP32, plain": {"plain FP32 state", "finite gradients"},
     "plain": {"plain state", "finite gradients"},
@@ -108,7 +108,7 @@ def test_the_documentation_lists_them():
             ", ".join(repair.threads) or "none known",
             repair.core_versions,
             ", ".join(run for run in RUNS if repair.name in IN_EFFECT[run]) or ON_SOME_RANKS[repair.name],
-            f"`{repair.subclass.__module__.rpartition('.')[2]}.py`",
+            f"`{repair.is_needed.__module__.rpartition('.')[2]}.py`",
         )
         for repair in REPAIRS
     }
@@ -157,7 +157,7 @@ MENDED = {
     "state device": ("offload", HybridDeviceOptimizer, "_move_new_state_to_right_device", _nothing),
     "step counter": ("fused Adam", HybridDeviceOptimizer, "_sync_sub_optimizers_state_to_hdo", _takes_it_back),
     "gradient wait": ("precision-aware", HybridDeviceOptimizer, "step", _waits),
-    "one master": ("offload", DistributedOptimizer, "_get_main_param_and_optimizer_states", _masters_apart),
+    "duplicate master": ("offload", DistributedOptimizer, "_get_main_param_and_optimizer_states", _masters_apart),
     "native FP32 parameters": (
         "FP32 weights",
         DistributedOptimizer,
@@ -175,7 +175,7 @@ MENDED = {
     "adam kernel": ("no offload", core_optimizer, "_get_megatron_optimizer_based_on_param_groups", _fused_in_both),
     "flat step": ("offload", HybridDeviceOptimizer, "_get_sub_optimizer_param_groups", _nothing),
     "flat shards": ("offload", DistributedOptimizer, "_build_model_and_main_param_groups", _nothing),
-    "built once": ("offload", DistributedOptimizer, "__init__", _nothing),
+    "lazy hybrid init": ("offload", DistributedOptimizer, "__init__", _nothing),
     "plain FP32 state": ("FP32, plain", FP32Optimizer, "sharded_state_dict", _nothing),
     "plain state": ("plain", Float16OptimizerWithFloat16Params, "sharded_state_dict", _nothing),
     "finite gradients": ("no offload", ChainedOptimizer, "step", _looks_at_the_norm),

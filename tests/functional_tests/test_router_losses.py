@@ -42,7 +42,7 @@ def _run(directory, model, **sections):
 
     from megatron.bridge.training.callbacks import Callback
     from megatron.bridge.training.gpt_step import forward_step
-    from megatron.bridge.training.metrics import read_metrics
+    from megatron.bridge.training.monitoring.metrics import read_metrics
     from megatron.bridge.training.pretrain import pretrain
     from tests.rigs.on_ranks import forget_last_forward
 

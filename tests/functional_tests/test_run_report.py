@@ -33,7 +33,7 @@ SIZES = {
 
 def _counts(directory, layouts):
     """(all, trained) parameters by layout, with the final norm frozen."""
-    from megatron.bridge.training.summary import count_parameters
+    from megatron.bridge.training.monitoring.summary import count_parameters
     from megatron.bridge.utils.distributed import destroy_model_parallel
     from tests.rigs.on_ranks import build_training
 

@@ -32,7 +32,7 @@ def _learns_nothing_at(which):
 def _run(directory):
     """Steps that were trained and evaluated, the rates they were taken with, the metrics file, and the log."""
     from megatron.bridge.training.callbacks import Callback
-    from megatron.bridge.training.metrics import METRICS_FILE, read_metrics
+    from megatron.bridge.training.monitoring.metrics import METRICS_FILE, read_metrics
     from megatron.bridge.training.pretrain import pretrain
 
     seen = {"trained": [], "evaluated": [], "rates": {}, "log": []}
@@ -102,7 +102,7 @@ def test_a_step_that_learns_nothing_has_no_loss(starts):
 
 def _fp16_run(directory, to_tensorboard):
     from megatron.bridge.training.gpt_step import forward_step
-    from megatron.bridge.training.metrics import METRICS_FILE, read_metrics
+    from megatron.bridge.training.monitoring.metrics import METRICS_FILE, read_metrics
     from megatron.bridge.training.pretrain import pretrain
 
     cfg = tiny_config(

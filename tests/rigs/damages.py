@@ -83,7 +83,7 @@ class Rig:
 
     def _content(self, state: Any) -> dict[tuple, Any]:
         """All that a load restores."""
-        from megatron.bridge.training.rng_state import current_states
+        from megatron.bridge.training.run_state.rng import current_states
 
         slices = slices_of(self.model, self.optimizer)
         return {

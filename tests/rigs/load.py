@@ -39,8 +39,8 @@ class Witness(Recorder):
 
 
 def _facts(context):
-    from megatron.bridge.training.progress import learning_rate
-    from megatron.bridge.training.rng_state import current_states
+    from megatron.bridge.training.monitoring.progress import learning_rate
+    from megatron.bridge.training.run_state.rng import current_states
 
     train_state = context.state.train_state
     return {

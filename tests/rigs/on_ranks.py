@@ -25,7 +25,7 @@ class Recorder(Callback):
         self.weights_before = weights_of(context.model)
 
     def on_train_step_end(self, context: CallbackContext) -> None:
-        from megatron.bridge.training.progress import learning_rate
+        from megatron.bridge.training.monitoring.progress import learning_rate
 
         self.losses.append(context.loss_dict["lm loss"])
         self.learning_rates.append(learning_rate(context))

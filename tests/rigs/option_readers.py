@@ -11,7 +11,7 @@ import ast
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-NO_READERS = ("config_checks*.py", "config_unsupported.py", "config_precedence.py", "summary.py")
+NO_READERS = ("config/rules/*.py", "config/unsupported.py", "config/precedence.py", "monitoring/summary.py")
 """Files that refuse, log or show values."""
 
 

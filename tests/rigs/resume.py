@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron.bridge.training.checkpoint_plan import PARALLEL_SIZES
+from megatron.bridge.training.run_state.load_plan import PARALLEL_SIZES
 from tests.rigs.on_ranks import Recorder, differing
 from tests.rigs.optimizer_state import Slice, slices_of, whole_state
 from tests.rigs.resume_matrix import BUCKETS, FRACTIONS, LAYOUTS, MODELS, SAVES, STEPS, Cell, Saved
@@ -118,7 +118,7 @@ def resume_config(
     directory: Path, cell: Cell, *, ddp: dict[str, Any] = BUCKETS, still: bool = False, steps: int = STEPS, **load: Any
 ) -> Any:
     """The configuration of a cell's run on the ranks that there are."""
-    from megatron.bridge.training.mixed_precision import get_mixed_precision_config
+    from megatron.bridge.training.config.mixed_precision import get_mixed_precision_config
 
     saved, sizes = cell.saved, LAYOUTS[cell.layout][1]
     fraction = FRACTIONS.get(cell.change, saved.fraction)
@@ -183,7 +183,7 @@ def resume(directory: Path, run: str, cell: Cell, step: int, **options: Any) -> 
 
 def without_repairs(names: tuple[str, ...] | None, fn: Callable, *args: Any, **options: Any) -> Any:
     """Call a function while repairs are left out, None being all; gives the text of an error that it raises."""
-    from megatron.bridge.training.cpu_offload import install
+    from megatron.bridge.core_repairs import install
 
     ours = install.REPAIRS
     install.REPAIRS = tuple(repair for repair in ours if names is not None and repair.name not in names)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.bridge.training.checkpoint_plan import PARALLEL_SIZES
+from megatron.bridge.training.run_state.load_plan import PARALLEL_SIZES
 from tests.rigs.tiny import fp32_norm_layer_spec
 
 STEPS, SAVES = 5, (0, 1, 3)

@@ -98,7 +98,7 @@ class Trace(NamedTuple):
 def config(directory: Path, model: Model, *, offload: dict[str, Any], checkpoint: dict[str, Any]) -> Any:
     """The configuration of a run, resolved and checked."""
     from megatron.bridge.training.config import runtime_config_update
-    from megatron.bridge.training.mixed_precision import get_mixed_precision_config
+    from megatron.bridge.training.config.mixed_precision import get_mixed_precision_config
 
     fields = {**SIZES, **(EXPERTS if model.kind == "experts" else {}), **LAYOUTS[model.layout]}
     if model.precision == "bf16+fp32":

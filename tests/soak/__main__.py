@@ -25,7 +25,7 @@ from pathlib import Path
 from megatron.core import __version__ as core_version
 
 from megatron.bridge.checkpoint import layout
-from megatron.bridge.training.metrics import METRICS_FILE, read_metrics
+from megatron.bridge.training.monitoring.metrics import METRICS_FILE, read_metrics
 from tests.soak.faults import FAULTS, Fault, complete
 from tests.soak.run import RUN_SECONDS, Run, check_equal, wait_for, warm_up
 

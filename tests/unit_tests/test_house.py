@@ -2,6 +2,7 @@
 """The house keeps its floors: who imports whom, and who may speak of the device, read from the source."""
 
 import ast
+import graphlib
 import re
 import sys
 from collections.abc import Iterator
@@ -19,14 +20,35 @@ FLOORS = {
     "models": 3,
     "data": 3,
     "peft": 3,
-    "training": 4,
-    "recipes": 5,
-    "convert": 5,
-    "generate": 5,
-    "memory": 6,  # a command that knows the recipes
-    "plot": 5,
+    "offload_engine": 3,
+    "core_repairs": 4,
+    "training/config": 5.1,
+    "training/cpu_offload": 5.1,
+    "training/run_state": 5.2,
+    "training/monitoring/hang_watchdog": 5.2,
+    "training/monitoring/preemption": 5.2,
+    "training/state": 5.3,
+    "training/callbacks": 5.4,
+    "training/monitoring": 5.5,
+    "training": 5.6,
+    "training/utils": 5.6,  # doors
+    "training/tokenizers": 5.6,
+    "planning": 6,
+    "recipes": 7,
+    "convert": 7,
+    "generate": 7,
+    "plot": 7,
+    "memory": 8,  # a command that knows the recipes
 }
 """Each room imports from lower floors and from itself; rooms on one floor don't know each other."""
+
+THE_RUN = (
+    "finetune pretrain setup initialize train eval gpt_step losses micro_batches optim checkpointing state callbacks"
+).split()
+"""The files of `training/` itself; all else has a room."""
+
+PUBLIC_DOORS = ["comm_overlap", "mixed_precision"]
+"""Files of `training/` that only re-export what scripts for Megatron Bridge import there."""
 
 DOORS = {"__init__.py"}
 """The package's own `__init__.py` opens lazily onto any floor."""
@@ -35,7 +57,7 @@ NAMES_THE_DEVICE = {
     "utils/device.py": "chooses it",
     "utils/simulated_accelerator.py": "simulates it",
     "models/fusions.py": "names the packages of fused kernels, which end in _cuda",
-    "training/config_processes.py": "lists the values of dist.device",
+    "training/config/dist.py": "lists the values of dist.device",
     "training/cpu_offload/param_copies.py": "imports only torch and megatron-core, so that it can be lifted as it is",
 }
 """The files that may say "cuda" in code, and why."""
@@ -56,9 +78,11 @@ def source_files() -> list[str]:
     return sorted(path.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("*.py"))
 
 
-def room_of(file: str) -> str:
-    """`training/train.py` -> training, `convert.py` -> convert."""
-    return file.split("/")[0].removesuffix(".py")
+def room_of(path: str) -> str:
+    """The room of a file or a module's path: the longest name in `FLOORS`; of the whole package, an empty one."""
+    parts = path.removesuffix(".py").split("/")
+    names = ("/".join(parts[:count]) for count in range(len(parts), 0, -1))
+    return next((name for name in names if name in FLOORS), "")
 
 
 def imported_modules(tree: ast.AST, file: str) -> Iterator[tuple[int, str]]:
@@ -80,11 +104,36 @@ def floor_violations(source: str, file: str) -> list[str]:
     for line, module in imported_modules(ast.parse(source), file):
         if not module.startswith(f"{PACKAGE}."):
             continue
-        other = module.split(".")[2]
+        other = room_of("/".join(module.split(".")[2:]))
         if other == room or FLOORS.get(other, 99) < FLOORS[room]:
             continue
-        found.append(f"{file}:{line} imports {module}: {room} (floor {FLOORS[room]}) must not know {other}")
+        found.append(f"{file}:{line} imports {module}: {room} (floor {FLOORS[room]}) must not know {other or 'it'}")
     return found
+
+
+def import_graph() -> dict[str, set[str]]:
+    """The modules of ours that each file imports, inside functions and under TYPE_CHECKING too."""
+    names = {
+        file: ".".join([PACKAGE, *file.removesuffix(".py").removesuffix("/__init__").split("/")])
+        for file in source_files()
+    }
+    modules = {name: file for file, name in names.items()}
+    graph = {}
+    for file in source_files():
+        tree = ast.parse((SOURCE / file).read_text(encoding="utf-8"))
+        imported = {name for _, name in imported_modules(tree, file)}
+        graph[file] = {modules.get(name) or modules.get(name.rpartition(".")[0]) for name in imported} - {None, file}
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[str]:
+    """The files that import each other, over any number of others."""
+    sorter = graphlib.TopologicalSorter(graph)
+    try:
+        sorter.prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
 
 
 def mentions_of_the_device(source: str) -> list[int]:
@@ -112,6 +161,24 @@ def mentions_of_the_device(source: str) -> list[int]:
 def test_each_file_imports_from_its_own_room_or_from_below(file):
     assert room_of(file) in FLOORS, f"{file} is in no room of the house: give it a floor"
     assert floor_violations((SOURCE / file).read_text(encoding="utf-8"), file) == []
+
+
+def test_no_import_goes_in_a_circle():
+    graph = {file: imported - DOORS for file, imported in import_graph().items() if file not in DOORS}
+    assert circles(graph) == []
+    assert circles({"a.py": {"b.py"}, "b.py": {"c.py"}, "c.py": {"a.py"}})
+
+
+def test_training_itself_holds_the_run_alone():
+    files = {path.stem for path in (SOURCE / "training").glob("*.py")} - {"__init__"}
+    assert files == {*THE_RUN, *PUBLIC_DOORS}
+
+
+@pytest.mark.parametrize("name", PUBLIC_DOORS)
+def test_a_door_only_re_exports(name):
+    tree = ast.parse((SOURCE / "training" / f"{name}.py").read_text(encoding="utf-8"))
+    kinds = [type(node).__name__ for node in tree.body]
+    assert kinds == ["Expr", "ImportFrom", "Assign"], "a docstring, an import and __all__"
 
 
 @pytest.mark.parametrize("file", source_files())
@@ -159,6 +226,9 @@ def test_each_file_of_tests_is_in_a_room():
         ("data/sft.py", "def late():\n    from megatron.bridge import peft"),
         ("models/conversion/load.py", "from ...training import train"),
         ("convert.py", "from megatron.bridge.recipes.common import sft_common"),
+        ("training/config/train.py", "from megatron.bridge.training.state import TrainState"),
+        ("training/run_state/rng.py", "from megatron.bridge.training.checkpointing import save_checkpoint"),
+        ("offload_engine/step.py", "from megatron.bridge.core_repairs.repair import Repair"),
     ],
 )
 def test_the_checker_finds_an_import_from_above_or_beside(file, line):

@@ -38,10 +38,10 @@ def run(args: argparse.Namespace) -> str:
 
     request = RecipeRequest(recipe=args.recipe, hf_path=args.hf_path, overrides=args.overrides)
     request.resolve()
-    from megatron.bridge.utils.uncompiled import import_core_uncompiled
+    from megatron.bridge.utils.no_compile import import_core_uncompiled
 
     import_core_uncompiled()
-    from megatron.bridge.training.memory_estimate import GIB, as_table, plan_memory
+    from megatron.bridge.planning.memory import GIB, as_table, plan_memory
 
     cfg = request.build()
     plan = plan_memory(
@@ -52,10 +52,11 @@ def run(args: argparse.Namespace) -> str:
     )
     if not args.shapes:
         return as_table(plan)
-    from megatron.bridge.training import planned_shards
+    from megatron.bridge.planning.shards import as_table as shards_as_table
+    from megatron.bridge.planning.shards import plan_shards
 
-    shards = planned_shards.plan_shards(cfg, world_size=plan.world_size, rank=plan.rank)
-    return f"{planned_shards.as_table(shards)}\n\n{as_table(plan)}"
+    shards = plan_shards(cfg, world_size=plan.world_size, rank=plan.rank)
+    return f"{shards_as_table(shards)}\n\n{as_table(plan)}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -52,8 +52,8 @@ def draw(paths: Sequence[str | Path], output: str | Path, *, wanted: list[str] |
 def curves(path: str | Path, wanted: list[str] | None = None) -> dict[tuple[str, str], list[tuple[int, float]]]:
     """(step, value) points by name and split."""
     # They bring torch, which --help doesn't need.
-    from megatron.bridge.training.metrics import RUNS_OWN, read_metrics
-    from megatron.bridge.training.router_losses import is_router_loss
+    from megatron.bridge.training.monitoring.metrics import RUNS_OWN, read_metrics
+    from megatron.bridge.training.monitoring.router_losses import is_router_loss
 
     found: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for line in read_metrics(path):

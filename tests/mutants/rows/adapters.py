@@ -47,7 +47,7 @@ ADAPTERS = (
     Mutant(
         name="adapters: whole model stored",
         breaks="checkpoints of adapters hold the frozen weights too",
-        file="src/megatron/bridge/training/stored_state.py",
+        file="src/megatron/bridge/training/run_state/content.py",
         text="return weights if cfg.peft is None else apply_peft_adapter_filter_to_state_dict(weights, cfg.peft)",
         replacement="return weights",
         tests=(f"{_LORA}a_checkpoint_holds_only_adapters",),
@@ -87,7 +87,7 @@ ADAPTERS = (
     Mutant(
         name="frozen weights: not compared among ranks",
         breaks="gradients are summed with those of other weights, or waited for",
-        file="src/megatron/bridge/training/trained_weights.py",
+        file="src/megatron/bridge/models/trained_weights.py",
         text="for holders, found in digests.items() if len(found) > 1}",
         replacement="for holders, found in digests.items() if False}",
         tests=(f"{_FROZEN}a_weight_frozen_on_a_part_of_its_ranks_is_refused[DP 2]",),
@@ -95,7 +95,7 @@ ADAPTERS = (
     Mutant(
         name="frozen weights: after they were wrapped",
         breaks="Core's own assertion, or weight decay on frozen weights",
-        file="src/megatron/bridge/training/trained_weights.py",
+        file="src/megatron/bridge/models/trained_weights.py",
         text="        if has_buffer != param.requires_grad:\n",
         replacement="        if False:\n",
         tests=(f"{_FROZEN}weights_frozen_after_they_were_wrapped_are_refused",),
@@ -103,7 +103,7 @@ ADAPTERS = (
     Mutant(
         name="frozen weights: no step counted by a plain optimizer without parameters",
         breaks="all ranks resume at step 0 of Adam",
-        file="src/megatron/bridge/training/cpu_offload/plain_state.py",
+        file="src/megatron/bridge/core_repairs/plain_state.py",
         text="                count_step(self.optimizer)\n",
         replacement="                pass\n",
         tests=(f"{_FROZEN}a_frozen_stage_resumes_without_the_distributed_optimizer[all]",),
@@ -111,7 +111,7 @@ ADAPTERS = (
     Mutant(
         name="plain optimizer: state named after the 16-bit weights alone",
         breaks="FP32 norms beside them: the save dies, or moments are another weight's",
-        file="src/megatron/bridge/training/cpu_offload/plain_state.py",
+        file="src/megatron/bridge/core_repairs/plain_state.py",
         text="    if isinstance(optimizer, FP32Optimizer):\n        yield []\n",
         replacement="    if True:\n        yield [[True] * 99] * 9\n",
         tests=("tests/functional_tests/test_plain_resume.py::test_it_resumes_to_the_bit[bf16, FP32 norms]",),
@@ -119,7 +119,7 @@ ADAPTERS = (
     Mutant(
         name="frozen weights: each rank decides by its own local file",
         breaks="the frozen stage skips what the others wait for",
-        file="src/megatron/bridge/training/local_checkpoint.py",
+        file="src/megatron/bridge/training/run_state/local.py",
         text=' or "optimizer" in common,',
         replacement=",",
         tests=(f"{_FROZEN}a_local_checkpoint_of_a_frozen_stage_resumes",),
@@ -127,7 +127,7 @@ ADAPTERS = (
     Mutant(
         name="frozen weights: masters in lists of other lengths",
         breaks="a plain optimizer's state can't be put together",
-        file="src/megatron/bridge/training/cpu_offload/plain_state.py",
+        file="src/megatron/bridge/core_repairs/plain_state.py",
         text="{number: of_group for number, of_group in enumerate(masters) if of_group}",
         replacement="dict(enumerate(masters))",
         tests=(f"{_FROZEN}a_frozen_stage_resumes_without_the_distributed_optimizer[all]",),
@@ -135,7 +135,7 @@ ADAPTERS = (
     Mutant(
         name="frozen weights: an optimizer without state on this rank",
         breaks="adapters of experts together can't be spread",
-        file="src/megatron/bridge/training/optimizer_chain.py",
+        file="src/megatron/bridge/training/run_state/optimizer_chain.py",
         text='saved.get(number, {})).get("param_state", {})',
         replacement='saved[number])["param_state"]',
         tests=(_NUMBER,),
@@ -143,7 +143,7 @@ ADAPTERS = (
     Mutant(
         name="adapters: resumed beside other layers",
         breaks="trained adapters are thrown away without a word",
-        file="src/megatron/bridge/training/resumed_adapters.py",
+        file="src/megatron/bridge/training/run_state/adapters.py",
         text="        if is_there != is_here:\n",
         replacement="        if False:\n",
         tests=("tests/unit_tests/training/test_resumed_adapters.py::test_others_are_refused_in_one_line",),

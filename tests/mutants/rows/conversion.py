@@ -32,7 +32,7 @@ THE_CONVERSION = (
     Mutant(
         name="conversion: end tokens",
         breaks="a finetuned model is exported without the token that its turns end with, and runs on",
-        file="src/megatron/bridge/training/end_tokens.py",
+        file="src/megatron/bridge/training/run_state/end_tokens.py",
         text="with_end_ids(found, learned_end_ids(hf_tokenizer))",
         replacement="found",
         tests=("tests/unit_tests/training/test_end_tokens.py::test_what_is_loaded_counts_first",),

@@ -13,7 +13,7 @@ THE_DATA = (
     Mutant(
         name="packed without a mask",
         breaks="samples of a row see those before them",
-        file=f"{SOURCE}training/packed_attention.py",
+        file=f"{SOURCE}models/packed_attention.py",
         text="    return ~(same & causal)[:, None]\n",
         replacement="    return ~(causal & causal)[None, None].expand(len(same), 1, -1, -1)\n",
         tests=(f"{_PACKED}a_sample_moves_no_other_and_costs_what_it_costs_alone",),
@@ -21,7 +21,7 @@ THE_DATA = (
     Mutant(
         name="packed beside a window",
         breaks="Core's window replaces the samples' mask, unsaid",
-        file=f"{SOURCE}training/packed_attention.py",
+        file=f"{SOURCE}models/packed_attention.py",
         text="            if softmax.window_size is not None:\n",
         replacement="            if False:\n",
         tests=(f"{_PACKED}what_would_look_across_is_refused",),

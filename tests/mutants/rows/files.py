@@ -53,7 +53,7 @@ THE_FILES = (
     Mutant(
         name="archives unfolded unseen",
         breaks="a stranger's train_state.pt takes all memory",
-        file="src/megatron/bridge/utils/bombs.py",
+        file="src/megatron/bridge/utils/archive_limits.py",
         text="        if deflated is not None:\n",
         replacement="        if False:\n",
         tests=(f"{_BOMBS}others_do_not",),
@@ -61,7 +61,7 @@ THE_FILES = (
     Mutant(
         name="shared parts counted once",
         breaks="a load of a stranger's configuration never ends",
-        file="src/megatron/bridge/utils/bombs.py",
+        file="src/megatron/bridge/utils/archive_limits.py",
         text="    if size > max(LARGEST_EXPANSION, 4 * num_bytes):\n",
         replacement="    if False:\n",
         tests=(f"{_BOMBS}what_is_too_much",),

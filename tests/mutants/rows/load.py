@@ -4,7 +4,7 @@
 from tests.mutants.rows.mutant import NOT_OFFLOADED, OFFLOADED, RESHARDED, Mutant
 
 LOAD = "src/megatron/bridge/training/checkpointing.py"
-PLAN = "src/megatron/bridge/training/checkpoint_plan.py"
+PLAN = "src/megatron/bridge/training/run_state/load_plan.py"
 
 _STILL = "tests/functional_tests/test_offloaded_finetune.py::test_a_step_at_learning_rate_zero_leaves_the_weights"
 _GUARDED = (

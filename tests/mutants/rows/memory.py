@@ -3,7 +3,7 @@
 
 from tests.mutants.rows.mutant import Mutant
 
-_STATE = "src/megatron/bridge/training/state_memory.py"
+_STATE = "src/megatron/bridge/training/monitoring/state_memory.py"
 _HELD = "tests/functional_tests/test_memory_estimate.py::test_the_estimate_is_what_ranks_hold"
 
 MEMORY = (

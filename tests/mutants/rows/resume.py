@@ -3,7 +3,7 @@
 
 from tests.mutants.rows.mutant import EXPERTS, NOT_OFFLOADED, OFFLOADED, RESHARDED, RESUME, Mutant
 
-INSTALL = "src/megatron/bridge/training/cpu_offload/install.py"
+INSTALL = "src/megatron/bridge/core_repairs/install.py"
 
 _FROZEN = "tests/functional_tests/test_frozen_weights.py::test_"
 _REPAIRED = "tests/functional_tests/test_repairs.py::test_"
@@ -44,7 +44,7 @@ THE_REPAIRS = (
         replacement="",
         tests=(f"{_REPAIRED}adam_steps_with_the_same_kernel_with_offload_and_without",),
     ),
-    _without("one master", "one_master", f"{RESUME}[dense-DP2-bf16-shards-0.0-serial-fully-offload_on]"),
+    _without("duplicate master", "duplicate_master", f"{RESUME}[dense-DP2-bf16-shards-0.0-serial-fully-offload_on]"),
     _without("plain param groups", "plain_param_groups", f"{_REPAIRED}saved_param_groups_are_plain_data"),
     _without(
         "native FP32 parameters", "native_fp32", f"{_REPAIRED}state_is_found_under_its_own_parameter", kept="[1:]"
@@ -57,15 +57,15 @@ THE_REPAIRS = (
     ),
     _without("group order", "group_order", f"{_REPAIRED}state_is_found_under_its_own_parameter"),
     _without("reshardable state", "reshardable_state", RESHARDED),
-    _without("flat step", "flat_step", f"{_REPAIRED}parameters_share_an_optimizer_on_the_host"),
-    _without("flat shards", "flat_shards", f"{_REPAIRED}shards_cross_in_few_copies"),
+    _without("flat step", "engine", f"{_REPAIRED}parameters_share_an_optimizer_on_the_host", kept="[1:]"),
+    _without("flat shards", "engine", f"{_REPAIRED}shards_cross_in_few_copies", kept="[:1]"),
     _without("plain state", "plain_state", f"{_PLAIN}it_resumes_to_the_bit[bf16, FP32 norms]"),
     _without("finite gradients", "finite_gradients", f"{_FINITE}so_does_one_whose_norm_overflows"),
-    _without("built once", "built_once", f"{_REPAIRED}only_what_a_rank_owns_is_copied"),
+    _without("lazy hybrid init", "lazy_hybrid_init", f"{_REPAIRED}only_what_a_rank_owns_is_copied"),
     Mutant(
         name="native FP32 parameters, views",
         breaks="a run with FP32 parameters can't be resumed: a view whose base was changed",
-        file="src/megatron/bridge/training/cpu_offload/native_fp32.py",
+        file="src/megatron/bridge/core_repairs/native_fp32.py",
         text="    leaf = shard.detach()\n",
         replacement="    with torch.no_grad():\n        leaf = shard.view(-1)\n",
         tests=(f"{RESUME}[FP32norms-DP2-bf16-shards-0.5-serial-fully-as_it_was]",),
@@ -74,7 +74,7 @@ THE_REPAIRS = (
 
 
 def _flat(what: str, breaks: str, text: str, replacement: str) -> Mutant:
-    file = "src/megatron/bridge/training/cpu_offload/flat_adam.py"
+    file = "src/megatron/bridge/offload_engine/adam.py"
     test = "tests/functional_tests/test_flat_step.py::test_the_bits_are_those_of_cores_own_step[precision-aware-serial]"
     return Mutant(f"flat step, {what}", breaks, file, text, replacement, (test,))
 
@@ -108,14 +108,14 @@ THE_FLAT_STEP = (
 
 
 def _not_restored(what: str, breaks: str, file: str, text: str, replacement: str, test: str) -> Mutant:
-    return Mutant(f"{what} not restored", breaks, f"src/megatron/bridge/training/{file}", text, replacement, (test,))
+    return Mutant(f"{what} not restored", breaks, f"src/megatron/bridge/{file}", text, replacement, (test,))
 
 
 THE_RESUME = (
     _not_restored(
         "step",
         "Adam's bias correction starts anew",
-        "cpu_offload/exact_resume.py",
+        "core_repairs/exact_resume.py",
         'state["step"] = torch.tensor(float(next(iter(steps))))',
         "pass",
         OFFLOADED,
@@ -123,7 +123,7 @@ THE_RESUME = (
     _not_restored(
         "masters",
         "they keep what the optimizer was built on",
-        "cpu_offload/reshardable_state.py",
+        "core_repairs/reshardable_state.py",
         'for key, tensor in tensors.items() if key != "step"}',
         'for key, tensor in tensors.items() if key.startswith("exp_avg")}',
         RESHARDED,
@@ -131,7 +131,7 @@ THE_RESUME = (
     _not_restored(
         "moments",
         "Adam's second moment starts at 0",
-        "cpu_offload/reshardable_state.py",
+        "core_repairs/reshardable_state.py",
         'for key, tensor in tensors.items() if key != "step"}',
         'for key, tensor in tensors.items() if key not in ("step", "exp_avg_sq")}',
         RESHARDED,
@@ -139,7 +139,7 @@ THE_RESUME = (
     _not_restored(
         "random states",
         "dropout follows another course",
-        "checkpointing.py",
+        "training/checkpointing.py",
         'restore_rng_state(loaded["rng_state"], data_parallel_random_init=cfg.rng.data_parallel_random_init)',
         "pass",
         NOT_OFFLOADED,
@@ -147,7 +147,7 @@ THE_RESUME = (
     _not_restored(
         "random states of each expert-parallel rank",
         "all take the first rank's",
-        "rng_state.py",
+        "training/run_state/rng.py",
         "if data_parallel_random_init or is_of_each else 0",
         "if data_parallel_random_init else 0",
         EXPERTS,
@@ -155,7 +155,7 @@ THE_RESUME = (
     _not_restored(
         "random states of another device",
         "a run can't be taken from a GPU to a machine without one",
-        "rng_state.py",
+        "training/run_state/rng.py",
         "for name, size in sizes.items() if size != own_size}",
         "for name, size in sizes.items() if False}",
         f"{_RANDOM}the_devices_states_start_anew_together_and_on_all_ranks",
@@ -163,7 +163,7 @@ THE_RESUME = (
     _not_restored(
         "the tracker's random states with the generator's",
         "parts of the device's states are a GPU's, and parts are not",
-        "rng_state.py",
+        "training/run_state/rng.py",
         'for name, of_name in state["rng_tracker_states"].items()}',
         "for name, of_name in ()}",
         f"{_RANDOM}the_devices_states_start_anew_together_and_on_all_ranks",
@@ -171,7 +171,7 @@ THE_RESUME = (
     _not_restored(
         "damaged random states",
         "they are an error of torch's, a step later",
-        "rng_state.py",
+        "training/run_state/rng.py",
         "if not is_whole or state.numel() not in (own_size, *RNG_STATE_BYTES):",
         "if False:",
         f"{_RANDOM}a_damaged_state_ends_all_ranks_in_a_line_that_names_it",
@@ -179,7 +179,7 @@ THE_RESUME = (
     _not_restored(
         "place in the data",
         "samples are seen again",
-        "setup.py",
+        "training/setup.py",
         "consumed_samples=state.train_state.consumed_train_samples,",
         "consumed_samples=0,",
         NOT_OFFLOADED,
@@ -187,7 +187,7 @@ THE_RESUME = (
     _not_restored(
         "schedule",
         "the warm-up starts anew",
-        "resumed_schedule.py",
+        "training/run_state/schedule.py",
         "    scheduler.load_state_dict(saved_schedule)\n",
         "",
         NOT_OFFLOADED,
@@ -195,7 +195,7 @@ THE_RESUME = (
     _not_restored(
         "another number of optimizers",
         "experts can't be spread over other ranks",
-        "resumed_schedule.py",
+        "training/run_state/schedule.py",
         'in_this_chain(optimizer, loaded["optimizer"])',
         'loaded["optimizer"]',
         f"{RESUME}[experts-EP2-bf16-aware-0.5-overlap-fully-DP_2]",

@@ -13,7 +13,7 @@ RUNS = (
     Mutant(
         name="a signal of one rank",
         breaks="the rank that got it stops alone",
-        file=f"{SOURCE}training/preemption.py",
+        file=f"{SOURCE}training/monitoring/preemption.py",
         text="        dist.all_reduce(last_rank, op=dist.ReduceOp.MAX)\n",
         replacement="",
         tests=(f"{_PREEMPTION}a_run_stopped_again_and_again_ends_as_the_uninterrupted_one",),
@@ -47,7 +47,7 @@ RUNS = (
     Mutant(
         name="a gradient of NaN is stepped on",
         breaks="all weights become NaN",
-        file=f"{SOURCE}training/cpu_offload/finite_gradients.py",
+        file=f"{SOURCE}core_repairs/finite_gradients.py",
         text="            if not math.isfinite(norm):\n",
         replacement="            if False:\n",
         tests=(f"{_FINITE}a_gradient_that_is_not_a_number_ends_the_run_before_the_step[precision-aware]",),
@@ -71,7 +71,7 @@ RUNS = (
     Mutant(
         name="nobody watches",
         breaks="a rank that is stuck never ends and never says where",
-        file=f"{SOURCE}training/hang_watchdog.py",
+        file=f"{SOURCE}training/monitoring/hang_watchdog.py",
         text="        if self._thread is None and world_size() > 1:\n",
         replacement="        if False:\n",
         tests=(f"{_HANG}a_rank_that_hangs_and_the_one_that_waits_for_it_show_their_stacks_and_end",),
@@ -87,7 +87,7 @@ RUNS = (
     Mutant(
         name="a parameter counted twice",
         breaks="the summary's number of parameters grows with tensor parallelism",
-        file=f"{SOURCE}training/summary.py",
+        file=f"{SOURCE}training/monitoring/summary.py",
         text="param_is_not_shared(param) and param_is_not_tensor_parallel_duplicate(param)",
         replacement="param_is_not_shared(param)",
         tests=("tests/functional_tests/test_run_report.py::test_each_parameter_is_counted_once_in_every_layout",),
@@ -95,7 +95,7 @@ RUNS = (
     Mutant(
         name="ranks don't agree on what is reported",
         breaks="a figure that is a mean on one rank and a sum on another is added up",
-        file=f"{SOURCE}training/reported_losses.py",
+        file=f"{SOURCE}training/monitoring/reported_losses.py",
         text="""        if agreed.setdefault(name, is_per_token) != is_per_token:
             raise _two_forms(name)
 """,
@@ -115,7 +115,7 @@ RUNS = (
     Mutant(
         name="a torn line stays",
         breaks="the metrics file of a killed run can't be read any more",
-        file=f"{SOURCE}training/metrics.py",
+        file=f"{SOURCE}training/monitoring/metrics.py",
         text="        _cut_torn_line(self.path)\n",
         replacement="",
         tests=(
@@ -126,7 +126,7 @@ RUNS = (
     Mutant(
         name="configuration: mixed precision overwrites what was set",
         breaks="ddp.grad_reduce_in_fp32=false is dropped, and the run sums in FP32",
-        file="src/megatron/bridge/training/config_precedence.py",
+        file="src/megatron/bridge/training/config/precedence.py",
         text="        resolved = resolved.with_values(**kept)\n",
         replacement="        pass\n",
         tests=("tests/unit_tests/training/test_config_precedence.py::test_a_value_set_in_a_section_counts",),
@@ -134,7 +134,7 @@ RUNS = (
     Mutant(
         name="configuration: a section's own number format dropped",
         breaks="model.bf16=false runs in BF16",
-        file="src/megatron/bridge/training/config_precedence.py",
+        file="src/megatron/bridge/training/config/precedence.py",
         text="        if name in _FORMATS or source in set_fields(resolved):\n",
         replacement="        if False:\n",
         tests=("tests/unit_tests/training/test_config_precedence.py::test_a_format_of_one_section_alone_is_refused",),
@@ -142,7 +142,7 @@ RUNS = (
     Mutant(
         name="a tracker that is away ends the run",
         breaks="what a service's outage costs is all steps since the last save",
-        file=f"{SOURCE}training/delivery.py",
+        file=f"{SOURCE}training/monitoring/delivery.py",
         text="        except BaseException as error:  # a thread's SystemExit would end it without a word\n",
         replacement="        except KeyError as error:\n",
         tests=(f"{_DELIVERY}what_was_missed_comes_later_and_in_order[at once]",),

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from megatron.bridge import recipes
+from megatron.bridge.planning.memory import resolve
 from megatron.bridge.recipes.build import RecipeRequest, smallest_world_size
-from megatron.bridge.training.memory_estimate import resolve
 from tests.unit_tests.models.tiny_llama import save_tiny_model
 
 ROOT = Path(__file__).parents[3]

@@ -26,7 +26,7 @@ from megatron.bridge.recipes.run_plugins import (
     PyTorchProfilerPlugin,
     WandbPlugin,
 )
-from megatron.bridge.training import config_unsupported
+from megatron.bridge.training.config import unsupported
 
 pytestmark = pytest.mark.any_core
 
@@ -49,8 +49,8 @@ def as_flags(arguments) -> list[str]:
 @pytest.fixture
 def all_built(monkeypatch):
     """As if every option were built."""
-    monkeypatch.setattr(config_unsupported, "UNSUPPORTED", ())
-    monkeypatch.setattr(config_unsupported, "_INERT", ())
+    monkeypatch.setattr(unsupported, "UNSUPPORTED", ())
+    monkeypatch.setattr(unsupported, "_INERT", ())
 
 
 def slurm(**options):
@@ -137,9 +137,9 @@ def test_a_converter_speaks_the_scripts_own_language(all_built):
     ],
 )
 def test_what_is_not_built_is_refused_before_launch(monkeypatch, plugin, message):
-    rows = (config_unsupported.Unsupported("profiling.use_nsys_profiler"),)
-    monkeypatch.setattr(config_unsupported, "UNSUPPORTED", rows)
-    monkeypatch.setattr(config_unsupported, "_INERT", ("logger.wandb_project",))
+    rows = (unsupported.Unsupported("profiling.use_nsys_profiler"),)
+    monkeypatch.setattr(unsupported, "UNSUPPORTED", rows)
+    monkeypatch.setattr(unsupported, "_INERT", ("logger.wandb_project",))
     with pytest.raises(ValueError, match=f"^{re.escape(message)}") as error:
         dry_run(script(), slurm(), title="refused", plugins=[plugin])
     assert "\n" not in str(error.value)

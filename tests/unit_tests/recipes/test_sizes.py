@@ -9,9 +9,9 @@ import pytest
 import transformers
 
 from megatron.bridge import AutoBridge
+from megatron.bridge.planning.world import planned_world
 from megatron.bridge.recipes import FAMILIES
 from megatron.bridge.recipes.table import Layout
-from megatron.bridge.utils.planned_world import planned_world
 
 SIZES = {
     size: family

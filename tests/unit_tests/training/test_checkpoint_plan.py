@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron.bridge.checkpoint import layout
-from megatron.bridge.training.local_checkpoint import CORE_RELEASE
+from megatron.bridge.training.run_state.local import CORE_RELEASE
 from tests.rigs.on_ranks import make_pretrained, run_finetune
 from tests.rigs.ranks import run_on_ranks
 from tests.rigs.tiny import tiny_config
@@ -50,8 +50,8 @@ def on_disk(tmp_path_factory):
 
 def plan_of(directory, options, *, load_required=True, local=None):
     """The plan of a finetune (or a pretraining) whose checkpoint options name directories of the fixture."""
-    from megatron.bridge.training.checkpoint_plan import plan_load
-    from megatron.bridge.training.config_precedence import apply_mixed_precision
+    from megatron.bridge.training.config.precedence import apply_mixed_precision
+    from megatron.bridge.training.run_state.load_plan import plan_load
 
     checkpoint = dict(options)
     model = checkpoint.pop("model", {})
@@ -278,10 +278,10 @@ def test_a_pretraining_resumes(on_disk):
 
 @pytest.mark.parametrize("sharding_type", ["fully_sharded_model_space", "dp_zero_gather_scatter"])
 def test_optimizer_state_in_a_format_that_cannot_be_read_is_refused(on_disk, monkeypatch, sharding_type):
-    from megatron.bridge.training import checkpoint_plan
+    from megatron.bridge.training.run_state import load_plan
 
     stored = {"distrib_optim_sharding_type": sharding_type}
-    monkeypatch.setattr(checkpoint_plan, "stored_content_metadata", lambda directory: stored)
+    monkeypatch.setattr(load_plan, "stored_content_metadata", lambda directory: stored)
     with pytest.raises(ValueError, match=f"in the format {sharding_type}, which can't be read.*load_optim=false"):
         plan_of(on_disk, {"load": "full"})
     assert not plan_of(on_disk, {"load": "full", "load_optim": False}).optimizer
@@ -290,10 +290,10 @@ def test_optimizer_state_in_a_format_that_cannot_be_read_is_refused(on_disk, mon
 @pytest.mark.parametrize("key", ["optimizer.state.exp_avg", "chained_1.optimizer.distributed.param"])
 def test_optimizer_state_is_found_where_the_common_state_has_none(on_disk, monkeypatch, key):
     """As where the first rank trains nothing; with experts the names have a number before them."""
-    from megatron.bridge.training import checkpoint_plan
+    from megatron.bridge.training.run_state import load_plan
 
-    monkeypatch.setattr(checkpoint_plan, "read_common_state", lambda directory: {})
-    monkeypatch.setattr(checkpoint_plan, "stored_shapes", lambda directory: {"decoder.weight": (1,), key: (1,)})
+    monkeypatch.setattr(load_plan, "read_common_state", lambda directory: {})
+    monkeypatch.setattr(load_plan, "stored_shapes", lambda directory: {"decoder.weight": (1,), key: (1,)})
     assert plan_of(on_disk, {"load": "full"}).optimizer
 
 
@@ -311,7 +311,7 @@ def test_a_plan_says_what_it_restores_and_why_not(on_disk):
 def test_check_vocabulary(on_disk, vocab_size, fits):
     """127 is padded to 128 as well: the shapes would fit."""
     from megatron.bridge.checkpoint.model_checkpoint import read_run_config
-    from megatron.bridge.training.checkpoint_plan import check_vocabulary
+    from megatron.bridge.training.run_state.load_plan import check_vocabulary
 
     cfg = tiny_config(on_disk, model={"vocab_size": vocab_size})
     directory = on_disk / "full" / "iter_0000002"
@@ -325,7 +325,7 @@ def test_check_vocabulary(on_disk, vocab_size, fits):
 
 def local_of(directory, step, *, num_ranks=1, core=CORE_RELEASE, holds_optimizer=True, **sections):
     """What `find_local` would say of a local checkpoint that a run like those of the fixture wrote."""
-    from megatron.bridge.training.local_checkpoint import LocalCheckpoint
+    from megatron.bridge.training.run_state.local import LocalCheckpoint
 
     run_config = tiny_config(directory, **sections).to_dict()
     return LocalCheckpoint(step, Path("/local/0/file.pt"), run_config, num_ranks, core, holds_optimizer)

@@ -29,7 +29,7 @@ from megatron.bridge.training.config import (
     ValidationConfig,
     runtime_config_update,
 )
-from megatron.bridge.training.mixed_precision import MixedPrecisionConfig, get_mixed_precision_config, register
+from megatron.bridge.training.config.mixed_precision import MixedPrecisionConfig, get_mixed_precision_config, register
 from tests.unit_tests.training.config_examples import make_config
 
 

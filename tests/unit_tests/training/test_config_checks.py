@@ -10,7 +10,7 @@ import pytest
 from megatron.core.dist_checkpointing import tensor_aware_state_dict
 
 from megatron.bridge.training.config import runtime_config_update
-from megatron.bridge.training.config_checks import RULES
+from megatron.bridge.training.config.rules import RULES
 from tests.unit_tests.training.config_cases import BAD, GOOD, OFFLOAD
 from tests.unit_tests.training.config_examples import make_config
 

@@ -7,8 +7,8 @@ import logging
 import pytest
 
 from megatron.bridge.models.gpt_provider import GPTModelProvider
-from megatron.bridge.training.comm_overlap import CommOverlapConfig
-from megatron.bridge.training.config_unsupported import UNSUPPORTED, check_options_are_built
+from megatron.bridge.training.config.comm_overlap import CommOverlapConfig
+from megatron.bridge.training.config.unsupported import UNSUPPORTED, check_options_are_built
 from tests.unit_tests.training.config_examples import make_config
 
 

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron.bridge.training import delivery
-from megatron.bridge.training.delivery import Delivery
+from megatron.bridge.training.monitoring import delivery
+from megatron.bridge.training.monitoring.delivery import Delivery
 
 
 def _state(step):

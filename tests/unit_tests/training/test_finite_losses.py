@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from megatron.bridge.training.finite_steps import CHECKED_LOSS, check_loss
-from megatron.bridge.training.reported_losses import Total
+from megatron.bridge.training.monitoring.finite_steps import CHECKED_LOSS, check_loss
+from megatron.bridge.training.monitoring.reported_losses import Total
 
 
 def _check(model, loss):

@@ -12,7 +12,7 @@ BATCH, SEQ = 2, 16
 
 
 def _formula_and_count(directory, groups):
-    from megatron.bridge.training.flops import train_step_flops
+    from megatron.bridge.training.monitoring.flops import train_step_flops
 
     cfg = tiny_config(directory, model={"num_query_groups": groups})
     model, _, _ = build_training(cfg)

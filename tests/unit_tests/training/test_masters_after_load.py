@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron.bridge.training import checkpointing, optim
-from megatron.bridge.training.checkpoint_plan import LoadPlan, Source
+from megatron.bridge.training.run_state.load_plan import LoadPlan, Source
 
 LOADED = {"model": {"weight": torch.zeros(1)}, "train_state": {}}
 

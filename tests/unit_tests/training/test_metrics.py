@@ -11,9 +11,10 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from megatron.bridge.training import delivery
 from megatron.bridge.training.callbacks import CallbackContext
-from megatron.bridge.training.metrics import (
+from megatron.bridge.training.config.rules.monitoring import check_trackers_are_installed
+from megatron.bridge.training.monitoring import delivery
+from megatron.bridge.training.monitoring.metrics import (
     RUNS_OWN,
     MetricsFile,
     metrics_file_of,
@@ -22,8 +23,8 @@ from megatron.bridge.training.metrics import (
     step_losses,
     step_values,
 )
+from megatron.bridge.training.monitoring.trackers import build_loggers, curve_names
 from megatron.bridge.training.state import GlobalState, TrainState
-from megatron.bridge.training.trackers import build_loggers, check_trackers_are_installed, curve_names
 from tests.unit_tests.training.config_examples import make_config
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
-from megatron.bridge.training.optimizer_chain import in_this_chain
+from megatron.bridge.training.run_state.optimizer_chain import in_this_chain
 
 
 def group(*, of_experts=False, wd_mult=1.0, **rates):

@@ -15,8 +15,8 @@ from megatron.bridge.data.sft_options import PackedSequenceSpecs, SFTOptions
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.peft.dora import DoRA
 from megatron.bridge.peft.lora import LoRA
-from megatron.bridge.training import config_unsupported
-from megatron.bridge.training.comm_overlap import CommOverlapConfig
+from megatron.bridge.training.config import unsupported
+from megatron.bridge.training.config.comm_overlap import CommOverlapConfig
 from megatron.bridge.utils.field_types import field_hints, members_of
 from tests.rigs.option_readers import Readers
 from tests.unit_tests.training.config_examples import make_config
@@ -73,7 +73,7 @@ def read():
     for section, cls, _ in OPTIONS:
         sections.setdefault(section.rpartition(".")[2], set()).add(cls.__name__)
     sections |= {"optimizer": set(), "ddp": set()}  # Core's own
-    source = Path(config.__file__).parents[1]
+    source = Path(config.__file__).parents[2]
     found = Readers(source, sections, fields).found
     # what a method of a base class reads, each class has
     return {(cls.__name__, name) for _, cls, name in OPTIONS for base in cls.__mro__ if (base.__name__, name) in found}
@@ -136,9 +136,9 @@ def _config_with(section, cls, name):
 @pytest.mark.parametrize(("section", "cls", "name"), OPTIONS, ids=lambda part: getattr(part, "__name__", part))
 def test_an_option_is_read_or_refused_or_named_in_the_log(section, cls, name, read, caplog):
     option = f"{section}.{name}"
-    is_listed = option in (*config_unsupported._INERT, *config_unsupported._OF_NO_USE)
+    is_listed = option in (*unsupported._INERT, *unsupported._OF_NO_USE)
     if (cls.__name__, name) in read:
-        assert not is_listed, f"{option} is read, and listed in config_unsupported.py as one without effect"
+        assert not is_listed, f"{option} is read, and listed in unsupported.py as one without effect"
         return
     cfg, value = _config_with(section, cls, name)
     caplog.set_level(logging.INFO)

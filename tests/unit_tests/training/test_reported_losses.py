@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron.bridge.training.reported_losses import Total, means, sum_and_count, tokens_of
+from megatron.bridge.training.monitoring.reported_losses import Total, means, sum_and_count, tokens_of
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from megatron.bridge.training.cpu_offload.reshardable_state import _boxes_of_range, _sharded_boxes
+from megatron.bridge.core_repairs.reshardable_state import _boxes_of_range, _sharded_boxes
 
 
 @pytest.mark.parametrize("shape", [(7,), (1,), (5, 6), (1, 9), (3, 4, 5), (2, 1, 3, 2)])

@@ -9,7 +9,7 @@ import pytest
 
 from megatron.bridge.peft.dora import DoRA
 from megatron.bridge.peft.lora import LoRA
-from megatron.bridge.training.resumed_adapters import check_adapters
+from megatron.bridge.training.run_state.adapters import check_adapters
 from megatron.bridge.utils.yaml_io import to_yaml_dict
 
 NAMES = frozenset(

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron.bridge.training.resumed_optimizer import advice_on, check_kind_of_optimizer
+from megatron.bridge.training.run_state.optimizer import advice_on, check_kind_of_optimizer
 
 BY_BUCKET, FULLY = ({"distrib_optim_sharding_type": name} for name in ("dp_reshardable", "fully_reshardable"))
 PLAIN = {"chained_optim_avoid_prefix": True}

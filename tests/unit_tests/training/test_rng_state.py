@@ -35,7 +35,7 @@ def _same(first, second):
 
 def _restored(changes, only_on=None):
     """What each kind of state is behind a restore: the stored one, or this run's own; and what was said."""
-    from megatron.bridge.training.rng_state import current_states, logger, restore_rng_state
+    from megatron.bridge.training.run_state.rng import current_states, logger, restore_rng_state
     from megatron.bridge.utils.distributed import model_parallel_groups, rank, seed_everything
 
     said = []
@@ -112,7 +112,7 @@ def test_a_damaged_state_ends_all_ranks_in_a_line_that_names_it(changes, named):
 def _with_generators(state):
     from megatron.core import tensor_parallel
 
-    from megatron.bridge.training.rng_state import current_states, restore_rng_state
+    from megatron.bridge.training.run_state.rng import current_states, restore_rng_state
     from megatron.bridge.utils.distributed import model_parallel_groups
 
     with model_parallel_groups(1, 1, seed=5):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron.bridge.training.finite_steps import reasons_to_skip, step_if_finite
+from megatron.bridge.training.monitoring.finite_steps import reasons_to_skip, step_if_finite
 
 
 def state_with(**optimizer):

@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron.bridge.training import initialize
-from megatron.bridge.training.config_logging import LoggerConfig
-from megatron.bridge.training.config_processes import DistributedInitConfig
+from megatron.bridge.training.config import DistributedInitConfig, LoggerConfig
 from megatron.bridge.utils import core_version
 from megatron.bridge.utils.core_version import NEWEST_TESTED_CORE, warn_of_an_untested_core
 

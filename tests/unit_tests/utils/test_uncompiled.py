@@ -6,7 +6,7 @@ import sys
 
 PROGRAM = """
 import sys, torch
-from megatron.bridge.utils.uncompiled import import_core_uncompiled
+from megatron.bridge.utils.no_compile import import_core_uncompiled
 compile = torch.compile
 import_core_uncompiled()
 import megatron.core.models.gpt

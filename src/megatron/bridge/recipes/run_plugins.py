@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron.bridge.recipes.nemo_run_import import import_nemo_run
 from megatron.bridge.recipes.nemo_run_tasks import keep_arguments, takes_arguments
-from megatron.bridge.training.config_unsupported import check_overrides_are_built
+from megatron.bridge.training.config.unsupported import check_overrides_are_built
 
 run = import_nemo_run()
 Plugin: Any = run.Plugin

@@ -28,35 +28,35 @@ from megatron.bridge.checkpoint.model_checkpoint import (
 from megatron.bridge.checkpoint.sharded_save import plan_save
 from megatron.bridge.checkpoint.sharded_state import load_sharded
 from megatron.bridge.models.conversion.generation_config import write_generation_config
-from megatron.bridge.training.background_save import BackgroundSave, finish_background_save
-from megatron.bridge.training.checkpoint_plan import LoadPlan, Source, plan_base, plan_load
 from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.training.cpu_offload.param_copies import (
     HybridParamSync,
     check_hybrid_optimizer_param_copies,
     rebuild_param_copies,
 )
-from megatron.bridge.training.finite_steps import check_weights_are_finite
-from megatron.bridge.training.local_checkpoint import (
+from megatron.bridge.training.monitoring.finite_steps import check_weights_are_finite
+from megatron.bridge.training.run_state.background import BackgroundSave
+from megatron.bridge.training.run_state.content import (
+    apply_peft_adapter_filter_to_state_dict,
+    optimizer_sharded_state,
+    read_train_state,
+    restored_train_state,
+    sharding_metadata,
+    state_to_save,
+    weights_to_store,
+)
+from megatron.bridge.training.run_state.load_plan import LoadPlan, Source, plan_base, plan_load
+from megatron.bridge.training.run_state.local import (
     find_local,
     forget_local_from,
     open_local_checkpoints,
     read_local,
     save_local,
 )
-from megatron.bridge.training.resumed_optimizer import advice_on
-from megatron.bridge.training.resumed_schedule import load_optimizer
-from megatron.bridge.training.rng_state import get_rng_state, restore_rng_state
+from megatron.bridge.training.run_state.optimizer import advice_on
+from megatron.bridge.training.run_state.rng import get_rng_state, restore_rng_state
+from megatron.bridge.training.run_state.schedule import load_optimizer
 from megatron.bridge.training.state import GlobalState
-from megatron.bridge.training.stored_state import (
-    apply_peft_adapter_filter_to_state_dict,
-    optimizer_sharded_state,
-    read_train_state,
-    restore_train_state,
-    sharding_metadata,
-    state_to_save,
-    weights_to_store,
-)
 from megatron.bridge.utils.distributed import barrier, is_rank_0, on_all_ranks
 
 __all__ = [
@@ -196,6 +196,29 @@ def _save_iteration(
     return close()
 
 
+def finish_background_save(state: GlobalState, *, wait: bool) -> Path | None:
+    """Complete a run's save in flight, if there is one and all ranks have written. Call on all ranks.
+
+    Args:
+        state: The run.
+        wait: Wait until they have.
+
+    Returns:
+        The directory of the iteration that is now complete, or None.
+
+    Raises:
+        OSError: This rank couldn't write; on the other ranks a RuntimeError that carries its text.
+    """
+    save = state.background_save
+    if save is None:
+        return None
+    state.background_save = None
+    directory = save.finish(wait=wait)
+    if directory is None:
+        state.background_save = save
+    return directory
+
+
 def _forget_abandoned(cfg: ConfigContainer, context: dict[str, Any], step: int) -> None:
     """A run that went back to an earlier step abandons what it saved in between after it."""
     forget_local_from(context, step)
@@ -268,8 +291,8 @@ def load_checkpoint(
     if optimizer is not None:
         _bring_masters_in_line(state.cfg, optimizer, restored=plan.optimizer, loaded=loaded)
     if plan.train_state:
-        restore_train_state(
-            state, loaded["train_state"] if plan.source is Source.LOCAL else read_train_state(plan.path)
+        state.train_state = restored_train_state(
+            loaded["train_state"] if plan.source is Source.LOCAL else read_train_state(plan.path)
         )
     barrier()
     logger.info("loaded in %.1f s", time.monotonic() - started)

@@ -9,7 +9,7 @@ import torch
 
 from megatron.bridge.training.callbacks import CallbackContext, CallbackManager
 from megatron.bridge.training.micro_batches import run_micro_batches
-from megatron.bridge.training.reported_losses import Total, means, tokens_of
+from megatron.bridge.training.monitoring.reported_losses import Total, means, tokens_of
 from megatron.bridge.training.setup import SetupOutput
 
 logger = logging.getLogger(__name__)

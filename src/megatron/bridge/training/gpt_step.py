@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from megatron.bridge.models.packed_attention import attention_arguments
 from megatron.bridge.training.losses import masked_next_token_loss
-from megatron.bridge.training.packed_attention import attention_arguments
 from megatron.bridge.training.state import GlobalState
 from megatron.bridge.utils.device import current_device
 

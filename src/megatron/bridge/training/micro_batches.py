@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron.bridge.training.finite_steps import check_loss
-from megatron.bridge.training.reported_losses import Total, sum_over_ranks
+from megatron.bridge.training.monitoring.finite_steps import check_loss
+from megatron.bridge.training.monitoring.reported_losses import Total, sum_over_ranks
 from megatron.bridge.training.state import GlobalState
 
 

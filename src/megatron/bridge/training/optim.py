@@ -10,13 +10,13 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron.bridge.core_repairs.install import install_repairs, repaired_construction
 from megatron.bridge.training.config import (
     OptimizerConfig,
     OptimizerConfigOverrideProvider,
     OptimizerConfigOverrideProviderContext,
     SchedulerConfig,
 )
-from megatron.bridge.training.cpu_offload.install import install_repairs, repaired_construction
 from megatron.bridge.training.cpu_offload.param_copies import find_hybrid_optimizers, rebuild_param_copies
 
 logger = logging.getLogger(__name__)

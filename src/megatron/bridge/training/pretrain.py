@@ -8,17 +8,17 @@ import torch.distributed as dist
 from megatron.bridge.training.callbacks import Callback, CallbackManager, normalize_callbacks
 from megatron.bridge.training.config import ConfigContainer, runtime_config_update
 from megatron.bridge.training.eval import evaluate, evaluate_once
-from megatron.bridge.training.hang_watchdog import watched
 from megatron.bridge.training.initialize import destroy_global_state, enter_run
-from megatron.bridge.training.metrics import MetricsLogger, opened
 from megatron.bridge.training.micro_batches import bind_forward_step
-from megatron.bridge.training.preemption import catch_exit_signal
-from megatron.bridge.training.profiling import build_profilers
-from megatron.bridge.training.progress import ProgressBar
+from megatron.bridge.training.monitoring.hang_watchdog import watched
+from megatron.bridge.training.monitoring.metrics import MetricsLogger, opened
+from megatron.bridge.training.monitoring.preemption import catch_exit_signal
+from megatron.bridge.training.monitoring.profiling import build_profilers
+from megatron.bridge.training.monitoring.progress import ProgressBar
+from megatron.bridge.training.monitoring.summary import RunSummary, log_start
+from megatron.bridge.training.monitoring.trackers import build_loggers
 from megatron.bridge.training.setup import maybe_log_and_save_config, setup
 from megatron.bridge.training.state import GlobalState
-from megatron.bridge.training.summary import RunSummary, log_start
-from megatron.bridge.training.trackers import build_loggers
 from megatron.bridge.training.train import train
 from megatron.bridge.utils.config_texts import resolve_texts
 from megatron.bridge.utils.distributed import on_all_ranks
@@ -74,9 +74,9 @@ def _run(state: GlobalState, forward_step_func: Callable, callbacks: CallbackMan
     """Set up, train, and evaluate at the end."""
     run = setup(state)
     forward_step = bind_forward_step(forward_step_func, state)
-    log_start(run)
+    log_start(state, run.model, run.optimizer)
     try:
-        with watched(state):
+        with watched(state.watchdog, state.cfg.dist):
             if state.cfg.validation.eval_at_start:
                 evaluate_once(run, forward_step, callbacks)
             if state.train_state.do_train:

@@ -15,6 +15,8 @@ from megatron.core.utils import get_model_config
 from megatron.bridge.data.config import DatasetBuildContext
 from megatron.bridge.data.loaders import build_datasets, build_evaluation_steps, build_step_iterator, padding_for
 from megatron.bridge.data.tokenizer import build_tokenizer, check_tokenizer_fits
+from megatron.bridge.models.packed_attention import check_samples_are_kept_apart
+from megatron.bridge.models.trained_weights import check_trained_weights
 from megatron.bridge.training.checkpointing import (
     init_checkpointing_context,
     load_base_weights,
@@ -22,12 +24,10 @@ from megatron.bridge.training.checkpointing import (
     plan_on_all_ranks,
 )
 from megatron.bridge.training.config import ConfigContainer, DistributedDataParallelConfig
-from megatron.bridge.training.end_tokens import generation_config_to_save
 from megatron.bridge.training.initialize import initialize_megatron
 from megatron.bridge.training.optim import setup_optimizer
-from megatron.bridge.training.packed_attention import check_samples_are_kept_apart
+from megatron.bridge.training.run_state.end_tokens import generation_config_to_save
 from megatron.bridge.training.state import GlobalState
-from megatron.bridge.training.trained_weights import check_trained_weights
 from megatron.bridge.utils.distributed import is_rank_0, on_all_ranks, world_size
 from megatron.bridge.utils.files import check_writable_directory
 
@@ -88,7 +88,7 @@ def setup(state: GlobalState, train_valid_test_datasets_provider: Callable[..., 
     context = init_checkpointing_context(cfg)
     plan = plan_on_all_ranks(cfg, context)
     with on_all_ranks("reading where a text ends"):
-        state.generation_config = generation_config_to_save(state, plan) if is_rank_0() else None
+        state.generation_config = generation_config_to_save(cfg, state.tokenizer, plan) if is_rank_0() else None
 
     model = cfg.model.provide_distributed_model(
         ddp_config=_with_the_runs_own_checks(cfg.ddp),

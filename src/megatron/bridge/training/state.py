@@ -4,81 +4,22 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from megatron.bridge.training.hang_watchdog import HangWatchdog
+from megatron.bridge.training.config import ConfigContainer, DerivedConfig
+from megatron.bridge.training.monitoring.hang_watchdog import HangWatchdog
+from megatron.bridge.training.monitoring.preemption import ExitSignal
+from megatron.bridge.training.run_state.background import BackgroundSave
+from megatron.bridge.training.run_state.train_state import TrainState
+from megatron.bridge.utils.distributed import is_rank_0
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-    from megatron.bridge.training.background_save import BackgroundSave
-    from megatron.bridge.training.config import ConfigContainer
-    from megatron.bridge.training.config_derived import DerivedConfig
-    from megatron.bridge.training.preemption import ExitSignal
+__all__ = ["GlobalState", "TrainState"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class TrainState:
-    """Progress of a run: plain numbers, saved with every checkpoint as `train_state.pt`."""
-
-    step: int = 0
-    """Optimizer steps taken."""
-
-    consumed_train_samples: int = 0
-    """Training samples taken from the data, skipped steps included."""
-
-    skipped_train_samples: int = 0
-    """Samples of steps that were skipped."""
-
-    consumed_valid_samples: int = 0
-    """Validation samples evaluated."""
-
-    floating_point_operations_so_far: float = 0.0
-    """Floating point operations of all steps, by formula, taking each data-parallel rank's share for equal."""
-
-    do_train: bool = False
-    """Whether the run has training data."""
-
-    do_valid: bool = False
-    """Whether the run has validation data."""
-
-    do_test: bool = False
-    """Whether the run has test data."""
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """The fields as tensors: int64 counts, bool flags, operations as float64 (a resume must add up alike)."""
-        dtypes = {"floating_point_operations_so_far": torch.float64, "do_train": torch.bool}
-        dtypes |= {"do_valid": torch.bool, "do_test": torch.bool}
-        return {
-            item.name: torch.tensor(getattr(self, item.name), dtype=dtypes.get(item.name, torch.int64), device="cpu")
-            for item in fields(self)
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the fields from tensors or numbers.
-
-        Raises:
-            ValueError: A field is missing, or no number.
-        """
-        if not isinstance(state_dict, dict):
-            raise ValueError(f"the checkpoint's train state is a {type(state_dict).__name__}: expected named numbers")
-        for item in fields(self):
-            if item.name not in state_dict:
-                found = ", ".join(str(name)[:40] for name in state_dict)
-                raise ValueError(f"the checkpoint's train state lacks {item.name!r}: found {found[:400] or 'nothing'}")
-            number: Any = type(item.default)
-            try:
-                setattr(self, item.name, number(state_dict[item.name]))
-            except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-                kind = type(state_dict[item.name]).__name__
-                raise ValueError(
-                    f"the checkpoint's train state has a {kind} as {item.name!r}: expected one number"
-                ) from error
 
 
 @dataclass
@@ -136,8 +77,6 @@ class GlobalState:
     @property
     def tensorboard_logger(self) -> SummaryWriter | None:
         """TensorBoard's writer, made on first use on rank 0; None elsewhere or without it."""
-        from megatron.bridge.utils.distributed import is_rank_0
-
         if self._tensorboard is None and self.cfg.logger.tensorboard_dir and is_rank_0():
             from torch.utils.tensorboard import SummaryWriter
 

@@ -14,24 +14,24 @@ import torch
 from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size, update_num_microbatches
 
+from megatron.bridge.models.trained_weights import check_trained_as_wrapped
 from megatron.bridge.training.callbacks import CallbackContext, CallbackManager
 from megatron.bridge.training.checkpointing import finish_background_save, save_checkpoint
 from megatron.bridge.training.eval import evaluate
-from megatron.bridge.training.finite_steps import checked_loss_of, step_if_finite
-from megatron.bridge.training.flops import train_step_flops
-from megatron.bridge.training.hang_watchdog import shorten_timeouts
-from megatron.bridge.training.metrics import learning_rate
 from megatron.bridge.training.micro_batches import bind_forward_step, run_micro_batches
-from megatron.bridge.training.preemption import Preempted
-from megatron.bridge.training.reported_losses import means, tokens_of
-from megatron.bridge.training.router_losses import (
+from megatron.bridge.training.monitoring.finite_steps import checked_loss_of, step_if_finite
+from megatron.bridge.training.monitoring.flops import train_step_flops
+from megatron.bridge.training.monitoring.hang_watchdog import shorten_timeouts
+from megatron.bridge.training.monitoring.metrics import learning_rate
+from megatron.bridge.training.monitoring.preemption import Preempted
+from megatron.bridge.training.monitoring.reported_losses import means, tokens_of
+from megatron.bridge.training.monitoring.router_losses import (
     RouterLosses,
     clear_router_losses,
     forget_router_losses,
     read_router_losses,
 )
 from megatron.bridge.training.setup import SetupOutput
-from megatron.bridge.training.trained_weights import check_trained_as_wrapped
 from megatron.bridge.utils.device import current_device
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def train(run: SetupOutput, forward_step_func: Callable, callbacks: CallbackMana
             step = state.train_state.step
             state.watchdog.sign(step)
             if step == first_step:
-                shorten_timeouts(state)
+                shorten_timeouts(state.watchdog, state.cfg.dist)
             _complete_background_save(run, context, callbacks, wait=False)
             if _is_due(step, state.derived.eval_interval) and state.train_state.do_valid:
                 with _garbage_collection_around_evaluation(cfg.train):

@@ -20,7 +20,7 @@ import torch
 
 _OWN_MODULES = re.compile(
     r"megatron\.bridge\.((training|data)\.([a-z_]+\.)*[a-z_]*config[a-z_]*"
-    r"|training\.(mixed_precision|comm_overlap)|(models|peft)\.[a-z0-9_.]+)"
+    r"|training\.(config\.[a-z_]+|mixed_precision|comm_overlap)|(models|peft)\.[a-z0-9_.]+)"
 )
 """Modules of ours whose dataclasses and enums may be named; they are imported when they are."""
 

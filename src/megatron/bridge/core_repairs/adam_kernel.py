@@ -1,0 +1,68 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""One kernel of Adam, with offload and without.
+
+Without Transformer Engine or Apex, Core steps an offloaded run with torch's fused kernel and any other run with torch's
+loop over tensors. They round differently, in how many elements depends on the CPU's vector unit: with AVX2 in some of
+each hundred, with AVX-512 in next to none. And which kernel steps is among the options that a load brings from the
+checkpoint, so that a resume steps with the kernel of the run that saved. Here it is always the fused one, the faster.
+"""
+
+import re
+from typing import Any
+
+import megatron.core.optimizer as core_optimizer
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron.bridge.core_repairs.repair import (
+    Repair,
+    source_of,
+    stepping_optimizers,
+    steps_by_torch_adam_or_hybrid,
+)
+
+
+def _step_fused(base: type) -> type:
+    """Overrides of `DistributedOptimizer`."""
+
+    class StepFused(base):
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            super().load_state_dict(state_dict)
+            self._choose_the_fused_kernel()
+
+        def step_with_ready_grads(self) -> bool:
+            if not all(group.get("fused") for group in self.optimizer.param_groups):
+                self._choose_the_fused_kernel()
+            return super().step_with_ready_grads()
+
+        def _choose_the_fused_kernel(self) -> None:
+            for group in self.optimizer.param_groups:
+                group["fused"] = True
+                if group.get("foreach"):  # a hybrid's groups don't have the key, nor must what is saved of them
+                    group["foreach"] = None
+            for optimizer in stepping_optimizers(self.optimizer):
+                if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+                    for param, state in optimizer.state.items():
+                        # The loop keeps the counter on the host, the fused kernel beside its parameter.
+                        if "step" in state and state["step"].device != param.device:
+                            state["step"] = state["step"].to(param.device)
+
+    return StepFused
+
+
+def _offload_alone_is_fused(distributed_optimizer: DistributedOptimizer) -> bool:
+    source = source_of(core_optimizer._get_megatron_optimizer_based_on_param_groups)
+    return steps_by_torch_adam_or_hybrid(distributed_optimizer) and len(re.findall(r"\bfused\b", source)) < 2
+
+
+REPAIRS = (
+    Repair(
+        name="adam kernel",
+        defect="runs with offload and without step with kernels of Adam that round differently",
+        threads=(),
+        core_versions="0.16.1 to 0.19.2",
+        target=DistributedOptimizer,
+        subclass=_step_fused,
+        is_needed=_offload_alone_is_fused,
+    ),
+)

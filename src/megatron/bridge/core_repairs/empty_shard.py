@@ -1,0 +1,59 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""The optimizer of a rank that trains nothing itself: a frozen pipeline stage, or a shard that is all padding.
+
+Core reads the step to save off a parameter's state. Where there is none it dies on `assert len(steps) == 1`, or saves
+no step; and what rank 0 saves is what all ranks resume from. Here such a rank counts the steps in its param groups.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron.bridge.core_repairs.repair import Repair
+
+
+def _count_without_parameters(base: type) -> type:
+    """Overrides of `DistributedOptimizer`."""
+
+    class CountWithoutParameters(base):
+        def step_with_ready_grads(self) -> bool:
+            is_stepped = super().step_with_ready_grads()
+            count_step(self.optimizer)
+            return is_stepped
+
+        def state_dict(self) -> dict[str, Any]:
+            inner = self.optimizer.state_dict()
+            state_dict = {"optimizer": {key: value for key, value in inner.items() if key != "state"}}
+            for group in state_dict["optimizer"]["param_groups"]:
+                del group["params"]
+                group.setdefault("step", 0)
+            if self.grad_scaler:
+                state_dict["grad_scaler"] = self.grad_scaler.state_dict()
+            return state_dict
+
+    return CountWithoutParameters
+
+
+def has_no_parameters(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether there is nothing for it to step on."""
+    return not any(group["params"] for group in optimizer.param_groups)
+
+
+def count_step(optimizer: torch.optim.Optimizer) -> None:
+    """Count a step in the param groups of an optimizer without parameters."""
+    for group in optimizer.param_groups:
+        group["step"] = int(group.get("step", 0)) + 1
+
+
+REPAIRS = (
+    Repair(
+        name="empty shard",
+        defect="a rank that trains nothing can't be saved, or saves no step for the others",
+        threads=("NVIDIA/Megatron-LM #345",),
+        core_versions="0.16.1 to 0.19.2",
+        target=DistributedOptimizer,
+        subclass=_count_without_parameters,
+        is_needed=lambda optimizer: has_no_parameters(optimizer.optimizer),
+    ),
+)

@@ -1,0 +1,51 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""A gradient that is not finite is not stepped on.
+
+Core looks for one where the loss is scaled, which is FP16's. In bf16 and FP32 the norm is computed, the gradients are
+multiplied with what it says, and all weights become NaN (epfLLM/Megatron-LLM PR 34, inclusionAI/AReaL #136).
+"""
+
+import math
+
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+from megatron.bridge.core_repairs.repair import Repair, source_of
+
+
+class NonFiniteGradients(FloatingPointError):
+    """The gradient's norm is NaN or infinite, on all ranks; no weight, master or moment was touched."""
+
+    def __init__(self, norm: float) -> None:
+        super().__init__(f"the gradient's norm is {norm}: the step was not taken")
+        self.norm = norm
+
+
+def _end_the_step_at_the_norm(base: type) -> type:
+    """Overrides of `ChainedOptimizer`, whose `step` asks for the norm when all gradients are in place."""
+
+    class EndTheStepAtTheNorm(base):
+        def get_grad_norm(self) -> float:
+            norm = super().get_grad_norm()
+            if not math.isfinite(norm):
+                raise NonFiniteGradients(float(norm))
+            return norm
+
+    return EndTheStepAtTheNorm
+
+
+def _steps_whatever_the_norm(optimizer: ChainedOptimizer) -> bool:
+    source = source_of(ChainedOptimizer.step)
+    return "isfinite(grad_norm)" not in source and "isnan(grad_norm)" not in source
+
+
+REPAIRS = (
+    Repair(
+        name="finite gradients",
+        defect="in bf16 and FP32 a gradient that is NaN or infinite is stepped into all weights",
+        threads=("epfLLM/Megatron-LLM PR 34", "inclusionAI/AReaL #136"),
+        core_versions="0.16.1 to 0.19.2",
+        target=ChainedOptimizer,
+        subclass=_end_the_step_at_the_norm,
+        is_needed=_steps_whatever_the_norm,
+    ),
+)

@@ -1,0 +1,53 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""The device's part steps on gradients that are there.
+
+With overlap, precision-aware, the 16-bit gradients of the part that stays on the device are cast to FP32 on the stream
+that copies the others to the host, and the device's optimizer steps on another stream without waiting for it
+(NVIDIA/Megatron-LM PR 7449). In the default mode nothing is cast there, and nothing needs to wait.
+"""
+
+from typing import Any
+
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+
+from megatron.bridge.core_repairs.repair import Repair, source_of
+from megatron.bridge.utils.device import wait_for_stream
+
+
+def _wait_for_the_casts(base: type) -> type:
+    """Overrides of `HybridDeviceOptimizer`."""
+
+    class WaitForTheCasts(base):
+        def step(self, closure: Any = None) -> None:
+            if self.gpu_optimizer is None:
+                return super().step(closure)
+            # For this step only: a load makes the parts anew.
+            hook = self.gpu_optimizer.register_step_pre_hook(lambda *_: wait_for_stream(self._d2h_stream))
+            try:
+                return super().step(closure)
+            finally:
+                hook.remove()
+
+    return WaitForTheCasts
+
+
+def _steps_without_waiting(optimizer: HybridDeviceOptimizer) -> bool:
+    is_precision_aware = bool(optimizer.param_to_fp32_param)
+    if not (optimizer.overlap_cpu_optimizer_d2h_h2d and is_precision_aware and optimizer.gpu_optimizer):
+        return False
+    source = source_of(HybridDeviceOptimizer.step)
+    between = source.partition("self._set_sub_optimizer_grads()")[2].partition("self.gpu_optimizer.step(")[0]
+    return "wait" not in between
+
+
+REPAIRS = (
+    Repair(
+        name="gradient wait",
+        defect="precision-aware with overlap, the device's part may step before its gradients are cast",
+        threads=("NVIDIA/Megatron-LM PR 7449",),
+        core_versions="0.16.1 to 0.19.2",
+        target=HybridDeviceOptimizer,
+        subclass=_wait_for_the_casts,
+        is_needed=_steps_without_waiting,
+    ),
+)

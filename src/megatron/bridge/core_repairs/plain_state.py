@@ -1,0 +1,130 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""The state of an optimizer that is not distributed: there from step 0 on, with the step that was saved.
+
+Core fills it before a load by a function that SGD doesn't have (`TypeError`), without the step that torch's Adam keeps
+there. A step of 0 isn't saved, and where no step was taken (each overflowed, in FP16) nothing is; a load then asks for
+tensors that are not there, or dies with KeyError at the next step. And Transformer Engine's and Apex's Adam keep the
+step in the param groups, torch's beside the moments: what one saved, the other resumes with a step of its own.
+
+What rank 0 saves of it is what all ranks resume from. Where it trains nothing (a frozen stage, no expert of its own) it
+saves no step, and empty lists that fit no other rank's. And Core names the state after the 16-bit parameters alone:
+with FP32 ones among them, no run could be saved.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer, MegatronOptimizer
+
+from megatron.bridge.core_repairs.empty_shard import count_step, has_no_parameters
+from megatron.bridge.core_repairs.load_template import allocate_state
+from megatron.bridge.core_repairs.repair import Repair, source_of
+
+MASTERS = "fp32_from_fp16_params"
+"""Core's name of the FP32 weights behind 16-bit ones, a list for each param group."""
+
+
+def _state_from_step_zero(base: type) -> type:
+    """Overrides of `FP32Optimizer` and `Float16OptimizerWithFloat16Params`."""
+
+    class StateFromStepZero(base):
+        def step_with_ready_grads(self) -> bool:
+            is_stepped = super().step_with_ready_grads()
+            if has_no_parameters(self.optimizer):
+                count_step(self.optimizer)
+            return is_stepped
+
+        def sharded_state_dict(
+            self, model_sharded_state_dict: Any, is_loading: bool = False, metadata: dict[str, Any] | None = None
+        ) -> Any:
+            allocate_state(self.optimizer)  # instead of what `is_loading` would do
+            with _all_parameters_in_order(self) as are_masters:
+                saved = super().sharded_state_dict(model_sharded_state_dict, is_loading=False, metadata=metadata)
+            if has_no_parameters(self.optimizer):
+                _keep_step_without_parameters(saved.get("optimizer", saved))
+            if MASTERS in saved:
+                masters = map(list, map(itertools.compress, saved[MASTERS], are_masters))
+                # By number: Core takes what is empty out of a list, and the rest moves up.
+                saved[MASTERS] = {number: of_group for number, of_group in enumerate(masters) if of_group}
+            return saved
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            step = _put_step_where_it_is_kept(self.optimizer, state_dict.get("optimizer", state_dict))
+            if isinstance(self, Float16OptimizerWithFloat16Params):
+                masters, numbers = state_dict.get(MASTERS, {}), range(len(self.optimizer.param_groups))
+                state_dict[MASTERS] = [masters.get(number, []) for number in numbers]
+            super().load_state_dict(state_dict)
+            if has_no_parameters(self.optimizer):
+                for group in self.optimizer.param_groups:
+                    group["step"] = int(step)
+
+    return StateFromStepZero
+
+
+@contextlib.contextmanager
+def _all_parameters_in_order(optimizer: MegatronOptimizer) -> Iterator[list[list[bool]]]:
+    """Inside, Core names state by all parameters in the inner optimizer's order, not by the 16-bit ones alone.
+
+    Yields:
+        Of each group's parameters, whether they are masters of 16-bit ones.
+    """
+    if isinstance(optimizer, FP32Optimizer):
+        yield []
+        return
+    own = optimizer.float16_groups, optimizer.fp32_from_float16_groups
+    model_param = dict(zip(*(itertools.chain.from_iterable(groups) for groups in reversed(own)), strict=True))
+    stepped_on = [list(group["params"]) for group in optimizer.optimizer.param_groups]
+    optimizer.float16_groups = [[model_param.get(param, param) for param in group] for group in stepped_on]
+    optimizer.fp32_from_float16_groups = stepped_on
+    try:
+        yield [[param in model_param for param in group] for group in stepped_on]
+    finally:
+        optimizer.float16_groups, optimizer.fp32_from_float16_groups = own
+
+
+def _keep_step_without_parameters(saved: dict[str, Any]) -> None:
+    """Save the step that was counted in the param groups where torch's Adam keeps it; changes `saved`."""
+    steps = [group.pop("step", 0) for group in saved["param_groups"]]
+    saved["state"]["common_step"] = torch.tensor(float(max(steps, default=0)))
+
+
+def _put_step_where_it_is_kept(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> float:
+    """Move a saved step to where this optimizer looks for it, and return it; changes `saved`."""
+    groups = saved["param_groups"]
+    in_groups = [group.pop("step") for group in groups if group.get("step") is not None]
+    step = float(saved["state"].pop("common_step", max(map(float, in_groups), default=0.0)))
+    if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+        saved["state"]["common_step"] = torch.tensor(step)
+    elif any("betas" in group for group in groups):
+        for group in groups:
+            group["step"] = int(step)
+    return step
+
+
+def _loses_the_step(optimizer: MegatronOptimizer) -> bool:
+    source = source_of(MegatronOptimizer._extract_common_per_param_step)
+    saved = source_of(_cores(optimizer).sharded_state_dict)
+    return "self.init_state_fn(self.optimizer" in saved and "param_groups" not in source
+
+
+def _cores(optimizer: MegatronOptimizer) -> Any:
+    is_fp32 = isinstance(optimizer, FP32Optimizer)
+    return FP32Optimizer if is_fp32 else Float16OptimizerWithFloat16Params
+
+
+REPAIRS = tuple(
+    Repair(
+        name=name,
+        defect="without the distributed optimizer, SGD can't be resumed, nor can a run saved before its first step; a "
+        "step that another implementation of Adam saved is lost",
+        threads=(),
+        core_versions="0.16.1 to 0.19.2",
+        target=target,
+        subclass=_state_from_step_zero,
+        is_needed=_loses_the_step,
+    )
+    for name, target in (("plain FP32 state", FP32Optimizer), ("plain state", Float16OptimizerWithFloat16Params))
+)

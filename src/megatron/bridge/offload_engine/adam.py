@@ -1,0 +1,266 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Torch's Adam on the host, over buckets of parameters: one call of its kernel, and one copy each way, for each run.
+
+The bits are those of a call for each tensor. The kernel works element by element, but its vector body and its scalar
+tail round differently: only tensors without a tail, whose size is a multiple of `ALIGNMENT`, are stepped on as one.
+The others follow in the kernel's list of tensors.
+"""
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice, pairwise, repeat
+from operator import attrgetter, is_, is_not, itemgetter
+from typing import Any
+
+import torch
+
+from megatron.bridge.offload_engine.host_memory import ALIGNMENT, Slab
+from megatron.bridge.utils import device
+
+State = dict[str, Any]
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def fits_in_a_run(param: torch.Tensor) -> bool:
+    """Whether it can be stepped on as one with its neighbours."""
+    return param.numel() % ALIGNMENT == 0
+
+
+def hold(states: Iterable[State], name: str, tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether each dict has its tensor under that name."""
+    try:
+        return all(map(is_, map(itemgetter(name), states), tensors))
+    except KeyError:
+        return False
+
+
+class Bucket:
+    """Parameters with the same options, and what the host keeps of them, each kind in a `Slab`."""
+
+    def __init__(self, params: Sequence[torch.Tensor], *, pin_masters: bool, pin_gradients: bool) -> None:
+        """Reserve the masters; other memory comes with the first gradient and the first state.
+
+        Args:
+            params: On the device.
+            pin_masters: They are copied to the device after each step.
+            pin_gradients: They are copied from it before each step.
+        """
+        self.params = sorted(params, key=lambda param: not fits_in_a_run(param))
+        self._in_run = sum(map(fits_in_a_run, params))
+        self._shapes = [param.shape for param in self.params]
+        self._masters = Slab(self._shapes, pinned=pin_masters)
+        self._pin_gradients = pin_gradients
+        self._have_gradient: set[int] = set()
+        self._known: dict[Slab, tuple[list, list[tuple[int, int]]]] = {}
+
+    @functools.cached_property
+    def _gradients(self) -> Slab:
+        return Slab(self._shapes, pinned=self._pin_gradients)
+
+    @functools.cached_property
+    def _state(self) -> dict[str, Slab]:
+        """Moments, and counters without gaps."""
+        scalars = [torch.Size()] * len(self.params)
+        return {**{name: Slab(self._shapes) for name in MOMENTS}, "step": Slab(scalars, alignment=1)}
+
+    @property
+    def masters(self) -> list[torch.Tensor]:
+        """FP32 copies of the parameters, which are stepped on."""
+        return self._masters.tensors
+
+    @property
+    def has_all_gradients(self) -> bool:
+        """Whether every parameter has had a gradient."""
+        return len(self._have_gradient) == len(self.params)
+
+    def forget_gradients(self) -> None:
+        """As if no parameter had had one."""
+        self._have_gradient.clear()
+        for master in self.masters:
+            master.grad = None
+
+    @torch.no_grad()
+    def take_gradients(self) -> None:
+        """Queue the copies to the host of the gradients that there are."""
+        with device.unobserved():
+            gradients = _gradients_of(self.params)
+            if all(map(is_not, gradients, repeat(None))):
+                there: Sequence[int] = range(len(gradients))
+                on_host, on_device = self._pairs(self._gradients, gradients)
+            else:
+                there = [at for at, gradient in enumerate(gradients) if gradient is not None]
+                on_host, on_device = [self._gradients.tensors[at] for at in there], [gradients[at] for at in there]
+            if there:
+                torch._foreach_copy_(on_host, on_device, non_blocking=True)
+        if not self.has_all_gradients:
+            for at in there:
+                self.masters[at].grad = self._gradients.tensors[at]
+            self._have_gradient.update(there)
+
+    @torch.no_grad()
+    def give_weights(self) -> None:
+        """Queue the copies of the masters to the device."""
+        with device.unobserved():
+            on_host, on_device = self._pairs(self._masters, self.params)
+            torch._foreach_copy_([tensor.data for tensor in on_device], on_host, non_blocking=True)
+
+    def _pairs(self, slab: Slab, tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Tensors on the host and on the device: neighbours on both sides as one."""
+        on_host, on_device = slab.tensors[self._in_run :], tensors[self._in_run :]
+        for start, stop in self._neighbours(slab, tensors[: self._in_run]):
+            if stop - start > 1 and _is_in_one_storage(tensors[start], sum(slab.sizes[start:stop])):
+                on_host.append(slab.run(start, stop))
+                on_device.append(tensors[start].as_strided(on_host[-1].shape, (1,)))
+            else:
+                on_host += slab.tensors[start:stop]
+                on_device += tensors[start:stop]
+        return on_host, on_device
+
+    def _neighbours(self, slab: Slab, tensors: list[torch.Tensor]) -> list[tuple[int, int]]:
+        """Ranges of tensors that lie side by side in memory.
+
+        Where every one begins at its address of the step before, as is usual, they are what they were then.
+        """
+        begins = [tensors[0].dtype, *map(torch.Tensor.data_ptr, tensors)] if tensors else []
+        known, ranges = self._known.get(slab, ([], []))
+        if known != begins:
+            ranges = list(pairwise([0, *_breaks(tensors), len(tensors)]))
+            self._known[slab] = begins, ranges
+        return ranges
+
+    @torch.no_grad()
+    def place(self, states: Sequence[State]) -> bool:
+        """Bring state that is elsewhere, as a load leaves it, into its place here, and the place into the dicts.
+
+        Returns:
+            Whether that could be done: each dict holds moments and a counter.
+        """
+        for name, slab in self._state.items():
+            if hold(states, name, slab.tensors):
+                continue
+            for state, place in zip(states, slab.tensors, strict=True):
+                tensor = state.get(name)
+                if not isinstance(tensor, torch.Tensor):
+                    return False
+                if tensor.data_ptr() != place.data_ptr():
+                    place.copy_(tensor)
+                state[name] = place
+        return True
+
+    @torch.no_grad()
+    def empty_state(self, at: int) -> State:
+        """The state of step 0 of one master."""
+        return {name: slab.tensors[at].zero_() for name, slab in self._state.items()}
+
+    def counters_agree(self) -> bool:
+        """Whether what is stepped on as one is at the same step; to ask once all state is in place."""
+        counters = self._counters_of_run()
+        return bool((counters == counters[:1]).all())
+
+    @torch.no_grad()
+    def enter_step(self) -> dict[str, list[torch.Tensor]]:
+        """What torch's `adam` takes for one step, by kind, all state being in place.
+
+        It moves the counters on that it is given, one for each run; the others of a run are moved on here.
+        """
+        self._counters_of_run()[1:] += 1
+        slabs = {"master": self._masters, "gradient": self._gradients, **self._state}
+        lists = {name: slab.tensors[self._in_run :] for name, slab in slabs.items()}
+        if self._in_run:
+            for name, slab in slabs.items():
+                lists[name].insert(0, slab.tensors[0] if name == "step" else slab.run(0, self._in_run))
+        return lists
+
+    def _counters_of_run(self) -> torch.Tensor:
+        return self._state["step"].run(0, self._in_run)
+
+
+class FlatAdam(torch.optim.Optimizer):
+    """Overrides of torch's `Adam` and `AdamW`, with a `Bucket` for each of its param groups."""
+
+    _starts: dict[torch.Tensor, tuple[Bucket, int]]
+    """The bucket of each group, by its first master, and the number of masters before it."""
+
+    @classmethod
+    def take_over(cls, optimizer: torch.optim.Optimizer, buckets: Sequence[Bucket]) -> None:
+        """Give an optimizer over the masters of some buckets, a group each, this class."""
+        taken: Any = optimizer
+        taken.__class__ = _flat(taken.__class__)
+        taken._starts, start = {}, 0
+        for bucket in buckets:
+            taken._starts[bucket.masters[0]] = bucket, start
+            start += len(bucket.masters)
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        """One for each param group."""
+        return [bucket for bucket, _ in self._starts.values()]
+
+    def allocate_state(self) -> None:
+        """Give every master the state of step 0. State that exists is kept."""
+        for bucket, start in self._starts.values():
+            for at, state in enumerate(self._states(bucket, start)):
+                if not state:
+                    self.state[bucket.masters[at]] = bucket.empty_state(at)
+
+    def _states(self, bucket: Bucket, start: int) -> list[State | None]:
+        """The state of each master. It usually lies in their order, which spares the lookups."""
+        stop = start + len(bucket.masters)
+        if len(self.state) >= stop and all(map(is_, islice(self.state, start, stop), bucket.masters)):
+            return list(islice(self.state.values(), start, stop))
+        return [self.state.get(master) for master in bucket.masters]
+
+    def _init_group(self, group: dict[str, Any], *arguments: Any) -> bool:
+        """Fill the lists that torch's `adam` takes: parameters, gradients, moments, largest moments, counters."""
+        bucket = self._bucket_to_step_on(group)
+        if bucket is None:
+            adam: Any = super()
+            return adam._init_group(group, *arguments)
+        of_kind = bucket.enter_step()
+        lists = [argument for argument in arguments if isinstance(argument, list)]  # torch 2.6 adds amsgrad, a bool
+        for listed, kind in zip(lists, ("master", "gradient", *MOMENTS, "largest", "step"), strict=True):
+            listed += of_kind.get(kind, [])
+        return False
+
+    def _bucket_to_step_on(self, group: dict[str, Any]) -> Bucket | None:
+        """A group's bucket, all state in place; None where its masters must be stepped on one by one."""
+        bucket, start = self._starts[group["params"][0]]
+        if not group["fused"] or group["amsgrad"] or not bucket.has_all_gradients:
+            return None
+        found = self._states(bucket, start)
+        states = [state for state in found if state]
+        if not states:
+            states = [bucket.empty_state(at) for at in range(len(found))]
+            self.state.update(zip(bucket.masters, states, strict=True))
+        can_be_one = len(states) == len(found) and bucket.place(states) and bucket.counters_agree()
+        return bucket if can_be_one else None
+
+
+@functools.cache
+def _flat(base: type) -> type:
+    return type(f"Flat{base.__name__}", (FlatAdam, base), {})
+
+
+def _gradients_of(params: list[torch.Tensor]) -> list[Any]:
+    """Where Core puts them: precision-aware, `decoupled_grad`. None where there is none."""
+    try:
+        return list(map(attrgetter("decoupled_grad"), params))
+    except AttributeError:
+        gradients = list(map(attrgetter("grad"), params))
+    if all(map(is_not, gradients, repeat(None))):
+        return gradients
+    return [getattr(param, "decoupled_grad", param.grad) for param in params]
+
+
+def _breaks(tensors: list[torch.Tensor]) -> Iterator[int]:
+    """The indices of tensors that don't go on, in memory, where the one before ends."""
+    for at, (one, following) in enumerate(pairwise(tensors), start=1):
+        is_dense = one.is_contiguous() and following.is_contiguous() and one.dtype == following.dtype
+        if not is_dense or one.data_ptr() + one.nbytes != following.data_ptr():
+            yield at
+
+
+def _is_in_one_storage(first: torch.Tensor, size: int) -> bool:
+    """Whether a view of the first of some neighbours can span them all, which are `size` elements."""
+    storage = first.untyped_storage()
+    return first.data_ptr() + size * first.element_size() <= storage.data_ptr() + storage.nbytes()

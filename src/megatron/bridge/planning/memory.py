@@ -1,0 +1,296 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""The memory that a configuration needs on a number of ranks, known before there are any.
+
+One rank's model, data-parallel buffers and optimizer are built by Core itself on tensors that have shapes and no
+memory, so shards, padding and what is offloaded are what a run would have. Activations are a formula
+(activation_memory.py). Not counted: CUDA's and NCCL's own memory, fragmentation, data on its way between ranks.
+"""
+
+import copy
+import dataclasses
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.utils import unwrap_model
+
+from megatron.bridge.data.config import GPTDatasetConfig, MockGPTDatasetConfig, TokenizerConfig
+from megatron.bridge.planning.activations import activation_bytes, logit_bytes
+from megatron.bridge.planning.world import planned_world
+from megatron.bridge.training.config import ConfigContainer, runtime_config_update
+from megatron.bridge.training.initialize import initialize_megatron
+from megatron.bridge.training.monitoring.state_memory import StateBytes, count_state
+from megatron.bridge.training.optim import setup_optimizer
+
+GIB = 1 << 30
+_SOME_DIRECTORY = "."
+"""Stands for what only a run reads: the checks want one that is there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """Bytes of one rank at the peak of a step."""
+
+    state: StateBytes
+    activations: int
+    """Kept by the forward passes for the backward passes."""
+    logits: int
+    """For the loss, on the last pipeline stage."""
+
+    @property
+    def device_bytes(self) -> int:
+        """Everything on the device."""
+        state = self.state
+        return state.weights + state.gradients + state.masters + state.moments + self.activations + self.logits
+
+    @property
+    def host_bytes(self) -> int:
+        """Everything that offload keeps on the host, in pinned memory but for the moments."""
+        return self.state.host_masters + self.state.host_moments + self.state.host_gradients
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """What one rank of a run needs: as configured, and with other parts of the optimizer on the host."""
+
+    rank: int
+    world_size: int
+    layout: str
+    """How ranks share the model, in words."""
+    as_configured: MemoryEstimate
+    without_offload: MemoryEstimate
+    all_offloaded: MemoryEstimate | None
+    """None: the configuration can't offload."""
+    budget_bytes: int
+    """Device memory that a run may use."""
+    smallest_fraction: float | None
+    """The least `optimizer_offload_fraction`, in hundredths, with which the rank fits; None: it never does."""
+    is_precision_aware: bool
+    """Whether `smallest_fraction` is for precision-aware mode."""
+
+
+def plan_memory(cfg: ConfigContainer, *, world_size: int, budget_bytes: int, rank: int | None = None) -> MemoryPlan:
+    """Plan one rank's memory. For a process of its own: nothing of a run may be up, and none on a GPU may follow.
+
+    Args:
+        cfg: What a recipe returns; data, tokenizer and checkpoint may be left open. It isn't changed.
+        world_size: Ranks of the run.
+        budget_bytes: Device memory that a run may use.
+        rank: Which rank. None: the first one of the first, second or last pipeline stage, whichever needs most. The
+            first stage keeps most micro-batches in flight, the last has the logits, and either may have fewer layers.
+
+    Raises:
+        ValueError: The configuration can't work on that many ranks.
+    """
+    if rank is not None:
+        return _plan_rank(cfg, world_size, rank, budget_bytes)
+    stages = cfg.model.pipeline_model_parallel_size
+    ranks = {stage * (world_size // stages) for stage in (0, min(1, stages - 1), stages - 1)}
+    plans = [_plan_rank(cfg, world_size, rank, budget_bytes) for rank in sorted(ranks)]
+    return max(plans, key=lambda plan: plan.as_configured.device_bytes)
+
+
+def _plan_rank(cfg: ConfigContainer, world_size: int, rank: int, budget_bytes: int) -> MemoryPlan:
+    with planned_run(cfg, world_size, rank) as run:
+        without = run.estimate(optimizer_cpu_offload=False, use_precision_aware_optimizer=False)
+        if run.cfg.optimizer.use_distributed_optimizer:
+            offloaded = run.estimate(optimizer_cpu_offload=True, optimizer_offload_fraction=1.0)
+            fraction, aware = run.smallest_fraction(budget_bytes, without)
+        else:
+            offloaded, fraction, aware = None, (0.0 if without.device_bytes <= budget_bytes else None), False
+        return MemoryPlan(
+            rank=rank,
+            world_size=world_size,
+            layout=run.layout(world_size),
+            as_configured=run.estimate(),
+            without_offload=without,
+            all_offloaded=offloaded,
+            budget_bytes=budget_bytes,
+            smallest_fraction=fraction,
+            is_precision_aware=aware,
+        )
+
+
+def resolve(cfg: ConfigContainer, *, world_size: int) -> tuple[ConfigContainer, list[str]]:
+    """What a run on a number of ranks would make of a configuration, and the options that it still needs.
+
+    Args:
+        cfg: What a recipe returns. It isn't changed.
+        world_size: Ranks of the run.
+
+    Raises:
+        ValueError: As for `runtime_config_update`.
+    """
+    resolved = copy.deepcopy(cfg)
+    resolved.env_vars = {}  # they are the run's, not this process's
+    left_open = {
+        "dataset.dataset_root": getattr(cfg.dataset, "dataset_root", "none needed")
+        or getattr(cfg.dataset, "hf_dataset", None),
+        "tokenizer.tokenizer_model": cfg.tokenizer.tokenizer_type == "NullTokenizer" or cfg.tokenizer.tokenizer_model,
+        "checkpoint.pretrained_checkpoint": isinstance(cfg.dataset, GPTDatasetConfig)
+        or cfg.checkpoint.pretrained_checkpoint,
+    }
+    resolved.tokenizer.tokenizer_model = cfg.tokenizer.tokenizer_model or _SOME_DIRECTORY
+    resolved.checkpoint.pretrained_checkpoint = cfg.checkpoint.pretrained_checkpoint or _SOME_DIRECTORY
+    with planned_world(world_size), _quiet():
+        runtime_config_update(resolved)
+    resolved.tokenizer.tokenizer_model, resolved.env_vars = cfg.tokenizer.tokenizer_model, cfg.env_vars
+    resolved.checkpoint.pretrained_checkpoint = cfg.checkpoint.pretrained_checkpoint
+    return resolved, [option for option, value in left_open.items() if not value]
+
+
+def as_plannable(cfg: ConfigContainer) -> ConfigContainer:
+    """A copy without what only a run needs: data, tokenizer, weights, and the process groups of the host."""
+    plan = copy.copy(cfg)
+    for section in ("model", "optimizer", "ddp", "scheduler", "train", "validation", "checkpoint", "dist", "logger"):
+        setattr(plan, section, copy.deepcopy(getattr(cfg, section)))
+    plan.dataset = MockGPTDatasetConfig(seq_length=cfg.model.seq_length)
+    plan.tokenizer = TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=cfg.model.vocab_size)
+    plan.checkpoint.pretrained_checkpoint, plan.checkpoint.load = _SOME_DIRECTORY, None
+    plan.checkpoint.finetune = False
+    plan.dist.use_gloo_process_groups = False
+    plan.env_vars = {}
+    return plan
+
+
+class PlannedRun:
+    """A model on a planned rank, and as many optimizers for it as one likes to compare."""
+
+    def __init__(self, cfg: ConfigContainer, model: list[Any]) -> None:
+        self.cfg = cfg
+        self.model = model
+
+    def estimate(self, **optimizer_options: Any) -> MemoryEstimate:
+        """Bytes, as configured or with other options of the optimizer."""
+        options = dataclasses.replace(self.cfg.optimizer, **optimizer_options)
+        options.finalize()
+        optimizer, _ = setup_optimizer(options, self.cfg.scheduler, self.model, use_gloo_process_groups=False)
+        chunks = [unwrap_model(chunk) for chunk in self.model]
+        micro_batch_size = self.cfg.train.required_micro_batch_size()
+        activations = activation_bytes(
+            self.cfg.model,
+            moe_layers=[hasattr(layer.mlp, "router") for chunk in chunks for layer in chunk.decoder.layers],
+            micro_batch_size=micro_batch_size,
+            micro_batches_in_flight=self._micro_batches_in_flight(),
+        )
+        has_logits = any(chunk.post_process for chunk in chunks)
+        return MemoryEstimate(
+            state=count_state(self.model, optimizer, kind=options.optimizer),
+            activations=activations,
+            logits=logit_bytes(self.cfg.model, micro_batch_size=micro_batch_size) if has_logits else 0,
+        )
+
+    def _micro_batches_in_flight(self) -> int:
+        """One forward, one backward: a stage is ahead by as many micro-batches as stages follow it, and one."""
+        from megatron.core import parallel_state
+
+        stages = self.cfg.model.pipeline_model_parallel_size
+        derived = self.cfg.derive()
+        return min(stages - parallel_state.get_pipeline_model_parallel_rank(), derived.num_microbatches)
+
+    def smallest_fraction(self, budget_bytes: int, without: MemoryEstimate) -> tuple[float | None, bool]:
+        """The least offloaded part with which the device's bytes fit, and whether precision-aware mode is needed."""
+        if without.device_bytes <= budget_bytes:
+            return 0.0, False
+        for aware in sorted({self.cfg.optimizer.use_precision_aware_optimizer, True}):
+            if not self._fits(100, budget_bytes, aware):
+                continue
+            too_little, enough = 0, 100
+            while enough - too_little > 1:
+                middle = (too_little + enough) // 2
+                too_little, enough = (
+                    (too_little, middle) if self._fits(middle, budget_bytes, aware) else (middle, enough)
+                )
+            return enough / 100, aware
+        return None, False
+
+    def _fits(self, hundredths: int, budget_bytes: int, is_precision_aware: bool) -> bool:
+        estimate = self.estimate(
+            optimizer_cpu_offload=True,
+            optimizer_offload_fraction=hundredths / 100,
+            use_precision_aware_optimizer=is_precision_aware,
+        )
+        return estimate.device_bytes <= budget_bytes
+
+    def layout(self, world_size: int) -> str:
+        """TP, PP, DP and, with experts, EP."""
+        model, derived = self.cfg.model, self.cfg.derive(world_size)
+        sizes = {
+            "TP": model.tensor_model_parallel_size,
+            "PP": model.pipeline_model_parallel_size,
+            "DP": derived.data_parallel_size,
+        }
+        if model.num_moe_experts:
+            sizes |= {"EP": model.expert_model_parallel_size, "ETP": model.expert_tensor_parallel_size}
+        return ", ".join(f"{name} {size}" for name, size in sizes.items())
+
+
+@contextmanager
+def planned_run(cfg: ConfigContainer, world_size: int, rank: int) -> Iterator[PlannedRun]:
+    """The rank's model, wrapped for data parallelism, with shapes and no memory."""
+    plan = as_plannable(cfg)
+    with planned_world(world_size, rank), _quiet():
+        runtime_config_update(plan)
+        pg_collection = initialize_megatron(plan)
+        peft = plan.peft
+        model = plan.model.provide_distributed_model(
+            ddp_config=plan.ddp,
+            pg_collection=pg_collection,
+            pre_wrap_hook=None if peft is None else lambda chunks: peft(chunks, training=True),
+        )
+        yield PlannedRun(plan, model)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """A plan builds many optimizers; their lines are the run's, not the plan's."""
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def as_table(plan: MemoryPlan) -> str:
+    """A plan in GiB, with what to do about it."""
+    columns = {"as configured": plan.as_configured, "without offload": plan.without_offload}
+    if plan.all_offloaded is not None:
+        columns["all offloaded"] = plan.all_offloaded
+    rows = (
+        ("device", "weights", lambda one: one.state.weights),
+        ("", "gradients", lambda one: one.state.gradients),
+        ("", "FP32 masters", lambda one: one.state.masters),
+        ("", "moments", lambda one: one.state.moments),
+        ("", "activations", lambda one: one.activations),
+        ("", "logits", lambda one: one.logits),
+        ("", "sum", lambda one: one.device_bytes),
+        ("host", "FP32 masters", lambda one: one.state.host_masters),
+        ("", "moments", lambda one: one.state.host_moments),
+        ("", "gradients", lambda one: one.state.host_gradients),
+        ("", "sum", lambda one: one.host_bytes),
+    )
+    state = plan.as_configured.state
+    lines = [
+        f"rank {plan.rank} of {plan.world_size} ({plan.layout}): {state.num_parameters:,} parameters, "
+        f"{state.num_trained:,} of them trained",
+        f"{'GiB':<24}" + "".join(f"{title:>17}" for title in columns),
+    ]
+    for side, name, read in rows:
+        lines.append(f"{side:<8}{name:<16}" + "".join(f"{read(one) / GIB:>17.2f}" for one in columns.values()))
+    return "\n".join([*lines, _advice(plan)])
+
+
+def _advice(plan: MemoryPlan) -> str:
+    budget = f"{plan.budget_bytes / GIB:.1f} GiB"
+    if plan.smallest_fraction is None:
+        return f"{budget} a device: too little with all of the optimizer offloaded; use more tensor or pipeline ranks"
+    if plan.smallest_fraction == 0:
+        return f"{budget} a device: fits without offload"
+    mode = " optimizer.use_precision_aware_optimizer=true" if plan.is_precision_aware else ""
+    return (
+        f"{budget} a device: fits with optimizer.optimizer_cpu_offload=true{mode} "
+        f"optimizer.optimizer_offload_fraction={plan.smallest_fraction:g} or more"
+    )

@@ -1,0 +1,145 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""The section on logs and figures."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(kw_only=True)
+class LoggerConfig:
+    """What is logged, how often and where."""
+
+    log_interval: int = 100
+    """Steps between log lines."""
+
+    log_params_norm: bool = False
+    """Log the norm of all weights."""
+
+    log_throughput: bool = False
+    """Log floating point operations per second and GPU."""
+
+    log_throughput_to_tensorboard: bool = False
+    """Write the throughput to TensorBoard."""
+
+    throughput_window_size: int = 100
+    """Steps over which the throughput is averaged."""
+
+    log_progress: bool = False
+    """Write the progress of the run to progress.txt in the save directory."""
+
+    timing_log_level: Literal[0, 1, 2] = 0
+    """How fine the timers are: 0 the step, 1 its phases, 2 everything."""
+
+    timing_log_option: Literal["max", "minmax", "all"] = "minmax"
+    """Which ranks' times are logged."""
+
+    tensorboard_dir: str | None = None
+    """Directory for TensorBoard's files. None: no TensorBoard."""
+
+    tensorboard_log_interval: int = 1
+    """Steps between points in TensorBoard, Weights & Biases, MLflow and the metrics file."""
+
+    tensorboard_queue_size: int = 1000
+    """Points that may wait before they are written."""
+
+    log_timers_to_tensorboard: bool = False
+    """Write the timers to TensorBoard."""
+
+    log_loss_scale_to_tensorboard: bool = True
+    """Write the loss scale to TensorBoard."""
+
+    log_validation_ppl_to_tensorboard: bool = False
+    """Write the validation perplexity to TensorBoard."""
+
+    log_memory_to_tensorboard: bool = False
+    """Write memory use to TensorBoard."""
+
+    memory_keys: dict[str, str] | None = None
+    """Names in torch's memory statistics, each with its name in the log. None: the usual ones."""
+
+    log_memory_interval: int | None = None
+    """Steps between lines on memory use. None: never."""
+
+    log_device_memory_used: bool = False
+    """Log the memory in use on the whole device, other processes included."""
+
+    log_l2_norm_grad_to_tensorboard: bool = False
+    """Write the norm of each gradient to TensorBoard."""
+
+    log_num_zeros_in_grad: bool = False
+    """Log how many gradient elements are zero."""
+
+    log_max_attention_logit: bool = False
+    """Log the largest attention logit."""
+
+    log_runtime_to_tensorboard: bool = False
+    """Write the elapsed time to TensorBoard."""
+
+    runtime_time_unit: Literal["seconds", "minutes", "hours", "days"] = "hours"
+    """Unit of the elapsed time."""
+
+    barrier_with_L1_time: bool = True
+    """Let all ranks meet before a level 1 timer starts."""
+
+    log_world_size_to_tensorboard: bool = False
+    """Write the number of ranks to TensorBoard."""
+
+    metrics_file: str | None = None
+    """File of JSON lines. None: metrics.jsonl in tensorboard_dir, else in checkpoint.save, else none."""
+
+    rank_log_dir: str | None = None
+    """Directory for one log file of each rank, rank_00000.log and so on. None: rank 0 alone logs."""
+
+    wandb_project: str | None = None
+    """Weights & Biases project. None: no Weights & Biases."""
+
+    wandb_exp_name: str | None = None
+    """Name of the run there. None: a name made by the service."""
+
+    wandb_save_dir: str | None = None
+    """Directory for its local files. None: ./wandb."""
+
+    wandb_entity: str | None = None
+    """User or team there. None: the account's own."""
+
+    mlflow_experiment: str | None = None
+    """MLflow experiment. None: no MLflow."""
+
+    mlflow_run_name: str | None = None
+    """Name of the run there. None: a name made by MLflow."""
+
+    mlflow_tracking_uri: str | None = None
+    """Server, or file:///directory or sqlite:///file. None: MLFLOW_TRACKING_URI, else MLflow's own default."""
+
+    mlflow_tags: dict[str, str] | None = None
+    """Tags of the run there. None: no tags."""
+
+    logging_level: int | None = None
+    """Python logging level of the package, e.g. 20 for INFO. None: as the process set it."""
+
+    filter_warnings: bool = True
+    """Leave log lines of level WARNING out where modules_to_filter says so."""
+
+    modules_to_filter: list[str] | None = None
+    """Loggers whose lines are left out. None: none of them."""
+
+    set_level_for_all_loggers: bool = False
+    """Apply logging_level to every logger, not only to ours."""
+
+    log_energy: bool = False
+    """Log the energy used (NVML). Not built yet."""
+
+    save_config_filepath: str | None = None
+    """File to which the final configuration is written as YAML. None: only into checkpoints."""
+
+    def finalize(self) -> None:
+        """Check the section's own fields.
+
+        Raises:
+            ValueError: naming the field, what it holds and what it may hold.
+        """
+        for name in ("log_interval", "tensorboard_log_interval", "tensorboard_queue_size", "throughput_window_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"logger.{name} is {getattr(self, name)}: it must be at least 1; set a positive number"
+                )

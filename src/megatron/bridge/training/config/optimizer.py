@@ -1,0 +1,88 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""The section on the optimizer, which Megatron-Core owns, and options for single parameters.
+
+Core checks its classes as they are made, before overrides and mixed precision apply. Our subclasses check in
+`finalize()`, which can be called again at any time.
+"""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
+from megatron.core.optimizer import get_standard_config_overrides, optimizer_config
+from megatron.core.utils import get_te_version
+
+from megatron.bridge.training.config.scheduler import SchedulerConfig
+from megatron.bridge.utils.set_fields import RemembersSetFields, writes_that_nobody_set
+
+
+@contextlib.contextmanager
+def _absent_transformer_engine_is_old() -> Iterator[None]:
+    """While Core checks its options: a Transformer Engine that is not installed is older than any version.
+
+    A repair: Core 0.16.1 asks for its version in precision-aware mode, also where the optimizer is offloaded and uses
+    none of it, and compares the version that isn't there (TypeError). Core 0.19.2 answers.
+    """
+    stock = optimizer_config.is_te_min_version
+
+    def is_te_min_version(*args: Any, **kwargs: Any) -> bool:
+        return get_te_version() is not None and stock(*args, **kwargs)
+
+    optimizer_config.is_te_min_version = is_te_min_version
+    try:
+        yield
+    finally:
+        optimizer_config.is_te_min_version = stock
+
+
+@dataclass
+class OptimizerConfig(RemembersSetFields, CoreOptimizerConfig):
+    """Megatron-Core's optimizer options, checked in `finalize()` instead of at birth."""
+
+    def __post_init__(self) -> None:
+        """Do nothing yet: overrides and mixed precision come first."""
+
+    def finalize(self) -> None:
+        """Run Core's checks and let it derive its own flags.
+
+        Raises:
+            ValueError: naming the option that can't work.
+        """
+        try:
+            with _absent_transformer_engine_is_old(), writes_that_nobody_set(self):
+                super().__post_init__()
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(f"optimizer: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfigOverrideProviderContext:
+    """What an `OptimizerConfigOverrideProvider` may look at."""
+
+    scheduler_config: SchedulerConfig
+    """The schedule's section."""
+
+    optimizer_config: CoreOptimizerConfig
+    """The optimizer's section."""
+
+    model: Any
+    """The model's chunks."""
+
+
+@dataclass
+class OptimizerConfigOverrideProvider:
+    """Chooses options for single parameters; subclass it to choose others."""
+
+    def build_config_overrides(self, context: OptimizerConfigOverrideProviderContext) -> dict[Any, Any] | None:
+        """Core's overrides for groups of parameters, as `get_megatron_optimizer(config_overrides=)` takes them.
+
+        Here: Core's usual ones, no weight decay on biases and one-dimensional parameters, and decoupled_lr.
+        """
+        config = context.optimizer_config
+        if context.scheduler_config.no_weight_decay_cond_type == "qwen3_next":
+            config = copy.copy(config)
+            config.apply_wd_to_qk_layernorm = True
+        return get_standard_config_overrides(config)

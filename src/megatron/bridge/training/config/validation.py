@@ -1,0 +1,58 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""The section on evaluation."""
+
+from dataclasses import dataclass
+
+from megatron.bridge.training.config.fields import require_not_negative, require_positive
+
+
+@dataclass(kw_only=True)
+class ValidationConfig:
+    """When the model is evaluated, and on how much."""
+
+    eval_iters: int | None = 100
+    """Global batches of one evaluation. None: the whole validation set. 0: no evaluation."""
+
+    eval_interval: int | None = None
+    """Steps between evaluations. None: only at the end of the run."""
+
+    eval_at_start: bool = False
+    """Evaluate before the first step too, so that a run shows what its training changed."""
+
+    start_eval_at_iter: int | None = None
+    """First step at which an evaluation may happen. None: from the start."""
+
+    eval_global_batch_size: int | None = None
+    """Samples of one evaluation step. None: train.global_batch_size."""
+
+    eval_micro_batch_size: int | None = None
+    """Samples of one forward pass in evaluation. None: train.micro_batch_size."""
+
+    skip_train: bool = False
+    """Evaluate and stop, without training."""
+
+    test_mode: bool = False
+    """Reserved by Megatron-LM for its own tests."""
+
+    full_validation: bool = False
+    """Evaluate on the whole validation set each time."""
+
+    multiple_validation_sets: bool = False
+    """Evaluate on several validation sets, one by one. Not built yet."""
+
+    validation_set_names: list[str] | None = None
+    """Names of the validation sets in the logs. Not built yet. None: no names."""
+
+    def finalize(self) -> None:
+        """Check the section's own fields.
+
+        Raises:
+            ValueError: naming the field, what it holds and what it may hold.
+        """
+        require_not_negative("validation", eval_iters=self.eval_iters, start_eval_at_iter=self.start_eval_at_iter)
+        require_positive(
+            "validation",
+            eval_interval=self.eval_interval,
+            eval_global_batch_size=self.eval_global_batch_size,
+            eval_micro_batch_size=self.eval_micro_batch_size,
+        )

@@ -1,0 +1,144 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""A rank that hangs, or waits for one that does, shows where it is and ends, within the timeout of the process groups.
+
+Collectives give up by themselves, but a rank that never comes to one doesn't, and no traceback says where it is. Each
+rank watches itself: it gives a sign of life before each micro-batch and after each step.
+"""
+
+import contextlib
+import faulthandler
+import logging
+import math
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+
+from megatron.bridge.training.config import DistributedInitConfig
+from megatron.bridge.utils.distributed import rank, world_size
+from megatron.bridge.utils.exit_codes import HUNG
+
+logger = logging.getLogger(__name__)
+
+_SHOWN_AT = 0.8
+"""Part of the timeout after which stacks are shown: before a collective of another rank gives up and all are ended."""
+
+_ENDED_AT = 0.95
+"""Part of the timeout after which the process ends: the ranks' clocks start some moments apart, and all must show."""
+
+
+class Hung(SystemExit):
+    """This rank hung until another one ended and broke its collective; a script ends with `exit_codes.HUNG`."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(HUNG)
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        logger.error("%s; it came after this rank's stacks were shown: exit code %d", reason, HUNG)
+
+
+class HangWatchdog:
+    """A thread that waits for signs of life."""
+
+    def __init__(self) -> None:
+        self._timeout_seconds = math.inf
+        self._last_sign = math.inf
+        self._step = 0
+        self._shown_for = math.nan
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self, timeout_seconds: float) -> None:
+        """Expect signs from now on; a process that is alone waits for nobody, and isn't watched.
+
+        Args:
+            timeout_seconds: The process groups' timeout; later calls change it.
+        """
+        self._timeout_seconds = timeout_seconds
+        if self._thread is None and world_size() > 1:
+            self._last_sign = time.monotonic()
+            self._thread = threading.Thread(target=self._watch, name="hang watchdog", daemon=True)
+            self._thread.start()
+
+    def sign(self, step: int) -> None:
+        """Say that this rank is alive, after that many steps."""
+        self._step = step
+        self._last_sign = time.monotonic()
+
+    @property
+    def hangs(self) -> bool:
+        """Whether stacks were shown, and no sign of life came after it."""
+        return self._shown_for == self._last_sign
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Expect no signs in the body: writing a checkpoint may take longer than any collective waits."""
+        self._last_sign = math.inf
+        try:
+            yield
+        finally:
+            self._last_sign = time.monotonic()
+
+    def stop(self) -> None:
+        """Expect no more signs."""
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(min(1.0, max(0.01, self._seconds_until(_SHOWN_AT)))):
+            if self._seconds_until(_SHOWN_AT) > 0:
+                continue
+            last_sign = self._last_sign
+            self._shown_for = last_sign
+            self._show()
+            while last_sign == self._last_sign and not self._stopped.wait(0.01):
+                if self._seconds_until(_ENDED_AT) <= 0:
+                    os._exit(HUNG)  # the main thread can't be asked: it is stuck
+
+    def _seconds_until(self, part: float) -> float:
+        return self._last_sign + part * self._timeout_seconds - time.monotonic()
+
+    def _show(self) -> None:
+        """All threads' stacks, in one piece, since ranks often share one standard error."""
+        with tempfile.TemporaryFile() as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+            file.seek(0)
+            stacks = file.read().decode(errors="replace").splitlines()
+        waited = time.monotonic() - self._last_sign
+        head = (
+            f"rank {rank()} hangs: no sign of life for {waited:.1f} s after step {self._step}; it ends after "
+            f"{_ENDED_AT * self._timeout_seconds:.1f} s with exit code {HUNG} (dist.distributed_timeout_minutes)"
+        )
+        text = "".join(f"[rank {rank()}] {line}\n" for line in (head, *stacks))
+        os.write(2, text.encode())
+
+
+@contextlib.contextmanager
+def watched(watchdog: HangWatchdog, config: DistributedInitConfig) -> Iterator[None]:
+    """Watch this rank in the body.
+
+    Raises:
+        Hung: In place of an error that came after its stacks were shown: that of a collective whose other rank ended.
+    """
+    watchdog.start(60 * config.distributed_timeout_minutes)
+    try:
+        yield
+    except Exception as error:
+        if watchdog.hangs:
+            raise Hung(error) from error
+        raise
+    finally:
+        watchdog.stop()
+
+
+def shorten_timeouts(watchdog: HangWatchdog, config: DistributedInitConfig) -> None:
+    """After the first step, which may compile and connect: `dist.distributed_timeout_seconds_after_init`, if set."""
+    seconds = config.distributed_timeout_seconds_after_init
+    if seconds is not None:
+        from megatron.core import parallel_state
+
+        parallel_state.update_pg_timeout(timedelta(seconds=seconds))
+        watchdog.start(seconds)

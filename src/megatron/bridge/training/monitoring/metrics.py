@@ -1,0 +1,270 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Where a run's figures go: one small interface, and a file of JSON lines that is always written.
+
+TensorBoard, Weights & Biases and MLflow stand behind the same interface in trackers.py.
+"""
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, ClassVar
+
+from megatron.bridge.training.callbacks import Callback, CallbackContext
+from megatron.bridge.training.config import ConfigContainer
+from megatron.bridge.training.monitoring.delivery import Delivery
+from megatron.bridge.training.monitoring.preemption import Preempted
+from megatron.bridge.training.state import GlobalState
+from megatron.bridge.utils.device import peak_memory_bytes
+from megatron.bridge.utils.distributed import is_rank_0, on_all_ranks
+from megatron.bridge.utils.files import check_writable_directory
+
+METRICS_FILE = "metrics.jsonl"
+
+RUNS_OWN = frozenset(
+    "step split elapsed_seconds learning_rate grad_norm num_tokens step_seconds tokens_per_second peak_memory_bytes "
+    "skipped loss_scale".split()
+)
+"""Names that a loss function's figures can't have in a line: there they are `reported step` and so on."""
+
+
+def learning_rate(context: CallbackContext) -> float:
+    """What the optimizer holds now, after a step the next one's, of the first group that follows the plain schedule."""
+    groups = context.optimizer.param_groups
+    if not groups:  # a rank on which nothing is trained
+        return float(context.scheduler.get_lr({}))
+    return float(next((group["lr"] for group in groups if group.get("default_config", True)), groups[0]["lr"]))
+
+
+def step_losses(context: CallbackContext) -> dict[str, float]:
+    """What the loss function reported of a step, and what routers added; of one name, the former."""
+    losses = context.loss_dict or {}
+    return losses | {name: value for name, value in context.router_losses.items() if name not in losses}
+
+
+def step_values(context: CallbackContext) -> dict[str, Any]:
+    """What is logged of a training step: losses by name, and figures of the step."""
+    step = context.taken_step
+    return {
+        **context.router_losses_by_layer,
+        **_numbers(step_losses(context)),
+        "learning_rate": context.learning_rate,
+        "grad_norm": context.grad_norm,
+        "num_tokens": context.num_tokens,
+        "step_seconds": round(step.seconds, 4),
+        "tokens_per_second": round(step.tokens_per_second, 1),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "skipped": context.skipped_iter,
+        **({} if context.fp16_loss_scale is None else {"loss_scale": context.fp16_loss_scale}),
+    }
+
+
+def _evaluation_values(context: CallbackContext) -> dict[str, Any]:
+    return {**_numbers(context.loss_dict or {}), "num_tokens": context.num_tokens}
+
+
+def _numbers(losses: dict[str, float]) -> dict[str, float | None]:
+    """Of a step or an evaluation; None where no token counted, so that no curve falls to 0 there."""
+    return {
+        f"reported {name}" if name in RUNS_OWN else name: None if math.isnan(value) else value
+        for name, value in losses.items()
+    }
+
+
+class MetricsLogger(Callback):
+    """A place for figures. Override `write`, and `open` and `close` where there is something to; rank 0 calls them.
+
+    An error of `write` or `close` is a warning, and the run continues: what wasn't taken waits and is offered again.
+    Only `open` can refuse a run. `write` is called by a thread of its own, so that a place that answers slowly holds
+    no step, unless `writes_at_once`.
+    """
+
+    title: str | None = None
+    """The place, for the log. None: the class's name."""
+
+    writes_at_once: ClassVar[bool] = False
+    """Call `write` in the step itself, by the thread that trains: for a local file, or what bears no other thread."""
+
+    _delivery: Delivery | None = None
+
+    def open(self, state: GlobalState) -> None:
+        """Get ready, before anything is built: what can't work must be said now."""
+
+    def write(self, state: GlobalState, split: str, values: dict[str, Any]) -> None:
+        """Take the figures of the step in `state.train_state`.
+
+        Args:
+            state: The run, as it was at that step.
+            split: `train`, `validation` or `test`.
+            values: Numbers by name; None where there is none.
+        """
+        raise NotImplementedError
+
+    def close(self, *, failed: bool) -> None:
+        """The run ends."""
+
+    def deliver(self, state: GlobalState, split: str, values: dict[str, Any]) -> None:
+        """Have figures written: by the delivery of an `opened` logger, else here and now."""
+        if self._delivery is None:
+            self.write(state, split, values)
+        else:
+            self._delivery.hand_over(state, split, values)
+
+    def on_train_step_end(self, context: CallbackContext) -> None:
+        state = context.state
+        if is_rank_0() and state.train_state.step % state.cfg.logger.tensorboard_log_interval == 0:
+            self.deliver(state, "train", step_values(context))
+
+    def on_eval_end(self, context: CallbackContext) -> None:
+        if is_rank_0():
+            self.deliver(context.state, "validation", _evaluation_values(context))
+
+    def on_test_end(self, context: CallbackContext) -> None:
+        if is_rank_0():
+            self.deliver(context.state, "test", _evaluation_values(context))
+
+
+class MetricsFile(MetricsLogger):
+    """One JSON line for each logged step and each evaluation, flushed as it is written.
+
+    A resumed run appends; the lines of steps that it takes again come again, and the last one counts.
+
+    Args:
+        path: The file.
+        option: The option that named it or its directory, for an error.
+    """
+
+    writes_at_once = True
+
+    def __init__(self, path: str | Path, *, option: str = "MetricsFile") -> None:
+        self.path, self._option = Path(path), option
+        self.title = f"the metrics file {path}"
+        self._file: IO[bytes] | None = None
+        self._started = time.monotonic()
+
+    def open(self, state: GlobalState) -> None:
+        """Raises ValueError where the file can't be written."""
+        self._file = self._opened()
+
+    def _opened(self) -> IO[bytes]:
+        check_writable_directory(self.path.parent, self._option)
+        _cut_torn_line(self.path)
+        return self.path.open("ab", buffering=0)
+
+    def write(self, state: GlobalState, split: str, values: dict[str, Any]) -> None:
+        """Append a line; a number that isn't finite becomes null, for which JSON has no other word.
+
+        Raises:
+            OSError: The disk is full, say; then nothing of the line is in the file.
+        """
+        if self._file is None:
+            self._file = self._opened()
+        finite = {name: None if _is_not_finite(value) else value for name, value in values.items()}
+        elapsed = round(time.monotonic() - self._started, 3)
+        line = {"step": state.train_state.step, "split": split, **finite, "elapsed_seconds": elapsed}
+        self._append(self._file, (json.dumps(line) + "\n").encode())
+
+    def close(self, *, failed: bool) -> None:
+        """Close the file."""
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
+
+    def _append(self, file: IO[bytes], line: bytes) -> None:
+        """All of a line or none of it. The system doesn't say which file it couldn't write.
+
+        Raises:
+            OSError: It can't be written.
+        """
+        before = os.fstat(file.fileno()).st_size
+        rest = line
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                file.truncate(before)
+            raise OSError(
+                error.errno,
+                f"{self.path} ({self._option}) can't be written ({error.strerror}): free space there or make it "
+                "writable",
+            ) from error
+
+
+def _is_not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _cut_torn_line(path: Path) -> None:
+    """A process that was killed while it wrote leaves a line without an end."""
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file in order of their steps: of each step and split the one written last.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A line other than the last is no JSON.
+    """
+    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    newest: dict[tuple[int, str], dict[str, Any]] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith("\n"):
+            break  # torn, or being written
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: {error}; expected a JSON object on each line") from error
+        newest[values["step"], values["split"]] = values
+    return [newest[key] for key in sorted(newest)]
+
+
+def metrics_file_of(cfg: ConfigContainer) -> MetricsFile | None:
+    """The metrics file of a run; None where the run writes nothing anywhere."""
+    if cfg.logger.metrics_file is not None:
+        return MetricsFile(cfg.logger.metrics_file, option="logger.metrics_file")
+    for option, directory in (
+        ("logger.tensorboard_dir", cfg.logger.tensorboard_dir),
+        ("checkpoint.save", cfg.checkpoint.save),
+    ):
+        if directory is not None:
+            return MetricsFile(Path(directory) / METRICS_FILE, option=option)
+    return None
+
+
+@contextlib.contextmanager
+def opened(loggers: Sequence[MetricsLogger], state: GlobalState) -> Iterator[None]:
+    """Loggers that take figures while the body runs. Call on all ranks; rank 0 opens and closes.
+
+    Raises:
+        ValueError: One can't be opened; on all ranks.
+    """
+    own = loggers if is_rank_0() else ()
+    with on_all_ranks("opening the loggers"):
+        for logger in own:
+            logger.open(state)
+    deliveries = []
+    for logger in own:
+        name = getattr(logger, "title", None) or type(logger).__name__
+        logger._delivery = delivery = Delivery(name, logger.write, at_once=logger.writes_at_once)
+        deliveries.append(delivery)
+    failed = True
+    try:
+        yield
+        failed = False
+    except Preempted:
+        failed = False
+        raise
+    finally:
+        for logger, delivery in zip(own, deliveries, strict=True):
+            logger._delivery = None
+            delivery.finish(partial(logger.close, failed=failed))

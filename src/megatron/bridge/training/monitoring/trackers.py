@@ -1,0 +1,131 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""TensorBoard, Weights & Biases and MLflow. The last two are optional extras, imported where they are asked for."""
+
+import math
+import os
+import re
+from typing import Any
+
+from megatron.bridge.training.config import ConfigContainer
+from megatron.bridge.training.monitoring.metrics import MetricsLogger, metrics_file_of
+from megatron.bridge.training.monitoring.router_losses import is_router_loss
+from megatron.bridge.training.state import GlobalState
+
+_NO_NAME = re.compile(r"[^\w.\- :/]")
+"""What MLflow's names may not have. It refuses all figures of a step for one of them."""
+
+
+def curve_names(split: str, values: dict[str, Any]) -> dict[str, float]:
+    """Numbers under the names that Megatron's curves have: `lm loss`, `learning-rate`, `lm loss validation`."""
+    suffix = "" if split == "train" else f" {split}"
+    numbers = {name: float(value) for name, value in values.items() if value is not None}
+    curves = {name: name if is_router_loss(name) else name.replace("_", "-") for name in numbers}
+    return {curves[name] + suffix: value for name, value in numbers.items()}
+
+
+class TensorBoard(MetricsLogger):
+    """All figures against the step, in `logger.tensorboard_dir`."""
+
+    def open(self, state: GlobalState) -> None:
+        """Begin a file there."""
+        writer = state.tensorboard_logger
+        assert writer is not None  # rank 0 has one where there is a directory
+        self._writer = writer
+
+    def write(self, state: GlobalState, split: str, values: dict[str, Any]) -> None:
+        """Add a point to each curve."""
+        if not state.cfg.logger.log_loss_scale_to_tensorboard:
+            values = {name: value for name, value in values.items() if name != "loss_scale"}
+        for name, value in curve_names(split, values).items():
+            self._writer.add_scalar(name, value, state.train_state.step)
+
+    def close(self, *, failed: bool) -> None:
+        """Write what is in the queue, and close the file."""
+        self._writer.close()
+
+
+class WeightsAndBiases(MetricsLogger):
+    """All figures against the step, in `logger.wandb_project`; `WANDB_MODE=offline` needs no network and no account."""
+
+    title = "Weights & Biases"
+
+    def open(self, state: GlobalState) -> None:
+        """Begin a run there. Raises ValueError where wandb refuses."""
+        import wandb
+
+        options = state.cfg.logger
+        try:
+            state.wandb_logger = wandb.init(
+                project=options.wandb_project,
+                name=options.wandb_exp_name,
+                entity=options.wandb_entity,
+                dir=options.wandb_save_dir,
+                config=state.cfg.to_dict(),
+            )
+        except (wandb.errors.Error, OSError) as error:
+            said = " ".join(str(error).split())
+            raise ValueError(
+                f"logger.wandb_project={options.wandb_project!r}: wandb can't start a run ({said}): log in, or set "
+                "WANDB_MODE=offline in the environment, or logger.wandb_project=null"
+            ) from error
+        self._run = state.wandb_logger
+
+    def write(self, state: GlobalState, split: str, values: dict[str, Any]) -> None:
+        """Add a point to each curve."""
+        self._run.log(curve_names(split, values), step=state.train_state.step)
+
+    def close(self, *, failed: bool) -> None:
+        """End the run there."""
+        self._run.finish(exit_code=int(failed))
+
+
+class MLflow(MetricsLogger):
+    """All figures against the step, in `logger.mlflow_experiment`; without a server, in a directory.
+
+    The directory is `logger.mlflow_tracking_uri`, e.g. file:///home/me/runs.
+    """
+
+    def open(self, state: GlobalState) -> None:
+        """Begin a run there. Raises ValueError where mlflow refuses."""
+        import mlflow
+
+        options = state.cfg.logger
+        # Figures are offered again in any case, and MLflow's own eight tries take four minutes.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+        if options.mlflow_tracking_uri is not None:
+            if options.mlflow_tracking_uri.startswith(("file:", "/", ".")):
+                os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow 3.17 wants it said twice
+            mlflow.set_tracking_uri(options.mlflow_tracking_uri)
+        try:
+            mlflow.set_experiment(options.mlflow_experiment)
+            run = mlflow.start_run(run_name=options.mlflow_run_name, tags=options.mlflow_tags)
+            mlflow.log_text(state.cfg.to_yaml(), "run_config.yaml")
+        except (mlflow.exceptions.MlflowException, OSError) as error:
+            said = " ".join(str(error).split())
+            raise ValueError(
+                f"logger.mlflow_experiment={options.mlflow_experiment!r}: mlflow can't start a run ({said}): set "
+                "logger.mlflow_tracking_uri to a server, or logger.mlflow_experiment=null"
+            ) from error
+        self._mlflow = state.mlflow_logger = mlflow
+        # By name: without one figures go to the active run of the calling thread, and another thread hands them over.
+        self._run = {} if run is None else {"run_id": run.info.run_id}
+
+    def write(self, state: GlobalState, split: str, values: dict[str, Any]) -> None:
+        """Add a point to each curve; MLflow takes no number that isn't finite, nor a name such as acc@1."""
+        curves = curve_names(split, values)
+        finite = {_NO_NAME.sub("_", name): value for name, value in curves.items() if math.isfinite(value)}
+        self._mlflow.log_metrics(finite, step=state.train_state.step, **self._run)
+
+    def close(self, *, failed: bool) -> None:
+        """End the run there."""
+        self._mlflow.end_run("FAILED" if failed else "FINISHED")
+
+
+def build_loggers(cfg: ConfigContainer) -> list[MetricsLogger]:
+    """Where the configuration sends figures."""
+    file = metrics_file_of(cfg)
+    loggers: list[MetricsLogger] = [] if file is None else [file]
+    loggers += [TensorBoard()] if cfg.logger.tensorboard_dir else []
+    loggers += [WeightsAndBiases()] if cfg.logger.wandb_project else []
+    loggers += [MLflow()] if cfg.logger.mlflow_experiment else []
+    return loggers

@@ -1,0 +1,117 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""What a run's checkpoints hold: which weights, how they are sharded, and the state of everything beside them.
+
+`checkpointing.py` writes and reads it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from megatron.core.num_microbatches_calculator import update_num_microbatches
+
+from megatron.bridge.checkpoint import layout
+from megatron.bridge.checkpoint.model_checkpoint import model_sharded_state_dict, wanted_weights
+from megatron.bridge.checkpoint.safe_pickle import read_blob
+from megatron.bridge.checkpoint.stacks import without_holes
+from megatron.bridge.peft.base import PEFT
+from megatron.bridge.training.config import ConfigContainer
+from megatron.bridge.training.run_state.rng import get_rng_state
+from megatron.bridge.training.run_state.train_state import TrainState
+from megatron.bridge.utils.distributed import on_all_ranks
+
+CHECKPOINT_VERSION = 3.0
+
+
+def sharding_metadata(cfg: ConfigContainer, *, is_local: bool = False) -> dict[str, Any]:
+    """How Core shards the state, stored with the checkpoint as `content_metadata`. Local checkpoints never reshard."""
+    metadata: dict[str, Any] = {"chained_optim_avoid_prefix": True, "singleton_local_shards": False}
+    if cfg.ddp.use_distributed_optimizer:
+        fully = cfg.checkpoint.dist_ckpt_optim_fully_reshardable and not is_local
+        metadata["distrib_optim_sharding_type"] = "fully_reshardable" if fully else "dp_reshardable"
+    return metadata
+
+
+def apply_peft_adapter_filter_to_state_dict(state_dict: dict[str, Any], peft: PEFT) -> dict[str, Any]:
+    """A model's sharded state, by chunk key, without what is frozen. Collective.
+
+    Args:
+        state_dict: From `model_sharded_state_dict`.
+        peft: Has been called with the model.
+    """
+    return wanted_weights(state_dict, peft.adapter_key_filter)
+
+
+def weights_to_store(cfg: ConfigContainer, model: list[Any], metadata: dict[str, Any]) -> dict[str, Any]:
+    """The part of a model's sharded state that this run's checkpoints hold: all of it, or its adapters. Collective."""
+    weights = model_sharded_state_dict(model, metadata)
+    return weights if cfg.peft is None else apply_peft_adapter_filter_to_state_dict(weights, cfg.peft)
+
+
+def optimizer_sharded_state(
+    optimizer: Any, weights: dict[str, Any], metadata: dict[str, Any], *, is_loading: bool = False
+) -> dict[str, Any]:
+    """The optimizer's sharded state, named after the weights that are trained. Collective.
+
+    Args:
+        optimizer: Megatron optimizer.
+        weights: From `weights_to_store`.
+        metadata: From `sharding_metadata`.
+        is_loading: Whether it is a template to load into.
+    """
+    trained = without_holes(weights, counts=lambda tensor: tensor.requires_grad)
+    return optimizer.sharded_state_dict(trained, is_loading=is_loading, metadata=metadata)
+
+
+def state_to_save(
+    cfg: ConfigContainer,
+    model: list[Any],
+    optimizer: Any,
+    opt_param_scheduler: Any,
+    step: int,
+    *,
+    metadata: dict[str, Any],
+) -> dict[str, Any]:
+    """Everything that a checkpoint of this step holds, as Core shards it; its file of the train state is beside it.
+
+    Args:
+        cfg: A checked configuration; says what to leave out.
+        model: This rank's chunks.
+        optimizer: Megatron optimizer, or None.
+        opt_param_scheduler: Its schedule, or None.
+        step: The iteration.
+        metadata: From `sharding_metadata`.
+    """
+    weights = weights_to_store(cfg, model, metadata)
+    content: dict[str, Any] = {"checkpoint_version": CHECKPOINT_VERSION, "iteration": step, **weights}
+    if cfg.checkpoint.save_optim and optimizer is not None:
+        content["optimizer"] = optimizer_sharded_state(optimizer, weights, metadata)
+        if opt_param_scheduler is not None:
+            content["opt_param_scheduler"] = opt_param_scheduler.state_dict()
+    if cfg.checkpoint.save_rng:
+        content["rng_state"] = get_rng_state(cfg.rng.data_parallel_random_init)
+    return content
+
+
+def read_train_state(directory: Path) -> dict[str, Any]:
+    """An iteration's train state, on all ranks.
+
+    Raises:
+        FileNotFoundError: The checkpoint has none, as one of weights alone.
+    """
+    path = directory / layout.TRAIN_STATE_FILE
+    with on_all_ranks(f"reading {path}"):
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is missing: there is no step to resume from; for the weights alone set "
+                "checkpoint.finetune=true, or name the checkpoint in checkpoint.pretrained_checkpoint"
+            )
+        return read_blob(path)
+
+
+def restored_train_state(saved: dict[str, Any]) -> TrainState:
+    """The checkpoint's train state; a new object each time, so that no two runs share one."""
+    with on_all_ranks("restoring the train state"):
+        train_state = TrainState()
+        train_state.load_state_dict(saved)
+    update_num_microbatches(consumed_samples=train_state.consumed_train_samples, verbose=True)
+    return train_state

@@ -1,0 +1,342 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""What a load restores, and why: decided once, from the configuration and what is on disk, before anything is read.
+
+`load_checkpoint` follows the plan; no flag of the configuration is changed on the way.
+"""
+
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from megatron.bridge.checkpoint import layout
+from megatron.bridge.checkpoint.model_checkpoint import read_run_config
+from megatron.bridge.checkpoint.sharded_state import read_common_state, stored_content_metadata, stored_shapes
+from megatron.bridge.training.config import CheckpointConfig, ConfigContainer
+from megatron.bridge.training.run_state.adapters import check_adapters
+from megatron.bridge.training.run_state.local import CORE_RELEASE, LocalCheckpoint
+from megatron.bridge.training.run_state.optimizer import check_kind_of_optimizer
+from megatron.bridge.utils.distributed import world_size
+
+RunConfig = dict[str, Any]
+"""The configuration of the run that saved, as plain data."""
+
+LAYOUT = tuple(
+    f"{axis}_parallel_size"
+    for axis in ("tensor_model", "pipeline_model", "virtual_pipeline_model", "context", "expert_model", "expert_tensor")
+)
+"""The parallel sizes in the model's section, all of which a local checkpoint is tied to."""
+
+PARALLEL_SIZES = {
+    "TP": "tensor_model_parallel_size",
+    "PP": "pipeline_model_parallel_size",
+    "EP": "expert_model_parallel_size",
+    "ETP": "expert_tensor_parallel_size",
+}
+
+
+class Source(Enum):
+    """What kind of directory the weights come from."""
+
+    MEGATRON = "a Megatron checkpoint"
+    LOCAL = "a file of each rank"
+    HUGGING_FACE = "a Hugging Face directory"
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """Where to load from and what to restore. The weights are always restored."""
+
+    path: Path
+    """The iteration's directory, this rank's file, or the Hugging Face directory."""
+
+    source: Source
+    optimizer: bool
+    scheduler: bool
+    rng: bool
+    train_state: bool
+    """Whether the step and the consumed samples go on; otherwise they start at 0."""
+
+    reasons: tuple[str, ...] = ()
+    """Why something is not restored."""
+
+    adapters_only: bool = False
+    """Whether the weights are those of adapters, and the others come from elsewhere."""
+
+    content_metadata: dict[str, Any] = field(default_factory=dict)
+    """How the checkpoint says that its state is sharded; what it doesn't say is as this run would save it."""
+
+    def __str__(self) -> str:
+        parts = {"optimizer": self.optimizer, "schedule": self.scheduler, "rng": self.rng, "step": self.train_state}
+        weights = "adapters" if self.adapters_only else "weights"
+        restored = ", ".join([weights, *(name for name, is_restored in parts.items() if is_restored)])
+        fresh = ", ".join(name for name, is_restored in parts.items() if not is_restored)
+        because = f" ({'; '.join(self.reasons)})" if self.reasons else ""
+        return f"{self.path}: restoring {restored}" + (f"; not {fresh}{because}" if fresh else "")
+
+
+def plan_load(cfg: ConfigContainer, local: LocalCheckpoint | None = None) -> LoadPlan | None:
+    """Decide what a run loads.
+
+    `checkpoint.load` wins over `checkpoint.pretrained_checkpoint`, so that a restarted finetune resumes; a
+    non-persistent checkpoint as new as its newest iteration, or newer, wins over both.
+
+    Args:
+        cfg: A checked configuration; only read.
+        local: From `find_local`.
+
+    Returns:
+        None where the run starts from its initial weights: neither option is set, or `load` is the directory that the
+        run itself will save to and holds nothing yet. With adapters `pretrained_checkpoint` is `plan_base`'s, and None
+        means that they start as they are made.
+
+    Raises:
+        FileNotFoundError: A directory holds no checkpoint, and starting from random weights was not asked for.
+        ValueError: A checkpoint is incomplete, of another vocabulary or layout, or is given to the wrong option.
+    """
+    checkpoint = cfg.checkpoint
+    if checkpoint.load is not None:
+        if layout.is_hf_directory(checkpoint.load):
+            raise ValueError(
+                f"checkpoint.load={checkpoint.load!r} is a Hugging Face directory, which holds nothing to resume: "
+                "set checkpoint.pretrained_checkpoint to it"
+            )
+    if local is not None and not _names_its_start(checkpoint) and local.step >= _step_of(checkpoint.load):
+        return _plan_local(cfg, local)
+    if (root := _newer_global_root(checkpoint)) is not None:
+        return _plan_resume(cfg, root, option="checkpoint.non_persistent_global_ckpt_dir")
+    if checkpoint.load is not None:
+        if layout.checkpoint_exists(checkpoint.load) or checkpoint.ckpt_step is not None:
+            return _plan_resume(cfg, checkpoint.load, option="checkpoint.load")
+    if cfg.peft is not None:
+        return None
+    if checkpoint.pretrained_checkpoint is not None:
+        return _plan_pretrained(cfg, checkpoint.pretrained_checkpoint)
+    _check_may_start_from_scratch(cfg)
+    return None
+
+
+def plan_base(cfg: ConfigContainer) -> LoadPlan:
+    """Decide what the frozen weights under adapters are loaded from.
+
+    Raises:
+        FileNotFoundError, ValueError: As for `plan_load`.
+    """
+    assert cfg.checkpoint.pretrained_checkpoint is not None  # a rule refuses adapters without it
+    return _plan_pretrained(cfg, cfg.checkpoint.pretrained_checkpoint)
+
+
+def _names_its_start(checkpoint: CheckpointConfig) -> bool:
+    """Whether the configuration asks for one start and no other, so that a newer checkpoint doesn't count."""
+    is_iteration = checkpoint.load is not None and layout.is_iteration_directory(checkpoint.load)
+    return checkpoint.finetune or checkpoint.ckpt_step is not None or is_iteration
+
+
+def _step_of(root: str | None) -> int:
+    """The newest step that a directory holds; -1 where it holds none."""
+    tracker = None if root is None else layout.read_tracker(root)
+    return -1 if tracker is None else tracker.iteration
+
+
+def _newer_global_root(checkpoint: CheckpointConfig) -> str | None:
+    """The directory of non-persistent checkpoints of type global, where its newest counts; else None."""
+    if checkpoint.non_persistent_ckpt_type != "global" or _names_its_start(checkpoint):
+        return None
+    root = checkpoint.non_persistent_root(checkpoint.load)
+    return root if _step_of(root) > -1 and _step_of(root) >= _step_of(checkpoint.load) else None
+
+
+def _plan_resume(cfg: ConfigContainer, root: str, *, option: str) -> LoadPlan:
+    checkpoint = cfg.checkpoint
+    directory = layout.resolve_checkpoint(root, checkpoint.ckpt_step, option=option)
+    saved = read_run_config(directory)
+    check_vocabulary(cfg, saved, directory)
+    check_adapters(cfg, saved, directory)
+    adapters_only = cfg.peft is not None
+    if checkpoint.finetune:
+        return _weights_only(directory, "checkpoint.finetune=true", adapters_only=adapters_only)
+    if directory.name == "release":
+        return _weights_only(directory, "a release checkpoint", adapters_only=adapters_only)
+    content_metadata = stored_content_metadata(directory)
+    # SGD without momentum has its param groups alone.
+    holds_optimizer = "optimizer" in read_common_state(directory) or any(
+        layout.OPTIMIZER_KEY.match(key) for key in stored_shapes(directory)
+    )
+    if checkpoint.load_optim and holds_optimizer:
+        check_kind_of_optimizer(cfg, saved, directory, content_metadata)
+        if not content_metadata or "distrib_optim_sharding_type" in content_metadata:  # else it is stored by weight
+            _check_optimizer_layout(cfg, saved, directory, content_metadata.get("distrib_optim_sharding_type"))
+    plan = _whole_resume(cfg, directory, Source.MEGATRON, saved=saved, holds_optimizer=holds_optimizer)
+    return replace(plan, content_metadata=content_metadata)
+
+
+def _plan_local(cfg: ConfigContainer, local: LocalCheckpoint) -> LoadPlan:
+    check_vocabulary(cfg, local.run_config, local.path)
+    check_adapters(cfg, local.run_config, local.path)
+    _check_local_layout(cfg, local)
+    return _whole_resume(cfg, local.path, Source.LOCAL, saved=local.run_config, holds_optimizer=local.holds_optimizer)
+
+
+def _whole_resume(
+    cfg: ConfigContainer, path: Path, source: Source, *, saved: RunConfig, holds_optimizer: bool
+) -> LoadPlan:
+    """All that a checkpoint holds, but for what the configuration leaves out or the layout no longer fits."""
+    reasons = []
+    if not cfg.checkpoint.load_optim:
+        reasons.append("optimizer: checkpoint.load_optim=false")
+    elif not holds_optimizer:
+        reasons.append("optimizer: the checkpoint has none")
+    with_optimizer = cfg.checkpoint.load_optim and holds_optimizer
+    why_not_rng = _why_not_rng(cfg, saved)
+    if why_not_rng is not None:
+        reasons.append(f"rng: {why_not_rng}")
+    return LoadPlan(
+        path=path,
+        source=source,
+        optimizer=with_optimizer,
+        scheduler=with_optimizer,
+        rng=why_not_rng is None,
+        train_state=True,
+        reasons=tuple(reasons),
+        adapters_only=cfg.peft is not None,
+    )
+
+
+def _plan_pretrained(cfg: ConfigContainer, path: str) -> LoadPlan:
+    if layout.is_hf_directory(path):
+        if cfg.checkpoint.load_main_params_from_ckpt:
+            raise ValueError(
+                f"checkpoint.load_main_params_from_ckpt=true with checkpoint.pretrained_checkpoint={path!r}, a Hugging "
+                "Face directory: its values are read in the model's precision; import it first "
+                "(python -m megatron.bridge.convert import), or set load_main_params_from_ckpt=false"
+            )
+        return _weights_only(Path(path), "pretrained weights", source=Source.HUGGING_FACE)
+    directory = layout.resolve_checkpoint(path, option="checkpoint.pretrained_checkpoint")
+    saved = read_run_config(directory)
+    check_vocabulary(cfg, saved, directory)
+    if saved.get("peft") is not None:
+        raise ValueError(
+            f"{directory} (checkpoint.pretrained_checkpoint) holds adapters only: expected the weights that they "
+            "adapt, or adapters merged into them (python -m megatron.bridge.convert export)"
+        )
+    return _weights_only(directory, "pretrained weights")
+
+
+def _weights_only(
+    path: Path, reason: str, *, source: Source = Source.MEGATRON, adapters_only: bool = False
+) -> LoadPlan:
+    nothing_else: dict[str, Any] = {"optimizer": False, "scheduler": False, "rng": False, "train_state": False}
+    return LoadPlan(path, source, **nothing_else, reasons=(reason,), adapters_only=adapters_only)
+
+
+def _why_not_rng(cfg: ConfigContainer, saved: RunConfig) -> str | None:
+    """Why the random states can't be restored, or None where they can."""
+    if not cfg.checkpoint.load_rng:
+        return "checkpoint.load_rng=false"
+    if not _entry(saved, "checkpoint", "save_rng", default=True):
+        return "the checkpoint has none"
+    return _changed_layout(cfg, saved)
+
+
+def _changed_layout(cfg: ConfigContainer, saved: RunConfig, sizes: tuple[str, ...] = ("TP", "PP")) -> str | None:
+    """How the parallel layout differs from the checkpoint's in one of `sizes`, or None where it is the same."""
+    for short in sizes:
+        size = PARALLEL_SIZES[short]
+        was, now = _entry(saved, "model", size, default=1), getattr(cfg.model, size)
+        if now is not None and was != now:
+            return f"{short} {was} -> {now}"
+    return None
+
+
+def _check_optimizer_layout(cfg: ConfigContainer, saved: RunConfig, directory: Path, sharding_type: str | None) -> None:
+    """State that is stored by bucket can be spread over other data ranks, not cut in another way.
+
+    Raises:
+        ValueError: The checkpoint's format can't be read, or doesn't bear the change of the layout.
+    """
+    weights_alone = "load its weights alone with checkpoint.load_optim=false"
+    if sharding_type not in (None, "dp_reshardable", "fully_reshardable"):
+        raise ValueError(
+            f"{directory} (checkpoint.load) holds optimizer state in the format {sharding_type}, which can't be read: "
+            f"expected dp_reshardable or fully_reshardable; {weights_alone}"
+        )
+    if sharding_type == "fully_reshardable":
+        return
+    changed = _changed_layout(cfg, saved, ("TP", "PP", "EP", "ETP") if cfg.model.num_moe_experts else ("TP", "PP"))
+    if changed is not None:
+        raise ValueError(
+            f"{directory} (checkpoint.load) holds optimizer state of another layout ({changed}), which can't be "
+            "resharded: use the checkpoint's parallel sizes (saved from there with "
+            f"checkpoint.dist_ckpt_optim_fully_reshardable=true it fits any), or {weights_alone}"
+        )
+
+
+def _check_local_layout(cfg: ConfigContainer, local: LocalCheckpoint) -> None:
+    """Each rank reads back its own file, so the ranks must stand as they stood.
+
+    Raises:
+        ValueError: The number of ranks or a parallel size changed, or Core's version did.
+    """
+    differing = []
+    if local.num_ranks != world_size():
+        differing.append(f"ranks {local.num_ranks} -> {world_size()}")
+    for name in LAYOUT:
+        was, now = _entry(local.run_config, "model", name, default=1), getattr(cfg.model, name) or 1
+        if was != now:
+            differing.append(f"model.{name} {was} -> {now}")
+    if local.core_version != CORE_RELEASE:
+        differing.append(f"megatron-core {local.core_version} -> {CORE_RELEASE}")
+    if differing:
+        raise ValueError(
+            f"{local.path} (checkpoint.non_persistent_local_ckpt_dir) was saved under {', '.join(differing)}, and a "
+            "local checkpoint can't be resharded: start as before, or remove the directory's files to resume from the "
+            "newest persistent checkpoint"
+        )
+
+
+def check_vocabulary(cfg: ConfigContainer, run_config: RunConfig, path: Path) -> None:
+    """A checkpoint of another vocabulary would load: Core lets the embedding's padded rows differ.
+
+    Raises:
+        ValueError: The vocabularies differ.
+    """
+    saved = _entry(run_config, "model", "vocab_size", default=cfg.model.vocab_size)
+    if saved != cfg.model.vocab_size:
+        raise ValueError(
+            f"{path} was saved by a model with vocab_size={saved}, this model has {cfg.model.vocab_size}: "
+            "set model.vocab_size to the checkpoint's, and use its tokenizer"
+        )
+
+
+def _entry(run_config: dict[str, Any], section: str, name: str, *, default: Any) -> Any:
+    value = (run_config.get(section) or {}).get(name)
+    return default if value is None else value
+
+
+def _check_may_start_from_scratch(cfg: ConfigContainer) -> None:
+    """Refuse to train random weights where the configuration names a checkpoint.
+
+    Raises:
+        FileNotFoundError: See `plan_load`.
+    """
+    load, save = cfg.checkpoint.load, cfg.checkpoint.save
+    if load is None:
+        if cfg._checkpoint_load_required:
+            raise FileNotFoundError(
+                "finetune needs weights to start from, and neither checkpoint.load nor "
+                "checkpoint.pretrained_checkpoint is set: set one of them"
+            )
+        return
+    missing = f"checkpoint.load={load!r} holds no checkpoint ({layout.TRACKER_FILE} is missing)"
+    if cfg._checkpoint_load_required:
+        raise FileNotFoundError(
+            f"{missing}, and checkpoint.pretrained_checkpoint is not set: "
+            "set it, or point checkpoint.load at a directory that a save wrote"
+        )
+    if cfg.checkpoint.exit_on_missing_checkpoint:
+        raise FileNotFoundError(f"{missing}, and checkpoint.exit_on_missing_checkpoint=true")
+    if save is None or Path(save).resolve() != Path(load).resolve():
+        raise FileNotFoundError(
+            f"{missing}: the run would start from random weights; correct the path, or, to start from scratch, "
+            "leave checkpoint.load unset or equal to checkpoint.save"
+        )

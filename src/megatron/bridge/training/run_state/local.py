@@ -1,0 +1,238 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Local checkpoints: each rank keeps its own state on its own machine's disk, for a restart on the same machines.
+
+What is in them is what a persistent checkpoint holds; the plan of a load says which of the two is newer. They can't be
+resharded: a run resumes from them in the layout that wrote them.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import __version__ as core_version
+from megatron.core import mpu
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict, ShardedTensor
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+
+from megatron.bridge.training.config import ConfigContainer
+from megatron.bridge.utils.distributed import is_rank_0, on_all_ranks, rank, world_size
+from megatron.bridge.utils.files import check_writable_directory
+
+logger = logging.getLogger(__name__)
+
+CORE_RELEASE = core_version.partition("+")[0]
+"""Without the commit of whatever repository the process was started in, which Core 0.19 appends to its version."""
+
+CONTEXT_KEY = "local_checkpoint_manager"
+"""Where a checkpointing context keeps the files; Megatron Bridge's name."""
+
+
+@dataclass(frozen=True)
+class LocalCheckpoint:
+    """The newest local checkpoint that every rank has."""
+
+    step: int
+    path: Path
+    """This rank's file."""
+
+    run_config: dict[str, Any]
+    """The configuration of the run that saved it, as plain data."""
+
+    num_ranks: int
+    """Ranks of that run."""
+
+    core_version: str
+    holds_optimizer: bool
+
+
+def open_local_checkpoints(cfg: ConfigContainer) -> dict[str, Any]:
+    """The checkpointing context of a run with local checkpoints; empty for one without. Call on all ranks.
+
+    Raises:
+        ValueError: The directory can't be written on some rank.
+    """
+    if cfg.checkpoint.non_persistent_ckpt_type != "local":
+        return {}
+    from megatron.bridge.training.run_state.local_files import LocalCheckpointFiles
+
+    assert cfg.checkpoint.non_persistent_local_ckpt_dir is not None  # finalize() refuses it
+    directory = Path(cfg.checkpoint.non_persistent_local_ckpt_dir)
+    with on_all_ranks(f"preparing {directory}"):
+        check_writable_directory(directory / str(rank()), "checkpoint.non_persistent_local_ckpt_dir")
+    return {CONTEXT_KEY: LocalCheckpointFiles(str(directory))}
+
+
+def find_local(context: dict[str, Any]) -> LocalCheckpoint | None:
+    """Look for the newest local checkpoint that every rank has. Call on all ranks.
+
+    Args:
+        context: From `open_local_checkpoints`.
+
+    Returns:
+        None where there is none, or local checkpoints are off.
+
+    Raises:
+        ValueError: A rank's file is damaged; it is named.
+    """
+    files = context.get(CONTEXT_KEY)
+    if files is None:
+        return None
+    step = files.find_latest()
+    _log_what_is_incomplete(files, step)
+    if step < 0:
+        return None
+    path = files.path_of(step)
+    with on_all_ranks(f"reading {path}"):
+        stored = files.read(path, mmap=True)
+        common = stored.common
+        return LocalCheckpoint(
+            step=step,
+            path=path,
+            run_config=common["run_config"],
+            num_ranks=common["num_ranks"],
+            core_version=common["core_version"],
+            # All ranks must say the same: one that trains nothing has param groups, and no tensors.
+            holds_optimizer="optimizer" in stored.sharded_state_dict or "optimizer" in common,
+        )
+
+
+def _log_what_is_incomplete(files: Any, step: int) -> None:
+    """A newer step that some ranks lack is passed over, and the log says so."""
+    there = files.steps_by_rank()
+    newest = max((own for steps in there for own in steps), default=-1)
+    if newest > step and is_rank_0():
+        missing = [str(index) for index, steps in enumerate(there) if newest not in steps]
+        logger.warning(
+            "the local checkpoint of step %d in %s is passed over: rank(s) %s have no file of it",
+            newest,
+            files.root_local_ckpt_dir,
+            ", ".join(missing),
+        )
+
+
+def save_local(
+    context: dict[str, Any],
+    content: ShardedStateDict,
+    step: int,
+    *,
+    algorithm: str,
+    run_config: dict[str, Any],
+    train_state: dict[str, torch.Tensor],
+) -> Path:
+    """Write each rank's state to its file; the file of the step before goes when all ranks have the new one.
+
+    Args:
+        context: From `open_local_checkpoints`.
+        content: What a persistent checkpoint would hold. Used up: tensors that another rank writes are taken out.
+        step: The step to save as.
+        algorithm: `checkpoint.non_persistent_local_ckpt_algo`.
+        run_config: The run's configuration as plain data.
+        train_state: The train state as tensors.
+
+    Returns:
+        This rank's file.
+
+    Raises:
+        OSError: A rank can't write its file; on the other ranks a RuntimeError that carries its text.
+    """
+    from megatron.core.dist_checkpointing.tensor_aware_state_dict import MCoreTensorAwareStateDict
+
+    files = context[CONTEXT_KEY]
+    files.remove_from(step)
+    described = {
+        **content,
+        "run_config": run_config,
+        "train_state": train_state,
+        "num_ranks": world_size(),
+        "core_version": CORE_RELEASE,
+    }
+    state, files.distribution = MCoreTensorAwareStateDict.from_state_dict(
+        described,
+        algo=algorithm,
+        parallelization_group=_sharing_group(),
+        cached_metadata=files.distribution,
+    )
+    _skip_copies_on_the_host(state)
+    files.save(state, step)
+    path = files.path_of(step)
+    logger.info("saved step %d to %s", step, path)
+    return path
+
+
+def forget_local_from(context: dict[str, Any], step: int) -> None:
+    """Remove local checkpoints of a step that is now saved elsewhere, and of later ones. Call on all ranks."""
+    if CONTEXT_KEY in context:
+        context[CONTEXT_KEY].remove_from(step)
+
+
+def read_local(context: dict[str, Any], template: ShardedStateDict, *, path: Path) -> dict[str, Any]:
+    """Read what a template describes from the local checkpoint that `find_local` found. Call on all ranks.
+
+    Args:
+        context: From `open_local_checkpoints`.
+        template: As for `load_sharded`; its tensors are not written.
+        path: This rank's file, for errors.
+
+    Returns:
+        The template's structure with tensors (on the host, no one else's) in place of their descriptions, and the
+        common state.
+
+    Raises:
+        ValueError: A file is damaged, or doesn't hold what the template asks for.
+    """
+    with on_all_ranks(f"reading {path}"):
+        stored, _ = context[CONTEXT_KEY].load()
+        _check_fits(template, stored.sharded_state_dict, path)
+    algorithm = stored.common["run_config"]["checkpoint"]["non_persistent_local_ckpt_algo"]
+    # Who wrote a shared tensor follows from all tensors that were saved: the template must name the same.
+    rest = {key: part for key, part in stored.sharded_state_dict.items() if key not in template}
+    described = {**template, **dict_list_map_outplace(lambda part: part.without_data(), rest)}
+    loaded = stored.to_state_dict(described, algo=algorithm, parallelization_group=_sharing_group())
+    return {key: value for key, value in loaded.items() if key not in rest}
+
+
+def _sharing_group() -> dist.ProcessGroup:
+    """The ranks that hold the same weights and write one part of them each."""
+    return mpu.get_data_parallel_group(with_context_parallel=True)
+
+
+def _skip_copies_on_the_host(state: Any) -> None:
+    """Keep the package from copying what lies on the host: an offloaded optimizer would be there twice.
+
+    It copies so that training may go on while it writes; here training waits. A view is copied all the same: torch
+    writes the whole of what it is a view of.
+    """
+    for tensor in state._sharded_tensors:
+        data = tensor.data
+        if data.device.type == "cpu" and data.untyped_storage().nbytes() == data.numel() * data.element_size():
+            tensor.orig_device = "cpu"
+
+
+def _check_fits(template: ShardedStateDict, stored: ShardedStateDict, path: Path) -> None:
+    """Refuse a file that lacks something, before ranks exchange what they have.
+
+    Raises:
+        ValueError: Names the first tensor that is not there as asked for.
+    """
+    there = {_identity(part): part for part in nested_values(stored)}
+    wanted, _, _ = load_preprocess(template)
+    for part in nested_values(wanted):
+        if not isinstance(part, (ShardedTensor, ShardedObject)):
+            continue
+        found = there.get(_identity(part))
+        if found is None:
+            raise ValueError(
+                f"{path} has no {part.key} as this run's rank {rank()} needs it: local checkpoints fit the model and "
+                "layout that wrote them; start as before, or remove checkpoint.non_persistent_local_ckpt_dir's files"
+            )
+
+
+def _identity(part: Any) -> tuple:
+    """What makes two parts the same part of the same tensor."""
+    if isinstance(part, ShardedTensor):
+        return (part.key, tuple(part.global_shape), tuple(part.global_offset), tuple(part.local_shape))
+    return (part.key, tuple(part.global_shape), tuple(part.global_offset))

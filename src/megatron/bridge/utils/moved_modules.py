@@ -1,0 +1,50 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Modules that were documented under another name: importing the old name gives the module itself.
+
+Configuration files may name classes by the old names too, since `targets.py` imports what they name.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+MOVED = {
+    f"megatron.bridge.training.{old}": f"megatron.bridge.{new}"
+    for old, new in {
+        "config_checkpoint": "training.config",
+        "config_derived": "training.config.derived",
+        "config_logging": "training.config",
+        "config_optimizer": "training.config",
+        "config_processes": "training.config",
+        "config_sections": "training.config",
+        "config_unsupported": "training.config.unsupported",
+        "memory_estimate": "planning.memory",
+        "metrics": "training.monitoring.metrics",
+    }.items()
+}
+
+
+class _OldNames(MetaPathFinder, Loader):
+    """Finds the modules in `MOVED`, and imports what they are now."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: Any = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self) if name in MOVED else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        module = importlib.import_module(MOVED[spec.name])
+        spec.loader_state = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Do nothing: it ran under its name, which the import machinery has just written the old one over."""
+        assert module.__spec__ is not None
+        module.__spec__ = module.__spec__.loader_state
+
+
+def import_by_old_names() -> None:
+    """Let old names be imported from now on; a second call changes nothing."""
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _OldNames)] + [_OldNames()]
