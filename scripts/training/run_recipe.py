@@ -73,9 +73,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 def plan(request: RecipeRequest, arguments: argparse.Namespace) -> None:
     """Show what a run would be told, and the memory it would need."""
-    from megatron.bridge.utils.no_compile import import_core_uncompiled
+    from megatron.bridge.utils.no_compile import import_core_without_compiling
 
-    import_core_uncompiled()
+    import_core_without_compiling()
     from megatron.bridge.planning.memory import GIB, as_table, plan_memory, resolve
     from megatron.bridge.recipes.build import smallest_world_size
 

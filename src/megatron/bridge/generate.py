@@ -133,11 +133,11 @@ def run(args: argparse.Namespace) -> None:
     """Load, generate, and write to stdout on rank 0."""
     from megatron.bridge.models.conversion.generation_config import end_ids
     from megatron.bridge.models.generation import Sampling, generate_tokens, load_for_generation
-    from megatron.bridge.utils.distributed import is_rank_0, model_parallel_groups, on_all_ranks
+    from megatron.bridge.utils.distributed import is_rank_0, model_parallel_groups, raise_on_all_ranks
 
     sizes = {name: getattr(args, option) for option, (name, _) in _SIZES.items()}
     with model_parallel_groups(**sizes):
-        with on_all_ranks("reading the command line"):
+        with raise_on_all_ranks("reading the command line"):
             if args.max_new_tokens < 1:
                 raise ValueError(f"--max-new-tokens {args.max_new_tokens}: expected 1 or more")
             sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)

@@ -38,9 +38,9 @@ def run(args: argparse.Namespace) -> str:
 
     request = RecipeRequest(recipe=args.recipe, hf_path=args.hf_path, overrides=args.overrides)
     request.resolve()
-    from megatron.bridge.utils.no_compile import import_core_uncompiled
+    from megatron.bridge.utils.no_compile import import_core_without_compiling
 
-    import_core_uncompiled()
+    import_core_without_compiling()
     from megatron.bridge.planning.memory import GIB, as_table, plan_memory
 
     cfg = request.build()

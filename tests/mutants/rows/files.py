@@ -4,7 +4,7 @@
 from tests.mutants.rows.mutant import Mutant
 
 _BAD_INPUT = "tests/functional_tests/test_bad_input.py::test_"
-_BOMBS = "tests/unit_tests/utils/test_bombs.py::test_"
+_BOMBS = "tests/unit_tests/utils/test_expansion_limits.py::test_"
 _INTERPRETERS = "tests/unit_tests/checkpoint/test_interpreters.py::test_"
 _MANIFEST = "tests/unit_tests/checkpoint/test_manifest.py::test_"
 CHECKPOINT = "src/megatron/bridge/checkpoint/"
@@ -53,7 +53,7 @@ THE_FILES = (
     Mutant(
         name="archives unfolded unseen",
         breaks="a stranger's train_state.pt takes all memory",
-        file="src/megatron/bridge/utils/archive_limits.py",
+        file="src/megatron/bridge/utils/expansion_limits.py",
         text="        if deflated is not None:\n",
         replacement="        if False:\n",
         tests=(f"{_BOMBS}others_do_not",),
@@ -61,7 +61,7 @@ THE_FILES = (
     Mutant(
         name="shared parts counted once",
         breaks="a load of a stranger's configuration never ends",
-        file="src/megatron/bridge/utils/archive_limits.py",
+        file="src/megatron/bridge/utils/expansion_limits.py",
         text="    if size > max(LARGEST_EXPANSION, 4 * num_bytes):\n",
         replacement="    if False:\n",
         tests=(f"{_BOMBS}what_is_too_much",),

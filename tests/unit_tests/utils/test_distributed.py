@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 
 from megatron.bridge.utils import distributed
-from megatron.bridge.utils.distributed import on_all_ranks
+from megatron.bridge.utils.distributed import raise_on_all_ranks
 from tests.rigs.ranks import run_on_ranks
 
 
 def _raised_on_each_rank(failing_ranks):
     try:
-        with on_all_ranks("reading the data"):
+        with raise_on_all_ranks("reading the data"):
             if dist.get_rank() in failing_ranks:
                 raise KeyError(f"line {dist.get_rank()}")
     except Exception as error:
@@ -41,14 +41,14 @@ def test_an_error_on_one_rank_raises_on_all_and_names_the_rank():
 
 def test_without_a_process_group_the_error_is_raised_as_it_is():
     assert not dist.is_initialized()
-    with pytest.raises(KeyError, match="line 1"), on_all_ranks("reading the data"):
+    with pytest.raises(KeyError, match="line 1"), raise_on_all_ranks("reading the data"):
         raise KeyError("line 1")
 
 
 def _interrupted_rank():
     """What is no Exception, such as a keyboard interrupt, is not held up by a collective."""
     if dist.get_rank() == 1:
-        with pytest.raises(KeyboardInterrupt), on_all_ranks("waiting"):
+        with pytest.raises(KeyboardInterrupt), raise_on_all_ranks("waiting"):
             raise KeyboardInterrupt
     return True
 

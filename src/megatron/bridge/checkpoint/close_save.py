@@ -11,7 +11,7 @@ import torch
 
 from megatron.bridge.checkpoint import layout
 from megatron.bridge.checkpoint.model_checkpoint import commit_checkpoint
-from megatron.bridge.utils.distributed import is_rank_0, on_all_ranks
+from megatron.bridge.utils.distributed import is_rank_0, raise_on_all_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def close_save(
         The iteration's directory.
     """
     directory = commit_checkpoint(unfinished, step, run_config=run_config, train_state=train_state)
-    with on_all_ranks(f"removing what is older than {directory}"):
+    with raise_on_all_ranks(f"removing what is older than {directory}"):
         if is_rank_0():
             seconds = time.monotonic() - started
             try:

@@ -22,7 +22,7 @@ from megatron.bridge.checkpoint.manifest import write_manifest
 from megatron.bridge.checkpoint.sharded_save import save_sharded
 from megatron.bridge.checkpoint.sharded_state import load_sharded
 from megatron.bridge.checkpoint.stacks import without_holes
-from megatron.bridge.utils.distributed import barrier, is_rank_0, on_all_ranks
+from megatron.bridge.utils.distributed import barrier, is_rank_0, raise_on_all_ranks
 from megatron.bridge.utils.files import atomic_write, check_writable_directory, fsync_directory, move_directory
 from megatron.bridge.utils.yaml_io import parse_yaml
 
@@ -145,7 +145,7 @@ def save_model_checkpoint(
     """
     unfinished = prepare_save(Path(path).expanduser(), iteration, option="the checkpoint's directory")
     save_sharded(model_sharded_state_dict(model), unfinished)
-    with on_all_ranks(f"writing what stands beside the tensors in {unfinished}"):
+    with raise_on_all_ranks(f"writing what stands beside the tensors in {unfinished}"):
         if write_beside is not None and is_rank_0():
             write_beside(unfinished)
     return commit_checkpoint(unfinished, iteration, run_config=run_config, train_state=train_state)
@@ -166,7 +166,7 @@ def prepare_save(root: str | Path, iteration: int, *, option: str) -> Path:
         ValueError: `root` can't be written.
     """
     unfinished = layout.unfinished_name(root, iteration)
-    with on_all_ranks(f"preparing {root}"):
+    with raise_on_all_ranks(f"preparing {root}"):
         if is_rank_0():
             check_writable_directory(root, option)
             layout.clear_leftovers(root)
@@ -198,7 +198,7 @@ def commit_checkpoint(
     """
     root = unfinished.parent
     directory = layout.checkpoint_name(root, iteration)
-    with on_all_ranks(f"completing {directory}"):
+    with raise_on_all_ranks(f"completing {directory}"):
         if is_rank_0():
             with atomic_write(unfinished / layout.CONFIG_FILE) as file:
                 yaml.dump(run_config, file, Dumper=_SafeDumper, sort_keys=False)
@@ -245,7 +245,7 @@ def load_model_weights(
         FileNotFoundError: No checkpoint there.
         ValueError: Not complete, or for another model.
     """
-    with on_all_ranks(f"finding a checkpoint in {path}"):
+    with raise_on_all_ranks(f"finding a checkpoint in {path}"):
         directory = layout.resolve_checkpoint(path, ckpt_step)
     template = wanted_weights(model_sharded_state_dict(model), is_wanted)
     load_model_state_dict(model, load_sharded(template, directory, strict=strict, verify=verify), is_wanted=is_wanted)

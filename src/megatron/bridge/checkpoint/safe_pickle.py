@@ -37,7 +37,7 @@ from megatron.bridge.checkpoint.stand_ins import (
     MemberLookup,
     inert,
 )
-from megatron.bridge.utils.archive_limits import check_archive, check_expansion
+from megatron.bridge.utils.expansion_limits import check_archive, check_expansion
 from megatron.bridge.utils.files import is_below
 
 _multiarray = getattr(np, "_core", None) or np.core  # numpy 2 renamed it

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from megatron.bridge.checkpoint.layout import METADATA_FILE
 from megatron.bridge.checkpoint.manifest import Checksums, ChecksumWriter, write_manifest
-from megatron.bridge.utils.distributed import is_rank_0, on_all_ranks, rank, world_size
+from megatron.bridge.utils.distributed import is_rank_0, raise_on_all_ranks, rank, world_size
 from megatron.bridge.utils.files import atomic_write
 
 
@@ -87,7 +87,7 @@ def plan_save(
         described["content_metadata"] = content_metadata
     sharded, common = save_preprocess(described)
     if "common_strategy" in inspect.signature(dist_checkpointing.save).parameters:
-        with on_all_ranks(f"writing the common state in {directory}"), _errors_of_the_disk(directory):
+        with raise_on_all_ranks(f"writing the common state in {directory}"), _errors_of_the_disk(directory):
             if is_rank_0():
                 with atomic_write(Path(directory) / COMMON_STATE_FNAME, "wb") as file:
                     torch.save(common, file)
@@ -178,12 +178,12 @@ class ShardedSave:
         Raises:
             OSError: This rank couldn't write; on the other ranks a RuntimeError that carries its text.
         """
-        with on_all_ranks(f"writing {self.directory}"):
+        with raise_on_all_ranks(f"writing {self.directory}"):
             if self.error is not None:
                 raise self.error
         written: list[Any] | None = [None] * world_size() if is_rank_0() else None
         dist.gather_object((self._results, self._checksums), written)
-        with on_all_ranks(f"completing {self.directory}"), _errors_of_the_disk(self.directory):
+        with raise_on_all_ranks(f"completing {self.directory}"), _errors_of_the_disk(self.directory):
             if written is not None:
                 self._writer.finish(self._metadata, [results for results, _ in written])
                 checksums = {name: entry for _, of_a_rank in written for name, entry in of_a_rank.items()}

@@ -40,7 +40,7 @@ from torch.futures import Future
 from megatron.bridge.checkpoint.layout import DCP_METADATA_FILE, METADATA_FILE
 from megatron.bridge.checkpoint.manifest import check_files_of, is_tensor_file
 from megatron.bridge.checkpoint.safe_pickle import read_blob, read_dcp_metadata
-from megatron.bridge.utils.distributed import on_all_ranks, rank, world_size
+from megatron.bridge.utils.distributed import raise_on_all_ranks, rank, world_size
 
 COMMON_STATE = ShardedObject("common_state", None, (1,), (0,)).unique_key
 """Under this key later versions of Core keep, among the tensors, what is common to all ranks."""
@@ -84,7 +84,7 @@ def load_sharded(
         ValueError: A file is missing, cut off or damaged, or holds more than plain data, or a tensor is missing or has
             another shape; the message names it.
     """
-    with on_all_ranks(f"matching the model with {directory}"):
+    with raise_on_all_ranks(f"matching the model with {directory}"):
         reader = PlainReader(directory)
         _check_config(Path(directory))
         check_files(directory, reader)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron.bridge.utils.archive_limits import check_archive
+from megatron.bridge.utils.expansion_limits import check_archive
 from megatron.bridge.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)

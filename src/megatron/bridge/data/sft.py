@@ -24,7 +24,7 @@ from megatron.bridge.data.notes import NoteCount, NoteCounter, read_counts, show
 from megatron.bridge.data.sft_options import SFTOptions
 from megatron.bridge.data.sources import JsonlSource, Source
 from megatron.bridge.data.tokenizer import Tokenizer
-from megatron.bridge.utils.distributed import all_gathered, is_rank_0, local_rank, on_all_ranks, while_others_wait
+from megatron.bridge.utils.distributed import all_gathered, is_rank_0, local_rank, raise_on_all_ranks, while_others_wait
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ def load_sft_dataset(
         )
 
     if cache_directory is None:
-        with on_all_ranks(f"reading {source}"):
+        with raise_on_all_ranks(f"reading {source}"):
             return tokenise()
     path = cache_file(cache_directory, source.label, recipe)
     return _through_cache(path, source, recipe, tokenise)
@@ -191,7 +191,7 @@ def _through_cache(
     tokenises = local_rank() == 0 or is_rank_0()
     own = while_others_wait(prepare if tokenises else None, doing=f"reading {source}")
     digest = next(digest for digest in all_gathered(own and own[0]) if digest)
-    with on_all_ranks(f"reading {source}"):
+    with raise_on_all_ranks(f"reading {source}"):
         return own[1] if own else kept(digest) or tokenise()
 
 

@@ -11,7 +11,7 @@ from megatron.bridge.data.packing import PackedDataset
 from megatron.bridge.data.sft import SFTDataset, load_sft_dataset
 from megatron.bridge.data.sft_options import read_shares
 from megatron.bridge.data.sources import JsonlSource, Source, open_hf_dataset
-from megatron.bridge.utils.distributed import all_gathered, on_all_ranks
+from megatron.bridge.utils.distributed import all_gathered, raise_on_all_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def build_sft_datasets(
         FileNotFoundError: A file is missing.
         ValueError: The configuration or a file cannot be used.
     """
-    with on_all_ranks("finding the data"):
+    with raise_on_all_ranks("finding the data"):
         if context.tokenizer is None:
             raise ValueError("DatasetBuildContext.tokenizer is not set: JSONL data needs the run's tokenizer")
         sources = find_sources(config)
@@ -40,7 +40,7 @@ def build_sft_datasets(
         raise ValueError(f"the ranks see different files ({seen}): give every machine the same data")
     samples = {split: _load(config, context, source, split=split) for split, source in sources.items()}
     if config.split is not None:
-        with on_all_ranks("cutting the data"):
+        with raise_on_all_ranks("cutting the data"):
             samples = cut(config, samples["training"])
     training, validation, test = (
         _packed(config, samples[split], split) if split in samples else None for split in SPLITS

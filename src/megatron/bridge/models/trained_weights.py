@@ -15,7 +15,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.utils import unwrap_model
 
 from megatron.bridge.models.gradient_entry import open_gradient_entry_always
-from megatron.bridge.utils.distributed import all_gathered, in_words, on_all_ranks
+from megatron.bridge.utils.distributed import all_gathered, in_words, raise_on_all_ranks
 
 Holders = tuple[Any, ...]
 """Which ranks hold the same weights, or parts of them: those of a stage, or of an expert-parallel rank in a stage."""
@@ -57,7 +57,7 @@ def check_trained_as_wrapped(model: list[Any]) -> None:
     Raises:
         ValueError: Names the first.
     """
-    with on_all_ranks("looking for weights frozen too late"):
+    with raise_on_all_ranks("looking for weights frozen too late"):
         for chunk in model:
             if isinstance(chunk, DistributedDataParallel):
                 _check_chunk_as_wrapped(chunk)

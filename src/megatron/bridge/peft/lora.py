@@ -11,7 +11,7 @@ from megatron.bridge.peft.base import PEFT, Model
 from megatron.bridge.peft.linear_layout import CoreLinear, linear_layout
 from megatron.bridge.peft.lora_layers import INITIALISERS, LowRankAdapter
 from megatron.bridge.peft.matcher import ModuleMatcher
-from megatron.bridge.utils.distributed import all_gathered, on_all_ranks
+from megatron.bridge.utils.distributed import all_gathered, raise_on_all_ranks
 
 _INITIALISERS = f"one of {', '.join(INITIALISERS)}"
 
@@ -53,7 +53,7 @@ class LoRA(PEFT, ModuleMatcher):
             ValueError: A target matches no module on any rank.
         """
         self._matched: set[str] = set()
-        with on_all_ranks("adding adapters"):
+        with raise_on_all_ranks("adding adapters"):
             super().__call__(model, training)
         matched = all_gathered(self._matched)
         unmatched = [target for target in self.target_modules if not any(target in ranks for ranks in matched)]

@@ -57,7 +57,7 @@ from megatron.bridge.training.run_state.optimizer import advice_on
 from megatron.bridge.training.run_state.rng import get_rng_state, restore_rng_state
 from megatron.bridge.training.run_state.schedule import load_optimizer
 from megatron.bridge.training.state import GlobalState
-from megatron.bridge.utils.distributed import barrier, is_rank_0, on_all_ranks
+from megatron.bridge.utils.distributed import barrier, is_rank_0, raise_on_all_ranks
 
 __all__ = [
     "HybridParamSync",
@@ -172,7 +172,7 @@ def _save_iteration(
         if cfg.checkpoint.fully_parallel_save
         else None,
     )
-    with on_all_ranks(f"saving the tokenizer in {unfinished}"):
+    with raise_on_all_ranks(f"saving the tokenizer in {unfinished}"):
         if is_rank_0() and cfg.checkpoint.save_tokenizer_assets and state.tokenizer is not None:
             state.tokenizer.save_pretrained(unfinished / layout.TOKENIZER_DIRECTORY)
             if state.generation_config is not None:
@@ -224,7 +224,7 @@ def _forget_abandoned(cfg: ConfigContainer, context: dict[str, Any], step: int) 
     forget_local_from(context, step)
     if cfg.checkpoint.non_persistent_ckpt_type == "global":
         root = cfg.checkpoint.non_persistent_root(cfg.checkpoint.save)
-        with on_all_ranks("removing abandoned checkpoints"):
+        with raise_on_all_ranks("removing abandoned checkpoints"):
             if is_rank_0() and root is not None:
                 layout.forget_from(root, step)
     barrier()
@@ -238,7 +238,7 @@ def plan_on_all_ranks(cfg: ConfigContainer, context: dict[str, Any]) -> LoadPlan
         context: From `init_checkpointing_context`.
     """
     local = find_local(context)
-    with on_all_ranks("planning the load"):
+    with raise_on_all_ranks("planning the load"):
         if cfg.peft is not None:
             plan_base(cfg)
         if is_rank_0() and cfg.checkpoint.load is not None:
@@ -329,7 +329,7 @@ def _bring_masters_in_line(
 ) -> None:
     """Masters follow what was loaded: rebuilt from the weights, unless the optimizer's own state was restored."""
     main_params = loaded if cfg.checkpoint.load_main_params_from_ckpt and not restored else None
-    with on_all_ranks("bringing the optimizer's masters in line"):
+    with raise_on_all_ranks("bringing the optimizer's masters in line"):
         if not restored and (cfg.model.fp16 or cfg.model.bf16):
             optimizer.reload_model_params(state_dict=main_params)
         if cfg.optimizer.optimizer_cpu_offload:
@@ -348,7 +348,7 @@ def load_base_weights(cfg: ConfigContainer, model: list[Any]) -> None:
     Raises:
         FileNotFoundError, ValueError: As for `load_checkpoint`.
     """
-    with on_all_ranks("planning the load"):
+    with raise_on_all_ranks("planning the load"):
         plan = plan_base(cfg)
     logger.info("loading the weights under the adapters: %s", plan)
     if plan.source is Source.HUGGING_FACE:

@@ -21,7 +21,7 @@ from megatron.bridge.training.setup import maybe_log_and_save_config, setup
 from megatron.bridge.training.state import GlobalState
 from megatron.bridge.training.train import train
 from megatron.bridge.utils.config_texts import resolve_texts
-from megatron.bridge.utils.distributed import on_all_ranks
+from megatron.bridge.utils.distributed import raise_on_all_ranks
 from megatron.bridge.utils.logging import log_to_rank_file
 
 
@@ -48,7 +48,7 @@ def pretrain(
     """
     owns_process_group = enter_run(config)
     try:
-        with on_all_ranks("checking the configuration"):
+        with raise_on_all_ranks("checking the configuration"):
             resolve_texts(config)
             log_to_rank_file(config.logger.rank_log_dir)
             runtime_config_update(config)

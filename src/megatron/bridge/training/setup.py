@@ -28,7 +28,7 @@ from megatron.bridge.training.initialize import initialize_megatron
 from megatron.bridge.training.optim import setup_optimizer
 from megatron.bridge.training.run_state.end_tokens import generation_config_to_save
 from megatron.bridge.training.state import GlobalState
-from megatron.bridge.utils.distributed import is_rank_0, on_all_ranks, world_size
+from megatron.bridge.utils.distributed import is_rank_0, raise_on_all_ranks, world_size
 from megatron.bridge.utils.files import check_writable_directory
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def setup(state: GlobalState, train_valid_test_datasets_provider: Callable[..., 
     pg_collection = initialize_megatron(cfg)
     state.derived = cfg.derive(world_size())
     _check_directories(cfg)
-    with on_all_ranks("loading the tokenizer"):
+    with raise_on_all_ranks("loading the tokenizer"):
         state.tokenizer = build_tokenizer(cfg.tokenizer)
         if cfg.model.vocab_size is None:
             cfg.model.vocab_size = state.tokenizer.vocab_size
@@ -87,7 +87,7 @@ def setup(state: GlobalState, train_valid_test_datasets_provider: Callable[..., 
     _train_iterator(state, data, pg_collection)
     context = init_checkpointing_context(cfg)
     plan = plan_on_all_ranks(cfg, context)
-    with on_all_ranks("reading where a text ends"):
+    with raise_on_all_ranks("reading where a text ends"):
         state.generation_config = generation_config_to_save(cfg, state.tokenizer, plan) if is_rank_0() else None
 
     model = cfg.model.provide_distributed_model(
@@ -157,7 +157,7 @@ def maybe_log_and_save_config(cfg: ConfigContainer) -> None:
 
 
 def _check_directories(cfg: ConfigContainer) -> None:
-    with on_all_ranks("checking the output directories"):
+    with raise_on_all_ranks("checking the output directories"):
         if is_rank_0():
             for option, path in (
                 ("checkpoint.save", cfg.checkpoint.save),
@@ -200,7 +200,7 @@ def _report_on(dataset: Any) -> str:
 def _check_attention(state: GlobalState, data: _Data, model: list[Any]) -> None:
     if any(getattr(dataset, "is_packed", False) for dataset in (data.train, data.valid, data.test)):
         rows = max(state.derived.micro_batch_size, state.derived.eval_micro_batch_size)
-        with on_all_ranks("checking that packed samples are kept apart"):
+        with raise_on_all_ranks("checking that packed samples are kept apart"):
             check_samples_are_kept_apart(model, micro_batch_size=rows)
 
 
@@ -208,7 +208,7 @@ def _train_iterator(state: GlobalState, data: _Data, pg_collection: ProcessGroup
     """This rank's micro-batches of each step, from the sample where the train state stands; None without training."""
     if data.train is None or state.derived.skip_train:
         return None
-    with on_all_ranks("preparing the training data"):
+    with raise_on_all_ranks("preparing the training data"):
         return build_step_iterator(
             data.train,
             consumed_samples=state.train_state.consumed_train_samples,

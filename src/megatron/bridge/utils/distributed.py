@@ -220,7 +220,7 @@ def in_words(ranks: list[int]) -> str:
 
 
 @contextlib.contextmanager
-def on_all_ranks(doing: str) -> Iterator[None]:
+def raise_on_all_ranks(doing: str) -> Iterator[None]:
     """Run a body that holds no collective; if it raises on any rank, raise on every rank.
 
     Args:

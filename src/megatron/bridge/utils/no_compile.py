@@ -5,7 +5,7 @@ import importlib
 from typing import Any
 
 
-def import_core_uncompiled() -> None:
+def import_core_without_compiling() -> None:
     """Import megatron-core without torch's compiler, which Core's decorators bring in: a third of the time it takes.
 
     What they decorate stays as it is written, for as long as the process lives. Where Core was imported before,

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import yaml
 
-from megatron.bridge.utils.archive_limits import check_expansion
+from megatron.bridge.utils.expansion_limits import check_expansion
 from megatron.bridge.utils.field_types import dataclass_of, field_hints, fit, members_of, nearest
 from megatron.bridge.utils.targets import class_named, dtype_named, function_named, name_of
 

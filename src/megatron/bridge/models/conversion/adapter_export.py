@@ -57,10 +57,10 @@ class AdapterExport(BridgePart):
         from megatron.bridge.models.conversion.tasks import model_config
         from megatron.bridge.models.conversion.text_files import TextFiles
         from megatron.bridge.models.conversion.trained_config import check_base_is_as_trained
-        from megatron.bridge.utils.distributed import on_all_ranks
+        from megatron.bridge.utils.distributed import raise_on_all_ranks
 
         chunks = as_chunks(model)
-        with on_all_ranks("preparing the adapters' export"):
+        with raise_on_all_ranks("preparing the adapters' export"):
             check_base_is_as_trained(self.hf_config, model_config(chunks), self.name)
             text = TextFiles.of(self.directory, checkpoint=checkpoint) if checkpoint else TextFiles(None, None)
         save_hf_adapter(

@@ -21,7 +21,7 @@ from megatron.bridge.models.conversion.mapping import WeightMapping, replicated
 from megatron.bridge.models.conversion.tasks import ConversionTask, WeightPlace, all_places, local_tasks, model_config
 from megatron.bridge.models.conversion.text_files import TextFiles
 from megatron.bridge.models.families import ModelFamily
-from megatron.bridge.utils.distributed import is_rank_0, on_all_ranks
+from megatron.bridge.utils.distributed import is_rank_0, raise_on_all_ranks
 from megatron.bridge.utils.files import replaced_directory, use_umask
 
 logger = logging.getLogger(__name__)
@@ -111,11 +111,11 @@ def save_hf_adapter(
         ValueError: The model has no adapters, or `path` holds something else.
     """
     path = Path(path).expanduser()
-    with on_all_ranks(f"preparing {path}"):
+    with raise_on_all_ranks(f"preparing {path}"):
         if path.exists() and not (path / CONFIG_FILE).is_file() and (path.is_file() or any(path.iterdir())):
             raise ValueError(f"{path} holds something else than adapters: name a new or empty directory")
     tensors = dict(export_adapter_weights(chunks, family, cpu=True, show_progress=show_progress))
-    with on_all_ranks(f"writing {path}"):
+    with raise_on_all_ranks(f"writing {path}"):
         if not tensors:
             raise ValueError(f"the model has no adapters: there is nothing to write to {path}")
         if is_rank_0():

@@ -223,10 +223,10 @@ class AutoBridge(CheckpointConversion, AdapterExport):
         """
         from megatron.bridge.models.conversion.hf_directory import save_hf_directory
         from megatron.bridge.models.conversion.text_files import TextFiles
-        from megatron.bridge.utils.distributed import on_all_ranks
+        from megatron.bridge.utils.distributed import raise_on_all_ranks
 
         source = find_hf_directory(source_path) if source_path else self.directory
-        with on_all_ranks("reading the model's tokenizer"):
+        with raise_on_all_ranks("reading the model's tokenizer"):
             text = TextFiles.of(source, checkpoint=checkpoint)
         save_hf_directory(
             as_chunks(model),

@@ -78,9 +78,9 @@ class CheckpointConversion(BridgePart):
         """
         from megatron.bridge.models.conversion.saved_provider import save_model
         from megatron.bridge.models.conversion.text_files import TextFiles
-        from megatron.bridge.utils.distributed import on_all_ranks
+        from megatron.bridge.utils.distributed import raise_on_all_ranks
 
-        with on_all_ranks("reading the model's tokenizer"):
+        with raise_on_all_ranks("reading the model's tokenizer"):
             text = TextFiles.of(self.directory, checkpoint=checkpoint, tokenizer=hf_tokenizer_path)
         return save_model(as_chunks(model), path, text=text)
 

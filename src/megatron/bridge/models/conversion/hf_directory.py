@@ -18,7 +18,7 @@ from megatron.bridge.models.conversion.tasks import local_tasks, model_config
 from megatron.bridge.models.conversion.text_files import TextFiles, copy_files
 from megatron.bridge.models.conversion.trained_config import config_as_trained
 from megatron.bridge.models.families import ModelFamily
-from megatron.bridge.utils.distributed import is_rank_0, on_all_ranks
+from megatron.bridge.utils.distributed import is_rank_0, raise_on_all_ranks
 from megatron.bridge.utils.files import replaced_directory
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def save_hf_directory(
     places = exported_places(local_tasks(chunks, family))
     plan = ShardPlan.make((pair for place in places for pair in place.hf_bytes(config, dtype)), max_shard_bytes)
     with ExitStack() as stack:
-        with on_all_ranks(f"preparing {path}"):
+        with raise_on_all_ranks(f"preparing {path}"):
             check_target(path, source)
             check_names(set(plan.file_of), family, config, source, strict=strict)
             as_trained = config_as_trained(hf_config, config)
@@ -74,10 +74,10 @@ def save_hf_directory(
                 text.write(directory)
                 writer = HFWeightsWriter(directory, plan)
         for name, tensor in export_weights(chunks, family, cpu=True, show_progress=show_progress, copies=False):
-            with on_all_ranks(f"writing {path}"):
+            with raise_on_all_ranks(f"writing {path}"):
                 if is_rank_0():
                     writer.add(name, cast(tensor, dtype or tensor.dtype, name))
-        with on_all_ranks(f"completing {path}"):
+        with raise_on_all_ranks(f"completing {path}"):
             if is_rank_0():
                 writer.finish()
                 stack.close()

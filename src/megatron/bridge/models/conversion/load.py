@@ -23,7 +23,7 @@ from megatron.bridge.models.conversion.tasks import (
     tensor_parallel_group,
 )
 from megatron.bridge.models.families import ModelFamily
-from megatron.bridge.utils.distributed import is_rank_0, on_all_ranks
+from megatron.bridge.utils.distributed import is_rank_0, raise_on_all_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +59,9 @@ def load_weights(
     config = model_config(chunks)
     tasks = local_tasks(chunks, family)
     places = all_places(tasks)
-    with on_all_ranks(f"checking the weights in {weights.directory}"):
+    with raise_on_all_ranks(f"checking the weights in {weights.directory}"):
         mismatched = check_weights(places, config, family, weights, allowed_mismatched=allowed_mismatched)
-    with on_all_ranks(f"reading the weights in {weights.directory}"):
+    with raise_on_all_ranks(f"reading the weights in {weights.directory}"):
         mine = [task for chunk in tasks for task in chunk if task.megatron_name not in mismatched]
         # File by file: what is mapped of a file counts as memory, until the file is closed.
         mine.sort(key=lambda task: weights.files[task.hf_names[0]])

@@ -20,7 +20,7 @@ from megatron.bridge.training.monitoring.delivery import Delivery
 from megatron.bridge.training.monitoring.preemption import Preempted
 from megatron.bridge.training.state import GlobalState
 from megatron.bridge.utils.device import peak_memory_bytes
-from megatron.bridge.utils.distributed import is_rank_0, on_all_ranks
+from megatron.bridge.utils.distributed import is_rank_0, raise_on_all_ranks
 from megatron.bridge.utils.files import check_writable_directory
 
 METRICS_FILE = "metrics.jsonl"
@@ -249,7 +249,7 @@ def opened(loggers: Sequence[MetricsLogger], state: GlobalState) -> Iterator[Non
         ValueError: One can't be opened; on all ranks.
     """
     own = loggers if is_rank_0() else ()
-    with on_all_ranks("opening the loggers"):
+    with raise_on_all_ranks("opening the loggers"):
         for logger in own:
             logger.open(state)
     deliveries = []

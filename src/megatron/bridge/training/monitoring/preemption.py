@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron.bridge.training.config import TrainingConfig
 from megatron.bridge.utils.device import current_device
-from megatron.bridge.utils.distributed import on_all_ranks, rank
+from megatron.bridge.utils.distributed import raise_on_all_ranks, rank
 from megatron.bridge.utils.exit_codes import PREEMPTED
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def catch_exit_signal(train_config: TrainingConfig) -> Iterator[ExitSignal | Non
     if not train_config.exit_signal_handler:
         yield None
         return
-    with on_all_ranks(f"catching {train_config.exit_signal.name}"):
+    with raise_on_all_ranks(f"catching {train_config.exit_signal.name}"):
         if threading.current_thread() is not threading.main_thread():
             raise ValueError(
                 "train.exit_signal_handler=true in a thread: Python takes signals in the main thread alone; start the "

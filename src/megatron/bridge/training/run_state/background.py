@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megatron.bridge.checkpoint.sharded_save import ShardedSave
 from megatron.bridge.utils.device import current_device
-from megatron.bridge.utils.distributed import on_all_ranks
+from megatron.bridge.utils.distributed import raise_on_all_ranks
 
 _FAILED, _WRITING, _WRITTEN = -1, 0, 1
 """How far a rank is; the lowest of all ranks counts."""
@@ -32,7 +32,7 @@ class BackgroundSave:
         """
         self._save = save
         self._close = close
-        with on_all_ranks(f"copying what is saved to {save.directory}"):
+        with raise_on_all_ranks(f"copying what is saved to {save.directory}"):
             save.copy_tensors()
         self._thread = threading.Thread(target=save.write, name="checkpoint writer")
         self._thread.start()

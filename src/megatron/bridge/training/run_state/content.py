@@ -17,7 +17,7 @@ from megatron.bridge.peft.base import PEFT
 from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.training.run_state.rng import get_rng_state
 from megatron.bridge.training.run_state.train_state import TrainState
-from megatron.bridge.utils.distributed import on_all_ranks
+from megatron.bridge.utils.distributed import raise_on_all_ranks
 
 CHECKPOINT_VERSION = 3.0
 
@@ -99,7 +99,7 @@ def read_train_state(directory: Path) -> dict[str, Any]:
         FileNotFoundError: The checkpoint has none, as one of weights alone.
     """
     path = directory / layout.TRAIN_STATE_FILE
-    with on_all_ranks(f"reading {path}"):
+    with raise_on_all_ranks(f"reading {path}"):
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path} is missing: there is no step to resume from; for the weights alone set "
@@ -110,7 +110,7 @@ def read_train_state(directory: Path) -> dict[str, Any]:
 
 def restored_train_state(saved: dict[str, Any]) -> TrainState:
     """The checkpoint's train state; a new object each time, so that no two runs share one."""
-    with on_all_ranks("restoring the train state"):
+    with raise_on_all_ranks("restoring the train state"):
         train_state = TrainState()
         train_state.load_state_dict(saved)
     update_num_microbatches(consumed_samples=train_state.consumed_train_samples, verbose=True)

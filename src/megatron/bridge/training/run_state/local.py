@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedState
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 
 from megatron.bridge.training.config import ConfigContainer
-from megatron.bridge.utils.distributed import is_rank_0, on_all_ranks, rank, world_size
+from megatron.bridge.utils.distributed import is_rank_0, raise_on_all_ranks, rank, world_size
 from megatron.bridge.utils.files import check_writable_directory
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def open_local_checkpoints(cfg: ConfigContainer) -> dict[str, Any]:
 
     assert cfg.checkpoint.non_persistent_local_ckpt_dir is not None  # finalize() refuses it
     directory = Path(cfg.checkpoint.non_persistent_local_ckpt_dir)
-    with on_all_ranks(f"preparing {directory}"):
+    with raise_on_all_ranks(f"preparing {directory}"):
         check_writable_directory(directory / str(rank()), "checkpoint.non_persistent_local_ckpt_dir")
     return {CONTEXT_KEY: LocalCheckpointFiles(str(directory))}
 
@@ -86,7 +86,7 @@ def find_local(context: dict[str, Any]) -> LocalCheckpoint | None:
     if step < 0:
         return None
     path = files.path_of(step)
-    with on_all_ranks(f"reading {path}"):
+    with raise_on_all_ranks(f"reading {path}"):
         stored = files.read(path, mmap=True)
         common = stored.common
         return LocalCheckpoint(
@@ -184,7 +184,7 @@ def read_local(context: dict[str, Any], template: ShardedStateDict, *, path: Pat
     Raises:
         ValueError: A file is damaged, or doesn't hold what the template asks for.
     """
-    with on_all_ranks(f"reading {path}"):
+    with raise_on_all_ranks(f"reading {path}"):
         stored, _ = context[CONTEXT_KEY].load()
         _check_fits(template, stored.sharded_state_dict, path)
     algorithm = stored.common["run_config"]["checkpoint"]["non_persistent_local_ckpt_algo"]

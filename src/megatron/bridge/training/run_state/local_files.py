@@ -18,7 +18,7 @@ from nvidia_resiliency_ext.checkpointing.local.ckpt_managers.local_manager impor
 
 from megatron.bridge.checkpoint.safe_pickle import read_blob
 from megatron.bridge.utils.device import synchronize
-from megatron.bridge.utils.distributed import on_all_ranks
+from megatron.bridge.utils.distributed import raise_on_all_ranks
 
 
 class LocalCheckpointFiles(LocalCheckpointManager):
@@ -40,7 +40,7 @@ class LocalCheckpointFiles(LocalCheckpointManager):
 
         A run that went back to an earlier step abandons what came after it.
         """
-        with on_all_ranks("removing abandoned local checkpoints"):
+        with raise_on_all_ranks("removing abandoned local checkpoints"):
             self._ensure_dir()
             for path in self.local_ckpt_dir.glob(self._filename_from_template("*", "*", "*")):
                 if self._filename_to_id(path.name)[0] >= step or ".dirty" in path.suffixes:
@@ -74,7 +74,7 @@ class LocalCheckpointFiles(LocalCheckpointManager):
         return self._load(ckpt_id)  # tensors stay on the host: the device has no room for a second optimizer
 
     def _save_fn(self, id_to_state_dict: dict[Any, Any]) -> None:
-        with on_all_ranks("writing a local checkpoint"):
+        with raise_on_all_ranks("writing a local checkpoint"):
             synchronize()  # the copies to pinned memory were only queued
             super()._save_fn(id_to_state_dict)
 

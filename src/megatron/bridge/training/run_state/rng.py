@@ -16,7 +16,7 @@ from megatron.core import mpu, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from megatron.bridge.utils.device import RNG_STATE_BYTES, device_rng_state, set_device_rng_state
-from megatron.bridge.utils.distributed import all_gathered, is_rank_0, on_all_ranks
+from megatron.bridge.utils.distributed import all_gathered, is_rank_0, raise_on_all_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -91,13 +91,13 @@ def restore_rng_state(states: list[dict[str, Any]], *, data_parallel_random_init
         ValueError: There is no entry for this rank, or a state in it is damaged.
         RuntimeError: So it is on another rank.
     """
-    with on_all_ranks("restoring the random states"):
+    with raise_on_all_ranks("restoring the random states"):
         state = _entry_of_this_rank(states, data_parallel_random_init)
         foreign = _of_another_device(state)
         _restore_host_states(state)
     foreign = next(filter(None, all_gathered(foreign)), None)
     if foreign is None:
-        with on_all_ranks("restoring the device's random states"):
+        with raise_on_all_ranks("restoring the device's random states"):
             _restore_device_states(state)
     elif is_rank_0():
         logger.warning(

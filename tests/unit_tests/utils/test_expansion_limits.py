@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron.bridge.utils.archive_limits import DEEPEST, LARGEST_EXPANSION, check_archive, check_expansion
+from megatron.bridge.utils.expansion_limits import DEEPEST, LARGEST_EXPANSION, check_archive, check_expansion
 
 
 def doubled(times):

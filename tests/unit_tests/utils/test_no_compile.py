@@ -6,9 +6,9 @@ import sys
 
 PROGRAM = """
 import sys, torch
-from megatron.bridge.utils.no_compile import import_core_uncompiled
+from megatron.bridge.utils.no_compile import import_core_without_compiling
 compile = torch.compile
-import_core_uncompiled()
+import_core_without_compiling()
 import megatron.core.models.gpt
 from megatron.core.fusions.fused_bias_swiglu import swiglu
 assert torch.compile is compile
