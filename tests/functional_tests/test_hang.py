@@ -6,13 +6,13 @@ import time
 
 import pytest
 
+from megatron.bridge.training.config import DistributedInitConfig
 from megatron.bridge.training.gpt_step import forward_step
 from megatron.bridge.training.monitoring.hang_watchdog import HangWatchdog, Hung, watched
 from megatron.bridge.training.state import GlobalState
 from megatron.bridge.utils.distributed import rank
 from megatron.bridge.utils.exit_codes import HUNG
 from tests.soak.run import RANKS, Run, warm_up
-from tests.unit_tests.training.config_examples import make_config
 
 TIMEOUT_SECONDS = 40
 """Of which 15 percent is the time that all ranks have to show their stacks; on a busy machine they need it."""
@@ -69,14 +69,13 @@ def clock(monkeypatch):
 @pytest.mark.parametrize(("sign_comes", "raised"), [(False, Hung), (True, RuntimeError)])
 def test_an_error_that_comes_after_the_stacks_is_a_hang_too(clock, caplog, sign_comes, raised):
     """A rank may be a moment later than the one whose end breaks its collective."""
-    state = GlobalState(make_config())
-    state.cfg.dist.distributed_timeout_minutes = 1
-    with pytest.raises(raised) as caught, watched(state):
+    watchdog, config = HangWatchdog(), DistributedInitConfig(distributed_timeout_minutes=1)
+    with pytest.raises(raised) as caught, watched(watchdog, config):
         clock.now += 0.9 * 60
-        while not state.watchdog.hangs:
+        while not watchdog.hangs:
             time.sleep(0.01)
         if sign_comes:
-            state.watchdog.sign(1)
+            watchdog.sign(1)
         raise RuntimeError("Connection closed by peer\nand more")
     if raised is Hung:
         assert caught.value.code == HUNG
