@@ -194,6 +194,15 @@ def test_an_unset_global_batch_is_one_micro_batch_a_rank():
     assert (derived.global_batch_size, derived.num_microbatches) == (6, 1)
 
 
+def test_derived_values_are_asked_for_again_at_another_size():
+    """None is derived at each size; what the first update worked out is never taken for the user's choice."""
+    cfg = make_config("train.global_batch_size=null")
+    runtime_config_update(cfg)
+    assert cfg.train.global_batch_size is None and cfg.scheduler.lr_decay_steps == 40
+    derived = cfg.derive(3)
+    assert (derived.global_batch_size, derived.num_microbatches, derived.lr_decay_steps) == (6, 1, 120)
+
+
 def test_a_run_in_samples_counts_in_samples():
     derived = make_config(
         "train.train_iters=null",

@@ -166,7 +166,7 @@ class PlannedRun:
         """Bytes, as configured or with other options of the optimizer."""
         options = dataclasses.replace(self.cfg.optimizer, **optimizer_options)
         options.finalize()
-        optimizer, _ = setup_optimizer(options, self.cfg.scheduler, self.model, use_gloo_process_groups=False)
+        optimizer, _ = setup_optimizer(options, self.cfg.scheduler, self.model, derived=self.cfg.derive())
         chunks = [unwrap_model(chunk) for chunk in self.model]
         micro_batch_size = self.cfg.train.required_micro_batch_size()
         activations = activation_bytes(

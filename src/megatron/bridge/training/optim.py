@@ -12,11 +12,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron.bridge.core_repairs.install import install_repairs, repaired_construction
 from megatron.bridge.training.config import (
+    DerivedConfig,
     OptimizerConfig,
     OptimizerConfigOverrideProvider,
     OptimizerConfigOverrideProviderContext,
     SchedulerConfig,
 )
+from megatron.bridge.training.config.derived import weight_decay_ends
+from megatron.bridge.training.config.scheduler import SCHEDULE_LENGTHS
 from megatron.bridge.training.cpu_offload.param_copies import find_hybrid_optimizers, rebuild_param_copies
 
 logger = logging.getLogger(__name__)
@@ -29,20 +32,27 @@ def setup_optimizer(
     use_gloo_process_groups: bool = False,
     pg_collection: ProcessGroupCollection | None = None,
     optimizer_config_override_provider: OptimizerConfigOverrideProvider | None = None,
+    *,
+    derived: DerivedConfig | None = None,
 ) -> tuple[Any, OptimizerParamScheduler]:
     """Build Megatron-Core's optimizer for a model, mend its known defects, and build the schedule.
 
     Args:
         optimizer_config: A finalised configuration.
-        scheduler_config: With its step counts filled in, in samples.
+        scheduler_config: The schedule.
         model: This rank's chunks, wrapped in DDP.
         use_gloo_process_groups: Let the distributed optimizer gather over gloo.
         pg_collection: Process groups; None uses Core's global ones.
         optimizer_config_override_provider: Options for single parameters; None gives Core's usual ones.
+        derived: Says how long the schedule is. None: as `runtime_config_update` has shown it in `scheduler_config`.
 
     Returns:
         The optimizer and its parameter scheduler.
+
+    Raises:
+        ValueError: Nothing says how long the schedule is.
     """
+    lengths = derived or _shown_lengths(scheduler_config)
     provider = optimizer_config_override_provider or OptimizerConfigOverrideProvider()
     with repaired_construction(optimizer_config, model):
         optimizer = get_megatron_optimizer(
@@ -59,7 +69,7 @@ def setup_optimizer(
     _leave_stubs_out(optimizer)
     install_repairs(optimizer)
     logger.info("optimizer: %s", describe_optimizer(optimizer_config, optimizer))
-    return optimizer, build_scheduler(optimizer, optimizer_config, scheduler_config)
+    return optimizer, build_scheduler(optimizer, optimizer_config, scheduler_config, lengths)
 
 
 def _leave_stubs_out(optimizer: Any) -> None:
@@ -74,28 +84,42 @@ def _leave_stubs_out(optimizer: Any) -> None:
         optimizer.chained_optimizers = steps
 
 
+def _shown_lengths(scheduler: SchedulerConfig) -> SchedulerConfig:
+    """A scheduler configuration that shows the schedule's lengths.
+
+    Raises:
+        ValueError: It doesn't.
+    """
+    if scheduler.lr_decay_steps is None:
+        raise ValueError(
+            f"setup_optimizer: scheduler.{SCHEDULE_LENGTHS[0]} is None: expected a number of samples; call "
+            "runtime_config_update(cfg) first, or pass derived=cfg.derive()"
+        )
+    return scheduler
+
+
 def build_scheduler(
-    optimizer: Any, optimizer_config: OptimizerConfig, scheduler_config: SchedulerConfig
+    optimizer: Any,
+    optimizer_config: OptimizerConfig,
+    scheduler_config: SchedulerConfig,
+    lengths: DerivedConfig | SchedulerConfig,
 ) -> OptimizerParamScheduler:
-    """The schedule of learning rate and weight decay; it counts samples."""
+    """The schedule of learning rate and weight decay; it counts samples, and is as long as `lengths` says."""
     scheduler = scheduler_config
-    decay = optimizer_config.weight_decay
+    start_weight_decay, end_weight_decay = weight_decay_ends(optimizer_config, scheduler)
     return OptimizerParamScheduler(
         optimizer,
         init_lr=scheduler.lr_warmup_init,
         max_lr=optimizer_config.lr,
         min_lr=optimizer_config.min_lr or 0.0,
-        lr_warmup_steps=scheduler.lr_warmup_steps,
-        lr_decay_steps=scheduler.lr_decay_steps,
         lr_decay_style=scheduler.lr_decay_style,
-        start_wd=decay if scheduler.start_weight_decay is None else scheduler.start_weight_decay,
-        end_wd=decay if scheduler.end_weight_decay is None else scheduler.end_weight_decay,
-        wd_incr_steps=scheduler.wd_incr_steps,
+        start_wd=start_weight_decay,
+        end_wd=end_weight_decay,
         wd_incr_style=scheduler.weight_decay_incr_style,
         use_checkpoint_opt_param_scheduler=scheduler.use_checkpoint_opt_param_scheduler,
         override_opt_param_scheduler=scheduler.override_opt_param_scheduler,
-        wsd_decay_steps=scheduler.wsd_decay_steps,
         lr_wsd_decay_style=scheduler.lr_wsd_decay_style,
+        **{name: getattr(lengths, name) for name in SCHEDULE_LENGTHS},
     )
 
 

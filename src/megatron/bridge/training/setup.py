@@ -105,6 +105,7 @@ def setup(state: GlobalState, train_valid_test_datasets_provider: Callable[..., 
         model,
         cfg.dist.use_gloo_process_groups,
         optimizer_config_override_provider=cfg.optimizer_config_override_provider,
+        derived=state.derived,
     )
     connect_schedules(model, optimizer, cfg)
     load_checkpoint(state, model, optimizer, scheduler, checkpointing_context=context)

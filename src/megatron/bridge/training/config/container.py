@@ -32,7 +32,8 @@ class ConfigContainer(RunSections):
     """Everything that a run is told, and what can be done with it."""
 
     data_parallel_size: int | None = field(init=False, default=None, repr=False)
-    """Copies of the model. Filled by runtime_config_update and set_data_parallel_size; None before."""
+    """Copies of the model, for scripts; the run reads `derive()`. Shown by runtime_config_update and
+    set_data_parallel_size; None before."""
 
     _checkpoint_load_required: bool = field(init=False, default=False, repr=False)
     """finetune() sets it: a run that finds nothing to load must not start."""
@@ -50,7 +51,7 @@ class ConfigContainer(RunSections):
         return config_derived.data_parallel_size(self, world_size)
 
     def set_data_parallel_size(self, world_size: int | None = None) -> None:
-        """Write `data_parallel_size`. None: for the ranks of this run."""
+        """Show `data_parallel_size`. None: for the ranks of this run."""
         self.data_parallel_size = self.get_data_parallel_size(world_size or distributed.world_size())
 
     def derive(self, world_size: int | None = None) -> DerivedConfig:

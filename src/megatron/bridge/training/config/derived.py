@@ -3,6 +3,9 @@
 
 from dataclasses import dataclass
 
+from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
+
+from megatron.bridge.training.config.scheduler import SchedulerConfig
 from megatron.bridge.training.config.sections import RunSections
 
 
@@ -127,6 +130,12 @@ def eval_settings(cfg: RunSections) -> tuple[int | None, int | None, bool]:
     )
 
 
+def weight_decay_ends(optimizer: CoreOptimizerConfig, scheduler: SchedulerConfig) -> tuple[float, float]:
+    """Weight decay at the first and at the last step."""
+    start, end = scheduler.start_weight_decay, scheduler.end_weight_decay
+    return optimizer.weight_decay if start is None else start, optimizer.weight_decay if end is None else end
+
+
 @dataclass(frozen=True, kw_only=True)
 class _ScheduleSteps:
     """Lengths of the schedule in samples, the unit in which Core's scheduler counts."""
@@ -168,8 +177,7 @@ def derive(cfg: RunSections, world_size: int) -> DerivedConfig:
     eval_iters, eval_interval, skip_train = eval_settings(cfg)
     eval_batch = cfg.validation.eval_global_batch_size or batch
     num_evaluations = 1 if eval_interval is None else iters // eval_interval + 1
-    weight_decay = cfg.optimizer.weight_decay
-    scheduler = cfg.scheduler
+    start_weight_decay, end_weight_decay = weight_decay_ends(cfg.optimizer, cfg.scheduler)
     return DerivedConfig(
         world_size=world_size,
         model_parallel_size=model_parallel_size(cfg),
@@ -187,8 +195,8 @@ def derive(cfg: RunSections, world_size: int) -> DerivedConfig:
         lr_warmup_steps=steps.warmup,
         wd_incr_steps=steps.weight_decay,
         wsd_decay_steps=steps.wsd,
-        start_weight_decay=weight_decay if scheduler.start_weight_decay is None else scheduler.start_weight_decay,
-        end_weight_decay=weight_decay if scheduler.end_weight_decay is None else scheduler.end_weight_decay,
+        start_weight_decay=start_weight_decay,
+        end_weight_decay=end_weight_decay,
         min_lr=0.0 if cfg.optimizer.min_lr is None else cfg.optimizer.min_lr,
         train_samples=iters * batch if cfg.train.train_samples is None else cfg.train.train_samples,
         valid_samples=None if eval_iters is None else num_evaluations * eval_iters * eval_batch,

@@ -6,6 +6,9 @@ from typing import Literal
 
 from megatron.bridge.training.config.fields import require_not_negative, require_positive
 
+SCHEDULE_LENGTHS = ("lr_decay_steps", "lr_warmup_steps", "wd_incr_steps", "wsd_decay_steps")
+"""Fields of `DerivedConfig` that runtime_config_update shows here for scripts; the run reads `DerivedConfig`."""
+
 
 @dataclass(kw_only=True)
 class SchedulerConfig:
@@ -63,16 +66,16 @@ class SchedulerConfig:
     """Steps that the schedule may count. None: as many as the run takes. Not built yet."""
 
     lr_decay_steps: int | None = field(init=False, default=None)
-    """Filled by runtime_config_update: decay length, in samples (the unit in which Core's scheduler counts)."""
+    """Shown by runtime_config_update: decay length, in samples (the unit in which Core's scheduler counts)."""
 
     lr_warmup_steps: int | None = field(init=False, default=None)
-    """Filled by runtime_config_update: warm-up length, in samples."""
+    """Shown by runtime_config_update: warm-up length, in samples."""
 
     wd_incr_steps: int | None = field(init=False, default=None)
-    """Filled by runtime_config_update: length of the weight decay's change, in samples."""
+    """Shown by runtime_config_update: length of the weight decay's change, in samples."""
 
     wsd_decay_steps: int | None = field(init=False, default=None)
-    """Filled by runtime_config_update: length of WSD's falling part, in samples. None: not WSD."""
+    """Shown by runtime_config_update: length of WSD's falling part, in samples. None: not WSD."""
 
     def finalize(self) -> None:
         """Check the section's own fields.

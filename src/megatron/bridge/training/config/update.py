@@ -6,6 +6,7 @@ import os
 
 from megatron.bridge.training.config.container import ConfigContainer
 from megatron.bridge.training.config.precedence import apply_mixed_precision, share_between_ddp_and_optimizer
+from megatron.bridge.training.config.scheduler import SCHEDULE_LENGTHS
 from megatron.bridge.utils.config_texts import resolve_texts
 
 logger = logging.getLogger(__name__)
@@ -20,7 +21,11 @@ def runtime_config_update(cfg: ConfigContainer) -> None:
 
     Resolves `~` and `${...}` in all texts, sets the environment variables that aren't set, moves deprecated fields to
     their new place, writes mixed precision into model, optimizer and ddp, makes ddp and optimizer agree on what they
-    share, fills the schedule's lengths, and validates. A second call changes nothing.
+    share, and validates. A second call changes nothing.
+
+    What follows from it all is `cfg.derive()`. Scripts also find it as `cfg.data_parallel_size` and as the scheduler's
+    `lr_decay_steps`, `lr_warmup_steps`, `wd_incr_steps` and `wsd_decay_steps`; nothing that is None for "derived" is
+    filled in.
 
     Raises:
         ValueError: See `ConfigContainer.validate`.
@@ -38,8 +43,7 @@ def runtime_config_update(cfg: ConfigContainer) -> None:
     cfg.validate()
     derived = cfg.derive()
     cfg.data_parallel_size = derived.data_parallel_size
-    cfg.train.global_batch_size = derived.global_batch_size
-    for name in ("lr_decay_steps", "lr_warmup_steps", "wd_incr_steps", "wsd_decay_steps"):
+    for name in SCHEDULE_LENGTHS:
         setattr(cfg.scheduler, name, getattr(derived, name))
 
 
