@@ -167,6 +167,17 @@ THE_LOAD = (
         tests=(_FOUND_BY_NAME,),
     ),
     Mutant(
+        name="finetune needs no weights",
+        breaks="a finetune that finds nothing to load trains random weights",
+        file="src/megatron/bridge/training/finetune.py",
+        text="load_required=True",
+        replacement="load_required=False",
+        tests=(
+            "tests/unit_tests/training/test_checkpoint_plan.py::"
+            "test_the_verb_alone_says_whether_a_run_must_find_weights",
+        ),
+    ),
+    Mutant(
         name="finetune=True resumes",
         breaks="a new run takes the checkpoint's optimizer",
         file=PLAN,

@@ -8,7 +8,7 @@ import pytest
 
 from megatron.bridge.checkpoint import layout
 from megatron.bridge.training.run_state.local import CORE_RELEASE
-from tests.rigs.on_ranks import make_pretrained, run_finetune
+from tests.rigs.on_ranks import Recorder, make_pretrained, run_finetune
 from tests.rigs.ranks import run_on_ranks
 from tests.rigs.tiny import tiny_config
 from tests.unit_tests.models.tiny_llama import save_tiny_llama
@@ -59,11 +59,10 @@ def plan_of(directory, options, *, load_required=True, local=None):
         if checkpoint.get(option) is not None:
             checkpoint[option] = f"{directory}/{checkpoint[option]}"
     cfg = tiny_config(directory, checkpoint={"save": None, **checkpoint}, model=model)
-    cfg._checkpoint_load_required = load_required
     apply_mixed_precision(cfg)
     before = repr(cfg)
     try:
-        return plan_load(cfg, local)
+        return plan_load(cfg, local, load_required=load_required)
     finally:
         assert repr(cfg) == before, "a plan only reads the configuration"
 
@@ -258,6 +257,30 @@ def test_a_finetune_is_refused(on_disk, case):
     with pytest.raises(error, match=message) as refusal:
         plan_of(on_disk, options)
     assert "\n" not in str(refusal.value)
+
+
+def _by_verb(directory):
+    """What each verb does with one configuration that names nothing to load: its error, or the steps it took."""
+    from megatron.bridge.training.finetune import finetune
+    from megatron.bridge.training.gpt_step import forward_step
+    from megatron.bridge.training.pretrain import pretrain
+
+    cfg = tiny_config(directory, train_iters=1)
+    facts = []
+    for verb in (finetune, pretrain, finetune, pretrain):
+        recorder = Recorder()
+        try:
+            verb(cfg, forward_step, callbacks=[recorder])
+            facts.append(len(recorder.losses))
+        except FileNotFoundError as error:
+            facts.append(str(error))
+    return facts
+
+
+def test_the_verb_alone_says_whether_a_run_must_find_weights(tmp_path):
+    facts = run_on_ranks(_by_verb, 1, tmp_path)[0]
+    assert facts[1] == facts[3] == 1, "a finetune before leaves nothing behind"
+    assert "finetune needs weights to start from" in facts[0] and facts[2] == facts[0]
 
 
 @pytest.mark.parametrize("case", REFUSALS_OF_PRETRAIN)

@@ -72,7 +72,6 @@ def test_a_value_given_to_a_constructor_counts():
     sections = {entry.name: getattr(cfg, entry.name) for entry in dataclasses.fields(cfg) if entry.init}
     sections["ddp"] = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=False)
     sections["mixed_precision"] = "bf16_mixed"
-    sections.pop("_checkpoint_load_required", None)
     cfg = ConfigContainer(**sections)
     runtime_config_update(cfg)
     assert cfg.model.bf16 and cfg.ddp.grad_reduce_in_fp32 is False

@@ -28,7 +28,7 @@ def calls_of_a_load(monkeypatch):
     def load(source=Source.MEGATRON, *, restored=False, offload=True, bf16=True, main_params=False):
         chain = Chain()
         plan = LoadPlan(Path("there"), source, optimizer=restored, scheduler=False, rng=False, train_state=False)
-        monkeypatch.setattr(checkpointing, "plan_on_all_ranks", lambda cfg, context: plan)
+        monkeypatch.setattr(checkpointing, "plan_on_all_ranks", lambda cfg, context, **_: plan)
         monkeypatch.setattr(checkpointing, "_load_hf_weights", lambda *_: chain.calls.append(("weights", "HF")))
         monkeypatch.setattr(
             checkpointing, "_load_megatron", lambda *_, **__: chain.calls.append(("weights", "Megatron")) or LOADED

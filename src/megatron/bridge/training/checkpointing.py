@@ -230,12 +230,13 @@ def _forget_abandoned(cfg: ConfigContainer, context: dict[str, Any], step: int) 
     barrier()
 
 
-def plan_on_all_ranks(cfg: ConfigContainer, context: dict[str, Any]) -> LoadPlan | None:
+def plan_on_all_ranks(cfg: ConfigContainer, context: dict[str, Any], *, load_required: bool = False) -> LoadPlan | None:
     """`plan_load` with what the ranks have on their own machines; an error of one is an error of all.
 
     Args:
         cfg: A checked configuration.
         context: From `init_checkpointing_context`.
+        load_required: Finding nothing to load is an error.
     """
     local = find_local(context)
     with raise_on_all_ranks("planning the load"):
@@ -247,7 +248,7 @@ def plan_on_all_ranks(cfg: ConfigContainer, context: dict[str, Any]) -> LoadPlan
                     logger.warning("%s is passed over: the process that wrote or removed it was killed", path)
                 for path in layout.newer_than_tracker(root):
                     logger.warning("%s is passed over: %s names an earlier one", path, layout.TRACKER_FILE)
-        return plan_load(cfg, local)
+        return plan_load(cfg, local, load_required=load_required)
 
 
 def load_checkpoint(
@@ -257,6 +258,8 @@ def load_checkpoint(
     opt_param_scheduler: OptimizerParamScheduler | None,
     strict: bool = True,
     checkpointing_context: dict[str, Any] | None = None,
+    *,
+    load_required: bool = False,
 ) -> tuple[int, float]:
     """Load what the configuration asks for, with all ranks, and bring the optimizer's copies in line with it.
 
@@ -267,6 +270,7 @@ def load_checkpoint(
         opt_param_scheduler: Its schedule, or None.
         strict: Every tensor of the model must be in the checkpoint and fit.
         checkpointing_context: From `init_checkpointing_context`; None makes one.
+        load_required: Finding nothing to load is an error.
 
     Returns:
         The step and the floating point operations so far; (0, 0) for pretrained weights or nothing to load.
@@ -278,7 +282,7 @@ def load_checkpoint(
     """
     finish_background_save(state, wait=True)
     context = init_checkpointing_context(state.cfg) if checkpointing_context is None else checkpointing_context
-    plan = plan_on_all_ranks(state.cfg, context)
+    plan = plan_on_all_ranks(state.cfg, context, load_required=load_required)
     if plan is None:
         return 0, 0
     logger.info("loading %s", plan)

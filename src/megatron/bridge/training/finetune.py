@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from megatron.bridge.training.callbacks import Callback, CallbackManager
 from megatron.bridge.training.config import ConfigContainer
-from megatron.bridge.training.pretrain import pretrain
+from megatron.bridge.training.pretrain import train_from_config
 
 
 def finetune(
@@ -29,5 +29,4 @@ def finetune(
         FileNotFoundError: There is nothing to load.
         ValueError: As for `pretrain`.
     """
-    config._checkpoint_load_required = True
-    pretrain(config, forward_step_func, callbacks)
+    train_from_config(config, forward_step_func, callbacks, load_required=True)

@@ -46,6 +46,17 @@ def pretrain(
         Hung: No rank took a step within the timeout; a SystemExit with its own exit code. A rank that is stuck outside
             a collective ends without an exception.
     """
+    train_from_config(config, forward_step_func, callbacks, load_required=False)
+
+
+def train_from_config(
+    config: ConfigContainer,
+    forward_step_func: Callable,
+    callbacks: Sequence[Callback] | CallbackManager | None,
+    *,
+    load_required: bool,
+) -> None:
+    """`pretrain`, and `finetune` where `load_required`: a run that finds nothing to load must not start."""
     owns_process_group = enter_run(config)
     try:
         with raise_on_all_ranks("checking the configuration"):
@@ -61,7 +72,7 @@ def pretrain(
             loggers = [callback for callback in manager.callbacks if isinstance(callback, MetricsLogger)]
             try:
                 with opened(loggers, state):
-                    _run(state, forward_step_func, manager, summary)
+                    _run(state, forward_step_func, manager, summary, load_required=load_required)
             finally:
                 state.close()
     finally:
@@ -70,9 +81,16 @@ def pretrain(
             dist.destroy_process_group()
 
 
-def _run(state: GlobalState, forward_step_func: Callable, callbacks: CallbackManager, summary: RunSummary) -> None:
+def _run(
+    state: GlobalState,
+    forward_step_func: Callable,
+    callbacks: CallbackManager,
+    summary: RunSummary,
+    *,
+    load_required: bool,
+) -> None:
     """Set up, train, and evaluate at the end."""
-    run = setup(state)
+    run = setup(state, load_required=load_required)
     forward_step = bind_forward_step(forward_step_func, state)
     log_start(state, run.model, run.optimizer)
     try:

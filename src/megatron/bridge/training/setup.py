@@ -58,7 +58,12 @@ class _Data:
     padding: Any
 
 
-def setup(state: GlobalState, train_valid_test_datasets_provider: Callable[..., Any] = build_datasets) -> SetupOutput:
+def setup(
+    state: GlobalState,
+    train_valid_test_datasets_provider: Callable[..., Any] = build_datasets,
+    *,
+    load_required: bool = False,
+) -> SetupOutput:
     """Build process groups, data, model and optimizer, then load.
 
     Data and directories are checked first: they are cheap to check and often wrong.
@@ -66,6 +71,7 @@ def setup(state: GlobalState, train_valid_test_datasets_provider: Callable[..., 
     Args:
         state: A new run, with a configuration that `runtime_config_update` has resolved and checked.
         train_valid_test_datasets_provider: Called with the dataset configuration and a `DatasetBuildContext`.
+        load_required: The run must start from a checkpoint, as `finetune` says.
 
     Returns:
         Everything built, in one tuple.
@@ -86,7 +92,7 @@ def setup(state: GlobalState, train_valid_test_datasets_provider: Callable[..., 
     # Both are done again later: too few samples or a wrong checkpoint must be said before minutes of building.
     _train_iterator(state, data, pg_collection)
     context = init_checkpointing_context(cfg)
-    plan = plan_on_all_ranks(cfg, context)
+    plan = plan_on_all_ranks(cfg, context, load_required=load_required)
     with raise_on_all_ranks("reading where a text ends"):
         state.generation_config = generation_config_to_save(cfg, state.tokenizer, plan) if is_rank_0() else None
 
@@ -108,7 +114,7 @@ def setup(state: GlobalState, train_valid_test_datasets_provider: Callable[..., 
         derived=state.derived,
     )
     connect_schedules(model, optimizer, cfg)
-    load_checkpoint(state, model, optimizer, scheduler, checkpointing_context=context)
+    load_checkpoint(state, model, optimizer, scheduler, checkpointing_context=context, load_required=load_required)
 
     train_state = state.train_state
     train_state.do_train = data.train is not None and state.derived.train_iters > 0 and not state.derived.skip_train

@@ -35,9 +35,6 @@ class ConfigContainer(RunSections):
     """Copies of the model, for scripts; the run reads `derive()`. Shown by runtime_config_update and
     set_data_parallel_size; None before."""
 
-    _checkpoint_load_required: bool = field(init=False, default=False, repr=False)
-    """finetune() sets it: a run that finds nothing to load must not start."""
-
     def __post_init__(self) -> None:
         """What agrees with `mixed_precision` now follows it when it is changed."""
         forget_what_agrees(self)

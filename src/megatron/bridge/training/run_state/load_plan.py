@@ -75,7 +75,9 @@ class LoadPlan:
         return f"{self.path}: restoring {restored}" + (f"; not {fresh}{because}" if fresh else "")
 
 
-def plan_load(cfg: ConfigContainer, local: LocalCheckpoint | None = None) -> LoadPlan | None:
+def plan_load(
+    cfg: ConfigContainer, local: LocalCheckpoint | None = None, *, load_required: bool = False
+) -> LoadPlan | None:
     """Decide what a run loads.
 
     `checkpoint.load` wins over `checkpoint.pretrained_checkpoint`, so that a restarted finetune resumes; a
@@ -84,6 +86,7 @@ def plan_load(cfg: ConfigContainer, local: LocalCheckpoint | None = None) -> Loa
     Args:
         cfg: A checked configuration; only read.
         local: From `find_local`.
+        load_required: The run must not start from its initial weights, as `finetune` says.
 
     Returns:
         None where the run starts from its initial weights: neither option is set, or `load` is the directory that the
@@ -112,7 +115,7 @@ def plan_load(cfg: ConfigContainer, local: LocalCheckpoint | None = None) -> Loa
         return None
     if checkpoint.pretrained_checkpoint is not None:
         return _plan_pretrained(cfg, checkpoint.pretrained_checkpoint)
-    _check_may_start_from_scratch(cfg)
+    _check_may_start_from_scratch(cfg, load_required=load_required)
     return None
 
 
@@ -313,7 +316,7 @@ def _entry(run_config: dict[str, Any], section: str, name: str, *, default: Any)
     return default if value is None else value
 
 
-def _check_may_start_from_scratch(cfg: ConfigContainer) -> None:
+def _check_may_start_from_scratch(cfg: ConfigContainer, *, load_required: bool) -> None:
     """Refuse to train random weights where the configuration names a checkpoint.
 
     Raises:
@@ -321,14 +324,14 @@ def _check_may_start_from_scratch(cfg: ConfigContainer) -> None:
     """
     load, save = cfg.checkpoint.load, cfg.checkpoint.save
     if load is None:
-        if cfg._checkpoint_load_required:
+        if load_required:
             raise FileNotFoundError(
                 "finetune needs weights to start from, and neither checkpoint.load nor "
                 "checkpoint.pretrained_checkpoint is set: set one of them"
             )
         return
     missing = f"checkpoint.load={load!r} holds no checkpoint ({layout.TRACKER_FILE} is missing)"
-    if cfg._checkpoint_load_required:
+    if load_required:
         raise FileNotFoundError(
             f"{missing}, and checkpoint.pretrained_checkpoint is not set: "
             "set it, or point checkpoint.load at a directory that a save wrote"
