@@ -101,3 +101,34 @@ def _train_nothing(directory):
 
 def test_a_run_with_nothing_to_train_is_refused_on_all_ranks(tmp_path):
     run_on_ranks(_train_nothing, 2, tmp_path)
+
+
+def _threads_of_steps(directory, num_threads):
+    """The process's threads in each offloaded step, and after the run."""
+    import torch
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+    from megatron.bridge.offload_engine.adam import FlatAdam
+    from megatron.bridge.training.gpt_step import forward_step
+    from megatron.bridge.training.pretrain import pretrain
+
+    seen = set()
+
+    def count(optimizer, *_):
+        if isinstance(optimizer, FlatAdam):
+            seen.add(torch.get_num_threads())
+
+    cfg = tiny_config(directory, train_iters=2, checkpoint={"save": None})
+    cfg.optimizer.optimizer_cpu_offload, cfg.optimizer.optimizer_offload_fraction = True, 1.0
+    cfg.optimizer.optimizer_cpu_num_threads = num_threads
+    hook = register_optimizer_step_pre_hook(count)
+    try:
+        pretrain(cfg, forward_step)
+    finally:
+        hook.remove()
+    return seen, torch.get_num_threads()
+
+
+def test_an_offloaded_step_runs_with_the_threads_asked_for(tmp_path):
+    [(in_steps, after)] = run_on_ranks(_threads_of_steps, 1, tmp_path, 3)
+    assert in_steps == {3} and after == 1

@@ -196,6 +196,10 @@ BAD = {
         (["optimizer.optimizer_offload_fraction=-0.1"], 1, "set 0 to 1"),
         (["optimizer.optimizer_offload_fraction=.nan"], 1, "optimizer.optimizer_offload_fraction is nan"),
     ],
+    "check_host_threads_have_work": [
+        (["optimizer.optimizer_cpu_num_threads=2"], 1, "without optimizer.optimizer_cpu_offload=true"),
+        ([*OFFLOAD, "optimizer.optimizer_cpu_num_threads=0"], 1, "it must be at least 1"),
+    ],
     "check_offload_has_distributed_optimizer": [
         (
             [*OFFLOAD, "optimizer.use_distributed_optimizer=false", "ddp.use_distributed_optimizer=false"],

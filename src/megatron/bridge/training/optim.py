@@ -11,6 +11,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron.bridge.core_repairs.install import install_repairs, repaired_construction
+from megatron.bridge.offload_engine.host_threads import plan_host_threads, step_with
 from megatron.bridge.training.config import (
     DerivedConfig,
     OptimizerConfig,
@@ -68,6 +69,8 @@ def setup_optimizer(
         )
     _leave_stubs_out(optimizer)
     install_repairs(optimizer)
+    if optimizer_config.optimizer_cpu_offload:
+        _give_host_threads(optimizer, optimizer_config)
     logger.info("optimizer: %s", describe_optimizer(optimizer_config, optimizer))
     return optimizer, build_scheduler(optimizer, optimizer_config, scheduler_config, lengths)
 
@@ -96,6 +99,15 @@ def _shown_lengths(scheduler: SchedulerConfig) -> SchedulerConfig:
             "runtime_config_update(cfg) first, or pass derived=cfg.derive()"
         )
     return scheduler
+
+
+def _give_host_threads(optimizer: Any, config: OptimizerConfig) -> None:
+    """Let what is offloaded step with this rank's share of the machine's cores. Collective."""
+    threads = plan_host_threads(config.optimizer_cpu_num_threads)
+    if threads is not None:
+        logger.info("the host's optimizer steps with %d threads (%s)", threads.count, threads.reason)
+        for hybrid in find_hybrid_optimizers(optimizer):
+            step_with(hybrid.optimizer, threads)
 
 
 def build_scheduler(

@@ -8,6 +8,7 @@ import resource
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -180,6 +181,19 @@ def unlock_pages(address: int) -> None:
 
 RNG_STATE_BYTES = {16: "a GPU", 5056: "a simulated accelerator"}
 """The size of a device's random state, and the kind of device whose it is: CUDA's generator has a seed and a place."""
+
+
+def numa_node() -> int | None:
+    """The NUMA node that this process's GPU is attached to; None where it isn't known, as under simulation."""
+    if is_simulated() or not torch.cuda.is_available():
+        return None
+    properties: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
+    if not hasattr(properties, "pci_domain_id"):  # torch says it since 2.8
+        return None
+    place = f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
+    file = Path("/sys/bus/pci/devices") / place / "numa_node"
+    node = int(file.read_text()) if file.is_file() else -1
+    return node if node >= 0 else None
 
 
 def device_rng_state() -> torch.Tensor:

@@ -42,6 +42,10 @@ def _absent_transformer_engine_is_old() -> Iterator[None]:
 class OptimizerConfig(RemembersSetFields, CoreOptimizerConfig):
     """Megatron-Core's optimizer options, checked in `finalize()` instead of at birth."""
 
+    optimizer_cpu_num_threads: int | None = None
+    """Threads that the offloaded part of a step runs with, on each rank. None: the rank's share of the machine's cores,
+    whatever torchrun set; where the device is simulated, as many as the process has."""
+
     def __post_init__(self) -> None:
         """Do nothing yet: overrides and mixed precision come first."""
 

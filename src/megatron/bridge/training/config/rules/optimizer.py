@@ -29,6 +29,20 @@ def check_offload_fraction_is_a_part(cfg: RunSections, world_size: int) -> None:
         )
 
 
+def check_host_threads_have_work(cfg: RunSections, world_size: int) -> None:
+    """Threads of the host's optimizer are asked for where there is one."""
+    num_threads = cfg.optimizer.optimizer_cpu_num_threads
+    if num_threads is None:
+        return
+    if num_threads < 1:
+        raise ValueError(f"optimizer.optimizer_cpu_num_threads is {num_threads}: it must be at least 1, or null")
+    if not _offloads(cfg):
+        raise ValueError(
+            f"optimizer.optimizer_cpu_num_threads={num_threads} without optimizer.optimizer_cpu_offload=true: nothing "
+            "steps on the host; leave it out"
+        )
+
+
 def check_offload_has_distributed_optimizer(cfg: RunSections, world_size: int) -> None:
     """Without it Core replaces the parameters that the offloaded optimizer knows, and the first step is a KeyError."""
     if _offloads(cfg) and not (cfg.optimizer.use_distributed_optimizer and cfg.ddp.use_distributed_optimizer):
@@ -264,6 +278,7 @@ def log_what_is_offloaded(cfg: RunSections) -> None:
 
 OPTIMIZER_RULES = (
     check_offload_fraction_is_a_part,
+    check_host_threads_have_work,
     check_offload_has_no_fsdp,
     check_offload_knows_the_optimizer,
     check_offload_has_distributed_optimizer,
