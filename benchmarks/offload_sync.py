@@ -124,7 +124,7 @@ def _figures(repeats: int, load: Callable[[], Any], optimizer: Any, mode: str) -
 
 def _guard(optimizer: Any) -> None:
     """As where there is a GPU: nobody looks at its calls."""
-    with device.unobserved():
+    with device.bypass_simulation():
         check_hybrid_optimizer_param_copies(optimizer, exact=True)
 
 

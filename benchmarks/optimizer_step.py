@@ -21,8 +21,8 @@ import torch
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
 from benchmarks.figures import Figure, interleaved, ratios, run
-from megatron.bridge.core_repairs import engine, install
-from megatron.bridge.offload_engine.shards import lay_side_by_side
+from megatron.bridge.core_repairs import install, offload_step
+from megatron.bridge.offload_engine.shards import make_contiguous
 from megatron.bridge.planning.memory import planned_run
 from megatron.bridge.recipes.smollm2 import smollm2_135m_sft_config
 from megatron.bridge.training.optim import setup_optimizer
@@ -72,9 +72,9 @@ def measure(arguments: argparse.Namespace) -> list[Figure]:
 def _figures(
     what: str, places: Places, at_most: float, repeats: int, *, aware: bool, overlap: bool
 ) -> tuple[Figure, Figure]:
-    ours = install._repaired_class(HybridDeviceOptimizer, engine.REPAIRS[:1])
+    ours = install._repaired_class(HybridDeviceOptimizer, offload_step.REPAIRS[:1])
     rows = {
-        "ours": _stepper(ours, places, aware=aware, overlap=overlap, lay_shards=lay_side_by_side),
+        "ours": _stepper(ours, places, aware=aware, overlap=overlap, lay_shards=make_contiguous),
         "stock": _stepper(HybridDeviceOptimizer, places, aware=aware, overlap=overlap),
         "limit": _limit(places, aware=aware),
     }

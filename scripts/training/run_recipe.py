@@ -18,8 +18,8 @@ from typing import Any
 from megatron.bridge.recipes import all_recipes
 from megatron.bridge.recipes.build import MODES, PEFT_SCHEMES, RecipeRequest
 from megatron.bridge.recipes.launch import train_recipe
-from megatron.bridge.utils.config_texts import home_expanded
 from megatron.bridge.utils.exit_codes import exit_code_of, exit_with
+from megatron.bridge.utils.interpolation import expand_home
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,13 +32,13 @@ def build_parser() -> argparse.ArgumentParser:
     _add(
         parser,
         "--hf-path",
-        type=home_expanded,
+        type=expand_home,
         help="take sizes, weights and tokenizer from this Hugging Face directory",
     )
     _add(parser, "--seq-length", type=int, help="longest sample in tokens (default: the recipe's)")
     _add(parser, "--packed-sequence", action="store_true", help="pack several samples into each row")
     _add(parser, "--step-func", default="gpt_step", help="gpt_step, or module:function (default: %(default)s)")
-    _add(parser, "--config-file", type=home_expanded, help="YAML with options to set before the overrides")
+    _add(parser, "--config-file", type=expand_home, help="YAML with options to set before the overrides")
     _add(parser, "--dry-run", action="store_true", help="show the resolved configuration and its memory, and end")
     _add(parser, "--world-size", type=int, help="with --dry-run: plan for this many ranks")
     parser.add_argument("--rank", type=int, help="with --dry-run: plan this rank (default: the one that needs most)")

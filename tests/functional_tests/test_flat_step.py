@@ -108,20 +108,20 @@ RUNS = {
 
 def _compared(run: str, *, aware: bool, overlap: bool) -> tuple[int, list[str]]:
     """How often a bucket was stepped on as one, and in what the bits are not Core's."""
-    from megatron.bridge.core_repairs import engine, install, master_lookup, state_device
+    from megatron.bridge.core_repairs import install, master_lookup, offload_step, state_device
     from megatron.bridge.offload_engine.adam import Bucket
 
     of_run = RUNS[run]
     core = install._repaired_class(HybridDeviceOptimizer, (*master_lookup.REPAIRS, *state_device.REPAIRS))
-    entered, enter_step = [], Bucket.enter_step
-    Bucket.enter_step = lambda bucket: entered.append(bucket) or enter_step(bucket)
+    entered, step_lists = [], Bucket.step_lists
+    Bucket.step_lists = lambda bucket: entered.append(bucket) or step_lists(bucket)
     torch.set_num_threads(2)
     try:
         expected = _states(core, of_run, aware=aware, overlap=overlap)
-        found = _states(install._repaired_class(core, engine.REPAIRS[:1]), of_run, aware=aware, overlap=overlap)
+        found = _states(install._repaired_class(core, offload_step.REPAIRS[:1]), of_run, aware=aware, overlap=overlap)
     finally:
         torch.set_num_threads(1)
-        Bucket.enter_step = enter_step
+        Bucket.step_lists = step_lists
     return len(entered), [
         f"step {step}: {name}"
         for step, (one, other) in enumerate(zip(expected, found, strict=True))

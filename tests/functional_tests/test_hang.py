@@ -75,7 +75,7 @@ def test_an_error_that_comes_after_the_stacks_is_a_hang_too(clock, caplog, sign_
         while not watchdog.hangs:
             time.sleep(0.01)
         if sign_comes:
-            watchdog.sign(1)
+            watchdog.heartbeat(1)
         raise RuntimeError("Connection closed by peer\nand more")
     if raised is Hung:
         assert caught.value.code == HUNG
@@ -96,7 +96,7 @@ def test_signs_of_life_pauses_and_the_end_keep_it_quiet(clock, capfd, monkeypatc
 
     for step in range(2):
         pass_time(0.3)
-        watchdog.sign(step)
+        watchdog.heartbeat(step)
     with watchdog.paused():
         pass_time(0.8)
     pass_time(0.3)
@@ -106,7 +106,7 @@ def test_signs_of_life_pauses_and_the_end_keep_it_quiet(clock, capfd, monkeypatc
 
     watchdog = HangWatchdog()
     watchdog.start(60)
-    watchdog.sign(7)
+    watchdog.heartbeat(7)
     watchdog.start(0.3)  # shortened after the first step
     clock.now += 1.2
     while not ended:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron.bridge.core_repairs.plain_state import _put_step_where_it_is_kept
-from megatron.bridge.training.run_state.optimizer_chain import in_this_chain
+from megatron.bridge.training.run_state.optimizer_chain import match_optimizer_chain
 from tests.rigs.on_ranks import Recorder, differing
 from tests.rigs.ranks import run_on_ranks
 from tests.rigs.resume import without_repairs
@@ -92,4 +92,4 @@ def test_a_chain_of_another_length_is_refused():
     optimizer.chained_optimizers = [FP32Optimizer.__new__(FP32Optimizer)]
     saved = {number: {"param_groups": [{"wd_mult": 1.0}]} for number in (0, 1)} | {"param_groups": [{"params": [0]}]}
     with pytest.raises(ValueError, match="state of 2 optimizers and this run 1 .*load_optim=false"):
-        in_this_chain(optimizer, saved)
+        match_optimizer_chain(optimizer, saved)

@@ -33,7 +33,7 @@ def _plain_files() -> list[Reader]:
         return layout.resolve_checkpoint(path.parent)
 
     def described(path: Path) -> Any:
-        return layout.what_is_missing(path.parent)
+        return layout.why_incomplete(path.parent)
 
     def listed(path: Path) -> Any:
         (path.parent / layout.METADATA_FILE).write_bytes(b"abc")

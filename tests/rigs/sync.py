@@ -177,12 +177,12 @@ def start(cfg: Any, model: list[Any]) -> Run:
     from megatron.bridge.training.gpt_step import forward_step
     from megatron.bridge.training.micro_batches import bind_forward_step
     from megatron.bridge.training.optim import setup_optimizer
-    from megatron.bridge.training.setup import SetupOutput, connect_schedules
+    from megatron.bridge.training.setup import SetupOutput, set_schedule_functions
     from megatron.bridge.training.state import GlobalState
     from megatron.bridge.training.train import train_step
 
     optimizer, scheduler = setup_optimizer(cfg.optimizer, cfg.scheduler, model, cfg.dist.use_gloo_process_groups)
-    connect_schedules(model, optimizer, cfg)
+    set_schedule_functions(model, optimizer, cfg)
     state = GlobalState(cfg)
     bound = bind_forward_step(forward_step, state)
     batches = _micro_batches(cfg.train.micro_batch_size)

@@ -80,11 +80,11 @@ def test_sync_fails():
 @pytest.fixture
 def submit(tmp_path):
     """Submit the script and wait; gives the job's status and output (what sbatch says, where there is no job)."""
-    stand_ins = tmp_path / "bin"
-    stand_ins.mkdir()
+    inert_objects = tmp_path / "bin"
+    inert_objects.mkdir()
     for name, text in (("sbatch", SBATCH), ("srun", SRUN)):
-        (stand_ins / name).write_text(text)
-        (stand_ins / name).chmod(0o755)
+        (inert_objects / name).write_text(text)
+        (inert_objects / name).chmod(0o755)
     (tmp_path / "image.sqsh").touch()
     (tmp_path / "test_tiny.py").write_text(TINY_TEST)
 
@@ -92,7 +92,7 @@ def submit(tmp_path):
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "PYTEST_"))}
         environment = {
             **kept,
-            "PATH": f"{stand_ins}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PATH": f"{inert_objects}:{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHON": sys.executable,
             "SPOOL": str(tmp_path),
             "TESTS": str(tmp_path / "test_tiny.py"),

@@ -6,13 +6,13 @@ Importing this package loads nothing heavy: `AutoBridge` is fetched on first use
 
 from typing import Any
 
-from megatron.bridge.utils.core_warnings import leave_out_import_warnings
+from megatron.bridge.utils.core_warnings import silence_import_warnings
 from megatron.bridge.utils.moved_modules import import_by_old_names
 
 __version__ = "0.1.0"
 __all__ = ["AutoBridge", "__version__"]
 
-leave_out_import_warnings()
+silence_import_warnings()
 import_by_old_names()
 
 

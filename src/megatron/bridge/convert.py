@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.utils.command_options import DTYPES, add_checkpoint_options
-from megatron.bridge.utils.config_texts import home_expanded
 from megatron.bridge.utils.exit_codes import exit_with
+from megatron.bridge.utils.interpolation import expand_home
 
 if TYPE_CHECKING:
     from megatron.bridge.models.conversion.auto_bridge import AutoBridge
@@ -43,10 +43,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     importing = commands.add_parser("import", help="Hugging Face directory -> Megatron checkpoint")
     importing.add_argument(
-        "--hf-model", type=home_expanded, required=True, help="directory, or name on the Hugging Face hub"
+        "--hf-model", type=expand_home, required=True, help="directory, or name on the Hugging Face hub"
     )
     importing.add_argument(
-        "--megatron-path", type=home_expanded, required=True, help="directory of the checkpoint to write"
+        "--megatron-path", type=expand_home, required=True, help="directory of the checkpoint to write"
     )
 
     exporting = commands.add_parser("export", help="Megatron checkpoint -> Hugging Face directory, adapters merged")
@@ -55,12 +55,12 @@ def build_parser() -> argparse.ArgumentParser:
     for command in (exporting, adapting, merging):
         add_checkpoint_options(command, with_base=command is not adapting)
     for command in (exporting, adapting):
-        command.add_argument("--hf-path", type=home_expanded, required=True, help="directory to write")
-    merging.add_argument("--output", type=home_expanded, required=True, help="directory of the checkpoint to write")
+        command.add_argument("--hf-path", type=expand_home, required=True, help="directory to write")
+    merging.add_argument("--output", type=expand_home, required=True, help="directory of the checkpoint to write")
 
     roundtrip = commands.add_parser("roundtrip", help="prove that a model survives both ways bit by bit")
     roundtrip.add_argument(
-        "--hf-model", type=home_expanded, required=True, help="directory, or name on the Hugging Face hub"
+        "--hf-model", type=expand_home, required=True, help="directory, or name on the Hugging Face hub"
     )
 
     for command in (importing, exporting):

@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_text_files(args: argparse.Namespace) -> "tuple[HuggingFaceTokenizer, dict[str, Any]]":
+def read_tokenizer_files(args: argparse.Namespace) -> "tuple[HuggingFaceTokenizer, dict[str, Any]]":
     """The tokenizer that was saved with the checkpoint, or else that of `--hf-model`, and `generation_config.json`.
 
     Raises:
@@ -62,13 +62,13 @@ def read_text_files(args: argparse.Namespace) -> "tuple[HuggingFaceTokenizer, di
     from megatron.bridge.data.config import TokenizerConfig
     from megatron.bridge.data.tokenizer import HuggingFaceTokenizer, build_tokenizer
     from megatron.bridge.models.conversion.hf_config import find_hf_directory
-    from megatron.bridge.models.conversion.text_files import TextFiles, has_tokenizer
+    from megatron.bridge.models.conversion.tokenizer_files import TokenizerFiles, has_tokenizer
 
     own = resolve_checkpoint(args.megatron_path) / TOKENIZER_DIRECTORY
     if args.hf_model is None and not has_tokenizer(own):
         raise FileNotFoundError(f"{own} holds no tokenizer: pass --hf-model with the model's directory")
     model = None if args.hf_model is None else find_hf_directory(args.hf_model)
-    text = TextFiles.of_checkpoint(args.megatron_path, model)
+    text = TokenizerFiles.of_checkpoint(args.megatron_path, model)
     tokenizer = build_tokenizer(TokenizerConfig(tokenizer_model=str(text.tokenizer)))
     assert isinstance(tokenizer, HuggingFaceTokenizer)
     return tokenizer, text.generation or {}
@@ -141,7 +141,7 @@ def run(args: argparse.Namespace) -> None:
             if args.max_new_tokens < 1:
                 raise ValueError(f"--max-new-tokens {args.max_new_tokens}: expected 1 or more")
             sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
-            tokenizer, generation = read_text_files(args)
+            tokenizer, generation = read_tokenizer_files(args)
             prompt = encode_prompt(args, tokenizer)
             if is_rank_0():
                 warn_of_settings(generation)

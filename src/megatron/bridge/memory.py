@@ -10,8 +10,8 @@ No GPU is needed: the rank's model and optimizer are built on tensors that have 
 import argparse
 from collections.abc import Sequence
 
-from megatron.bridge.utils.config_texts import home_expanded
 from megatron.bridge.utils.exit_codes import exit_code_of, exit_with
+from megatron.bridge.utils.interpolation import expand_home
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -23,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("recipe", help="a recipe's name, or module:function")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options, e.g. train.micro_batch_size=2")
-    parser.add_argument("--hf-path", type=home_expanded, help="take the sizes from this Hugging Face directory")
+    parser.add_argument("--hf-path", type=expand_home, help="take the sizes from this Hugging Face directory")
     parser.add_argument("--world-size", type=int, help="ranks (default: as few as hold the model)")
     parser.add_argument("--rank", type=int, help="plan this rank (default: the one that needs most)")
     parser.add_argument("--shapes", action="store_true", help="list the rank's part of each weight too")

@@ -9,8 +9,8 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron.bridge.utils.config_texts import home_expanded
 from megatron.bridge.utils.exit_codes import exit_with
+from megatron.bridge.utils.interpolation import expand_home
 
 
 def draw(paths: Sequence[str | Path], output: str | Path, *, wanted: list[str] | None = None) -> int:
@@ -67,8 +67,8 @@ def curves(path: str | Path, wanted: list[str] | None = None) -> dict[tuple[str,
 def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("metrics", type=home_expanded, nargs="+", help="metrics.jsonl of a run, or of several")
-    parser.add_argument("--output", type=home_expanded, default="loss.png", help="the picture (default: loss.png)")
+    parser.add_argument("metrics", type=expand_home, nargs="+", help="metrics.jsonl of a run, or of several")
+    parser.add_argument("--output", type=expand_home, default="loss.png", help="the picture (default: loss.png)")
     parser.add_argument("--name", action="append", help="draw this instead of the losses, e.g. grad_norm")
     return parser
 

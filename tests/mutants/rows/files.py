@@ -77,7 +77,7 @@ THE_FILES = (
     Mutant(
         name="any attribute by name",
         breaks="a stranger's pickle reaches what no member is",
-        file=f"{CHECKPOINT}stand_ins.py",
+        file=f"{CHECKPOINT}inert_objects.py",
         text="        if found is None:\n",
         replacement="        found = getattr(owner, name) if found is None else found\n        if found is None:\n",
         tests=(f"{_INTERPRETERS}nothing_is_taken_from_anything_else",),
@@ -85,7 +85,7 @@ THE_FILES = (
     Mutant(
         name="any name for a member of an enumeration that isn't here",
         breaks="a stranger's `mro` counts as a member",
-        file=f"{CHECKPOINT}stand_ins.py",
+        file=f"{CHECKPOINT}inert_objects.py",
         text=" and _can_be_a_members_name(name)",
         replacement="",
         tests=(f"{_INTERPRETERS}nothing_but_a_member_is_taken_from_one_of_megatrons",),
@@ -93,7 +93,7 @@ THE_FILES = (
     Mutant(
         name="members of an enumeration by value alone",
         breaks="what CPython 3.11.2 wrote is refused",
-        file=f"{CHECKPOINT}stand_ins.py",
+        file=f"{CHECKPOINT}inert_objects.py",
         text="                found = owner.named(name)\n",
         replacement="                pass\n",
         tests=(f"{_INTERPRETERS}a_description_of_each_interpreter_is_read[3.11.2]",),

@@ -57,8 +57,8 @@ THE_REPAIRS = (
     ),
     _without("group order", "group_order", f"{_REPAIRED}state_is_found_under_its_own_parameter"),
     _without("reshardable state", "reshardable_state", RESHARDED),
-    _without("flat step", "engine", f"{_REPAIRED}parameters_share_an_optimizer_on_the_host", kept="[1:]"),
-    _without("flat shards", "engine", f"{_REPAIRED}shards_cross_in_few_copies", kept="[:1]"),
+    _without("flat step", "offload_step", f"{_REPAIRED}parameters_share_an_optimizer_on_the_host", kept="[1:]"),
+    _without("flat shards", "offload_step", f"{_REPAIRED}shards_cross_in_few_copies", kept="[:1]"),
     _without("plain state", "plain_state", f"{_PLAIN}it_resumes_to_the_bit[bf16, FP32 norms]"),
     _without("finite gradients", "finite_gradients", f"{_FINITE}so_does_one_whose_norm_overflows"),
     _without("lazy hybrid init", "lazy_hybrid_init", f"{_REPAIRED}only_what_a_rank_owns_is_copied"),
@@ -83,7 +83,7 @@ THE_FLAT_STEP = (
     _flat(
         "tails in the run",
         "gaps are stepped on as parameters, and last elements round otherwise",
-        "        self._in_run = sum(map(fits_in_a_run, params))\n",
+        "        self._in_run = sum(map(is_aligned, params))\n",
         "        self._in_run = len(params)\n",
     ),
     _flat(
@@ -196,7 +196,7 @@ THE_RESUME = (
         "another number of optimizers",
         "experts can't be spread over other ranks",
         "training/run_state/schedule.py",
-        'in_this_chain(optimizer, loaded["optimizer"])',
+        'match_optimizer_chain(optimizer, loaded["optimizer"])',
         'loaded["optimizer"]',
         f"{RESUME}[experts-EP2-bf16-aware-0.5-overlap-fully-DP_2]",
     ),

@@ -142,7 +142,7 @@ RUNS = (
     Mutant(
         name="a tracker that is away ends the run",
         breaks="what a service's outage costs is all steps since the last save",
-        file=f"{SOURCE}training/monitoring/delivery.py",
+        file=f"{SOURCE}training/monitoring/metrics_queue.py",
         text="        except BaseException as error:  # a thread's SystemExit would end it without a word\n",
         replacement="        except KeyError as error:\n",
         tests=(f"{_DELIVERY}what_was_missed_comes_later_and_in_order[at once]",),

@@ -124,7 +124,7 @@ def test_damaged_metadata_is_refused(tmp_path, text, message):
     directory = write_iteration(tmp_path, 2)
     assert layout.is_complete(directory)
     (directory / "metadata.json").write_text(text)
-    assert message in layout.what_is_missing(directory)
+    assert message in layout.why_incomplete(directory)
 
 
 def test_what_counts_as_a_checkpoint(tmp_path):
@@ -237,13 +237,13 @@ def test_forget_from_removes_a_step_and_later_ones(tmp_path, step, left, tracker
     for iteration in (2, 4, 6):
         write_iteration(tmp_path, iteration)
     layout.write_tracker(tmp_path, 4)
-    layout.forget_from(tmp_path, step)
+    layout.remove_from_step(tmp_path, step)
     assert iterations_left(tmp_path) == left
     assert layout.read_tracker(tmp_path) == (tracker and layout.Tracker(tracker))
 
 
 def test_forget_from_has_nothing_to_do_where_nothing_is(tmp_path):
-    layout.forget_from(tmp_path / "nowhere", 1)
+    layout.remove_from_step(tmp_path / "nowhere", 1)
 
 
 def test_prune_touches_only_complete_iterations(tmp_path):

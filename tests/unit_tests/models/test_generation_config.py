@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from megatron.bridge.checkpoint import layout
 from megatron.bridge.models.conversion import generation_config as module
-from megatron.bridge.models.conversion.text_files import TextFiles, find_generation_config
+from megatron.bridge.models.conversion.tokenizer_files import TokenizerFiles, find_generation_config
 from tests.unit_tests.data.conftest import CHATML, write_tokenizer
 
 END, BEGIN = 279, 280  # <|im_end|>, <|begin|>
@@ -129,25 +129,25 @@ def checkpoint(tmp_path):
 
 def test_what_a_checkpoint_lacks_is_taken_from_its_model(checkpoint):
     model, own = checkpoint.parents[1] / "model", checkpoint / layout.TOKENIZER_DIRECTORY
-    assert TextFiles.of_checkpoint(checkpoint) == TextFiles(model, {"eos_token_id": [5, END]})
+    assert TokenizerFiles.of_checkpoint(checkpoint) == TokenizerFiles(model, {"eos_token_id": [5, END]})
     own.mkdir()  # as a run without a tokenizer leaves it
-    assert TextFiles.of_checkpoint(checkpoint).tokenizer == model
+    assert TokenizerFiles.of_checkpoint(checkpoint).tokenizer == model
     write_tokenizer(own)
-    assert TextFiles.of_checkpoint(checkpoint) == TextFiles(own, {"eos_token_id": [5, END]})
+    assert TokenizerFiles.of_checkpoint(checkpoint) == TokenizerFiles(own, {"eos_token_id": [5, END]})
     (own / module.FILE).write_text('{"eos_token_id": 7}')
-    assert TextFiles.of_checkpoint(checkpoint) == TextFiles(own, {"eos_token_id": 7})
+    assert TokenizerFiles.of_checkpoint(checkpoint) == TokenizerFiles(own, {"eos_token_id": 7})
     assert find_generation_config(checkpoint) == {"eos_token_id": 7}
     (own / module.FILE).unlink()
     assert find_generation_config(checkpoint) == {"eos_token_id": 5}
     model.rename(model.with_name("moved"))
-    assert TextFiles.of_checkpoint(checkpoint) == TextFiles(own, {"eos_token_id": [END]})
+    assert TokenizerFiles.of_checkpoint(checkpoint) == TokenizerFiles(own, {"eos_token_id": [END]})
     assert find_generation_config(checkpoint) is None
 
 
 def test_an_import_of_before_has_the_end_tokens_of_its_model(checkpoint):
     (checkpoint / layout.TRAIN_STATE_FILE).unlink()
     write_tokenizer(checkpoint / layout.TOKENIZER_DIRECTORY)
-    assert TextFiles.of_checkpoint(checkpoint).generation == {"eos_token_id": 5}
+    assert TokenizerFiles.of_checkpoint(checkpoint).generation == {"eos_token_id": 5}
 
 
 def test_an_export_has_no_file_of_another_tokenizer(checkpoint, tmp_path):
@@ -155,6 +155,6 @@ def test_an_export_has_no_file_of_another_tokenizer(checkpoint, tmp_path):
     (model / "tokenizer.model").write_text("another")
     write_tokenizer(own)
     (tmp_path / "out").mkdir()
-    TextFiles.of(model, checkpoint=checkpoint).write(tmp_path / "out")
+    TokenizerFiles.of(model, checkpoint=checkpoint).write(tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"tokenizer.json", "tokenizer_config.json", module.FILE}

@@ -5,9 +5,9 @@ import pytest
 import transformers
 
 from megatron.bridge.models.conversion.trained_config import (
+    changed_in_training,
     check_base_is_as_trained,
     config_as_trained,
-    fields_trained_otherwise,
 )
 from megatron.bridge.models.families import family_of, provider_fields
 from tests.rigs.families import MODELS
@@ -69,8 +69,8 @@ def test_what_was_changed_is_written(case, form, heard_records):
     before, provider = dict(config), provider_of(config, **changes)
     written = config_as_trained(config, provider)
     assert config == before, "the model's own is left as it is"
-    assert fields_trained_otherwise(written, provider) == {}
-    assert fields_trained_otherwise(config, provider).keys() <= changes.keys()
+    assert changed_in_training(written, provider) == {}
+    assert changed_in_training(config, provider).keys() <= changes.keys()
     getattr(transformers, MODELS[name].architecture).config_class.from_dict(written)
     with pytest.raises(ValueError, match=rf"model\.({'|'.join(changes)})=.*export the whole model"):
         check_base_is_as_trained(config, provider, "the model")

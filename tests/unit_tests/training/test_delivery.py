@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron.bridge.training.monitoring import delivery
-from megatron.bridge.training.monitoring.delivery import Delivery
+from megatron.bridge.training.monitoring import metrics_queue
+from megatron.bridge.training.monitoring.metrics_queue import MetricsQueue
 
 
 def _state(step):
@@ -29,7 +29,7 @@ class _Place:
 
 
 def _hand_over(place, steps, *, at_once, close=lambda: None):
-    figures, state = Delivery("Place", place.write, at_once=at_once), _state(0)
+    figures, state = MetricsQueue("Place", place.write, at_once=at_once), _state(0)
     for state.train_state.step in steps:
         figures.hand_over(state, "train", {})
     figures.finish(close)
@@ -41,7 +41,7 @@ def _warnings(caplog):
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch):
-    monkeypatch.setattr(delivery, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(metrics_queue, "FIRST_PAUSE_SECONDS", 0.01)
 
 
 @pytest.fixture(params=[True, False], ids=["at once", "by a thread"])
@@ -66,10 +66,10 @@ def test_what_was_missed_comes_later_and_in_order(at_once, caplog):
 
 
 def test_pauses_grow_while_it_is_away(monkeypatch, caplog):
-    monkeypatch.setattr(delivery, "time", clock := SimpleNamespace(now=0.0, sleep=lambda seconds: None))
+    monkeypatch.setattr(metrics_queue, "time", clock := SimpleNamespace(now=0.0, sleep=lambda seconds: None))
     clock.monotonic = lambda: clock.now
     place, state = _Place(lambda place, step: True), _state(0)
-    figures, tries = Delivery("Place", place.write, at_once=True), []
+    figures, tries = MetricsQueue("Place", place.write, at_once=True), []
     for state.train_state.step in range(1, 2001):
         clock.now += 0.01
         before = place.tries
@@ -88,14 +88,14 @@ def test_a_line_that_is_refused_does_not_hold_up_the_others(at_once):
 
 
 def test_the_oldest_is_given_up_when_too_many_wait(monkeypatch):
-    monkeypatch.setattr(delivery, "MOST_WAITING", 3)
+    monkeypatch.setattr(metrics_queue, "MOST_WAITING", 3)
     place = _Place(lambda place, step: place.tries == 1)
     _hand_over(place, range(1, 7), at_once=True)
     assert place.taken == [4, 5, 6]
 
 
 def test_one_that_never_answers_holds_nobody(monkeypatch, caplog):
-    monkeypatch.setattr(delivery, "SECONDS_WITHOUT_PROGRESS", 0.05)
+    monkeypatch.setattr(metrics_queue, "SECONDS_WITHOUT_PROGRESS", 0.05)
     caplog.set_level(logging.INFO)
     never = threading.Event()
     place = _Place(lambda place, step: step == 2 and never.wait(60))

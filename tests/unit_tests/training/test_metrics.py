@@ -13,12 +13,12 @@ import pytest
 
 from megatron.bridge.training.callbacks import CallbackContext
 from megatron.bridge.training.config.rules.monitoring import check_trackers_are_installed
-from megatron.bridge.training.monitoring import delivery
+from megatron.bridge.training.monitoring import metrics_queue
 from megatron.bridge.training.monitoring.metrics import (
     RUNS_OWN,
     MetricsFile,
     metrics_file_of,
-    opened,
+    open_loggers,
     read_metrics,
     step_losses,
     step_values,
@@ -33,7 +33,7 @@ def _state(*overrides, step=0):
 
 
 def _write(loggers, state, steps, **values):
-    with opened(loggers, state):
+    with open_loggers(loggers, state):
         for step in steps:
             state.train_state.step = step
             for logger in loggers:
@@ -65,7 +65,7 @@ def test_a_line_in_the_middle_that_is_no_json_is_named(tmp_path):
 
 
 def test_a_disk_that_fills_up_costs_no_line_once_there_is_room(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(delivery, "FIRST_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(metrics_queue, "FIRST_PAUSE_SECONDS", 0.0)
     metrics, state = MetricsFile(tmp_path / "metrics.jsonl", option="checkpoint.save"), _state()
 
     class Full:
@@ -83,7 +83,7 @@ def test_a_disk_that_fills_up_costs_no_line_once_there_is_room(tmp_path, monkeyp
             self.taken.append(self.file.write(data[: len(data) // 2]))
             return self.taken[0]
 
-    with opened([metrics], state):
+    with open_loggers([metrics], state):
         for step in range(1, 8):
             if step in (3, 6):
                 metrics._file = Full(metrics._file) if step == 3 else metrics._file.file
@@ -114,7 +114,7 @@ def test_a_file_that_cannot_be_written_names_the_option(tmp_path):
     state = _state(f"checkpoint.save={tmp_path}/file/below")
     with (
         pytest.raises(ValueError, match=r"checkpoint.save='.*file/below' can't be written"),
-        opened(build_loggers(state.cfg), state),
+        open_loggers(build_loggers(state.cfg), state),
     ):
         pass
 
@@ -139,7 +139,7 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     state = _state("logger.wandb_project=mine", "logger.wandb_exp_name=tiny", f"logger.wandb_save_dir={tmp_path}")
     [logger] = build_loggers(state.cfg)
-    with opened([logger], state):
+    with open_loggers([logger], state):
         state.train_state.step = 1
         logger.write(state, "train", {"lm loss": 2.125, "grad_norm": None})
         logger.write(state, "validation", {"lm loss": 3.375})
@@ -176,7 +176,7 @@ def test_mlflow_gets_what_another_thread_hands_over(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     state = _state("logger.mlflow_experiment=mine", step=4)
     [logger] = build_loggers(state.cfg)
-    with opened([logger], state):
+    with open_loggers([logger], state):
         logger.deliver(state, "train", {"lm loss": 2.0, "grad_norm": float("nan"), "größe@1, %": 1})
     assert calls == [
         ("figures for MLflow", {"lm loss": 2.0, "größe_1_ _": 1.0}, {"step": 4, "run_id": "r"}),
@@ -222,9 +222,9 @@ def test_a_run_that_fails_is_told_so(tmp_path):
     told = []
     logger = MetricsFile(tmp_path / "metrics.jsonl")
     logger.close = lambda *, failed: told.append(failed)
-    with pytest.raises(RuntimeError), opened([logger], None):
+    with pytest.raises(RuntimeError), open_loggers([logger], None):
         raise RuntimeError
-    with opened([logger], None):
+    with open_loggers([logger], None):
         pass
     assert told == [True, False] and os.environ.get("RANK", "0") == "0"
 
@@ -236,7 +236,7 @@ def test_a_picture_of_the_losses(tmp_path):
     path = tmp_path / "metrics.jsonl"
     state, file = _state(), MetricsFile(path)
     _write([file], state, [1, 2])
-    with opened([file], state):
+    with open_loggers([file], state):
         file.write(state, "validation", {"lm loss": 1.5, "num_tokens": 3})
         file.write(state, "test", {"loss_scale": 2.0**32, "z_loss": 60.0, "skipped": True})
     assert curves(path) == {("lm loss", "train"): [(1, 2.0), (2, 1.0)], ("lm loss", "validation"): [(2, 1.5)]}

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
-from megatron.bridge.training.run_state.optimizer_chain import in_this_chain
+from megatron.bridge.training.run_state.optimizer_chain import match_optimizer_chain
 
 
 def group(*, of_experts=False, wd_mult=1.0, **rates):
@@ -25,8 +25,8 @@ def chain(*groups_of_each):
 
 def test_as_many_optimizers_are_left_alone():
     one, two = saved(group(step=3), param_state="tensors"), {0: saved(group()), 1: saved(group(of_experts=True))}
-    assert in_this_chain(chain([group()]), one) is one
-    assert in_this_chain(chain([group()], [group(of_experts=True)]), two) is two
+    assert match_optimizer_chain(chain([group()]), one) is one
+    assert match_optimizer_chain(chain([group()], [group(of_experts=True)]), two) is two
 
 
 def test_one_optimizer_of_two():
@@ -36,13 +36,13 @@ def test_one_optimizer_of_two():
         1: saved(group(of_experts=True, step=3, lr=2e-4)),
         "param_state": "tensors",
     }
-    found = in_this_chain(chain([group()]), read)
+    found = match_optimizer_chain(chain([group()]), read)
     assert found == saved(group(step=3, lr=1e-4), param_state="tensors")
 
 
 def test_two_optimizers_of_one():
     read = {**saved(group(step=3), group(wd_mult=0.0, step=3)), 0: {"param_state": "a"}, 1: {"param_state": "b"}}
-    found = in_this_chain(chain([group(), group(wd_mult=0.0)], [group(of_experts=True)]), read)
+    found = match_optimizer_chain(chain([group(), group(wd_mult=0.0)], [group(of_experts=True)]), read)
     assert found == {
         0: saved(group(step=3), group(wd_mult=0.0, step=3), param_state="a"),
         1: saved(group(of_experts=True, step=3), param_state="b"),
@@ -51,7 +51,7 @@ def test_two_optimizers_of_one():
 
 def test_groups_that_only_their_rates_tell_apart_keep_theirs():
     read = {0: saved(group(step=3, max_lr=1.0)), 1: saved(group(step=3, max_lr=2.0)), "param_state": "tensors"}
-    found = in_this_chain(chain([group(max_lr=2.0), group(max_lr=1.0)]), read)
+    found = match_optimizer_chain(chain([group(max_lr=2.0), group(max_lr=1.0)]), read)
     assert [one["max_lr"] for one in found["optimizer"]["param_groups"]] == [2.0, 1.0]
 
 
@@ -60,4 +60,4 @@ def test_a_group_that_was_not_saved_is_refused():
     with pytest.raises(
         ValueError, match=r"no param group with wd_mult, .* = \(0.0, 1.0, False\): found .*load_optim=f"
     ):
-        in_this_chain(chain([group(wd_mult=0.0)]), read)
+        match_optimizer_chain(chain([group(wd_mult=0.0)]), read)

@@ -7,7 +7,7 @@ import pytest
 
 from megatron.bridge.data.config import GPTDatasetConfig
 from megatron.bridge.training.config import runtime_config_update
-from megatron.bridge.utils.config_texts import home_expanded, resolve_texts
+from megatron.bridge.utils.interpolation import expand_home, resolve_interpolations
 from tests.unit_tests.training.config_examples import make_config
 
 PATHS = [
@@ -37,18 +37,18 @@ def test_every_path_may_begin_at_home_or_in_a_variable(option):
     for text, expected in (("~/x", "/home/me/x"), ("${oc.env:WHERE}/x", "/data/x"), ("a~b/~", "a~b/~")):
         cfg = make_config("profiling={}", f"{option}={text}")
         for _ in range(2):
-            resolve_texts(cfg)
+            resolve_interpolations(cfg)
             assert value_of(cfg, option) == expected
     cfg = make_config("profiling={}", option + "=${oc.env:NOT_SET}/x")
     with pytest.raises(ValueError, match=rf"{option}=.*\${{oc.env:NOT_SET}} names nothing"):
-        resolve_texts(cfg)
+        resolve_interpolations(cfg)
 
 
 def test_paths_in_lists_variables_and_path_objects():
     cfg = make_config("env_vars.CACHE=${oc.env:WHERE}/cache")
     cfg.dataset = GPTDatasetConfig(seq_length=32, blend=(["~/a", "${oc.env:WHERE}/b"], None), split="1,0,0")
     cfg.checkpoint.save = Path("~/x")
-    resolve_texts(cfg)
+    resolve_interpolations(cfg)
     assert cfg.dataset.blend == (["/home/me/a", "/data/b"], None)
     assert cfg.checkpoint.save == Path("/home/me/x")
     assert cfg.env_vars == {"CACHE": "/data/cache"}
@@ -68,7 +68,7 @@ def test_paths_in_lists_variables_and_path_objects():
 def test_what_may_be_named(text, expected):
     cfg = make_config("checkpoint.save=~/run")
     cfg.logger.tensorboard_dir = text
-    resolve_texts(cfg)
+    resolve_interpolations(cfg)
     assert cfg.logger.tensorboard_dir == expected
 
 
@@ -85,7 +85,7 @@ def test_what_names_nothing_is_refused_before_the_run(text):
 
 def test_a_home_of_nobody_is_refused():
     with pytest.raises(ValueError, match="there is no user 'nobody-at-all'"):
-        home_expanded("~nobody-at-all/x")
+        expand_home("~nobody-at-all/x")
 
 
 def test_templates_are_left_as_they_are():
@@ -93,6 +93,6 @@ def test_templates_are_left_as_they_are():
     cfg = make_config()
     cfg.tokenizer.chat_template = template
     cfg.dataset.dataset_kwargs = {"prompt_template": "~ ${input} {output}"}
-    resolve_texts(cfg)
+    resolve_interpolations(cfg)
     assert cfg.tokenizer.chat_template == template
     assert cfg.dataset.dataset_kwargs == {"prompt_template": "~ ${input} {output}"}

@@ -36,7 +36,7 @@ def test_a_tested_one_is_not(caplog, installed):
 def test_a_run_says_it_as_it_starts(monkeypatch, caplog):
     monkeypatch.setattr(core_version, "core_version", "0.20.0")
     monkeypatch.setattr(initialize.distributed, "init_process_group", lambda *arguments: False)
-    initialize.enter_run(SimpleNamespace(logger=LoggerConfig(), dist=DistributedInitConfig()))
+    initialize.initialize_distributed(SimpleNamespace(logger=LoggerConfig(), dist=DistributedInitConfig()))
     assert "megatron-core 0.20.0 is newer than the newest tested" in caplog.text
 
 

@@ -11,8 +11,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron.bridge.utils.config_texts import home_expanded
 from megatron.bridge.utils.exit_codes import exit_with
+from megatron.bridge.utils.interpolation import expand_home
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -25,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, meaning in (("inspect", "what is in it"), ("verify", "each file against its checksum")):
         command = commands.add_parser(name, help=meaning)
-        command.add_argument("directory", type=home_expanded, help="directory of checkpoints, or one iter_N in it")
+        command.add_argument("directory", type=expand_home, help="directory of checkpoints, or one iter_N in it")
         command.add_argument("--ckpt-step", type=int, help="this iteration (default: the latest)")
     return parser
 

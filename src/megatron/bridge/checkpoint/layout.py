@@ -123,7 +123,7 @@ def is_hf_directory(path: str | os.PathLike) -> bool:
     return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
 
 
-def what_is_missing(directory: str | os.PathLike) -> str | None:
+def why_incomplete(directory: str | os.PathLike) -> str | None:
     """What keeps an iteration's directory from being a complete checkpoint, in words; None where it is complete."""
     directory = Path(directory)
     if not directory.is_dir():
@@ -144,7 +144,7 @@ def what_is_missing(directory: str | os.PathLike) -> str | None:
 
 def is_complete(directory: str | os.PathLike) -> bool:
     """Whether an iteration's directory holds a complete checkpoint."""
-    return what_is_missing(directory) is None
+    return why_incomplete(directory) is None
 
 
 def iterations(root: str | os.PathLike) -> Iterator[tuple[int, Path]]:
@@ -227,7 +227,7 @@ def find_checkpoint(path: str | os.PathLike, ckpt_step: int | None = None, *, op
                 "or one of its iter_N directories"
             )
         directory = _standing(root, tracker.iteration, release=tracker.release)
-    missing = what_is_missing(directory)
+    missing = why_incomplete(directory)
     if missing is not None:
         whole = ", ".join(map(str, _complete_iterations(directory.parent)))
         way_out = f"; complete iterations there: {whole} (checkpoint.ckpt_step)" if whole else ""
@@ -277,7 +277,7 @@ def _dangling(root: str | os.PathLike) -> list[tuple[int, Path]]:
     return [(iteration, path) for iteration, path in found if iteration is not None]
 
 
-def forget_from(root: str | os.PathLike, step: int) -> None:
+def remove_from_step(root: str | os.PathLike, step: int) -> None:
     """Remove the iterations of a step and of later ones, and the tracker where it names one of them."""
     tracker = read_tracker(root)
     if tracker is not None and tracker.iteration >= step:

@@ -19,9 +19,9 @@ from megatron.core.utils import unwrap_model
 
 from megatron.bridge.checkpoint import layout
 from megatron.bridge.checkpoint.manifest import write_manifest
+from megatron.bridge.checkpoint.partial_stacks import split_partial_stacks
 from megatron.bridge.checkpoint.sharded_save import save_sharded
 from megatron.bridge.checkpoint.sharded_state import load_sharded
-from megatron.bridge.checkpoint.stacks import without_holes
 from megatron.bridge.utils.distributed import barrier, is_rank_0, raise_on_all_ranks
 from megatron.bridge.utils.files import atomic_write, check_writable_directory, fsync_directory, move_directory
 from megatron.bridge.utils.yaml_io import parse_yaml
@@ -63,7 +63,7 @@ def wanted_weights(state_dict: dict[str, Any], is_wanted: Callable[[str], bool])
         state_dict: From `model_sharded_state_dict`.
         is_wanted: Which of a chunk's names to keep.
     """
-    return without_holes(
+    return split_partial_stacks(
         {
             chunk: {name: value for name, value in state.items() if is_wanted(name)}
             for chunk, state in state_dict.items()

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint import filesystem as dcp_filesystem
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint import planner as dcp_planner
 
-from megatron.bridge.checkpoint.stand_ins import (
+from megatron.bridge.checkpoint.inert_objects import (
     Enumeration,
     ForeignNameError,
     InertMember,

@@ -49,7 +49,7 @@ Advice = Callable[[list[str]], str]
 """Says what to do, given the keys of the tensors that don't fit."""
 
 
-def load_another(keys: list[str]) -> str:
+def default_advice(keys: list[str]) -> str:
     """The advice where all that is known are the keys."""
     return "load a checkpoint of this model, or set the model's sizes to the checkpoint's"
 
@@ -63,7 +63,7 @@ def load_sharded(
     exchange: str = "broadcast",
     check_sharding: bool = True,
     verify: bool = True,
-    advice: Advice = load_another,
+    advice: Advice = default_advice,
 ) -> dict[str, Any]:
     """Read the tensors that a sharded state dict describes, with all ranks.
 
@@ -329,7 +329,7 @@ def check_shapes(
     sharded_state_dict: ShardedStateDict,
     directory: str | Path,
     reader: PlainReader | None = None,
-    advice: Advice = load_another,
+    advice: Advice = default_advice,
 ) -> None:
     """Refuse a checkpoint whose tensors are not the ones the template asks for, before anything is read.
 

@@ -5,9 +5,9 @@ from bisect import bisect_right
 from typing import Any
 
 from megatron.bridge.data.answers import Rendering, find_answers, up_to_end_tokens
-from megatron.bridge.data.left_out import find_left_out
+from megatron.bridge.data.template_omissions import find_omissions
 from megatron.bridge.data.messages import Conversation, read_conversation
-from megatron.bridge.data.notes import Note
+from megatron.bridge.data.row_notes import Note
 from megatron.bridge.data.samples import RenderedSample, Span, nothing_to_learn
 from megatron.bridge.data.sft_options import SFTOptions
 from megatron.bridge.data.tokenizer import HuggingFaceTokenizer, Tokenizer
@@ -47,7 +47,7 @@ class ChatFormat:
         if not said.answers and self.answer_only_loss:
             return nothing_to_learn("all answers are marked as not to be learned", said.notes)
         rendering = self._render(said)
-        notes = (*said.notes, *find_left_out(rendering))
+        notes = (*said.notes, *find_omissions(rendering))
         if self.answer_only_loss and self.tokenizer.marks_answers(said.tools):
             return self._as_marked(rendering, said, notes)
         text = rendering.text

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron.bridge.data.notes import Note
+from megatron.bridge.data.row_notes import Note
 from megatron.bridge.data.samples import Offsets, RenderedSample, SampleFormat
 from megatron.bridge.data.sft_options import SFTOptions
 from megatron.bridge.data.sources import Row

@@ -4,7 +4,7 @@
 from collections.abc import Collection
 from typing import Any
 
-from megatron.bridge.data.notes import Note
+from megatron.bridge.data.row_notes import Note
 
 FLAGS = ("weight", "train", "training", "trainable", "loss", "loss_mask", "loss_weight", "loss_scale")
 """Keys of a message by which its author says whether it is learned."""

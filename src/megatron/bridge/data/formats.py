@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron.bridge.data.chat import ChatFormat
 from megatron.bridge.data.fields import ignored_fields
-from megatron.bridge.data.notes import Note
+from megatron.bridge.data.row_notes import Note
 from megatron.bridge.data.samples import RenderedSample, SampleFormat, Span, json_type, nothing_to_learn
 from megatron.bridge.data.sft_options import SFTOptions
 from megatron.bridge.data.tokenizer import Tokenizer

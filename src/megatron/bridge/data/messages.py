@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron.bridge.data.fields import ABOUT_THE_ROW, FLAGS, ignored_fields, is_empty
 from megatron.bridge.data.jsonl import read_json
-from megatron.bridge.data.notes import Note
+from megatron.bridge.data.row_notes import Note
 from megatron.bridge.data.samples import json_type
 
 ROLE_OF_SPEAKER = {

@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from megatron.bridge.data.notes import Note
+from megatron.bridge.data.row_notes import Note
 
 Span = tuple[int, int]
 Offsets = list[tuple[int, int]]

@@ -20,11 +20,11 @@ from torch.utils.data import Dataset
 from megatron.bridge.data.cache import cache_file, read_cache, write_cache
 from megatron.bridge.data.encoding import NO_LEARNED_TOKEN, SampleEncoder, TokenisedSample, encode_all
 from megatron.bridge.data.formats import choose_format
-from megatron.bridge.data.notes import NoteCount, NoteCounter, read_counts, shown
+from megatron.bridge.data.row_notes import NoteCount, NoteCounter, read_counts, shown
 from megatron.bridge.data.sft_options import SFTOptions
 from megatron.bridge.data.sources import JsonlSource, Source
 from megatron.bridge.data.tokenizer import Tokenizer
-from megatron.bridge.utils.distributed import all_gathered, is_rank_0, local_rank, raise_on_all_ranks, while_others_wait
+from megatron.bridge.utils.distributed import all_gathered, is_rank_0, local_rank, raise_on_all_ranks, run_while_others_wait
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +189,7 @@ def _through_cache(
         return digest, dataset
 
     tokenises = local_rank() == 0 or is_rank_0()
-    own = while_others_wait(prepare if tokenises else None, doing=f"reading {source}")
+    own = run_while_others_wait(prepare if tokenises else None, doing=f"reading {source}")
     digest = next(digest for digest in all_gathered(own and own[0]) if digest)
     with raise_on_all_ranks(f"reading {source}"):
         return own[1] if own else kept(digest) or tokenise()

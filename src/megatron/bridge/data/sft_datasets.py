@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""A `GPTSFTDatasetConfig` to its three datasets: found, tokenised, cut and packed."""
+"""A `GPTSFTDatasetConfig` to its three datasets: found, tokenised, split and packed."""
 
 import logging
 from typing import TypeAlias
@@ -41,7 +41,7 @@ def build_sft_datasets(
     samples = {split: _load(config, context, source, split=split) for split, source in sources.items()}
     if config.split is not None:
         with raise_on_all_ranks("cutting the data"):
-            samples = cut(config, samples["training"])
+            samples = split_samples(config, samples["training"])
     training, validation, test = (
         _packed(config, samples[split], split) if split in samples else None for split in SPLITS
     )
@@ -89,7 +89,7 @@ def find_sources(config: GPTSFTDatasetConfig) -> dict[str, Source]:
     return {split: source for split, source in found.items() if wanted[split]}
 
 
-def cut(config: GPTSFTDatasetConfig, samples: SFTDataset) -> dict[str, SFTDataset]:
+def split_samples(config: GPTSFTDatasetConfig, samples: SFTDataset) -> dict[str, SFTDataset]:
     """Cuts one dataset into the splits that are wanted: which sample goes where follows from the seed alone.
 
     Raises:

@@ -59,7 +59,7 @@ def decoder_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that every family reads alike from a Hugging Face configuration.
 
     Args:
-        hf: From `as_transformers_reads`, as in all functions here.
+        hf: From `as_read_by_transformers`, as in all functions here.
 
     Raises:
         ValueError: The configuration asks for what can't be expressed.

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.models.conversion.mapping import WeightMapping
-from megatron.bridge.models.conversion.transformers_config import as_transformers_reads
+from megatron.bridge.models.conversion.transformers_config import as_read_by_transformers
 
 if TYPE_CHECKING:
     from megatron.bridge.models.gpt_provider import GPTModelProvider
@@ -88,4 +88,4 @@ def provider_fields(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: transformers doesn't read it, or it asks for what can't be expressed.
     """
-    return family_of(hf_config).provider_fields(as_transformers_reads(hf_config, _known_architecture(hf_config)))
+    return family_of(hf_config).provider_fields(as_read_by_transformers(hf_config, _known_architecture(hf_config)))

@@ -14,7 +14,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module, MegatronModule
 
-from megatron.bridge.models.gradient_entry import open_gradient_entry
+from megatron.bridge.models.input_gradients import enable_input_gradients
 from megatron.bridge.utils.device import current_device
 
 ChunkHook = Callable[[list[MegatronModule]], list[MegatronModule] | None]
@@ -99,7 +99,7 @@ class ModelProviderMixin(abc.ABC):
         chunks = self._build_chunks()
         chunks = _call_hooks([*self._pre_wrap_hooks, *([pre_wrap_hook] if pre_wrap_hook else [])], chunks)
         for chunk in chunks:
-            open_gradient_entry(chunk)
+            enable_input_gradients(chunk)
             for parameter in chunk.parameters():
                 tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
             if wrap_with_ddp or not self.use_cpu_initialization:

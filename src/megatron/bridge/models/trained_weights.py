@@ -14,8 +14,8 @@ from megatron.core import mpu
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.utils import unwrap_model
 
-from megatron.bridge.models.gradient_entry import open_gradient_entry_always
-from megatron.bridge.utils.distributed import all_gathered, in_words, raise_on_all_ranks
+from megatron.bridge.models.input_gradients import enable_input_gradients_always
+from megatron.bridge.utils.distributed import all_gathered, format_ranks, raise_on_all_ranks
 
 Holders = tuple[Any, ...]
 """Which ranks hold the same weights, or parts of them: those of a stage, or of an expert-parallel rank in a stage."""
@@ -48,7 +48,7 @@ def check_trained_weights(model: list[Any]) -> None:
     experts = {holders: found for holders, found in digests.items() if _are_experts_of_this_stage(holders)}
     if len(set().union(*experts.values())) > 1:
         for chunk in map(unwrap_model, model):
-            open_gradient_entry_always(chunk)
+            enable_input_gradients_always(chunk)
 
 
 def check_trained_as_wrapped(model: list[Any]) -> None:
@@ -110,8 +110,8 @@ def _check_agreement(differing: dict[Holders, list[str] | None]) -> None:
     trained = [rank for rank, found in names.items() if name in found]
     frozen = [rank for rank in names if rank not in trained]
     raise ValueError(
-        f"{name} is trained on {in_words(trained)} and frozen on {in_words(frozen)}, which hold the same weight or "
-        "parts of it: freeze it on all of them or on none"
+        f"{name} is trained on {format_ranks(trained)} and frozen on {format_ranks(frozen)}, which hold the same "
+        "weight or parts of it: freeze it on all of them or on none"
     )
 
 

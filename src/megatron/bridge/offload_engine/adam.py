@@ -21,12 +21,12 @@ State = dict[str, Any]
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def fits_in_a_run(param: torch.Tensor) -> bool:
+def is_aligned(param: torch.Tensor) -> bool:
     """Whether it can be stepped on as one with its neighbours."""
     return param.numel() % ALIGNMENT == 0
 
 
-def hold(states: Iterable[State], name: str, tensors: Iterable[torch.Tensor]) -> bool:
+def states_hold(states: Iterable[State], name: str, tensors: Iterable[torch.Tensor]) -> bool:
     """Whether each dict has its tensor under that name."""
     try:
         return all(map(is_, map(itemgetter(name), states), tensors))
@@ -45,8 +45,8 @@ class Bucket:
             pin_masters: They are copied to the device after each step.
             pin_gradients: They are copied from it before each step.
         """
-        self.params = sorted(params, key=lambda param: not fits_in_a_run(param))
-        self._in_run = sum(map(fits_in_a_run, params))
+        self.params = sorted(params, key=lambda param: not is_aligned(param))
+        self._in_run = sum(map(is_aligned, params))
         self._shapes = [param.shape for param in self.params]
         self._masters = Slab(self._shapes, pinned=pin_masters)
         self._pin_gradients = pin_gradients
@@ -80,9 +80,9 @@ class Bucket:
             master.grad = None
 
     @torch.no_grad()
-    def take_gradients(self) -> None:
+    def copy_gradients_to_host(self) -> None:
         """Queue the copies to the host of the gradients that there are."""
-        with device.unobserved():
+        with device.bypass_simulation():
             gradients = _gradients_of(self.params)
             if all(map(is_not, gradients, repeat(None))):
                 there: Sequence[int] = range(len(gradients))
@@ -98,9 +98,9 @@ class Bucket:
             self._have_gradient.update(there)
 
     @torch.no_grad()
-    def give_weights(self) -> None:
+    def copy_weights_to_device(self) -> None:
         """Queue the copies of the masters to the device."""
-        with device.unobserved():
+        with device.bypass_simulation():
             on_host, on_device = self._pairs(self._masters, self.params)
             torch._foreach_copy_([tensor.data for tensor in on_device], on_host, non_blocking=True)
 
@@ -136,7 +136,7 @@ class Bucket:
             Whether that could be done: each dict holds moments and a counter.
         """
         for name, slab in self._state.items():
-            if hold(states, name, slab.tensors):
+            if states_hold(states, name, slab.tensors):
                 continue
             for state, place in zip(states, slab.tensors, strict=True):
                 tensor = state.get(name)
@@ -148,7 +148,7 @@ class Bucket:
         return True
 
     @torch.no_grad()
-    def empty_state(self, at: int) -> State:
+    def initial_state(self, at: int) -> State:
         """The state of step 0 of one master."""
         return {name: slab.tensors[at].zero_() for name, slab in self._state.items()}
 
@@ -158,7 +158,7 @@ class Bucket:
         return bool((counters == counters[:1]).all())
 
     @torch.no_grad()
-    def enter_step(self) -> dict[str, list[torch.Tensor]]:
+    def step_lists(self) -> dict[str, list[torch.Tensor]]:
         """What torch's `adam` takes for one step, by kind, all state being in place.
 
         It moves the counters on that it is given, one for each run; the others of a run are moved on here.
@@ -201,7 +201,7 @@ class FlatAdam(torch.optim.Optimizer):
         for bucket, start in self._starts.values():
             for at, state in enumerate(self._states(bucket, start)):
                 if not state:
-                    self.state[bucket.masters[at]] = bucket.empty_state(at)
+                    self.state[bucket.masters[at]] = bucket.initial_state(at)
 
     def _states(self, bucket: Bucket, start: int) -> list[State | None]:
         """The state of each master. It usually lies in their order, which spares the lookups."""
@@ -216,7 +216,7 @@ class FlatAdam(torch.optim.Optimizer):
         if bucket is None:
             adam: Any = super()
             return adam._init_group(group, *arguments)
-        of_kind = bucket.enter_step()
+        of_kind = bucket.step_lists()
         lists = [argument for argument in arguments if isinstance(argument, list)]  # torch 2.6 adds amsgrad, a bool
         for listed, kind in zip(lists, ("master", "gradient", *MOMENTS, "largest", "step"), strict=True):
             listed += of_kind.get(kind, [])
@@ -230,7 +230,7 @@ class FlatAdam(torch.optim.Optimizer):
         found = self._states(bucket, start)
         states = [state for state in found if state]
         if not states:
-            states = [bucket.empty_state(at) for at in range(len(found))]
+            states = [bucket.initial_state(at) for at in range(len(found))]
             self.state.update(zip(bucket.masters, states, strict=True))
         can_be_one = len(states) == len(found) and bucket.place(states) and bucket.counters_agree()
         return bucket if can_be_one else None

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron.bridge.offload_engine.adam import fits_in_a_run
+from megatron.bridge.offload_engine.adam import is_aligned
 from megatron.bridge.offload_engine.host_memory import ALIGNMENT
-from megatron.bridge.offload_engine.step import in_buckets
+from megatron.bridge.offload_engine.step import split_into_buckets
 
 
-class ShardsSideBySide(DistributedOptimizer):
+class ContiguousShards(DistributedOptimizer):
     """Overrides that lay the FP32 shards side by side; mixed into Core's class or a subclass of it."""
 
     @classmethod
@@ -25,19 +25,19 @@ class ShardsSideBySide(DistributedOptimizer):
     ) -> Any:
         groups = super()._build_model_and_main_param_groups(gbuf_ranges, param_gbuf_map, opt_group_ranges, config)
         for shards in groups[4]:  # FP32 clones of 16-bit parameters; views of FP32 ones stay where they are
-            lay_side_by_side(shards)
+            make_contiguous(shards)
         return groups
 
 
 @torch.no_grad()
-def lay_side_by_side(shards: list[torch.Tensor]) -> None:
+def make_contiguous(shards: list[torch.Tensor]) -> None:
     """Move tensors into new memory, a bucket's worth at a time; they stay the same objects.
 
     Args:
         shards: Flat FP32 tensors on one device, which share their memory with nothing.
     """
-    for bucket in in_buckets(shards):
-        bucket.sort(key=lambda shard: not fits_in_a_run(shard))
+    for bucket in split_into_buckets(shards):
+        bucket.sort(key=lambda shard: not is_aligned(shard))
         places = [-(-shard.numel() // ALIGNMENT) * ALIGNMENT for shard in bucket]
         piece = bucket[0].new_empty(sum(places))
         for shard, place in zip(bucket, piece.split(places), strict=True):

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
-from megatron.bridge.offload_engine.adam import Bucket, FlatAdam, hold
+from megatron.bridge.offload_engine.adam import Bucket, FlatAdam, states_hold
 from megatron.bridge.utils import device
 
 BUCKET_ELEMENTS = 1 << 23
 """32 MB of FP32: a copy of some milliseconds, which overlaps with the step of the bucket before."""
 
 
-class StepInBuckets(HybridDeviceOptimizer):
+class BucketedStep(HybridDeviceOptimizer):
     """Overrides that put an offloaded step into buckets; mixed into Core's class or a subclass of it."""
 
     def _init_sub_optimizers(self) -> None:
@@ -44,7 +44,7 @@ class StepInBuckets(HybridDeviceOptimizer):
         fp32_copies: dict[torch.Tensor, torch.Tensor] = {}
         self._buckets = []
         for group, offloaded, staying in _split(self.param_groups, offload_fraction):
-            for params in in_buckets(offloaded):
+            for params in split_into_buckets(offloaded):
                 bucket = known.get(frozenset(map(id, params))) or Bucket(
                     params, pin_masters=self.pin_cpu_params, pin_gradients=self.pin_cpu_grads
                 )
@@ -75,10 +75,10 @@ class StepInBuckets(HybridDeviceOptimizer):
         return [cpu_optimizer_cls([group]) for group in cpu_param_groups]
 
     def _register_param_copy_back_gpu_hook(self) -> None:
-        def give_weights(optimizer: FlatAdam, *_: Any) -> None:
+        def copy_weights_to_device(optimizer: FlatAdam, *_: Any) -> None:
             with device.queued_on(self._h2d_stream):
                 for bucket in optimizer.buckets:
-                    bucket.give_weights()
+                    bucket.copy_weights_to_device()
 
         @torch.no_grad()
         def round_weights(*_: Any) -> None:
@@ -86,7 +86,7 @@ class StepInBuckets(HybridDeviceOptimizer):
                 param.data.copy_(master)
 
         for optimizer in self.cpu_optimizers:
-            optimizer.register_step_post_hook(give_weights)
+            optimizer.register_step_post_hook(copy_weights_to_device)
         if self.gpu_optimizer is not None:
             self.gpu_optimizer.register_step_post_hook(round_weights)
 
@@ -98,7 +98,7 @@ class StepInBuckets(HybridDeviceOptimizer):
                 master.grad = grad.to(master.dtype)
         for optimizer in self.cpu_optimizers:
             for bucket in optimizer.buckets:
-                bucket.take_gradients()
+                bucket.copy_gradients_to_host()
             self._cpu_optimizer_map_data_event[optimizer] = self._d2h_stream.record_event()
 
     def _sync_hdo_param_groups_to_sub_optimizers(self) -> None:
@@ -118,7 +118,7 @@ class StepInBuckets(HybridDeviceOptimizer):
             len(self._synced) == len(states) + 1
             and all(map(is_, self._synced, [self.state, *states]))
             and len(self.state) == sum(map(len, states))
-            and all(hold(state.values(), "master_param", state) for state in states)
+            and all(states_hold(state.values(), "master_param", state) for state in states)
         )
 
     def _sync_hdo_state_to_sub_optimizers(self) -> None:
@@ -144,7 +144,7 @@ def _split(groups: list[dict], fraction: float) -> Iterator[tuple[dict, list[tor
         yield options, offloaded, staying
 
 
-def in_buckets(params: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+def split_into_buckets(params: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     """Neighbours of one dtype, as many as a bucket takes, at least one."""
     bucket: list[torch.Tensor] = []
     elements = 0

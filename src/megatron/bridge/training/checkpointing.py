@@ -48,9 +48,9 @@ from megatron.bridge.training.run_state.content import (
 from megatron.bridge.training.run_state.load_plan import LoadPlan, Source, plan_base, plan_load
 from megatron.bridge.training.run_state.local import (
     find_local,
-    forget_local_from,
     open_local_checkpoints,
     read_local,
+    remove_local_from_step,
     save_local,
 )
 from megatron.bridge.training.run_state.optimizer import advice_on
@@ -141,7 +141,7 @@ def save_checkpoint(
         cfg.checkpoint.save,
         option="checkpoint.save",
         keep=cfg.checkpoint.most_recent_k or 0,
-        afterwards=partial(_forget_abandoned, cfg, context, step),
+        afterwards=partial(_remove_abandoned, cfg, context, step),
     )
 
 
@@ -219,14 +219,14 @@ def finish_background_save(state: GlobalState, *, wait: bool) -> Path | None:
     return directory
 
 
-def _forget_abandoned(cfg: ConfigContainer, context: dict[str, Any], step: int) -> None:
+def _remove_abandoned(cfg: ConfigContainer, context: dict[str, Any], step: int) -> None:
     """A run that went back to an earlier step abandons what it saved in between after it."""
-    forget_local_from(context, step)
+    remove_local_from_step(context, step)
     if cfg.checkpoint.non_persistent_ckpt_type == "global":
         root = cfg.checkpoint.non_persistent_root(cfg.checkpoint.save)
         with raise_on_all_ranks("removing abandoned checkpoints"):
             if is_rank_0() and root is not None:
-                layout.forget_from(root, step)
+                layout.remove_from_step(root, step)
     barrier()
 
 

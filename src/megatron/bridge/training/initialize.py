@@ -19,7 +19,7 @@ from megatron.bridge.utils.logging import setup_logging
 logger = logging.getLogger(__name__)
 
 
-def enter_run(cfg: ConfigContainer) -> bool:
+def initialize_distributed(cfg: ConfigContainer) -> bool:
     """Enter the configured device and bring up the default process group.
 
     Returns:
@@ -43,7 +43,7 @@ def initialize_megatron(cfg: ConfigContainer) -> ProcessGroupCollection:
     Raises:
         ValueError: The parallel sizes don't divide the number of processes.
     """
-    enter_run(cfg)
+    initialize_distributed(cfg)
     model = cfg.model
     distributed.initialize_model_parallel(
         model.tensor_model_parallel_size,

@@ -38,7 +38,7 @@ def bind_forward_step(forward_step_func: Callable, state: GlobalState) -> Callab
         first.annotation in (GlobalState, "GlobalState") or first.name in ("state", "global_state")
     )
     if len(positional) == (3 if wants_state else 2):
-        return _alive(partial(forward_step_func, state) if wants_state else forward_step_func, state)
+        return _with_heartbeat(partial(forward_step_func, state) if wants_state else forward_step_func, state)
     names = ", ".join(parameter.name for parameter in parameters)
     raise ValueError(
         f"forward_step_func {getattr(forward_step_func, '__name__', forward_step_func)!r} takes ({names}): "
@@ -46,11 +46,11 @@ def bind_forward_step(forward_step_func: Callable, state: GlobalState) -> Callab
     )
 
 
-def _alive(forward_step: Callable, state: GlobalState) -> Callable:
+def _with_heartbeat(forward_step: Callable, state: GlobalState) -> Callable:
     """The same, and each micro-batch is a sign of life."""
 
     def step(*args: Any, **kwargs: Any) -> Any:
-        state.watchdog.sign(state.train_state.step)
+        state.watchdog.heartbeat(state.train_state.step)
         return forward_step(*args, **kwargs)
 
     return step

@@ -67,7 +67,7 @@ def setup_optimizer(
             use_gloo_process_groups=use_gloo_process_groups,
             pg_collection=pg_collection,
         )
-    _leave_stubs_out(optimizer)
+    _drop_stub_optimizers(optimizer)
     install_repairs(optimizer)
     if optimizer_config.optimizer_cpu_offload:
         _give_host_threads(optimizer, optimizer_config)
@@ -75,7 +75,7 @@ def setup_optimizer(
     return optimizer, build_scheduler(optimizer, optimizer_config, scheduler_config, lengths)
 
 
-def _leave_stubs_out(optimizer: Any) -> None:
+def _drop_stub_optimizers(optimizer: Any) -> None:
     """Take the optimizers without an optimizer out of a chain: Core can step them, but neither save nor load them.
 
     Core chains one for the experts' weights to one for all others, which is such a stub on every rank if only experts

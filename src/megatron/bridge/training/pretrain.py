@@ -8,10 +8,10 @@ import torch.distributed as dist
 from megatron.bridge.training.callbacks import Callback, CallbackManager, normalize_callbacks
 from megatron.bridge.training.config import ConfigContainer, runtime_config_update
 from megatron.bridge.training.eval import evaluate, evaluate_once
-from megatron.bridge.training.initialize import destroy_global_state, enter_run
+from megatron.bridge.training.initialize import destroy_global_state, initialize_distributed
 from megatron.bridge.training.micro_batches import bind_forward_step
 from megatron.bridge.training.monitoring.hang_watchdog import watched
-from megatron.bridge.training.monitoring.metrics import MetricsLogger, opened
+from megatron.bridge.training.monitoring.metrics import MetricsLogger, open_loggers
 from megatron.bridge.training.monitoring.preemption import catch_exit_signal
 from megatron.bridge.training.monitoring.profiling import build_profilers
 from megatron.bridge.training.monitoring.progress import ProgressBar
@@ -20,8 +20,8 @@ from megatron.bridge.training.monitoring.trackers import build_loggers
 from megatron.bridge.training.setup import maybe_log_and_save_config, setup
 from megatron.bridge.training.state import GlobalState
 from megatron.bridge.training.train import train
-from megatron.bridge.utils.config_texts import resolve_texts
 from megatron.bridge.utils.distributed import raise_on_all_ranks
+from megatron.bridge.utils.interpolation import resolve_interpolations
 from megatron.bridge.utils.logging import log_to_rank_file
 
 
@@ -57,10 +57,10 @@ def train_from_config(
     load_required: bool,
 ) -> None:
     """`pretrain`, and `finetune` where `load_required`: a run that finds nothing to load must not start."""
-    owns_process_group = enter_run(config)
+    owns_process_group = initialize_distributed(config)
     try:
         with raise_on_all_ranks("checking the configuration"):
-            resolve_texts(config)
+            resolve_interpolations(config)
             log_to_rank_file(config.logger.rank_log_dir)
             runtime_config_update(config)
             summary = RunSummary()
@@ -71,7 +71,7 @@ def train_from_config(
             state = GlobalState(config, exit_signal=exit_signal)
             loggers = [callback for callback in manager.callbacks if isinstance(callback, MetricsLogger)]
             try:
-                with opened(loggers, state):
+                with open_loggers(loggers, state):
                     _run(state, forward_step_func, manager, summary, load_required=load_required)
             finally:
                 state.close()

@@ -97,10 +97,10 @@ def setup(
         state.generation_config = generation_config_to_save(cfg, state.tokenizer, plan) if is_rank_0() else None
 
     model = cfg.model.provide_distributed_model(
-        ddp_config=_with_the_runs_own_checks(cfg.ddp),
+        ddp_config=_without_core_nan_check(cfg.ddp),
         data_parallel_random_init=cfg.rng.data_parallel_random_init,
         pg_collection=pg_collection,
-        pre_wrap_hook=None if cfg.peft is None else partial(_adapt, cfg),
+        pre_wrap_hook=None if cfg.peft is None else partial(_add_adapters, cfg),
     )
     _check_attention(state, data, model)
     if state.derived.train_iters > 0 and not state.derived.skip_train:
@@ -113,7 +113,7 @@ def setup(
         optimizer_config_override_provider=cfg.optimizer_config_override_provider,
         derived=state.derived,
     )
-    connect_schedules(model, optimizer, cfg)
+    set_schedule_functions(model, optimizer, cfg)
     load_checkpoint(state, model, optimizer, scheduler, checkpointing_context=context, load_required=load_required)
 
     train_state = state.train_state
@@ -133,7 +133,7 @@ def setup(
     )
 
 
-def _with_the_runs_own_checks(ddp: DistributedDataParallelConfig) -> DistributedDataParallelConfig:
+def _without_core_nan_check(ddp: DistributedDataParallelConfig) -> DistributedDataParallelConfig:
     """Without Core's check for NaN gradients: it ends one rank alone, names no step, and forbids FP16 to overflow.
 
     `step_if_finite` looks at all gradients, always.
@@ -143,7 +143,7 @@ def _with_the_runs_own_checks(ddp: DistributedDataParallelConfig) -> Distributed
     return ddp
 
 
-def _adapt(cfg: ConfigContainer, chunks: list[Any]) -> list[Any]:
+def _add_adapters(cfg: ConfigContainer, chunks: list[Any]) -> list[Any]:
     """The model with its pretrained weights, frozen, and adapters that are trained."""
     load_base_weights(cfg, chunks)
     peft: Any = cfg.peft
@@ -247,7 +247,7 @@ def _evaluation_steps(state: GlobalState, dataset: Any, data: _Data, pg_collecti
     )
 
 
-def connect_schedules(model: list[Any], optimizer: Any, cfg: ConfigContainer) -> None:
+def set_schedule_functions(model: list[Any], optimizer: Any, cfg: ConfigContainer) -> None:
     """Give Core's schedules the functions they call around the micro-batches of a step."""
     config = get_model_config(model[0])
     config.grad_scale_func = optimizer.scale_loss

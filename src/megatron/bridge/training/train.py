@@ -84,7 +84,7 @@ def train(run: SetupOutput, forward_step_func: Callable, callbacks: CallbackMana
         while state.train_state.step < state.derived.train_iters and not is_preempted:
             _take_step(run, forward_step, context, callbacks)
             step = state.train_state.step
-            state.watchdog.sign(step)
+            state.watchdog.heartbeat(step)
             if step == first_step:
                 shorten_timeouts(state.watchdog, state.cfg.dist)
             _complete_background_save(run, context, callbacks, wait=False)

@@ -3,7 +3,7 @@
 
 import argparse
 
-from megatron.bridge.utils.config_texts import home_expanded
+from megatron.bridge.utils.interpolation import expand_home
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -16,15 +16,15 @@ def add_checkpoint_options(parser: argparse.ArgumentParser, *, with_base: bool) 
         with_base: Whether the weights under adapters are read, too.
     """
     parser.add_argument(
-        "--megatron-path", type=home_expanded, required=True, help="directory of checkpoints, or one iter_N in it"
+        "--megatron-path", type=expand_home, required=True, help="directory of checkpoints, or one iter_N in it"
     )
     parser.add_argument(
         "--hf-model",
-        type=home_expanded,
+        type=expand_home,
         help="directory or hub name of the model that it came from (default: as the checkpoint says); gives the "
         "configuration, and the tokenizer where the checkpoint has none",
     )
     if with_base:
         parser.add_argument(
-            "--base", type=home_expanded, help="weights under adapters (default: those that they were trained on)"
+            "--base", type=expand_home, help="weights under adapters (default: those that they were trained on)"
         )

@@ -24,17 +24,17 @@ _LOGGED = {
 """By logger: how a record starts that is left out."""
 
 
-def leave_out_import_warnings() -> None:
+def silence_import_warnings() -> None:
     """Add the filters; what a user's `-W`, PYTHONWARNINGS or own filters of warnings say goes first."""
     for message in (_NOT_INSTALLED, _OWN_DEFAULT, _EXPERIMENTAL):
         warnings.filterwarnings("ignore", message, UserWarning, r"megatron\.core\.", append=True)
     for name, start in _LOGGED.items():
         logger = logging.getLogger(name)
-        if not any(isinstance(known, _LeaveOut) for known in logger.filters):
-            logger.addFilter(_LeaveOut(start))
+        if not any(isinstance(known, _DropStartingWith) for known in logger.filters):
+            logger.addFilter(_DropStartingWith(start))
 
 
-class _LeaveOut(logging.Filter):
+class _DropStartingWith(logging.Filter):
     """Drops records that start with a text."""
 
     def __init__(self, start: str) -> None:

@@ -133,7 +133,7 @@ def queued_on(stream: torch.cuda.Stream) -> Iterator[None]:
     stream.record_event().wait(torch.cuda.current_stream())
 
 
-def unobserved() -> contextlib.AbstractContextManager:
+def bypass_simulation() -> contextlib.AbstractContextManager:
     """Inside, the simulated accelerator doesn't look at torch calls: for loops over many tensors that only read."""
     return torch._C.DisableTorchFunction()
 

@@ -21,7 +21,7 @@ from megatron.bridge.utils.rendezvous import is_shared_by_starts, store_of_this_
 T = TypeVar("T")
 
 SECONDS_BETWEEN_MEETINGS = 10.0
-"""How long a rank works by itself in `while_others_wait`: well below any timeout of a process group."""
+"""How long a rank works by itself in `run_while_others_wait`: well below any timeout of a process group."""
 
 
 def rank() -> int:
@@ -213,7 +213,7 @@ def all_gathered(value: Any) -> list[Any]:
     return values
 
 
-def in_words(ranks: list[int]) -> str:
+def format_ranks(ranks: list[int]) -> str:
     """Ranks in an error's text: "rank 3", "ranks 0, 2"; the first eight."""
     shown = ", ".join(map(str, ranks[:8])) + (", …" if len(ranks) > 8 else "")
     return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
@@ -243,7 +243,7 @@ def raise_on_all_ranks(doing: str) -> Iterator[None]:
             raise RuntimeError(f"{doing} failed on rank {failed_rank}: {message}")
 
 
-def while_others_wait(work: Callable[[], T] | None, *, doing: str) -> T | None:
+def run_while_others_wait(work: Callable[[], T] | None, *, doing: str) -> T | None:
     """Do something on some of the ranks that may take longer than a collective waits. Collective.
 
     The ranks meet every few seconds until all are done, so nobody runs into the process group's timeout, and an error

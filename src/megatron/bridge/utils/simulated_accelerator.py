@@ -197,7 +197,7 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         return lambda *args, **kwargs: value
 
     cuda = torch.cuda
-    stand_ins = {
+    inert_objects = {
         "current_device": returning(0),
         "device_count": returning(1),
         "is_initialized": returning(True),
@@ -226,8 +226,8 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         "memory_stats": returning({}),
         "get_device_capability": returning((8, 0)),
     }
-    listed: list[tuple[Any, str, Any]] = [(cuda, name, stand_in) for name, stand_in in stand_ins.items()]
-    listed += [(cuda.random, name, stand_ins[name]) for name in ("get_rng_state", "set_rng_state")]
+    listed: list[tuple[Any, str, Any]] = [(cuda, name, stand_in) for name, stand_in in inert_objects.items()]
+    listed += [(cuda.random, name, inert_objects[name]) for name in ("get_rng_state", "set_rng_state")]
     listed += [(cuda.nvtx, name, returning(None)) for name in ("range_push", "range_pop")]
     listed += [(torch.autograd, "_engine_run_backward", _run_backward)]
     # Its C signature wants a real stream before a mode is asked.

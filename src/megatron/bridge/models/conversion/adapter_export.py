@@ -6,16 +6,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron.bridge.models.conversion.bridge_part import BridgePart, as_chunks
+from megatron.bridge.models.conversion.bridge_base import BridgeBase, as_chunks
 from megatron.bridge.models.families import provider_fields
 
 if TYPE_CHECKING:
     import torch
 
-    from megatron.bridge.models.conversion.bridge_part import Model
+    from megatron.bridge.models.conversion.bridge_base import Model
 
 
-class AdapterExport(BridgePart):
+class AdapterExport(BridgeBase):
     """The part of `AutoBridge` that writes adapters for the peft library."""
 
     def export_adapter_weights(
@@ -55,14 +55,16 @@ class AdapterExport(BridgePart):
         """
         from megatron.bridge.models.conversion.adapters import save_hf_adapter
         from megatron.bridge.models.conversion.tasks import model_config
-        from megatron.bridge.models.conversion.text_files import TextFiles
+        from megatron.bridge.models.conversion.tokenizer_files import TokenizerFiles
         from megatron.bridge.models.conversion.trained_config import check_base_is_as_trained
         from megatron.bridge.utils.distributed import raise_on_all_ranks
 
         chunks = as_chunks(model)
         with raise_on_all_ranks("preparing the adapters' export"):
             check_base_is_as_trained(self.hf_config, model_config(chunks), self.name)
-            text = TextFiles.of(self.directory, checkpoint=checkpoint) if checkpoint else TextFiles(None, None)
+            text = (
+                TokenizerFiles.of(self.directory, checkpoint=checkpoint) if checkpoint else TokenizerFiles(None, None)
+            )
         save_hf_adapter(
             chunks,
             self.family,

@@ -19,7 +19,7 @@ from megatron.bridge.models.conversion.generation_config import FILE as GENERATI
 from megatron.bridge.models.conversion.generation_config import end_ids, generation_config_of_model
 from megatron.bridge.models.conversion.mapping import WeightMapping, replicated
 from megatron.bridge.models.conversion.tasks import ConversionTask, WeightPlace, all_places, local_tasks, model_config
-from megatron.bridge.models.conversion.text_files import TextFiles
+from megatron.bridge.models.conversion.tokenizer_files import TokenizerFiles
 from megatron.bridge.models.families import ModelFamily
 from megatron.bridge.utils.distributed import is_rank_0, raise_on_all_ranks
 from megatron.bridge.utils.files import replaced_directory, use_umask
@@ -93,7 +93,7 @@ def save_hf_adapter(
     *,
     options: Mapping[str, Any],
     base: Path | None,
-    text: TextFiles,
+    text: TokenizerFiles,
     show_progress: bool = True,
 ) -> None:
     """Write the adapters as a directory that the peft library loads. Collective; rank 0 writes.
@@ -129,7 +129,7 @@ def save_hf_adapter(
                 text.write(directory)
 
 
-def warn_of_end_ids(path: Path, text: TextFiles, base: Path | None) -> None:
+def warn_of_end_ids(path: Path, text: TokenizerFiles, base: Path | None) -> None:
     """Say it where the adapters end a text with tokens that the model under them, whose settings count, doesn't."""
     ids = end_ids(text.generation or {})
     if base is not None and set(ids) - set(end_ids(generation_config_of_model(base))):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.models.conversion.adapter_export import AdapterExport
-from megatron.bridge.models.conversion.bridge_part import as_chunks
+from megatron.bridge.models.conversion.bridge_base import as_chunks
 from megatron.bridge.models.conversion.checkpoint_conversion import CheckpointConversion
 from megatron.bridge.models.conversion.hf_config import (
     config_as_dict,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from megatron.core.transformer.module import MegatronModule
     from transformers import PretrainedConfig
 
-    from megatron.bridge.models.conversion.bridge_part import Model
+    from megatron.bridge.models.conversion.bridge_base import Model
     from megatron.bridge.models.conversion.roundtrip import TensorResult
     from megatron.bridge.models.conversion.tasks import ConversionTask
     from megatron.bridge.models.gpt_provider import GPTModelProvider
@@ -222,12 +222,12 @@ class AutoBridge(CheckpointConversion, AdapterExport):
             ValueError: `path` is taken, or the names differ.
         """
         from megatron.bridge.models.conversion.hf_directory import save_hf_directory
-        from megatron.bridge.models.conversion.text_files import TextFiles
+        from megatron.bridge.models.conversion.tokenizer_files import TokenizerFiles
         from megatron.bridge.utils.distributed import raise_on_all_ranks
 
         source = find_hf_directory(source_path) if source_path else self.directory
         with raise_on_all_ranks("reading the model's tokenizer"):
-            text = TextFiles.of(source, checkpoint=checkpoint)
+            text = TokenizerFiles.of(source, checkpoint=checkpoint)
         save_hf_directory(
             as_chunks(model),
             self.family,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.checkpoint.layout import is_hf_directory
-from megatron.bridge.models.conversion.bridge_part import BridgePart, as_chunks
+from megatron.bridge.models.conversion.bridge_base import BridgeBase, as_chunks
 from megatron.bridge.models.conversion.hf_config import check_tokenizer
 from megatron.bridge.models.families import provider_fields
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from megatron.core.transformer.module import MegatronModule
     from typing_extensions import Self
 
-    from megatron.bridge.models.conversion.bridge_part import Model
+    from megatron.bridge.models.conversion.bridge_base import Model
 
 
-class CheckpointConversion(BridgePart):
+class CheckpointConversion(BridgeBase):
     """The part of `AutoBridge` that reads and writes Megatron checkpoints."""
 
     @classmethod
@@ -77,11 +77,11 @@ class CheckpointConversion(BridgePart):
             ValueError: `generation_config.json` is damaged; nothing is written then.
         """
         from megatron.bridge.models.conversion.saved_provider import save_model
-        from megatron.bridge.models.conversion.text_files import TextFiles
+        from megatron.bridge.models.conversion.tokenizer_files import TokenizerFiles
         from megatron.bridge.utils.distributed import raise_on_all_ranks
 
         with raise_on_all_ranks("reading the model's tokenizer"):
-            text = TextFiles.of(self.directory, checkpoint=checkpoint, tokenizer=hf_tokenizer_path)
+            text = TokenizerFiles.of(self.directory, checkpoint=checkpoint, tokenizer=hf_tokenizer_path)
         return save_model(as_chunks(model), path, text=text)
 
     def load_megatron_model(

@@ -15,7 +15,7 @@ from megatron.bridge.models.conversion.export import export_weights, exported_pl
 from megatron.bridge.models.conversion.hf_weights import HFWeights, HFWeightsWriter, ShardPlan
 from megatron.bridge.models.conversion.load import cast, may_be_ignored
 from megatron.bridge.models.conversion.tasks import local_tasks, model_config
-from megatron.bridge.models.conversion.text_files import TextFiles, copy_files
+from megatron.bridge.models.conversion.tokenizer_files import TokenizerFiles, copy_files
 from megatron.bridge.models.conversion.trained_config import config_as_trained
 from megatron.bridge.models.families import ModelFamily
 from megatron.bridge.utils.distributed import is_rank_0, raise_on_all_ranks
@@ -33,7 +33,7 @@ def save_hf_directory(
     *,
     hf_config: dict[str, Any],
     source: Path | None,
-    text: TextFiles,
+    text: TokenizerFiles,
     strict: bool = True,
     show_progress: bool = True,
     max_shard_bytes: int = 5_000_000_000,

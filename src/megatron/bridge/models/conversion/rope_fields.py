@@ -14,7 +14,7 @@ def rope_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     """The provider's rotary fields.
 
     Args:
-        hf: From `as_transformers_reads`: `rope_parameters` has everything in transformers 5. Before, `rope_theta`
+        hf: From `as_read_by_transformers`: `rope_parameters` has everything in transformers 5. Before, `rope_theta`
             stood by itself, and `rope_scaling` held the rest.
 
     Raises:

@@ -14,7 +14,7 @@ from megatron.bridge.checkpoint.layout import TOKENIZER_DIRECTORY, resolve_check
 from megatron.bridge.checkpoint.model_checkpoint import read_run_config, save_model_checkpoint
 from megatron.bridge.models.conversion.hf_config import precision_fields
 from megatron.bridge.models.conversion.tasks import model_config
-from megatron.bridge.models.conversion.text_files import TextFiles
+from megatron.bridge.models.conversion.tokenizer_files import TokenizerFiles
 from megatron.bridge.models.conversion.trained_config import COMPUTED_WITH
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.utils.field_types import field_hints
@@ -43,7 +43,7 @@ _SIZES = (
 )
 
 
-def save_model(chunks: Sequence[MegatronModule], path: str | Path, *, text: TextFiles) -> Path:
+def save_model(chunks: Sequence[MegatronModule], path: str | Path, *, text: TokenizerFiles) -> Path:
     """Write a weights-only checkpoint, iteration 0, that says which model it holds. Collective.
 
     Args:

@@ -37,7 +37,7 @@ COMPUTED_WITH = (
 """The fields, beside sizes, that the logits of a model depend on."""
 
 
-def fields_trained_otherwise(hf_config: Mapping[str, Any], trained: GPTModelProvider) -> dict[str, tuple[Any, Any]]:
+def changed_in_training(hf_config: Mapping[str, Any], trained: GPTModelProvider) -> dict[str, tuple[Any, Any]]:
     """The fields of a trained model that its logits depend on and that a Hugging Face configuration says otherwise.
 
     Args:
@@ -65,7 +65,7 @@ def config_as_trained(hf_config: Mapping[str, Any], trained: GPTModelProvider) -
     Raises:
         ValueError: transformers has no key for a value, so that the exported model would be another.
     """
-    differing = fields_trained_otherwise(hf_config, trained)
+    differing = changed_in_training(hf_config, trained)
     if not differing:
         return dict(hf_config)
     changed = copy.deepcopy(dict(hf_config))
@@ -96,7 +96,7 @@ def check_base_is_as_trained(hf_config: Mapping[str, Any], trained: GPTModelProv
     Raises:
         ValueError: A field that logits depend on was another.
     """
-    for field, (before, after) in fields_trained_otherwise(hf_config, trained).items():
+    for field, (before, after) in changed_in_training(hf_config, trained).items():
         raise ValueError(
             f"the adapters were trained with model.{field}={after!r}, and the config.json of {name} says {before!r}: "
             "peft would put them beside another model; export the whole model, adapters merged (export)"
@@ -122,7 +122,7 @@ def _set_rotary(config: dict[str, Any], trained: GPTModelProvider) -> None:
 
 def _check_reads_back(config: Mapping[str, Any], trained: GPTModelProvider) -> None:
     try:
-        remaining = fields_trained_otherwise(config, trained)
+        remaining = changed_in_training(config, trained)
     except ValueError as error:
         raise ValueError(f"the model was trained with what can't be written to an export ({error})") from error
     for name, (before, after) in remaining.items():

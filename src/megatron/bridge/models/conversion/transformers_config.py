@@ -11,7 +11,7 @@ _OF_THE_FILE = ("dtype", "torch_dtype", "quantization_config")
 """Keys about the files of weights rather than the model: kept as they are written."""
 
 
-def as_transformers_reads(hf_config: Mapping[str, Any], architecture: str) -> dict[str, Any]:
+def as_read_by_transformers(hf_config: Mapping[str, Any], architecture: str) -> dict[str, Any]:
     """Every key of a Hugging Face configuration, in the form and with the defaults of transformers' class.
 
     Args:

@@ -7,7 +7,7 @@ import os
 from megatron.bridge.training.config.container import ConfigContainer
 from megatron.bridge.training.config.precedence import apply_mixed_precision, share_between_ddp_and_optimizer
 from megatron.bridge.training.config.scheduler import SCHEDULE_LENGTHS
-from megatron.bridge.utils.config_texts import resolve_texts
+from megatron.bridge.utils.interpolation import resolve_interpolations
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def runtime_config_update(cfg: ConfigContainer) -> None:
     Raises:
         ValueError: See `ConfigContainer.validate`.
     """
-    resolve_texts(cfg)
+    resolve_interpolations(cfg)
     for name, value in cfg.env_vars.items():
         if name.startswith(_VARIABLES_OF_CODE):
             raise ValueError(f"env_vars.{name} would make processes load other code: set it where the run is started")

@@ -16,7 +16,7 @@ from megatron.core.utils import unwrap_model
 from megatron.bridge.core_repairs.finite_gradients import NonFiniteGradients
 from megatron.bridge.training.monitoring.reported_losses import Total, sum_and_count
 from megatron.bridge.training.state import GlobalState
-from megatron.bridge.utils.distributed import all_gathered, in_words
+from megatron.bridge.utils.distributed import all_gathered, format_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +61,8 @@ def check_loss(
         else "Check the data and optimizer.lr"
     )
     raise FloatingPointError(
-        f"{where}: the loss over {num_tokens:.0f} tokens is {loss}, on {in_words(ranks)}; weights and checkpoints are "
-        f"those of the steps before it. {advice}"
+        f"{where}: the loss over {num_tokens:.0f} tokens is {loss}, on {format_ranks(ranks)}; weights and checkpoints "
+        f"are those of the steps before it. {advice}"
     )
 
 
@@ -83,7 +83,8 @@ def step_if_finite(state: GlobalState, model: list[Any], optimizer: Any) -> tupl
     try:
         updated, grad_norm, _ = optimizer.step()
     except NonFiniteGradients as found:
-        return leave_out(state, f"the gradient's norm is {found.norm}: {_where(model)}"), found.norm
+        reason = f"the gradient's norm is {found.norm}: {_describe_nonfinite_gradients(model)}"
+        return skip_step(state, reason), found.norm
     state.num_nonfinite_steps = 0
     threshold = _norm_above_which_core_skips(state)
     if not updated and grad_norm is not None and threshold < grad_norm < math.inf:
@@ -108,7 +109,7 @@ def _norm_above_which_core_skips(state: GlobalState) -> float:
     return getattr(state.cfg.optimizer, "grad_norm_skip_threshold", math.inf)
 
 
-def leave_out(state: GlobalState, reason: str) -> bool:
+def skip_step(state: GlobalState, reason: str) -> bool:
     """Leave out the step that is being taken, where the configuration allows it.
 
     Returns:
@@ -148,7 +149,7 @@ def check_weights_are_finite(model: list[Any], step: int) -> None:
         )
 
 
-def _where(model: list[Any]) -> str:
+def _describe_nonfinite_gradients(model: list[Any]) -> str:
     """Which gradients are not finite, on which ranks; where each is, the largest. Collective."""
     gradients = [(name, param.main_grad) for name, param in _trained(model)]
     by_rank = all_gathered(_nonfinite(gradients))
@@ -182,4 +183,4 @@ def _summary(by_rank: list[list[str]]) -> str:
     ranks = [rank for rank, names in enumerate(by_rank) if names]
     names = list(dict.fromkeys(name for of_rank in by_rank for name in of_rank))
     others = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"NaN or infinite in {names[0]}{others}, on {in_words(ranks)}"
+    return f"NaN or infinite in {names[0]}{others}, on {format_ranks(ranks)}"

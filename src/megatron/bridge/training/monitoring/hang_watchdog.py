@@ -61,7 +61,7 @@ class HangWatchdog:
             self._thread = threading.Thread(target=self._watch, name="hang watchdog", daemon=True)
             self._thread.start()
 
-    def sign(self, step: int) -> None:
+    def heartbeat(self, step: int) -> None:
         """Say that this rank is alive, after that many steps."""
         self._step = step
         self._last_sign = time.monotonic()

@@ -16,7 +16,7 @@ from typing import IO, Any, ClassVar
 
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.training.config import ConfigContainer
-from megatron.bridge.training.monitoring.delivery import Delivery
+from megatron.bridge.training.monitoring.metrics_queue import MetricsQueue
 from megatron.bridge.training.monitoring.preemption import Preempted
 from megatron.bridge.training.state import GlobalState
 from megatron.bridge.utils.device import peak_memory_bytes
@@ -89,7 +89,7 @@ class MetricsLogger(Callback):
     writes_at_once: ClassVar[bool] = False
     """Call `write` in the step itself, by the thread that trains: for a local file, or what bears no other thread."""
 
-    _delivery: Delivery | None = None
+    _queue: MetricsQueue | None = None
 
     def open(self, state: GlobalState) -> None:
         """Get ready, before anything is built: what can't work must be said now."""
@@ -108,11 +108,11 @@ class MetricsLogger(Callback):
         """The run ends."""
 
     def deliver(self, state: GlobalState, split: str, values: dict[str, Any]) -> None:
-        """Have figures written: by the delivery of an `opened` logger, else here and now."""
-        if self._delivery is None:
+        """Have figures written: by the queue of an `open_loggers` logger, else here and now."""
+        if self._queue is None:
             self.write(state, split, values)
         else:
-            self._delivery.hand_over(state, split, values)
+            self._queue.hand_over(state, split, values)
 
     def on_train_step_end(self, context: CallbackContext) -> None:
         state = context.state
@@ -242,7 +242,7 @@ def metrics_file_of(cfg: ConfigContainer) -> MetricsFile | None:
 
 
 @contextlib.contextmanager
-def opened(loggers: Sequence[MetricsLogger], state: GlobalState) -> Iterator[None]:
+def open_loggers(loggers: Sequence[MetricsLogger], state: GlobalState) -> Iterator[None]:
     """Loggers that take figures while the body runs. Call on all ranks; rank 0 opens and closes.
 
     Raises:
@@ -252,11 +252,11 @@ def opened(loggers: Sequence[MetricsLogger], state: GlobalState) -> Iterator[Non
     with raise_on_all_ranks("opening the loggers"):
         for logger in own:
             logger.open(state)
-    deliveries = []
+    queues = []
     for logger in own:
         name = getattr(logger, "title", None) or type(logger).__name__
-        logger._delivery = delivery = Delivery(name, logger.write, at_once=logger.writes_at_once)
-        deliveries.append(delivery)
+        logger._queue = queue = MetricsQueue(name, logger.write, at_once=logger.writes_at_once)
+        queues.append(queue)
     failed = True
     try:
         yield
@@ -265,6 +265,6 @@ def opened(loggers: Sequence[MetricsLogger], state: GlobalState) -> Iterator[Non
         failed = False
         raise
     finally:
-        for logger, delivery in zip(own, deliveries, strict=True):
-            logger._delivery = None
-            delivery.finish(partial(logger.close, failed=failed))
+        for logger, queue in zip(own, queues, strict=True):
+            logger._queue = None
+            queue.finish(partial(logger.close, failed=failed))

@@ -11,8 +11,8 @@ from megatron.core.num_microbatches_calculator import update_num_microbatches
 
 from megatron.bridge.checkpoint import layout
 from megatron.bridge.checkpoint.model_checkpoint import model_sharded_state_dict, wanted_weights
+from megatron.bridge.checkpoint.partial_stacks import split_partial_stacks
 from megatron.bridge.checkpoint.safe_pickle import read_blob
-from megatron.bridge.checkpoint.stacks import without_holes
 from megatron.bridge.peft.base import PEFT
 from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.training.run_state.rng import get_rng_state
@@ -58,7 +58,7 @@ def optimizer_sharded_state(
         metadata: From `sharding_metadata`.
         is_loading: Whether it is a template to load into.
     """
-    trained = without_holes(weights, counts=lambda tensor: tensor.requires_grad)
+    trained = split_partial_stacks(weights, counts=lambda tensor: tensor.requires_grad)
     return optimizer.sharded_state_dict(trained, is_loading=is_loading, metadata=metadata)
 
 

@@ -5,7 +5,7 @@ import logging
 from typing import Any
 
 from megatron.bridge.models.conversion.generation_config import end_ids, learned_end_ids, with_end_ids
-from megatron.bridge.models.conversion.text_files import find_generation_config
+from megatron.bridge.models.conversion.tokenizer_files import find_generation_config
 from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.training.run_state.load_plan import LoadPlan, Source
 

@@ -163,7 +163,7 @@ def save_local(
     return path
 
 
-def forget_local_from(context: dict[str, Any], step: int) -> None:
+def remove_local_from_step(context: dict[str, Any], step: int) -> None:
     """Remove local checkpoints of a step that is now saved elsewhere, and of later ones. Call on all ranks."""
     if CONTEXT_KEY in context:
         context[CONTEXT_KEY].remove_from(step)

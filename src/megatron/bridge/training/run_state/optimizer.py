@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron.core.utils import unwrap_model
 
-from megatron.bridge.checkpoint.sharded_state import Advice, load_another
+from megatron.bridge.checkpoint.sharded_state import Advice, default_advice
 from megatron.bridge.training.config import ConfigContainer
 
 _WEIGHTS_ALONE = "load its weights alone with checkpoint.load_optim=false"
@@ -78,7 +78,7 @@ def advice_on(model: Sequence[Any]) -> Advice:
 
     def advice(keys: list[str]) -> str:
         if not all(key.startswith("optimizer.") for key in keys):
-            return load_another(keys)
+            return default_advice(keys)
         more = f" and {len(frozen) - 1} more" if len(frozen) > 1 else ""
         found = f"this run has frozen {frozen[0]}{more}" if frozen else "this run has frozen nothing"
         by_bucket = any(key.startswith("optimizer.distributed.") for key in keys)

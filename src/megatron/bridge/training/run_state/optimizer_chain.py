@@ -17,7 +17,7 @@ GROUP_KEYS = ("max_lr", "min_lr", "start_wd", "end_wd")
 """A group's own rates."""
 
 
-def in_this_chain(optimizer: Any, saved: dict[Any, Any]) -> dict[Any, Any]:
+def match_optimizer_chain(optimizer: Any, saved: dict[Any, Any]) -> dict[Any, Any]:
     """What was read of a checkpoint's optimizer, for the optimizers of this run.
 
     Args:
@@ -30,7 +30,7 @@ def in_this_chain(optimizer: Any, saved: dict[Any, Any]) -> dict[Any, Any]:
     """
     chain = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
     if any(isinstance(one, (FP32Optimizer, Float16OptimizerWithFloat16Params)) for one in chain):
-        _check_as_many(saved, len(chain))
+        _check_num_optimizers(saved, len(chain))
         return saved
     plain = [state for state in (saved, *(saved[key] for key in _numbers(saved))) if "optimizer" in state]
     if len(plain) == len(chain):
@@ -40,7 +40,10 @@ def in_this_chain(optimizer: Any, saved: dict[Any, Any]) -> dict[Any, Any]:
     states = {
         number: {
             **common,
-            "optimizer": {**common["optimizer"], "param_groups": [_like(groups, own) for own in one.param_groups]},
+            "optimizer": {
+                **common["optimizer"],
+                "param_groups": [_closest_group(groups, own) for own in one.param_groups],
+            },
             # Absent where this rank trains nothing that the optimizer steps on.
             "param_state": (saved if len(chain) == 1 else saved.get(number, {})).get("param_state", {}),
         }
@@ -49,7 +52,7 @@ def in_this_chain(optimizer: Any, saved: dict[Any, Any]) -> dict[Any, Any]:
     return states[0] if len(chain) == 1 else states
 
 
-def _check_as_many(saved: dict[Any, Any], num_optimizers: int) -> None:
+def _check_num_optimizers(saved: dict[Any, Any], num_optimizers: int) -> None:
     """State that isn't distributed stands by parameter in each optimizer: it fits as many as saved it.
 
     Raises:
@@ -82,7 +85,7 @@ def identity(group: ParamGroup) -> tuple:
     return (*multipliers, bool(group.get("is_decoupled_lr")))
 
 
-def _like(groups: list[ParamGroup], own: ParamGroup) -> ParamGroup:
+def _closest_group(groups: list[ParamGroup], own: ParamGroup) -> ParamGroup:
     """The saved group that this run's is most like; whether its parameters are spread over ranks is this run's."""
     alike = [group for group in groups if identity(group) == identity(own)]
     if not alike:

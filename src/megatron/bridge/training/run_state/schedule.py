@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron.bridge.training.run_state.optimizer_chain import GROUP_KEYS, ParamGroup, identity, in_this_chain
+from megatron.bridge.training.run_state.optimizer_chain import GROUP_KEYS, ParamGroup, identity, match_optimizer_chain
 
 OPTIONS = {
     "max_lr": "optimizer.lr",
@@ -45,7 +45,7 @@ def load_optimizer(
     if scheduler is not None:
         saved_schedule = _without_what_has_no_effect(loaded["opt_param_scheduler"], scheduler.state_dict())
         _check_schedule_is_decided(scheduler, saved_schedule, path)
-    saved = in_this_chain(optimizer, loaded["optimizer"])
+    saved = match_optimizer_chain(optimizer, loaded["optimizer"])
     saved_groups = _param_groups(saved)
     saved_rates = _rates(saved_groups)
     _set_rates(saved_groups, _rates(optimizer.param_groups))

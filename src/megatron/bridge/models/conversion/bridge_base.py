@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     Model: TypeAlias = MegatronModule | Sequence[MegatronModule]
 
 
-class BridgePart(abc.ABC):
+class BridgeBase(abc.ABC):
     """A part of `AutoBridge`, which documents what is abstract here."""
 
     hf_config: dict[str, Any]

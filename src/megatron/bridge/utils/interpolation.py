@@ -25,7 +25,7 @@ class NoHomeError(argparse.ArgumentTypeError, ValueError):
     """A home of nobody; a command line shows its text."""
 
 
-def home_expanded(text: str, *, where: str = "path") -> str:
+def expand_home(text: str, *, where: str = "path") -> str:
     """A path with `~` or `~user` at its start replaced by the home directory; `~` elsewhere is an ordinary character.
 
     Raises:
@@ -42,7 +42,7 @@ def home_expanded(text: str, *, where: str = "path") -> str:
     return expanded
 
 
-def resolve_texts(config: Any) -> None:
+def resolve_interpolations(config: Any) -> None:
     """Resolve all texts of a configuration in place. A second call changes nothing.
 
     Args:
@@ -66,7 +66,7 @@ def _resolved(value: Any, where: str, look_up: Callable[[str], Any]) -> Any:
     """The value with its texts resolved; sections are changed in place."""
     if type(value) is str:
         is_template = where.rpartition(".")[2] in _TEMPLATES and re.search(r"\n|\{[{%#]", value)
-        return value if is_template else home_expanded(_without_references(value, where, look_up), where=where)
+        return value if is_template else expand_home(_without_references(value, where, look_up), where=where)
     if isinstance(value, PurePath):
         return type(value)(_resolved(str(value), where, look_up))
     if type(value) in (list, tuple):

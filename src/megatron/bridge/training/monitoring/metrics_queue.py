@@ -33,7 +33,7 @@ _TRIES_FOR_ONE = 2
 _MOST_TRIED = 4
 
 
-class Delivery:
+class MetricsQueue:
     """Hands lines of figures to one place, in order.
 
     Args:

@@ -5,8 +5,8 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron.bridge.core_repairs.repair import Repair, ToBuild, mixing_in, source_of
-from megatron.bridge.offload_engine.shards import ShardsSideBySide
-from megatron.bridge.offload_engine.step import StepInBuckets
+from megatron.bridge.offload_engine.shards import ContiguousShards
+from megatron.bridge.offload_engine.step import BucketedStep
 
 
 def _copies_tensor_by_tensor(to_build: ToBuild) -> bool:
@@ -29,7 +29,7 @@ REPAIRS = (
         threads=("pytorch/pytorch #150517",),
         core_versions="0.16.1 to 0.19.2",
         target=HybridDeviceOptimizer,
-        subclass=mixing_in(StepInBuckets),
+        subclass=mixing_in(BucketedStep),
         is_needed=_copies_tensor_by_tensor,
         while_building=True,
     ),
@@ -39,7 +39,7 @@ REPAIRS = (
         threads=(),
         core_versions="0.16.1 to 0.19.2",
         target=DistributedOptimizer,
-        subclass=mixing_in(ShardsSideBySide),
+        subclass=mixing_in(ContiguousShards),
         is_needed=_clones_each_weight,
         while_building=True,
     ),

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron.bridge.data.answers import Rendering
 from megatron.bridge.data.fields import ABOUT_THE_ROW, FLAGS, is_empty
-from megatron.bridge.data.notes import Note
+from megatron.bridge.data.row_notes import Note
 
 CALLS = ("tool_calls", "function_call")
 OF_EACH_MESSAGE = (*CALLS, "reasoning_content", "reasoning", "thinking")
@@ -16,7 +16,7 @@ OF_EACH_MESSAGE = (*CALLS, "reasoning_content", "reasoning", "thinking")
 ADVICE = "set a tokenizer.chat_template that writes it, or take it out of the data"
 
 
-def find_left_out(rendering: Rendering) -> Iterator[Note]:
+def find_omissions(rendering: Rendering) -> Iterator[Note]:
     """Yields a note for what the text doesn't depend on: keys of messages, tools, text of messages.
 
     Raises:

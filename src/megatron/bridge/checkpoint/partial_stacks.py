@@ -22,7 +22,7 @@ Element = tuple[int, ...]
 """Where in a stack a tensor stands: its layer, or its layer and its expert."""
 
 
-def without_holes(
+def split_partial_stacks(
     state: ShardedStateDict, counts: Callable[[torch.Tensor], bool] = lambda tensor: True
 ) -> ShardedStateDict:
     """A model's sharded state in which no stack has holes. Collective.

@@ -24,7 +24,7 @@ from megatron.bridge.models.conversion.hf_config import find_hf_directory
 
 logger = logging.getLogger(__name__)
 
-TOKENIZER_FILES = (
+TOKENIZER_PATTERNS = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -47,7 +47,7 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 @dataclass(frozen=True)
-class TextFiles:
+class TokenizerFiles:
     """A tokenizer and the settings of generation that belong to it."""
 
     tokenizer: Path | None
@@ -59,7 +59,7 @@ class TextFiles:
     @classmethod
     def of(
         cls, model: Path | None, *, checkpoint: str | Path | None = None, tokenizer: str | Path | None = None
-    ) -> "TextFiles":
+    ) -> "TokenizerFiles":
         """Those of a checkpoint, or else of a model.
 
         Args:
@@ -77,7 +77,7 @@ class TextFiles:
         return found if tokenizer is None else cls(Path(tokenizer), found.generation)
 
     @classmethod
-    def of_checkpoint(cls, path: str | Path, model: Path | None = None) -> "TextFiles":
+    def of_checkpoint(cls, path: str | Path, model: Path | None = None) -> "TokenizerFiles":
         """Those that a Megatron checkpoint was saved with, and of its Hugging Face model what it doesn't hold.
 
         Where the settings of generation are missing, as in checkpoints of others, they are the model's. To those of a
@@ -108,7 +108,7 @@ class TextFiles:
     def write(self, target: Path) -> None:
         """Write the files into a directory that has none of them."""
         if self.tokenizer is not None:
-            copy_files(self.tokenizer, target, TOKENIZER_FILES)
+            copy_files(self.tokenizer, target, TOKENIZER_PATTERNS)
         if self.generation is not None:
             write_generation_config(target, self.generation)
 
