@@ -87,8 +87,9 @@ functional: install model ## the other half: whole runs, on 1 to 4 processes
 	$(BIN)/python -m pytest tests/functional_tests $(PARALLEL) $(ARGS)
 
 test-checkpoints: install ## the checkpoint, load and resume tests: what to run on another Python beside `make quick`
-	$(BIN)/python -m pytest tests/unit_tests/checkpoint tests/unit_tests/training tests/functional_tests/test_load_cases.py \
-		tests/functional_tests/test_resume_matrix.py tests/functional_tests/test_offloaded_finetune.py $(PARALLEL) $(ARGS)
+	$(BIN)/python -m pytest tests/unit_tests/checkpoint tests/unit_tests/core_repairs tests/unit_tests/training \
+		tests/functional_tests/test_load_cases.py tests/functional_tests/test_resume_matrix.py \
+		tests/functional_tests/test_offloaded_finetune.py $(PARALLEL) $(ARGS)
 
 # As on a CPU with AVX2 alone: `ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 make test-cpu`.
 test-cpu: install model ## what depends on the CPU's vector unit: products, Adam's bits, resumes, the demonstration

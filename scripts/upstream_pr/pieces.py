@@ -128,7 +128,7 @@ def lifted_module() -> str:
 
 def mocked_tests() -> str:
     """The lifted file's tests, which import it alone."""
-    text = (ROOT / "tests/unit_tests/training/test_param_copies.py").read_text(encoding="utf-8")
+    text = (ROOT / "tests/unit_tests/training/cpu_offload/test_param_copies.py").read_text(encoding="utf-8")
     return re.sub(r"\n\nWEIGHT = ", "\n\n\nWEIGHT = ", text, count=1).replace(OUR_MODULE, MODULE)
 
 

@@ -46,7 +46,7 @@ RUN_BY = {
     r"torchrun --nproc-per-node \d my_script\.py": (FINETUNE, "scripts/finetune_smollm2/run.py"),
     r"python -m megatron\.bridge\.generate.*": ("functional_tests/test_generate.py", "megatron.bridge.generate"),
     r"torchrun --nproc-per-node \d --max-restarts \d my_script\.py": (PREEMPTION, "--max-restarts"),
-    r"python -m megatron\.bridge\.plot .*": ("unit_tests/training/test_metrics.py", "draw("),
+    r"python -m megatron\.bridge\.plot .*": ("unit_tests/training/monitoring/test_metrics.py", "draw("),
     r"python -m megatron\.bridge\.checkpoint .*": ("functional_tests/test_bad_input.py", "inspect_checkpoint("),
     r"python -m megatron\.bridge\.convert (import|export|roundtrip)\b(?!-).*": (CONVERT, "megatron.bridge.convert"),
     r"python -m megatron\.bridge\.convert (export-adapter|merge) .*": (ADAPTERS, "export-adapter"),

@@ -73,6 +73,24 @@ TEST_ROOMS = {
 }
 """The folders of tests/, and what for."""
 
+TESTS_OF_SEVERAL_MODULES = {
+    "checkpoint/test_interpreters.py": "what other versions of Python pickled",
+    "checkpoint/test_plain_reader.py": "tensors, straight from a checkpoint's files",
+    "data/test_build_datasets.py": "from a configuration to the datasets of a run",
+    "data/test_conversations.py": "chats, from their rows to where the loss is taken",
+    "data/test_prepare_scripts.py": "the scripts that fetch the demonstration's model and data",
+    "data/test_smollm2_data.py": "the demonstration's own data",
+    "recipes/test_launch_paths.py": "paths, from this machine to where a job runs",
+    "recipes/test_launching_docs.py": "the commands and examples of docs/launching.md",
+    "recipes/test_recipes.py": "all recipes, and the table of them",
+    "recipes/test_sizes.py": "published numbers of parameters",
+    "training/config/test_config.py": "the configuration as a whole",
+    "training/config/test_options_have_an_effect.py": "that each option is read, refused or said to do nothing",
+    "training/test_masters_after_load.py": "whose masters a load rebuilds, over the files that load",
+    "training/test_what_is_there_later.py": "what a run's objects hold from some moment on",
+}
+"""Unit tests that are named after what they test, where that isn't one module."""
+
 
 def source_files() -> list[str]:
     return sorted(path.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("*.py"))
@@ -196,7 +214,7 @@ def test_the_lifted_file_imports_nothing_of_ours_and_its_tests_only_that():
     roots = {module.split(".")[0] for _, module in imported_modules(tree, file)}
     assert [module for _, module in imported_modules(tree, file) if module.startswith(PACKAGE)] == []
     assert roots - sys.stdlib_module_names == {"torch", "megatron"}
-    tests = ast.parse((Path(__file__).parent / "training" / "test_param_copies.py").read_text(encoding="utf-8"))
+    tests = ast.parse((Path(__file__).parent / "training/cpu_offload/test_param_copies.py").read_text(encoding="utf-8"))
     imported = {module for _, module in imported_modules(tests, "test_param_copies.py")}
     ours = f"{PACKAGE}.training.cpu_offload.param_copies"
     others = {name for name in imported if not name.startswith((ours, "megatron.core"))}
@@ -213,6 +231,15 @@ def test_each_file_of_tests_is_in_a_room():
     files = {path.relative_to(ROOT / "tests").as_posix() for path in (ROOT / "tests").rglob("*.py")}
     assert {file for file in files if "/" not in file} == {"__init__.py", "conftest.py"}, "the others go into a room"
     assert {file.split("/")[0] for file in files if "/" in file} == set(TEST_ROOMS)
+
+
+def test_unit_tests_stand_in_the_room_of_their_module_under_its_name():
+    root = ROOT / "tests" / "unit_tests"
+    found = {path.relative_to(root).as_posix() for path in root.rglob("test_*.py") if path.parent != root}
+    modules = {file.removesuffix("/__init__.py").removesuffix(".py") for file in source_files()}
+    unnamed = {file for file in found if file.replace("/test_", "/").removesuffix(".py") not in modules}
+    assert unnamed == set(TESTS_OF_SEVERAL_MODULES), "name it after its module, or say what it tests"
+    assert {file.rpartition("/")[0] for file in found} <= modules, "the folders are rooms of the house"
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ ADAPTERS = (
         file="src/megatron/bridge/training/run_state/adapters.py",
         text="        if is_there != is_here:\n",
         replacement="        if False:\n",
-        tests=("tests/unit_tests/training/test_resumed_adapters.py::test_others_are_refused_in_one_line",),
+        tests=("tests/unit_tests/training/run_state/test_adapters.py::test_others_are_refused_in_one_line",),
     ),
     Mutant(
         name="adapters: A for the first of fused tensors alone",

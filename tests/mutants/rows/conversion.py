@@ -18,7 +18,7 @@ def _converted_wrongly(name: str, breaks: str, file: str, text: str, replacement
     )
 
 
-_UNIT = "tests/unit_tests/models/test_"
+_UNIT = "tests/unit_tests/models/conversion/test_"
 
 THE_CONVERSION = (
     _converted_wrongly(
@@ -35,7 +35,7 @@ THE_CONVERSION = (
         file="src/megatron/bridge/training/run_state/end_tokens.py",
         text="with_end_ids(found, learned_end_ids(hf_tokenizer))",
         replacement="found",
-        tests=("tests/unit_tests/training/test_end_tokens.py::test_what_is_loaded_counts_first",),
+        tests=("tests/unit_tests/training/run_state/test_end_tokens.py::test_what_is_loaded_counts_first",),
     ),
     _converted_wrongly(
         "configuration",
@@ -51,7 +51,7 @@ THE_CONVERSION = (
         "conversion/load.py",
         "    if is_rank_0():\n        _check_tied_head(config, weights)\n",
         "",
-        f"{_UNIT}load_hf_weights.py::test_a_head_of_its_own_in_a_tied_model",
+        f"{_UNIT}load.py::test_a_head_of_its_own_in_a_tied_model",
     ),
     _converted_wrongly(
         "an old index",
@@ -155,6 +155,6 @@ THE_CONVERSION = (
         "conversion/hf_weights.py",
         "is_below(file) and Path(file).name == file",
         "True",
-        "tests/unit_tests/models/test_hf_weights.py::test_wrong_index_is_named",
+        "tests/unit_tests/models/conversion/test_hf_weights.py::test_wrong_index_is_named",
     ),
 )

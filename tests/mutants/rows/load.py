@@ -11,10 +11,9 @@ _GUARDED = (
     "tests/functional_tests/test_guarded_load.py::test_a_load_that_leaves_wrong_copies_ends_before_the_first_step"
 )
 _MAIN = "tests/functional_tests/test_main_params.py::test_masters_hold_what_the_checkpoint_holds"
-_PLAN = "tests/unit_tests/training/test_checkpoint_plan.py::test_plan"
-_FOUND_BY_NAME = (
-    "tests/unit_tests/training/test_checkpoint_plan.py::test_optimizer_state_is_found_where_the_common_state_has_none"
-)
+_LOAD_PLAN = "tests/unit_tests/training/run_state/test_load_plan.py::test_"
+_PLAN = f"{_LOAD_PLAN}plan"
+_FOUND_BY_NAME = f"{_LOAD_PLAN}optimizer_state_is_found_where_the_common_state_has_none"
 
 _RELOAD = """        if not restored and (cfg.model.fp16 or cfg.model.bf16):
             optimizer.reload_model_params(state_dict=main_params)
@@ -173,7 +172,7 @@ THE_LOAD = (
         text="load_required=True",
         replacement="load_required=False",
         tests=(
-            "tests/unit_tests/training/test_checkpoint_plan.py::"
+            "tests/unit_tests/training/run_state/test_load_plan.py::"
             "test_the_verb_alone_says_whether_a_run_must_find_weights",
         ),
     ),

@@ -10,7 +10,7 @@ _REPAIRED = "tests/functional_tests/test_repairs.py::test_"
 _FINITE = "tests/functional_tests/test_finite_steps.py::test_"
 _PLAIN = "tests/functional_tests/test_plain_resume.py::test_"
 _DEVICE = "tests/functional_tests/test_device_step.py::test_"
-_RANDOM = "tests/unit_tests/training/test_rng_state.py::test_"
+_RANDOM = "tests/unit_tests/training/run_state/test_rng.py::test_"
 _COUNTS = f"{_DEVICE}a_device_optimizer_that_counts_in_its_groups_counts_on"
 
 

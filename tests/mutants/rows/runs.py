@@ -5,7 +5,7 @@ from tests.mutants.rows.mutant import Mutant
 
 _PREEMPTION = "tests/functional_tests/test_preemption.py::test_"
 _HANG = "tests/functional_tests/test_hang.py::test_"
-_DELIVERY = "tests/unit_tests/training/test_delivery.py::test_"
+_DELIVERY = "tests/unit_tests/training/monitoring/test_metrics_queue.py::test_"
 _FINITE = "tests/functional_tests/test_finite_steps.py::test_"
 SOURCE = "src/megatron/bridge/"
 
@@ -119,7 +119,7 @@ RUNS = (
         text="        _cut_torn_line(self.path)\n",
         replacement="",
         tests=(
-            "tests/unit_tests/training/test_metrics.py::"
+            "tests/unit_tests/training/monitoring/test_metrics.py::"
             "test_a_resumed_file_has_the_last_line_of_each_step_and_no_torn_one",
         ),
     ),
@@ -129,7 +129,7 @@ RUNS = (
         file="src/megatron/bridge/training/config/precedence.py",
         text="        resolved = resolved.with_values(**kept)\n",
         replacement="        pass\n",
-        tests=("tests/unit_tests/training/test_config_precedence.py::test_a_value_set_in_a_section_counts",),
+        tests=("tests/unit_tests/training/config/test_precedence.py::test_a_value_set_in_a_section_counts",),
     ),
     Mutant(
         name="configuration: a section's own number format dropped",
@@ -137,7 +137,7 @@ RUNS = (
         file="src/megatron/bridge/training/config/precedence.py",
         text="        if name in _FORMATS or source in set_fields(resolved):\n",
         replacement="        if False:\n",
-        tests=("tests/unit_tests/training/test_config_precedence.py::test_a_format_of_one_section_alone_is_refused",),
+        tests=("tests/unit_tests/training/config/test_precedence.py::test_a_format_of_one_section_alone_is_refused",),
     ),
     Mutant(
         name="a tracker that is away ends the run",
@@ -154,7 +154,7 @@ RUNS = (
         text="train_config.manual_gc and train_config.manual_gc_eval\n",
         replacement="train_config.manual_gc\n",
         tests=(
-            "tests/unit_tests/training/test_options_have_an_effect.py::"
+            "tests/unit_tests/training/config/test_options_have_an_effect.py::"
             "test_an_option_is_read_or_refused_or_named_in_the_log[train-TrainingConfig-manual_gc_eval]",
         ),
     ),

@@ -5,8 +5,8 @@ from tests.mutants.rows.mutant import Mutant
 
 COPIES = "src/megatron/bridge/training/cpu_offload/param_copies.py"
 
-_SYNC = "tests/unit_tests/training/test_param_copies.py::test_rebuild_"
-_GUARD = "tests/unit_tests/training/test_param_copies.py::test_guard_"
+_SYNC = "tests/unit_tests/training/cpu_offload/test_param_copies.py::test_rebuild_"
+_GUARD = "tests/unit_tests/training/cpu_offload/test_param_copies.py::test_guard_"
 _REAL = "tests/unit_tests/training/test_checkpointing.py::test_sync_hybrid_optimizer_param_copies_on_real_optimizers"
 
 _ENTRY = "        yield _Entry(param, copies, stepped_on)\n"

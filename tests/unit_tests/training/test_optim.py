@@ -8,7 +8,7 @@ import pytest
 from megatron.bridge.training.config import SchedulerConfig, runtime_config_update
 from megatron.bridge.training.config.scheduler import SCHEDULE_LENGTHS
 from megatron.bridge.training.optim import build_scheduler, setup_optimizer
-from tests.unit_tests.training.config_examples import make_config
+from tests.rigs.config_examples import make_config
 
 
 def _lengths(scheduler):

@@ -5,7 +5,7 @@ import pytest
 
 from megatron.bridge.training.callbacks import CallbackContext
 from megatron.bridge.training.state import GlobalState
-from tests.unit_tests.training.config_examples import make_config
+from tests.rigs.config_examples import make_config
 
 
 def test_what_follows_from_the_configuration_is_there_after_setup():

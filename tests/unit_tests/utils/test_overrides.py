@@ -9,7 +9,7 @@ from megatron.bridge.training.config import ProfilingConfig, RNGConfig
 from megatron.bridge.training.config.mixed_precision import MixedPrecisionConfig
 from megatron.bridge.training.utils.omegaconf_utils import process_config_with_overrides
 from megatron.bridge.utils.overrides import apply_overrides
-from tests.unit_tests.training.config_examples import make_config
+from tests.rigs.config_examples import make_config
 
 
 def value_at(cfg, path):

@@ -18,8 +18,8 @@ from megatron.bridge.peft.lora import LoRA
 from megatron.bridge.training.config import unsupported
 from megatron.bridge.training.config.comm_overlap import CommOverlapConfig
 from megatron.bridge.utils.field_types import field_hints, members_of
+from tests.rigs.config_examples import make_config
 from tests.rigs.option_readers import Readers
-from tests.unit_tests.training.config_examples import make_config
 
 SECTIONS = {
     "train": config.TrainingConfig,

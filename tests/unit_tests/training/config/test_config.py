@@ -30,7 +30,7 @@ from megatron.bridge.training.config import (
     runtime_config_update,
 )
 from megatron.bridge.training.config.mixed_precision import MixedPrecisionConfig, get_mixed_precision_config, register
-from tests.unit_tests.training.config_examples import make_config
+from tests.rigs.config_examples import make_config
 
 
 def test_every_public_name_is_there():

@@ -7,7 +7,7 @@ from megatron.core.transformer.enums import AttnBackend
 
 from megatron.bridge.training.config import ConfigContainer, ConfigFileError, runtime_config_update
 from megatron.bridge.utils.yaml_io import dump_yaml
-from tests.unit_tests.training.config_examples import make_config
+from tests.rigs.config_examples import make_config
 
 
 def make_varied_config() -> ConfigContainer:

@@ -25,7 +25,7 @@ from megatron.bridge.training.monitoring.metrics import (
 )
 from megatron.bridge.training.monitoring.trackers import build_loggers, curve_names
 from megatron.bridge.training.state import GlobalState, TrainState
-from tests.unit_tests.training.config_examples import make_config
+from tests.rigs.config_examples import make_config
 
 
 def _state(*overrides, step=0):

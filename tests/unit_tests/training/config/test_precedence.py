@@ -14,7 +14,7 @@ from megatron.bridge.training.config import (
     runtime_config_update,
 )
 from megatron.bridge.training.utils.omegaconf_utils import process_config_with_overrides
-from tests.unit_tests.training.config_examples import make_config
+from tests.rigs.config_examples import make_config
 
 KEPT = [
     ("bf16_mixed", "ddp.grad_reduce_in_fp32", False),

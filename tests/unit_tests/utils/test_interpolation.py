@@ -8,7 +8,7 @@ import pytest
 from megatron.bridge.data.config import GPTDatasetConfig
 from megatron.bridge.training.config import runtime_config_update
 from megatron.bridge.utils.interpolation import expand_home, resolve_interpolations
-from tests.unit_tests.training.config_examples import make_config
+from tests.rigs.config_examples import make_config
 
 PATHS = [
     *[f"checkpoint.{name}" for name in ("save", "load", "pretrained_checkpoint")],

@@ -9,7 +9,7 @@ import pytest
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.training.config.comm_overlap import CommOverlapConfig
 from megatron.bridge.training.config.unsupported import UNSUPPORTED, check_options_are_built
-from tests.unit_tests.training.config_examples import make_config
+from tests.rigs.config_examples import make_config
 
 
 @pytest.mark.parametrize("row", UNSUPPORTED, ids=lambda row: row.option)
