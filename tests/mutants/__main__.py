@@ -3,10 +3,11 @@
 
 `make mutants` (python -m tests.mutants) applies each row of `tests/mutants/rows/` to a copy of src/ and tests/ and
 runs the row's tests there. A mutant is killed when a test fails; one that survives is a hole in the tests. The unbroken
-copy must pass all of these tests first. A row whose text is no longer there, once, is an error.
+copy must pass all of these tests first. A row that doesn't find what it changes, once, is an error.
 """
 
 import argparse
+import ast
 import importlib.metadata
 import os
 import re
@@ -22,6 +23,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from tests.mutants.changes import NoTarget, definition
 from tests.mutants.rows import MUTANTS
 from tests.mutants.rows.mutant import Mutant
 
@@ -55,26 +57,30 @@ class Result:
     output: str = ""
 
 
-def mutated(mutant: Mutant, root: Path) -> str:
-    """The mutant's file with its replacement.
+def file_of(mutant: Mutant, root: Path) -> Path:
+    """Where the mutant's module is."""
+    base = root / "src" / mutant.where.partition(":")[0].replace(".", "/")
+    return base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+
+
+def mutated(mutant: Mutant, root: Path) -> ast.Module:
+    """The mutant's module with its change.
 
     Raises:
-        StaleRow: The text is not there exactly once, or what comes out is no Python.
+        StaleRow: The function, or what is to be changed in it, is not there once.
     """
-    path = root / mutant.file
-    source = path.read_text(encoding="utf-8") if path.is_file() else ""
-    found = source.count(mutant.text)
-    if found != 1:
-        raise StaleRow(
-            f"mutant {mutant.name!r}: its text occurs {found} times in {mutant.file}, not once: bring its row in "
-            "tests/mutants/rows in line with the code"
-        )
-    changed = source.replace(mutant.text, mutant.replacement)
+    path = file_of(mutant, root)
     try:
-        compile(changed, mutant.file, "exec")
-    except SyntaxError as error:
-        raise StaleRow(f"mutant {mutant.name!r}: {mutant.file} would not compile: {error}") from error
-    return changed
+        if not path.is_file():
+            raise NoTarget(f"{path.relative_to(root)} is not there")
+        module = ast.parse(path.read_text(encoding="utf-8"))
+        mutant.change(definition(module, mutant.where.partition(":")[2]))
+    except (NoTarget, SyntaxError) as error:
+        raise StaleRow(
+            f"mutant {mutant.name!r}: {mutant.where}: {error}: bring its row in tests/mutants/rows in line with the "
+            "code"
+        ) from error
+    return module
 
 
 def copy_repository(root: Path, to: Path) -> None:
@@ -141,7 +147,9 @@ def judge(mutant: Mutant, base: Path, *, timeout_seconds: float) -> Result:
     with tempfile.TemporaryDirectory(prefix="mutant_", ignore_cleanup_errors=True) as folder:
         copy = Path(folder)
         copy_repository(base, copy)
-        (copy / mutant.file).write_text(mutated(mutant, base), encoding="utf-8")
+        file_of(mutant, copy).write_text(
+            ast.unparse(ast.fix_missing_locations(mutated(mutant, copy))), encoding="utf-8"
+        )
         status, output = run_tests(copy, list(mutant.tests), timeout_seconds=timeout_seconds)
     verdict = "timeout" if status is None else VERDICTS.get(status, f"pytest ended with status {status}")
     failing = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, flags=re.MULTILINE)

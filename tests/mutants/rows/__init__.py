@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""The mutants by subject: what is broken, by which replacement, and the smallest tests that must notice it.
+"""The mutants by subject: what is broken, by which change, and the smallest tests that must notice it.
 
 `python -m tests.mutants` applies them.
 """

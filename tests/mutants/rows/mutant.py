@@ -3,6 +3,8 @@
 
 from dataclasses import dataclass
 
+from tests.mutants.changes import Change
+
 
 @dataclass(frozen=True)
 class Mutant:
@@ -12,11 +14,12 @@ class Mutant:
     breaks: str
     """What goes wrong, in a few words."""
 
-    file: str
-    text: str
-    """What is replaced; must be in the file exactly once."""
+    where: str
+    """The module and, in it, the function, class or constant: `package.module:Class.method`."""
 
-    replacement: str
+    change: Change
+    """What is changed there."""
+
     tests: tuple[str, ...]
     """Pytest's node ids, of which one must fail."""
 

@@ -1,9 +1,8 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """The mutants of a resume: repairs of Core's optimizers left out, and states that are not restored."""
 
+from tests.mutants.changes import Change, condition, expression, value, without_call, without_element, without_operand
 from tests.mutants.rows.mutant import EXPERTS, NOT_OFFLOADED, OFFLOADED, RESHARDED, RESUME, Mutant
-
-INSTALL = "src/megatron/bridge/core_repairs/install.py"
 
 _FROZEN = "tests/functional_tests/test_frozen_weights.py::test_"
 _REPAIRED = "tests/functional_tests/test_repairs.py::test_"
@@ -14,14 +13,14 @@ _RANDOM = "tests/unit_tests/training/run_state/test_rng.py::test_"
 _COUNTS = f"{_DEVICE}a_device_optimizer_that_counts_in_its_groups_counts_on"
 
 
-def _without(repair: str, row: str, *tests: str, kept: str = "") -> Mutant:
+def _without(repair: str, file: str, *tests: str, kept: str = "") -> Mutant:
     """A repair left out; `kept` is what of its file stays in."""
+    repairs = f"{file}.REPAIRS"
     return Mutant(
         name=f"without {repair}",
         breaks=f"Core's defect is back: {repair}",
-        file=INSTALL,
-        text=f"    *{row}.REPAIRS,\n",
-        replacement=kept and f"    *{row}.REPAIRS{kept},\n",
+        where="megatron.bridge.core_repairs.install:REPAIRS",
+        change=expression(repairs, f"{repairs}{kept}") if kept else without_element(file),
         tests=tests,
     )
 
@@ -39,9 +38,8 @@ THE_REPAIRS = (
     Mutant(
         name="without adam kernel",
         breaks="Core's defect is back: runs with offload and without step with kernels that round differently",
-        file=INSTALL,
-        text="    *adam_kernel.REPAIRS,  # after what restores the step counter\n",
-        replacement="",
+        where="megatron.bridge.core_repairs.install:REPAIRS",
+        change=without_element("adam_kernel"),
         tests=(f"{_REPAIRED}adam_steps_with_the_same_kernel_with_offload_and_without",),
     ),
     _without("duplicate master", "duplicate_master", f"{RESUME}[dense-DP2-bf16-shards-0.0-serial-fully-offload_on]"),
@@ -65,139 +63,127 @@ THE_REPAIRS = (
     Mutant(
         name="native FP32 parameters, views",
         breaks="a run with FP32 parameters can't be resumed: a view whose base was changed",
-        file="src/megatron/bridge/core_repairs/native_fp32.py",
-        text="    leaf = shard.detach()\n",
-        replacement="    with torch.no_grad():\n        leaf = shard.view(-1)\n",
+        where="megatron.bridge.core_repairs.native_fp32:_detached",
+        change=value("leaf", "torch.no_grad()(shard.view)(-1)"),
         tests=(f"{RESUME}[FP32norms-DP2-bf16-shards-0.5-serial-fully-as_it_was]",),
     ),
 )
 
 
-def _flat(what: str, breaks: str, text: str, replacement: str) -> Mutant:
-    file = "src/megatron/bridge/offload_engine/adam.py"
+def _flat(what: str, breaks: str, method: str, change: Change) -> Mutant:
+    where = f"megatron.bridge.offload_engine.adam:{method}"
     test = "tests/functional_tests/test_flat_step.py::test_the_bits_are_those_of_cores_own_step[precision-aware-serial]"
-    return Mutant(f"flat step, {what}", breaks, file, text, replacement, (test,))
+    return Mutant(f"flat step, {what}", breaks, where, change, (test,))
 
 
 THE_FLAT_STEP = (
     _flat(
         "tails in the run",
         "gaps are stepped on as parameters, and last elements round otherwise",
-        "        self._in_run = sum(map(is_aligned, params))\n",
-        "        self._in_run = len(params)\n",
+        "Bucket.__init__",
+        value("_in_run", "len(params)"),
     ),
     _flat(
         "counters of the run",
         "all but its first parameter stay at step 0",
-        "        self._counters_of_run()[1:] += 1\n",
-        "",
+        "Bucket.step_lists",
+        without_call("_counters_of_run"),
     ),
     _flat(
         "counters that differ",
         "parameters at different steps are stepped on as if at one",
-        " and bucket.counters_agree()",
-        "",
+        "FlatAdam._bucket_to_step_on",
+        without_operand("counters_agree"),
     ),
     _flat(
         "state that a load left elsewhere",
         "steps continue with the moments from before the load",
-        "                    place.copy_(tensor)\n",
-        "                    pass\n",
+        "Bucket.place",
+        without_call("copy_"),
     ),
 )
 
 
-def _not_restored(what: str, breaks: str, file: str, text: str, replacement: str, test: str) -> Mutant:
-    return Mutant(f"{what} not restored", breaks, f"src/megatron/bridge/{file}", text, replacement, (test,))
+def _not_restored(what: str, breaks: str, where: str, change: Change, test: str) -> Mutant:
+    return Mutant(f"{what} not restored", breaks, f"megatron.bridge.{where}", change, (test,))
 
 
 THE_RESUME = (
     _not_restored(
         "step",
         "Adam's bias correction starts anew",
-        "core_repairs/exact_resume.py",
-        'state["step"] = torch.tensor(float(next(iter(steps))))',
-        "pass",
+        "core_repairs.exact_resume:_restore_step_and_masters.RestoreStepAndMasters.load_state_dict",
+        value("step", 'state["step"]'),
         OFFLOADED,
     ),
     _not_restored(
         "masters",
         "they keep what the optimizer was built on",
-        "core_repairs/reshardable_state.py",
-        'for key, tensor in tensors.items() if key != "step"}',
-        'for key, tensor in tensors.items() if key.startswith("exp_avg")}',
+        "core_repairs.reshardable_state:_saved",
+        condition("step", becomes='key.startswith("exp_avg")'),
         RESHARDED,
     ),
     _not_restored(
         "moments",
         "Adam's second moment starts at 0",
-        "core_repairs/reshardable_state.py",
-        'for key, tensor in tensors.items() if key != "step"}',
-        'for key, tensor in tensors.items() if key not in ("step", "exp_avg_sq")}',
+        "core_repairs.reshardable_state:_saved",
+        condition("step", becomes='_ and key != "exp_avg_sq"'),
         RESHARDED,
     ),
     _not_restored(
         "random states",
         "dropout follows another course",
-        "training/checkpointing.py",
-        'restore_rng_state(loaded["rng_state"], data_parallel_random_init=cfg.rng.data_parallel_random_init)',
-        "pass",
+        "training.checkpointing:_load_megatron",
+        without_call("restore_rng_state"),
         NOT_OFFLOADED,
     ),
     _not_restored(
         "random states of each expert-parallel rank",
         "all take the first rank's",
-        "training/run_state/rng.py",
-        "if data_parallel_random_init or is_of_each else 0",
-        "if data_parallel_random_init else 0",
+        "training.run_state.rng:_entry_of_this_rank",
+        without_operand("is_of_each"),
         EXPERTS,
     ),
     _not_restored(
         "random states of another device",
         "a run can't be taken from a GPU to a machine without one",
-        "training/run_state/rng.py",
-        "for name, size in sizes.items() if size != own_size}",
-        "for name, size in sizes.items() if False}",
+        "training.run_state.rng:_of_another_device",
+        condition("size", "own_size"),
         f"{_RANDOM}the_devices_states_start_anew_together_and_on_all_ranks",
     ),
     _not_restored(
         "the tracker's random states with the generator's",
         "parts of the device's states are a GPU's, and parts are not",
-        "training/run_state/rng.py",
-        'for name, of_name in state["rng_tracker_states"].items()}',
-        "for name, of_name in ()}",
+        "training.run_state.rng:_of_another_device",
+        expression('state["rng_tracker_states"].items()', "()"),
         f"{_RANDOM}the_devices_states_start_anew_together_and_on_all_ranks",
     ),
     _not_restored(
         "damaged random states",
         "they are an error of torch's, a step later",
-        "training/run_state/rng.py",
-        "if not is_whole or state.numel() not in (own_size, *RNG_STATE_BYTES):",
-        "if False:",
+        "training.run_state.rng:_num_bytes",
+        condition("is_whole"),
         f"{_RANDOM}a_damaged_state_ends_all_ranks_in_a_line_that_names_it",
     ),
     _not_restored(
         "place in the data",
         "samples are seen again",
-        "training/setup.py",
-        "consumed_samples=state.train_state.consumed_train_samples,",
-        "consumed_samples=0,",
+        "training.setup:_train_iterator",
+        value("consumed_samples", "0"),
         NOT_OFFLOADED,
     ),
     _not_restored(
         "schedule",
         "the warm-up starts anew",
-        "training/run_state/schedule.py",
-        "    scheduler.load_state_dict(saved_schedule)\n",
-        "",
+        "training.run_state.schedule:load_optimizer",
+        without_call("scheduler.load_state_dict"),
         NOT_OFFLOADED,
     ),
     _not_restored(
         "another number of optimizers",
         "experts can't be spread over other ranks",
-        "training/run_state/schedule.py",
-        'match_optimizer_chain(optimizer, loaded["optimizer"])',
-        'loaded["optimizer"]',
+        "training.run_state.schedule:load_optimizer",
+        value("saved", 'loaded["optimizer"]'),
         f"{RESUME}[experts-EP2-bf16-aware-0.5-overlap-fully-DP_2]",
     ),
 )
