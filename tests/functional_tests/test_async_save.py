@@ -12,6 +12,7 @@ import time
 import pytest
 
 from megatron.bridge.checkpoint import layout
+from megatron.bridge.utils.replaced import replaced
 from tests.rigs.on_ranks import Recorder, differing, make_pretrained
 from tests.rigs.ranks import run_on_ranks
 from tests.rigs.stored import stored_content, unequal
@@ -83,14 +84,10 @@ def _run_held_back(directory, *, copies=True, **options):
 
     cfg = _config(directory, async_save=True, **options)
     watcher = _Watcher(cfg.checkpoint.save)
-    write, copy = ShardedSave.write, ShardedSave.copy_tensors
-    ShardedSave.write = lambda self: watcher.go.wait(60) and write(self)
-    if not copies:
-        ShardedSave.copy_tensors = lambda self: None
-    try:
+    write = ShardedSave.write
+    without_copies = {} if copies else {"copy_tensors": lambda self: None}
+    with replaced(ShardedSave, write=lambda self: watcher.go.wait(60) and write(self), **without_copies):
         _finetune(cfg, watcher)
-    finally:
-        ShardedSave.write, ShardedSave.copy_tensors = write, copy
     return {"losses": watcher.losses, "trackers": watcher.trackers, "told": watcher.told}
 
 
@@ -162,13 +159,11 @@ def _run_that_cannot_write(directory, *, rank):
             for path, _, _ in self._writer.write_buckets:
                 os.symlink("/dev/full", path)
 
-    ShardedSave.copy_tensors = on_a_full_disk
     try:
-        _finetune(cfg, recorder)
+        with replaced(ShardedSave, copy_tensors=on_a_full_disk):
+            _finetune(cfg, recorder)
     except (OSError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}", len(recorder.losses)
-    finally:
-        ShardedSave.copy_tensors = copy
     return "no error", len(recorder.losses)
 
 
@@ -195,14 +190,17 @@ def _run_that_fails_while_it_writes(directory):
     from megatron.bridge.checkpoint.sharded_save import ShardedSave
 
     recorder, write_item = _Failing(), ShardedSave._write_item
-    ShardedSave._write_item = lambda self, *arguments: time.sleep(0.3) or write_item(self, *arguments)
+
+    def slowly(save, *arguments):
+        time.sleep(0.3)
+        write_item(save, *arguments)
+
     try:
-        _finetune(_config(directory, save="given_up", async_save=True), recorder)
+        with replaced(ShardedSave, _write_item=slowly):
+            _finetune(_config(directory, save="given_up", async_save=True), recorder)
     except KeyError as error:
         writing = [thread.name for thread in threading.enumerate() if thread.name == "checkpoint writer"]
         return str(error), writing
-    finally:
-        ShardedSave._write_item = write_item
 
 
 def test_a_run_that_fails_gives_up_what_it_writes(directory):

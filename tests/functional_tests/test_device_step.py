@@ -9,6 +9,7 @@ import torch
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
+from megatron.bridge.utils.replaced import replaced
 from tests.rigs.on_ranks import Recorder, build_training, differing, make_pretrained, take_step
 from tests.rigs.ranks import run_on_ranks
 from tests.rigs.tiny import tiny_config
@@ -42,20 +43,11 @@ class FusedAdam(torch.optim.Optimizer):
 @contextlib.contextmanager
 def as_with_transformer_engine():
     """Core finds an optimizer of Transformer Engine's kind, and asks it for its steps accordingly."""
-    there = [
-        (core_optimizer, "Adam", FusedAdam),
-        (core_optimizer, "USING_PYTORCH_OPTIMIZER", False),
-        (distrib_optimizer, "HAVE_APEX_OR_TE", True),
-        (distrib_optimizer, "USING_TE_OPTIMIZER", True),
-    ]
-    before = [(module, name, getattr(module, name)) for module, name, _ in there]
-    for module, name, value in there:
-        setattr(module, name, value)
-    try:
+    with (
+        replaced(core_optimizer, Adam=FusedAdam, USING_PYTORCH_OPTIMIZER=False),
+        replaced(distrib_optimizer, HAVE_APEX_OR_TE=True, USING_TE_OPTIMIZER=True),
+    ):
         yield
-    finally:
-        for module, name, value in before:
-            setattr(module, name, value)
 
 
 class _CountSteps(Recorder):
@@ -142,16 +134,13 @@ def _order_of_a_step(directory, *, aware):
     }
     model, built, _ = build_training(tiny_config(directory, optimizer=optimizer))
     events = []
-    compute, current_stream = _Stream("compute", events), torch.cuda.current_stream
+    compute = _Stream("compute", events)
     for child in built.chained_optimizers:
         child.optimizer._d2h_stream = _Stream("to host", events)
         child.optimizer._h2d_stream = _Stream("to device", events)
         child.optimizer.gpu_optimizer.register_step_post_hook(lambda *_: events.append("stepped"))
-    torch.cuda.current_stream = lambda *_: compute
-    try:
+    with replaced(torch.cuda, current_stream=lambda *_: compute):
         take_step(model, built)
-    finally:
-        torch.cuda.current_stream = current_stream
     return events
 
 

@@ -4,6 +4,7 @@
 import pytest
 import torch
 
+from megatron.bridge.utils.replaced import replaced
 from tests.rigs.on_ranks import Recorder, make_pretrained
 from tests.rigs.ranks import run_on_ranks
 from tests.rigs.tiny import tiny_config
@@ -40,9 +41,8 @@ def _load_with(directory, breakage):
         if isinstance(breakage, float):
             _scale_copies(optimizer, breakage)
 
-    checkpointing.sync_hybrid_optimizer_param_copies, checkpointing.load_optimizer = sync, load_optimizer
     results = []
-    try:
+    with replaced(checkpointing, sync_hybrid_optimizer_param_copies=sync, load_optimizer=load_optimizer):
         for checkpoint in ({"pretrained_checkpoint": f"{directory}/pretrained"}, {"load": f"{directory}/saved"}):
             cfg = tiny_config(
                 directory,
@@ -56,9 +56,6 @@ def _load_with(directory, breakage):
             except RuntimeError as raised:
                 error = str(raised)
             results.append((error, len(recorder.losses)))
-    finally:
-        for name, function in ours.items():
-            setattr(checkpointing, name, function)
     return results
 
 

@@ -92,6 +92,7 @@ def test_resume_restores_everything_and_goes_on(runs, saved, rank):
     assert resumed["start"]["step"] == 4 and resumed["start"]["consumed"] == 32
     assert resumed["start"]["adam_steps"] == [4.0] and resumed["start"]["schedule"] == 32
     assert resumed["steps"] == [5, 6]
+    assert resumed["planned"] == ["full"]  # once, for setup and load alike
     decay = [1e-4 + (1e-3 - 1e-4) * (1 - step / 100) for step in range(1, 7)]
     assert before["learning_rates"] + resumed["learning_rates"] == pytest.approx(decay)
     assert max(resumed["losses"]) < before["losses"][0]

@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 
+from tests.rigs.load import planned_directories
 from tests.rigs.on_ranks import Recorder, differing, make_pretrained
 from tests.rigs.ranks import RankError, run_on_ranks
 from tests.rigs.tiny import tiny_config
@@ -75,7 +76,8 @@ def _train(directory, *, callback=Witness, **options):
     from megatron.bridge.training.gpt_step import forward_step
 
     witness = callback()
-    finetune(_config(directory, **options), forward_step, callbacks=[witness])
+    with planned_directories() as witness.planned:
+        finetune(_config(directory, **options), forward_step, callbacks=[witness])
     return witness
 
 
@@ -132,6 +134,7 @@ def _check_layout(directory, trained, layout, *, run, **options):
     changed = {**options, "model": LAYOUTS[layout], "ckpt_step": 1, "save": f"{directory}/new-{run}"}
     resumed = run_on_ranks(_train, 2, directory, **changed)
     assert resumed[-1].losses == pytest.approx(trained[-1].losses[1:], rel=1e-4)
+    assert resumed[0].planned == ["dense", run]  # the weights underneath and the adapters, each once
     again = run_on_ranks(_train, 2, directory, **{**options, "load": changed["save"], "finetune": True})
     for uninterrupted, other in zip(trained, again, strict=True):
         for name, weight in uninterrupted.weights_after.items():

@@ -10,6 +10,7 @@ import shutil
 import pytest
 
 from megatron.bridge.checkpoint import layout
+from megatron.bridge.utils.replaced import replaced
 from tests.rigs.load import STATE, STILL, parts_equal, refusal
 from tests.rigs.non_persistent import (
     ALL,
@@ -53,14 +54,11 @@ def directory(tmp_path, pretrained):
 def _run_without_exact_resume(directory, **options):
     from megatron.bridge.core_repairs import install
 
-    everything = install.REPAIRS
     # The flat step keeps a counter where the load template knows it, and with it its value.
-    install.REPAIRS = tuple(repair for repair in everything if repair.name not in ("exact resume", "flat step"))
-    assert len(install.REPAIRS) == len(everything) - 2
-    try:
+    left = tuple(repair for repair in install.REPAIRS if repair.name not in ("exact resume", "flat step"))
+    assert len(left) == len(install.REPAIRS) - 2
+    with replaced(install, REPAIRS=left):
         return run_saving(directory, **options)
-    finally:
-        install.REPAIRS = everything
 
 
 def _record(directory, **options):
@@ -141,13 +139,8 @@ def _run_with_a_full_disk(directory):
     def no_room(self, state_dict, ckpt_id):
         raise OSError(28, "No space left on device")
 
-    stock = LocalCheckpointFiles._save
-    if rank() == 1:
-        LocalCheckpointFiles._save = no_room
-    try:
+    with replaced(LocalCheckpointFiles, **({"_save": no_room} if rank() == 1 else {})):
         return refusal(run_saving, directory, train_iters=3)
-    finally:
-        LocalCheckpointFiles._save = stock
 
 
 @needs_the_package

@@ -8,6 +8,7 @@ optimizer was built.
 
 import pytest
 
+from megatron.bridge.utils.replaced import replaced
 from tests.rigs.on_ranks import Recorder, differing, make_pretrained, run_finetune
 from tests.rigs.ranks import run_on_ranks
 from tests.rigs.tiny import tiny_config
@@ -55,16 +56,9 @@ def _drift_of_one_step_at_learning_rate_zero(directory, fraction, overlap, with_
     still = {"lr": 0.0, "min_lr": 0.0, "weight_decay": 0.0}
     cfg = _offloaded(directory, fraction, overlap, optimizer=still)
     cfg.train.train_iters = 1
-    stock = {"sync_hybrid_optimizer_param_copies": None, "check_hybrid_optimizer_param_copies": None}
-    ours = {name: getattr(checkpointing, name) for name in stock}
-    if not with_sync:
-        for name in stock:
-            setattr(checkpointing, name, lambda *args, **kwargs: None)
-    try:
+    names = () if with_sync else ("sync_hybrid_optimizer_param_copies", "check_hybrid_optimizer_param_copies")
+    with replaced(checkpointing, **{name: lambda *args, **kwargs: None for name in names}):
         run = run_finetune(cfg)
-    finally:
-        for name, function in ours.items():
-            setattr(checkpointing, name, function)
     return differing(run.weights_before, run.weights_after)
 
 

@@ -8,6 +8,7 @@ import torch
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
 from megatron.bridge.core_repairs.repair import stepping_optimizers
+from megatron.bridge.utils.replaced import replaced
 from tests.rigs.on_ranks import (
     build_training,
     differing,
@@ -136,11 +137,8 @@ def _elements_copied(directory):
         copied.append(sum(param.numel() for group in hybrid.param_groups for param in group["params"]))
         make_copies(hybrid)
 
-    HybridDeviceOptimizer._init_sub_optimizers = count
-    try:
+    with replaced(HybridDeviceOptimizer, _init_sub_optimizers=count):
         model, optimizer = _offloaded(directory)
-    finally:
-        HybridDeviceOptimizer._init_sub_optimizers = make_copies
     of_model = sum(param.numel() for chunk in model for param in chunk.parameters())
     return of_model, sum(param.numel() for param, _ in _stepped_on(optimizer)), copied
 
@@ -178,11 +176,8 @@ def _copies_across(directory):
         crossed.append(sum(target.data_ptr() in places for target in targets))
         copy_all(targets, *args, **kwargs)
 
-    torch._foreach_copy_ = count
-    try:
+    with replaced(torch, _foreach_copy_=count):
         take_step(model, optimizer)
-    finally:
-        torch._foreach_copy_ = copy_all
     return sum(crossed), len(shards), len(apart)
 
 

@@ -17,6 +17,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer, Float16Optimizer
 
 from megatron.bridge.core_repairs.install import REPAIRS
 from megatron.bridge.core_repairs.repair import ToBuild
+from megatron.bridge.utils.replaced import replaced
 from tests.functional_tests.test_device_step import as_with_transformer_engine
 from tests.rigs.on_ranks import build_training
 from tests.rigs.ranks import run_on_ranks
@@ -192,12 +193,9 @@ def _is_asked_for(directory, name):
             part for part in (chain, chain.chained_optimizers[0], chain.optimizer) if isinstance(part, repair.target)
         )
         asked = ToBuild(cfg.optimizer, chunks) if repair.while_building else asked
-        before, as_it_is = vars(core_class)[attribute], repair.is_needed(asked)
-        setattr(core_class, attribute, mended)
-        try:
+        as_it_is = repair.is_needed(asked)
+        with replaced(core_class, **{attribute: mended}):
             return as_it_is, repair.is_needed(asked)
-        finally:
-            setattr(core_class, attribute, before)
 
 
 @pytest.mark.parametrize("name", MENDED)
@@ -214,15 +212,12 @@ def _two_at_once(directory):
         plain, exact = by_name["plain param groups"], by_name["exact resume"]
         answers = [plain.is_needed(distributed_optimizer), exact.is_needed(distributed_optimizer)]
         distributed_optimizer.optimizer.defaults = {"lr": 0.1}
-        names = ("sharded_param_state_dp_reshardable", "load_parameter_state_from_dp_reshardable")
-        before = {name: getattr(DistributedOptimizer, name) for name in names}
-        try:
-            for name, mended in zip(names, (_nothing, _syncs), strict=True):
-                setattr(DistributedOptimizer, name, mended)
+        mended = {
+            "sharded_param_state_dp_reshardable": _nothing,
+            "load_parameter_state_from_dp_reshardable": _syncs,
+        }
+        with replaced(DistributedOptimizer, **mended):
             return answers, [plain.is_needed(distributed_optimizer), exact.is_needed(distributed_optimizer)]
-        finally:
-            for name, method in before.items():
-                setattr(DistributedOptimizer, name, method)
 
 
 def _syncs(self, state_dict):

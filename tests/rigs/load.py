@@ -4,10 +4,12 @@
 A run's facts are digests of exact bits, so "restored" is equality with the run that saved, and "fresh" is difference.
 """
 
+import contextlib
 import hashlib
 
 import torch
 
+from megatron.bridge.utils.replaced import replaced
 from tests.rigs.on_ranks import Recorder
 from tests.rigs.tiny import tiny_config
 
@@ -107,14 +109,26 @@ def run_config(cfg, *, by="finetune"):
     from megatron.bridge.training.pretrain import pretrain
 
     witness = Witness()
-    {"finetune": finetune, "pretrain": pretrain}[by](cfg, forward_step, callbacks=[witness])
+    with planned_directories() as planned:
+        {"finetune": finetune, "pretrain": pretrain}[by](cfg, forward_step, callbacks=[witness])
     return {
+        "planned": planned,
         "start": witness.start,
         "end": witness.end,
         "losses": witness.losses,
         "learning_rates": witness.learning_rates,
         "steps": witness.steps,
     }
+
+
+@contextlib.contextmanager
+def planned_directories():
+    """Inside, the names of the checkpoints that loads are planned from are noted, each time that one is."""
+    from megatron.bridge.training.run_state import load_plan
+
+    names, read = [], load_plan.read_run_config
+    with replaced(load_plan, read_run_config=lambda path: names.append(path.parent.name) or read(path)):
+        yield names
 
 
 def run_cases(directory, options_by_name):

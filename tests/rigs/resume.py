@@ -184,15 +184,14 @@ def resume(directory: Path, run: str, cell: Cell, step: int, **options: Any) -> 
 def without_repairs(names: tuple[str, ...] | None, fn: Callable, *args: Any, **options: Any) -> Any:
     """Call a function while repairs are left out, None being all; gives the text of an error that it raises."""
     from megatron.bridge.core_repairs import install
+    from megatron.bridge.utils.replaced import replaced
 
-    ours = install.REPAIRS
-    install.REPAIRS = tuple(repair for repair in ours if names is not None and repair.name not in names)
+    left = tuple(repair for repair in install.REPAIRS if names is not None and repair.name not in names)
     try:
-        return fn(*args, **options)
+        with replaced(install, REPAIRS=left):
+            return fn(*args, **options)
     except Exception as error:  # Core's defects end in all kinds of errors
         return f"{type(error).__name__}: {error}"
-    finally:
-        install.REPAIRS = ours
 
 
 def apart(whole: list[Seen], resumed: list[Seen], step: int, *, exact: bool) -> list[str]:

@@ -25,10 +25,11 @@ class Chain:
 
 @pytest.fixture
 def calls_of_a_load(monkeypatch):
-    def load(source=Source.MEGATRON, *, restored=False, offload=True, bf16=True, main_params=False):
+    def load(source=Source.MEGATRON, *, restored=False, offload=True, bf16=True, main_params=False, hand_over=False):
         chain = Chain()
         plan = LoadPlan(Path("there"), source, optimizer=restored, scheduler=False, rng=False, train_state=False)
-        monkeypatch.setattr(checkpointing, "plan_on_all_ranks", lambda cfg, context, **_: plan)
+        planned = [] if hand_over else [plan]
+        monkeypatch.setattr(checkpointing, "plan_on_all_ranks", lambda cfg, context: planned.pop())
         monkeypatch.setattr(checkpointing, "_load_hf_weights", lambda *_: chain.calls.append(("weights", "HF")))
         monkeypatch.setattr(
             checkpointing, "_load_megatron", lambda *_, **__: chain.calls.append(("weights", "Megatron")) or LOADED
@@ -50,7 +51,9 @@ def calls_of_a_load(monkeypatch):
         )
         train_state = SimpleNamespace(step=0, floating_point_operations_so_far=0)
         state = SimpleNamespace(cfg=cfg, train_state=train_state, background_save=None)
-        checkpointing.load_checkpoint(state, [], chain, None, checkpointing_context={})
+        handed_over = {"plan": plan} if hand_over else {}
+        checkpointing.load_checkpoint(state, [], chain, None, checkpointing_context={}, **handed_over)
+        assert planned == []
         return chain.calls
 
     return load
@@ -78,6 +81,10 @@ def test_fp32_weights_need_the_sync_alone(calls_of_a_load):
 @pytest.mark.parametrize("restored", [False, True])
 def test_without_offload_there_is_nothing_to_sync(calls_of_a_load, restored):
     assert calls_of_a_load(offload=False, restored=restored)[1:] == [("reload", None)] * (not restored)
+
+
+def test_a_plan_that_is_handed_over_is_not_made_again(calls_of_a_load):
+    assert calls_of_a_load(restored=True, hand_over=True) == calls_of_a_load(restored=True)
 
 
 def test_the_sync_is_defined_beside_the_load():

@@ -36,6 +36,7 @@ from megatron.bridge.checkpoint.layout import METADATA_FILE
 from megatron.bridge.checkpoint.manifest import Checksums, ChecksumWriter, write_manifest
 from megatron.bridge.utils.distributed import is_rank_0, raise_on_all_ranks, rank, world_size
 from megatron.bridge.utils.files import atomic_write
+from megatron.bridge.utils.replaced import replaced
 
 
 def save_sharded(
@@ -216,15 +217,9 @@ def _one_checksum() -> Iterator[None]:
         torch.serialization.set_crc32_options(before)
 
 
-@contextlib.contextmanager
-def _no_process_for_results() -> Iterator[None]:
+def _no_process_for_results() -> contextlib.AbstractContextManager[None]:
     """Core starts a process to hold a queue for its writers' results, which imports the script anew. None is needed."""
-    before = filesystem_async._results_queue
-    filesystem_async._results_queue = queue.SimpleQueue()
-    try:
-        yield
-    finally:
-        filesystem_async._results_queue = before
+    return replaced(filesystem_async, _results_queue=queue.SimpleQueue())
 
 
 @contextlib.contextmanager

@@ -41,6 +41,7 @@ from megatron.bridge.checkpoint.layout import DCP_METADATA_FILE, METADATA_FILE
 from megatron.bridge.checkpoint.manifest import check_files_of, is_tensor_file
 from megatron.bridge.checkpoint.safe_pickle import read_blob, read_dcp_metadata
 from megatron.bridge.utils.distributed import raise_on_all_ranks, rank, world_size
+from megatron.bridge.utils.replaced import replaced
 
 COMMON_STATE = ShardedObject("common_state", None, (1,), (0,)).unique_key
 """Under this key later versions of Core keep, among the tensors, what is common to all ranks."""
@@ -230,19 +231,10 @@ def _core_reads_plain_data(reader: PlainReader, common_state: dict[str, Any]) ->
             else:
                 self.state_dict[key] = content
 
-    handed = [
-        (torch_strategies, "_get_filesystem_reader", lambda *_, **__: reader),
-        (torch_strategies, "MCoreLoadPlanner", PlainPlanner),
-        (*_reader_of_the_common_state(), lambda *_: common_state),
-    ]
-    before = [(place, name, getattr(place, name)) for place, name, _ in handed]
-    try:
-        for place, name, ours in handed:
-            setattr(place, name, ours)
+    readers = {"_get_filesystem_reader": lambda *_, **__: reader, "MCoreLoadPlanner": PlainPlanner}
+    place, name = _reader_of_the_common_state()
+    with replaced(torch_strategies, **readers), replaced(place, **{name: lambda *_: common_state}):
         yield
-    finally:
-        for place, name, cores in before:
-            setattr(place, name, cores)
 
 
 def _reader_of_the_common_state() -> tuple[Any, str]:

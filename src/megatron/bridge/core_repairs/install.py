@@ -39,6 +39,7 @@ from megatron.bridge.core_repairs import (
     step_counter,
 )
 from megatron.bridge.core_repairs.repair import Repair, ToBuild
+from megatron.bridge.utils.replaced import replaced
 
 logger = logging.getLogger(__name__)
 
@@ -81,14 +82,11 @@ def repaired_construction(config: core_optimizer.OptimizerConfig, model: list[An
     """
     to_build = ToBuild(config, model)
     needed = [repair for repair in REPAIRS if repair.while_building and repair.is_needed(to_build)]
-    for module, built in BUILT:
-        of_class = tuple(repair for repair in needed if repair.target is built)
-        setattr(module, built.__name__, _repaired_class(built, of_class))
-    try:
-        yield
-    finally:
+    with contextlib.ExitStack() as stack:
         for module, built in BUILT:
-            setattr(module, built.__name__, built)
+            of_class = tuple(repair for repair in needed if repair.target is built)
+            stack.enter_context(replaced(module, **{built.__name__: _repaired_class(built, of_class)}))
+        yield
 
 
 def install_repairs(optimizer: Any) -> list[str]:

@@ -22,6 +22,7 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params,
 from megatron.bridge.core_repairs.empty_shard import count_step, has_no_parameters
 from megatron.bridge.core_repairs.load_template import allocate_state
 from megatron.bridge.core_repairs.repair import Repair, source_of
+from megatron.bridge.utils.replaced import replaced
 
 MASTERS = "fp32_from_fp16_params"
 """Core's name of the FP32 weights behind 16-bit ones, a list for each param group."""
@@ -74,15 +75,12 @@ def _all_parameters_in_order(optimizer: MegatronOptimizer) -> Iterator[list[list
     if isinstance(optimizer, FP32Optimizer):
         yield []
         return
-    own = optimizer.float16_groups, optimizer.fp32_from_float16_groups
-    model_param = dict(zip(*(itertools.chain.from_iterable(groups) for groups in reversed(own)), strict=True))
+    masters, params = optimizer.fp32_from_float16_groups, optimizer.float16_groups
+    model_param = dict(zip(*(itertools.chain.from_iterable(groups) for groups in (masters, params)), strict=True))
     stepped_on = [list(group["params"]) for group in optimizer.optimizer.param_groups]
-    optimizer.float16_groups = [[model_param.get(param, param) for param in group] for group in stepped_on]
-    optimizer.fp32_from_float16_groups = stepped_on
-    try:
+    in_model = [[model_param.get(param, param) for param in group] for group in stepped_on]
+    with replaced(optimizer, float16_groups=in_model, fp32_from_float16_groups=stepped_on):
         yield [[param in model_param for param in group] for group in stepped_on]
-    finally:
-        optimizer.float16_groups, optimizer.fp32_from_float16_groups = own
 
 
 def _keep_step_without_parameters(saved: dict[str, Any]) -> None:

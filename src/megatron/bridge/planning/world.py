@@ -10,6 +10,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron.bridge.utils import distributed
 from megatron.bridge.utils.device import choose_device, enter_device
+from megatron.bridge.utils.replaced import replaced
 from megatron.bridge.utils.simulated_accelerator import without_data
 
 
@@ -36,13 +37,10 @@ def planned_world(world_size: int, rank: int = 0) -> Iterator[None]:
         )
     enter_device(choose_device("cpu"))
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    stock = dist.all_gather_object
-    dist.all_gather_object = _gather_own
     try:
-        with without_data():
+        with replaced(dist, all_gather_object=_gather_own), without_data():
             yield
     finally:
-        dist.all_gather_object = stock
         distributed.destroy_model_parallel()
         dist.destroy_process_group()
 

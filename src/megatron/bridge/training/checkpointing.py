@@ -240,8 +240,6 @@ def plan_on_all_ranks(cfg: ConfigContainer, context: dict[str, Any], *, load_req
     """
     local = find_local(context)
     with raise_on_all_ranks("planning the load"):
-        if cfg.peft is not None:
-            plan_base(cfg)
         if is_rank_0() and cfg.checkpoint.load is not None:
             for root in (cfg.checkpoint.load, cfg.checkpoint.non_persistent_root(cfg.checkpoint.load)):
                 for path in layout.leftovers(root):
@@ -249,6 +247,12 @@ def plan_on_all_ranks(cfg: ConfigContainer, context: dict[str, Any], *, load_req
                 for path in layout.newer_than_tracker(root):
                     logger.warning("%s is passed over: %s names an earlier one", path, layout.TRACKER_FILE)
         return plan_load(cfg, local, load_required=load_required)
+
+
+def plan_base_on_all_ranks(cfg: ConfigContainer) -> LoadPlan | None:
+    """`plan_base`; None without adapters. An error of one rank is an error of all."""
+    with raise_on_all_ranks("planning the load"):
+        return None if cfg.peft is None else plan_base(cfg)
 
 
 def load_checkpoint(
@@ -259,7 +263,7 @@ def load_checkpoint(
     strict: bool = True,
     checkpointing_context: dict[str, Any] | None = None,
     *,
-    load_required: bool = False,
+    plan: LoadPlan | None = None,
 ) -> tuple[int, float]:
     """Load what the configuration asks for, with all ranks, and bring the optimizer's copies in line with it.
 
@@ -270,7 +274,7 @@ def load_checkpoint(
         opt_param_scheduler: Its schedule, or None.
         strict: Every tensor of the model must be in the checkpoint and fit.
         checkpointing_context: From `init_checkpointing_context`; None makes one.
-        load_required: Finding nothing to load is an error.
+        plan: From `plan_on_all_ranks`, with the same context; None makes one.
 
     Returns:
         The step and the floating point operations so far; (0, 0) for pretrained weights or nothing to load.
@@ -282,7 +286,7 @@ def load_checkpoint(
     """
     finish_background_save(state, wait=True)
     context = init_checkpointing_context(state.cfg) if checkpointing_context is None else checkpointing_context
-    plan = plan_on_all_ranks(state.cfg, context, load_required=load_required)
+    plan = plan_on_all_ranks(state.cfg, context) if plan is None else plan
     if plan is None:
         return 0, 0
     logger.info("loading %s", plan)
@@ -342,18 +346,17 @@ def _bring_masters_in_line(
             check_hybrid_optimizer_param_copies(optimizer, exact=not restored and main_params is None)
 
 
-def load_base_weights(cfg: ConfigContainer, model: list[Any]) -> None:
+def load_base_weights(cfg: ConfigContainer, plan: LoadPlan, model: list[Any]) -> None:
     """Load the weights that adapters will stand beside, with all ranks, before they do.
 
     Args:
         cfg: A checked configuration with `peft`.
+        plan: From `plan_base_on_all_ranks`.
         model: This rank's bare chunks.
 
     Raises:
         FileNotFoundError, ValueError: As for `load_checkpoint`.
     """
-    with raise_on_all_ranks("planning the load"):
-        plan = plan_base(cfg)
     logger.info("loading the weights under the adapters: %s", plan)
     if plan.source is Source.HUGGING_FACE:
         _load_hf_weights(model, plan.path)

@@ -21,12 +21,14 @@ from megatron.bridge.training.checkpointing import (
     init_checkpointing_context,
     load_base_weights,
     load_checkpoint,
+    plan_base_on_all_ranks,
     plan_on_all_ranks,
 )
 from megatron.bridge.training.config import ConfigContainer, DistributedDataParallelConfig
 from megatron.bridge.training.initialize import initialize_megatron
 from megatron.bridge.training.optim import setup_optimizer
 from megatron.bridge.training.run_state.end_tokens import generation_config_to_save
+from megatron.bridge.training.run_state.load_plan import LoadPlan
 from megatron.bridge.training.state import GlobalState
 from megatron.bridge.utils.distributed import is_rank_0, raise_on_all_ranks, world_size
 from megatron.bridge.utils.files import check_writable_directory
@@ -89,9 +91,10 @@ def setup(
             cfg.model.vocab_size = state.tokenizer.vocab_size
         check_tokenizer_fits(state.tokenizer, cfg.model.vocab_size)
     data = _build_data(state, train_valid_test_datasets_provider)
-    # Both are done again later: too few samples or a wrong checkpoint must be said before minutes of building.
+    # Too few samples or a wrong checkpoint must be said before minutes of building; the iterator is made again below.
     _train_iterator(state, data, pg_collection)
     context = init_checkpointing_context(cfg)
+    base_plan = plan_base_on_all_ranks(cfg)
     plan = plan_on_all_ranks(cfg, context, load_required=load_required)
     with raise_on_all_ranks("reading where a text ends"):
         state.generation_config = generation_config_to_save(cfg, state.tokenizer, plan) if is_rank_0() else None
@@ -100,7 +103,7 @@ def setup(
         ddp_config=_without_core_nan_check(cfg.ddp),
         data_parallel_random_init=cfg.rng.data_parallel_random_init,
         pg_collection=pg_collection,
-        pre_wrap_hook=None if cfg.peft is None else partial(_add_adapters, cfg),
+        pre_wrap_hook=None if base_plan is None else partial(_add_adapters, cfg, base_plan),
     )
     _check_attention(state, data, model)
     if state.derived.train_iters > 0 and not state.derived.skip_train:
@@ -114,7 +117,8 @@ def setup(
         derived=state.derived,
     )
     set_schedule_functions(model, optimizer, cfg)
-    load_checkpoint(state, model, optimizer, scheduler, checkpointing_context=context, load_required=load_required)
+    if plan is not None:
+        load_checkpoint(state, model, optimizer, scheduler, checkpointing_context=context, plan=plan)
 
     train_state = state.train_state
     train_state.do_train = data.train is not None and state.derived.train_iters > 0 and not state.derived.skip_train
@@ -143,9 +147,9 @@ def _without_core_nan_check(ddp: DistributedDataParallelConfig) -> DistributedDa
     return ddp
 
 
-def _add_adapters(cfg: ConfigContainer, chunks: list[Any]) -> list[Any]:
+def _add_adapters(cfg: ConfigContainer, base_plan: LoadPlan, chunks: list[Any]) -> list[Any]:
     """The model with its pretrained weights, frozen, and adapters that are trained."""
-    load_base_weights(cfg, chunks)
+    load_base_weights(cfg, base_plan, chunks)
     peft: Any = cfg.peft
     adapted = peft(chunks, training=True)
     params = [param for chunk in adapted for param in chunk.parameters()]

@@ -5,9 +5,8 @@ Core checks its classes as they are made, before overrides and mixed precision a
 `finalize()`, which can be called again at any time.
 """
 
-import contextlib
 import copy
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +15,11 @@ from megatron.core.optimizer import get_standard_config_overrides, optimizer_con
 from megatron.core.utils import get_te_version
 
 from megatron.bridge.training.config.scheduler import SchedulerConfig
+from megatron.bridge.utils.replaced import replaced
 from megatron.bridge.utils.set_fields import RemembersSetFields, writes_that_nobody_set
 
 
-@contextlib.contextmanager
-def _absent_transformer_engine_is_old() -> Iterator[None]:
+def _absent_transformer_engine_is_old() -> AbstractContextManager[None]:
     """While Core checks its options: a Transformer Engine that is not installed is older than any version.
 
     A repair: Core 0.16.1 asks for its version in precision-aware mode, also where the optimizer is offloaded and uses
@@ -31,11 +30,7 @@ def _absent_transformer_engine_is_old() -> Iterator[None]:
     def is_te_min_version(*args: Any, **kwargs: Any) -> bool:
         return get_te_version() is not None and stock(*args, **kwargs)
 
-    optimizer_config.is_te_min_version = is_te_min_version
-    try:
-        yield
-    finally:
-        optimizer_config.is_te_min_version = stock
+    return replaced(optimizer_config, is_te_min_version=is_te_min_version)
 
 
 @dataclass
