@@ -132,6 +132,14 @@ THE_LOAD = (
         tests=(_FOUND_BY_NAME,),
     ),
     Mutant(
+        name="plan made again",
+        breaks="what is loaded is decided twice, and a directory that changes in between is loaded as nobody checked",
+        file="src/megatron/bridge/training/setup.py",
+        text="checkpointing_context=context, plan=plan)",
+        replacement="checkpointing_context=context)",
+        tests=("tests/functional_tests/test_load_cases.py::test_resume_restores_everything_and_goes_on[rank 0]",),
+    ),
+    Mutant(
         name="finetune needs no weights",
         breaks="a finetune that finds nothing to load trains random weights",
         where="megatron.bridge.training.finetune:finetune",
