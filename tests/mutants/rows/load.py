@@ -134,9 +134,8 @@ THE_LOAD = (
     Mutant(
         name="plan made again",
         breaks="what is loaded is decided twice, and a directory that changes in between is loaded as nobody checked",
-        file="src/megatron/bridge/training/setup.py",
-        text="checkpointing_context=context, plan=plan)",
-        replacement="checkpointing_context=context)",
+        where="megatron.bridge.training.setup:setup",
+        change=value("plan", "None", of="load_checkpoint"),
         tests=("tests/functional_tests/test_load_cases.py::test_resume_restores_everything_and_goes_on[rank 0]",),
     ),
     Mutant(
