@@ -123,12 +123,12 @@ HEAD = """\
 make bench
 ```
 
-measures all of this again and writes this page ({minutes} minutes). What is compared is timed in turn in one process, \
-and the ratio of each turn counts: a figure is the median of the turns, with the smallest and the largest beside it. \
-Smaller is better. `make bench` fails where a median is so far beyond its aim that noise is no excuse (half as much \
-again, unless its benchmark says otherwise); `make bench ARGS="--check"` measures without writing, \
-`make bench ARGS="--only start_up"` measures that alone. No figure here is from a GPU: \
-[on a GPU](gpu.md) has those that were measured there.
+repeats all of these measurements and writes this page ({minutes} minutes). Each benchmark times what it compares in \
+turn, in one process, and takes the ratio of each turn. A figure is the median of the turns, with the smallest and the \
+largest in parentheses. Smaller is better. `make bench` fails only if a median misses its aim by more than noise can \
+explain (half as much again, unless its benchmark sets another limit). `make bench ARGS="--check"` measures without \
+writing, and `make bench ARGS="--only start_up"` runs that benchmark alone. No figure here is from a GPU: \
+[on a GPU](gpu.md) has those.
 
 Measured on
 """
@@ -140,7 +140,7 @@ def _summary(figures: list[Figure]) -> str:
     missed = [figure for figure in figures if is_missed(figure)]
     lines = [f"**{len(figures) - len(missed)} of {len(figures)} figures reach their aim.**"]
     if missed:
-        lines.append(f"Missed: {'; '.join(figure.what for figure in missed)}. Why is said below each table.")
+        lines.append(f"Missed: {'; '.join(figure.what for figure in missed)}. The notes below each table say why.")
     return " ".join(lines) + "\n"
 
 

@@ -16,6 +16,7 @@ import random
 import shutil
 import sys
 import tempfile
+import textwrap
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -137,16 +138,19 @@ def _check_metrics(run: Run) -> None:
 
 
 def report(soaked: Soaked, *, seed: int, seconds: float) -> str:
-    """What came of it, in Markdown."""
+    """The results, in Markdown."""
     rows = []
     for name in (kind.name for kind in FAULTS if kind.name in soaked.struck):
         longest = f"{max(soaked.recoveries[name]):.1f} s" if soaked.recoveries[name] else "-"
         rows.append(f"| {name} | {soaked.struck[name]} | {longest} |")
+    summary = (
+        f"megatron-core {core_version}, seed {seed}: {soaked.struck.total()} faults in {soaked.runs} runs and "
+        f"{soaked.starts} starts, {seconds:.0f} s. Nothing that was reported saved was lost, and every run ended "
+        "bit-exact."
+    )
     return "\n".join(
         (
-            f"megatron-core {core_version}, seed {seed}: {soaked.struck.total()} faults in {soaked.runs} runs and "
-            f"{soaked.starts} starts, {seconds:.0f} s. Nothing that was reported saved was lost, and every run ended "
-            "bit-equal to the uninterrupted one.",
+            textwrap.fill(summary, 120),
             "",
             "| fault | struck | longest until a start trained again |",
             "|---|---|---|",

@@ -2,7 +2,7 @@
 """What `tests.soak` does to a run: a table of faults. Each starts the run, or what belongs to it, and strikes once.
 
 What a fault must lead to is asserted here: who is left ends by itself, what can't go on ends on all ranks in one line
-that names the place. What comes after (the next start resumes, the run ends bit-equal) is `tests.soak`'s.
+that names the place. What comes after (the next start resumes, the run ends bit-exact) is `tests.soak`'s.
 """
 
 import contextlib
