@@ -89,6 +89,7 @@ def test_a_line_that_is_refused_does_not_hold_up_the_others(at_once):
 
 def test_the_oldest_is_given_up_when_too_many_wait(monkeypatch):
     monkeypatch.setattr(metrics_queue, "MOST_WAITING", 3)
+    monkeypatch.setattr(metrics_queue, "FIRST_PAUSE_SECONDS", 300)  # no second try before the end, however slow this is
     place = _Place(lambda place, step: place.tries == 1)
     _hand_over(place, range(1, 7), at_once=True)
     assert place.taken == [4, 5, 6]
@@ -97,12 +98,19 @@ def test_the_oldest_is_given_up_when_too_many_wait(monkeypatch):
 def test_one_that_never_answers_holds_nobody(monkeypatch, caplog):
     monkeypatch.setattr(metrics_queue, "SECONDS_WITHOUT_PROGRESS", 0.05)
     caplog.set_level(logging.INFO)
-    never = threading.Event()
-    place = _Place(lambda place, step: step == 2 and never.wait(60))
-    _hand_over(place, range(1, 6), at_once=False, close=lambda: never.wait(60))
+    before = set(threading.enumerate())
+    asked, never = threading.Event(), threading.Event()
+    place = _Place(lambda place, step: step == 2 and not asked.set() and never.wait())
+    figures, state = MetricsQueue("Place", place.write, at_once=False), _state(0)
+    for state.train_state.step in range(1, 6):
+        figures.hand_over(state, "train", {})
+    assert asked.wait(60)  # step 2 is on its way
+    figures.finish(never.wait)
     assert place.taken == [1]
     assert caplog.messages[-1] == "Place did not take 4 lines of figures"
     never.set()
+    for thread in set(threading.enumerate()) - before:
+        thread.join()  # what it says at its end belongs to this test
 
 
 def test_an_error_at_the_end_is_a_warning(at_once, caplog):
