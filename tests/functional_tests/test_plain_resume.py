@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron.bridge.core_repairs.plain_state import _put_step_where_it_is_kept
+from megatron.bridge.core_repairs.plain_state import _move_step
 from megatron.bridge.training.run_state.optimizer_chain import match_optimizer_chain
 from tests.rigs.on_ranks import Recorder, differing
 from tests.rigs.ranks import run_on_ranks
@@ -78,10 +78,10 @@ def _groups(**step):
 def test_a_step_is_found_where_another_implementation_of_adam_kept_it():
     torchs = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
     by_groups = {"state": {}, "param_groups": _groups(step=7)}
-    _put_step_where_it_is_kept(torchs, by_groups)
+    _move_step(torchs, by_groups)
     assert by_groups == {"state": {"common_step": torch.tensor(7.0)}, "param_groups": _groups()}
     by_state = {"state": {"common_step": torch.tensor(7.0)}, "param_groups": _groups()}
-    _put_step_where_it_is_kept(SimpleNamespace(), by_state)
+    _move_step(SimpleNamespace(), by_state)
     assert by_state == {"state": {}, "param_groups": _groups(step=7)}
 
 

@@ -1,10 +1,11 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""One kernel of Adam, with offload and without.
+"""The same Adam kernel with and without offload.
 
-Without Transformer Engine or Apex, Core steps an offloaded run with torch's fused kernel and any other run with torch's
-loop over tensors. They round differently, in how many elements depends on the CPU's vector unit: with AVX2 in some of
-each hundred, with AVX-512 in next to none. And which kernel steps is among the options that a load brings from the
-checkpoint, so that a resume steps with the kernel of the run that saved. Here it is always the fused one, the faster.
+Without Transformer Engine or Apex, Core uses torch's fused kernel for an offloaded run, and torch's loop over tensors
+for any other run. The two round differently. How often depends on the CPU: with AVX2 in a few elements of every
+hundred, with AVX-512 in almost none. In addition, the choice of kernel is one of the options that a load restores from
+the checkpoint, so a resume would use the kernel of the run that saved. Here it is always the fused kernel, which is
+also the faster one.
 """
 
 import re
@@ -38,12 +39,13 @@ def _step_fused(base: type) -> type:
         def _choose_the_fused_kernel(self) -> None:
             for group in self.optimizer.param_groups:
                 group["fused"] = True
-                if group.get("foreach"):  # a hybrid's groups don't have the key, nor must what is saved of them
+                if group.get("foreach"):  # don't add the key: a hybrid's groups, and what is saved of them, lack it
                     group["foreach"] = None
             for optimizer in stepping_optimizers(self.optimizer):
                 if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
                     for param, state in optimizer.state.items():
-                        # The loop keeps the counter on the host, the fused kernel beside its parameter.
+                        # The loop over tensors keeps the step counter on the host; the fused kernel needs it on the
+                        # parameter's device.
                         if "step" in state and state["step"].device != param.device:
                             state["step"] = state["step"].to(param.device)
 

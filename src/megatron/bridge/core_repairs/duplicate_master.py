@@ -1,9 +1,9 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""One master in a checkpoint, whoever stepped on it.
+"""Save each master once.
 
-`HybridDeviceOptimizer` lists the tensor it steps on among its state, as `master_param`. Unless precision-aware, the
-distributed optimizer saves it beside the FP32 shard that holds the same values: a third more to write, and a layout
-that a run without offload doesn't have, so that one can't resume the other's checkpoint.
+`HybridDeviceOptimizer` keeps the tensor that it steps on in its state, as `master_param`. In default mode the
+distributed optimizer saves it in addition to the FP32 shard, which holds the same values. That is a third more to
+write. It also adds keys that a run without offload doesn't have, so neither run can resume the other's checkpoint.
 """
 
 from typing import Any
@@ -40,7 +40,7 @@ def _saves_the_master_twice(optimizer: DistributedOptimizer) -> bool:
 REPAIRS = (
     Repair(
         name="duplicate master",
-        defect="a checkpoint holds each FP32 master twice, in a layout that a run without offload can't resume",
+        defect="a checkpoint holds each FP32 master twice, in a form that a run without offload can't resume",
         threads=(),
         core_versions="0.16.1 to 0.19.2",
         target=DistributedOptimizer,

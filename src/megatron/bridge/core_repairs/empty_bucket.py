@@ -1,9 +1,9 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""A bucket of which this rank's shard is all padding, in the format that stores state by bucket (dp_reshardable).
+"""Save a bucket in which this rank's shard is all padding (format dp_reshardable, which stores state by bucket).
 
-Core's shards cut a bucket evenly over the data-parallel ranks. Where little is trained, one may hold no parameter: the
-padding between two, which is stored so that the tensor is whole, or what is behind the last, which is not. Core dies
-on both: `empty bucket encountered`. Local checkpoints have this format, whatever the configuration says.
+Core splits each bucket evenly over the data-parallel ranks. Where little is trained, a shard may hold no parameter:
+only padding between two parameters, which is stored so that the tensor is complete, or padding behind the last one,
+which is not stored. Core fails on both with `empty bucket encountered`. Local checkpoints always have this format.
 """
 
 from collections.abc import Iterator
@@ -16,20 +16,20 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.bridge.core_repairs.repair import Repair, source_of
 
 STATE = ("param", "exp_avg", "exp_avg_sq")
-"""What Core stores of a bucket; all of it FP32, in precision-aware mode too."""
+"""The tensors that Core stores for a bucket, all FP32, also in precision-aware mode."""
 
 
 class _EmptyShard(NamedTuple):
-    """This rank's shard of a bucket, in elements."""
+    """This rank's shard of a bucket, if it holds no parameter. Sizes are in elements."""
 
     buffer: int
     dtype: Any
-    """Of the buffer, as Core's key."""
+    """The buffer's dtypes: Core's key for it."""
     bucket: int
     stored: int
-    """How many of them are stored: those before the end of the last parameter."""
+    """How many of the shard's elements are stored: those before the end of the last parameter."""
     bucket_size: int
-    """Of the bucket, as it is stored."""
+    """Size of the whole bucket as it is stored."""
 
 
 def _pad_empty_shards(base: type) -> type:
@@ -48,7 +48,8 @@ def _pad_empty_shards(base: type) -> type:
             state = super().sharded_param_state_dp_reshardable(*args, **kwargs)
             for shard in _empty_shards(self):
                 if not shard.stored:
-                    # Core takes what is empty out of a list, and the rest moves up.
+                    # Core drops empty entries from a list, and the entries behind them move up. A rank with nothing
+                    # to store reads one element, so that its entry is not empty.
                     (padding,) = state[shard.buffer][shard.dtype][shard.bucket]
                     padding["param"] = self._copy_of_last_element(shard)
             return state
@@ -70,7 +71,7 @@ def _pad_empty_shards(base: type) -> type:
 
 
 def _empty_shards(optimizer: DistributedOptimizer) -> Iterator[_EmptyShard]:
-    """The buckets of which this rank steps on nothing."""
+    """The buckets in which this rank holds no parameter."""
     ranks = optimizer.data_parallel_group
     for buffer, by_dtype in enumerate(optimizer.gbuf_ranges):
         for dtype, ranges in by_dtype.items():
@@ -83,7 +84,7 @@ def _empty_shards(optimizer: DistributedOptimizer) -> Iterator[_EmptyShard]:
                     yield _EmptyShard(buffer, dtype, number, stored, bucket.numel_unpadded)
 
 
-def _dies_on_an_empty_shard(optimizer: DistributedOptimizer) -> bool:
+def _fails_on_an_empty_shard(optimizer: DistributedOptimizer) -> bool:
     source = source_of(DistributedOptimizer.sharded_param_state_dp_reshardable)
     return "'empty bucket encountered'" in source and any(_empty_shards(optimizer))
 
@@ -91,11 +92,11 @@ def _dies_on_an_empty_shard(optimizer: DistributedOptimizer) -> bool:
 REPAIRS = (
     Repair(
         name="empty bucket",
-        defect="stored by bucket, state can't be saved where a rank's shard of a bucket is all padding",
+        defect="state can't be saved by bucket where a rank's shard of a bucket is all padding",
         threads=(),
         core_versions="0.16.1 to 0.19.2",
         target=DistributedOptimizer,
         subclass=_pad_empty_shards,
-        is_needed=_dies_on_an_empty_shard,
+        is_needed=_fails_on_an_empty_shard,
     ),
 )

@@ -1,8 +1,9 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""The optimizer of a rank that trains nothing itself: a frozen pipeline stage, or a shard that is all padding.
+"""Save the step of a rank that trains nothing: one with a frozen pipeline stage, or a shard that is all padding.
 
-Core reads the step to save off a parameter's state. Where there is none it dies on `assert len(steps) == 1`, or saves
-no step; and what rank 0 saves is what all ranks resume from. Here such a rank counts the steps in its param groups.
+Core takes the step to save from a parameter's state. Without parameters it fails on `assert len(steps) == 1`, or saves
+no step. All ranks resume from the step that rank 0 saved, so this affects the others too. Here a rank without
+parameters counts its steps in the param groups.
 """
 
 from typing import Any
@@ -36,7 +37,7 @@ def _count_without_parameters(base: type) -> type:
 
 
 def has_no_parameters(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether there is nothing for it to step on."""
+    """Whether an optimizer has no parameters on this rank."""
     return not any(group["params"] for group in optimizer.param_groups)
 
 

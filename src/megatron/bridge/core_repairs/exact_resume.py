@@ -1,10 +1,12 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""What a resume restores, bit-exact: Adam's step counter and the masters that are stepped on.
+"""Restore Adam's step counter and the masters bit-exact on a resume.
 
-The dp_reshardable format keeps `step` out of the sharded state and hands the load template's value back, which then
-overwrites the counter that the param groups brought (NovaSky-AI/SkyRL PR 1403, Megatron-LM PR 7449). And a loaded
-tensor that is not the very one a sub-optimizer has, as a local checkpoint brings them, is not brought to it: a
-precision-aware master stays what it was before the load, and moments stay on the host.
+Core has two gaps here:
+
+* In the dp_reshardable format `step` is not part of the sharded state. A load returns the load template's value, which
+  then overwrites the counter from the param groups (NovaSky-AI/SkyRL PR 1403, Megatron-LM PR 7449).
+* A load from a local checkpoint brings new tensors instead of filling those of the sub-optimizers, and Core doesn't
+  copy them over: in precision-aware mode a master keeps its old value, and moments stay on the host.
 """
 
 from typing import Any
@@ -26,7 +28,7 @@ def _restore_step_and_masters(base: type) -> type:
 
     class RestoreStepAndMasters(base):
         def _set_main_param_and_optimizer_states(self, model_param: Any, tensors: dict[str, Any]) -> None:
-            # dp_reshardable's mark of padding comes along, and would stay among the state of a precision-aware hybrid.
+            # dp_reshardable adds a flag for padding, which would stay in a precision-aware hybrid's state.
             state = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
             super()._set_main_param_and_optimizer_states(model_param, state)
 

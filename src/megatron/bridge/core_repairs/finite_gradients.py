@@ -1,8 +1,8 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""A gradient that is not finite is not stepped on.
+"""Don't step on gradients that are NaN or infinite.
 
-Core looks for one where the loss is scaled, which is FP16's. In bf16 and FP32 the norm is computed, the gradients are
-multiplied with what it says, and all weights become NaN (epfLLM/Megatron-LLM PR 34, inclusionAI/AReaL #136).
+Core checks for them only where the loss is scaled, which is in FP16. In bf16 and FP32 it computes the norm and clips
+all gradients by it. A NaN norm then makes every weight NaN (epfLLM/Megatron-LLM PR 34, inclusionAI/AReaL #136).
 """
 
 import math
@@ -13,7 +13,7 @@ from megatron.bridge.core_repairs.repair import Repair, source_of
 
 
 class NonFiniteGradients(FloatingPointError):
-    """The gradient's norm is NaN or infinite, on all ranks; no weight, master or moment was touched."""
+    """The gradient's norm is NaN or infinite. Raised on all ranks, before any weight, master or moment has changed."""
 
     def __init__(self, norm: float) -> None:
         super().__init__(f"the gradient's norm is {norm}: the step was not taken")
@@ -21,7 +21,10 @@ class NonFiniteGradients(FloatingPointError):
 
 
 def _end_the_step_at_the_norm(base: type) -> type:
-    """Overrides of `ChainedOptimizer`, whose `step` asks for the norm when all gradients are in place."""
+    """Overrides of `ChainedOptimizer`. Its `step` computes the norm once all gradients are reduced, before any update.
+
+    The norm is the same on every rank that steps, so all of them raise together.
+    """
 
     class EndTheStepAtTheNorm(base):
         def get_grad_norm(self) -> float:
@@ -41,7 +44,7 @@ def _steps_whatever_the_norm(optimizer: ChainedOptimizer) -> bool:
 REPAIRS = (
     Repair(
         name="finite gradients",
-        defect="in bf16 and FP32 a gradient that is NaN or infinite is stepped into all weights",
+        defect="in bf16 and FP32 one NaN or infinite gradient makes all weights NaN",
         threads=("epfLLM/Megatron-LLM PR 34", "inclusionAI/AReaL #136"),
         core_versions="0.16.1 to 0.19.2",
         target=ChainedOptimizer,

@@ -1,9 +1,10 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""The device's part steps on gradients that are there.
+"""Let the sub-optimizer on the device wait for its gradients.
 
-With overlap, precision-aware, the 16-bit gradients of the part that stays on the device are cast to FP32 on the stream
-that copies the others to the host, and the device's optimizer steps on another stream without waiting for it
-(NVIDIA/Megatron-LM PR 7449). In the default mode nothing is cast there, and nothing needs to wait.
+With overlap and in precision-aware mode, Core casts the 16-bit gradients of the parameters that stay on the device to
+FP32. It does so on the stream that copies gradients to the host. The sub-optimizer on the device steps on the current
+stream, which doesn't wait for that one: it may read gradients that are not written yet (NVIDIA/Megatron-LM PR 7449).
+In default mode nothing is cast there, so nothing needs to wait.
 """
 
 from typing import Any
@@ -21,7 +22,7 @@ def _wait_for_the_casts(base: type) -> type:
         def step(self, closure: Any = None) -> None:
             if self.gpu_optimizer is None:
                 return super().step(closure)
-            # For this step only: a load makes the parts anew.
+            # Registered for this step only: a load makes Core build the sub-optimizers again.
             hook = self.gpu_optimizer.register_step_pre_hook(lambda *_: wait_for_stream(self._d2h_stream))
             try:
                 return super().step(closure)
@@ -43,7 +44,7 @@ def _steps_without_waiting(optimizer: HybridDeviceOptimizer) -> bool:
 REPAIRS = (
     Repair(
         name="gradient wait",
-        defect="precision-aware with overlap, the device's part may step before its gradients are cast",
+        defect="in precision-aware mode with overlap, the part on the device may step before its gradients are cast",
         threads=("NVIDIA/Megatron-LM PR 7449",),
         core_versions="0.16.1 to 0.19.2",
         target=HybridDeviceOptimizer,

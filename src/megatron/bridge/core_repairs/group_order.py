@@ -1,9 +1,9 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""One order of parameters in a group of FP32 and 16-bit ones.
+"""Number the parameters of a group in the order in which they are in it.
 
-The distributed optimizer finds a parameter's state by its place in its group. It counts the places in the order of the
-gradient buffers and then fills the group with FP32 parameters first, so that with both kinds in a group, state is
-saved and loaded under another parameter's name (radixark/Megatron-LM PR 19, NVIDIA/Megatron-LM PR 5930).
+The distributed optimizer finds a parameter's state by its index in its param group. It counts indices in the order of
+the gradient buffers, but fills the group with FP32 parameters first. If a group has FP32 and 16-bit parameters, state
+is saved and loaded under another parameter's name (radixark/Megatron-LM PR 19, NVIDIA/Megatron-LM PR 5930).
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ def _fp32_parameters_first(base: type) -> type:
         def _build_optimizer_group_ranges(cls, *args: Any, **kwargs: Any) -> Any:
             group_index_map, group_ranges = super()._build_optimizer_group_ranges(*args, **kwargs)
             for group_index, group_range in enumerate(group_ranges):
-                # The order in which `_build_model_and_main_param_groups` fills the optimizer's groups.
+                # `_build_model_and_main_param_groups` fills the groups in this order.
                 group_range["params"].sort(key=lambda param: param.dtype != torch.float32)
                 group_index_map.update(
                     {param: (group_index, place) for place, param in enumerate(group_range["params"])}

@@ -1,9 +1,9 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Install the repairs: the one place where Core's optimizers become ours.
+"""Install the repairs. This is the only place that changes Core's optimizers.
 
-Nothing is patched at import. While Core builds the optimizer, it is handed a subclass of its distributed optimizer
-with the overrides that the constructor needs; the built optimizer is then given a subclass of its own class with the
-overrides that mend the defects it has. An optimizer without defects stays Core's.
+Nothing is patched at import. While Core builds the optimizer, it finds subclasses of its classes with the overrides
+that a constructor needs. Afterwards the built optimizer gets a subclass of its own class with the overrides for the
+defects that it has. An optimizer without defects keeps Core's class.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ REPAIRS: tuple[Repair, ...] = (
     *step_counter.REPAIRS,
     *gradient_wait.REPAIRS,
     *exact_resume.REPAIRS,
-    *adam_kernel.REPAIRS,  # after what restores the step counter
+    *adam_kernel.REPAIRS,  # after exact_resume: it moves the step counter that exact_resume restores
     *duplicate_master.REPAIRS,
     *plain_param_groups.REPAIRS,
     *plain_state.REPAIRS,
@@ -69,12 +69,12 @@ BUILT = (
     (core_optimizer, HybridDeviceOptimizer),
     (distrib_optimizer, HybridDeviceOptimizer),
 )
-"""The modules of Core that build optimizers, each with a class that it finds there."""
+"""(module of Core, class that it builds): the names that are replaced while Core builds the optimizer."""
 
 
 @contextlib.contextmanager
 def repaired_construction(config: core_optimizer.OptimizerConfig, model: list[Any]) -> Iterator[None]:
-    """Inside, `get_megatron_optimizer` builds optimizers whose constructors are mended, where they must be.
+    """Within the context, `get_megatron_optimizer` builds optimizers with repaired constructors, where that is needed.
 
     Args:
         config: The optimizer's configuration.
@@ -90,13 +90,13 @@ def repaired_construction(config: core_optimizer.OptimizerConfig, model: list[An
 
 
 def install_repairs(optimizer: Any) -> list[str]:
-    """Mend an optimizer and all that it is made of, at any depth of `ChainedOptimizer`.
+    """Repair a built optimizer and all optimizers inside it, at any depth of `ChainedOptimizer`.
 
     Args:
         optimizer: What `get_megatron_optimizer` returned.
 
     Returns:
-        The names of the repairs in effect, in order, each once.
+        The names of the repairs in effect, each once, in the order of installation.
     """
     names = list(dict.fromkeys(name for part in _parts(optimizer) for name in _repair(part)))
     if names:
@@ -105,7 +105,7 @@ def install_repairs(optimizer: Any) -> list[str]:
 
 
 def _parts(optimizer: Any) -> Iterator[Any]:
-    """The optimizers that may need a repair, inner ones first; one without parameters has nothing to mend."""
+    """The optimizers that may need a repair, innermost first. Stubs, which have no parameters, need none."""
     if isinstance(optimizer, ChainedOptimizer):
         for child in optimizer.chained_optimizers:
             yield from _parts(child)
@@ -130,9 +130,9 @@ def _repair(optimizer: Any) -> list[str]:
 
 @functools.cache
 def _repaired_class(base: type, repairs: tuple[Repair, ...]) -> type:
-    """`base` with the repairs' overrides; `base` itself where there are none."""
+    """A subclass of `base` with the overrides of `repairs`; `base` itself if there are none."""
     if not repairs:
         return base
-    repaired: Any = functools.reduce(lambda mended, repair: repair.subclass(mended), repairs, base)
+    repaired: Any = functools.reduce(lambda repaired, repair: repair.subclass(repaired), repairs, base)
     repaired.repairs = (*getattr(base, "repairs", ()), *(repair.name for repair in repairs))
     return repaired

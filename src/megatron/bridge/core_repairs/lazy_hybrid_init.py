@@ -1,10 +1,10 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Copies of the weights when they are asked for.
+"""Let a hybrid optimizer copy the weights on first use instead of in its constructor.
 
-Core builds a hybrid optimizer over the whole model, to ask it for its groups and options, and from these another one
-over what the rank owns. Each copies its parameters to the host as it is built: a rank needs the memory of its whole
-model there, in pinned memory that torch keeps. Here a hybrid makes copies and parts when the first of them is asked
-for; nobody asks the first one.
+Core builds two hybrid optimizers: one over the whole model, only to read its param groups and options, and from these
+one over the shards that the rank owns. Each constructor copies its parameters to pinned host memory, which torch never
+gives back. A rank thus needs host memory for the whole model. Here a hybrid makes its copies and sub-optimizers when
+one of them is first accessed, which never happens to the one over the whole model.
 """
 
 from typing import Any
@@ -16,6 +16,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.bridge.core_repairs.repair import Repair, ToBuild, source_of
 
 _MADE_LATER = frozenset(HybridDeviceOptimizer._init_sub_optimizers.__code__.co_names)
+"""Every name that Core's `_init_sub_optimizers` uses, and so every attribute that it sets."""
 
 
 def _copy_when_asked(base: type) -> type:

@@ -1,9 +1,10 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""State to load into, without a step.
+"""Create optimizer state to load into without taking a step.
 
-Core fills an empty optimizer by `dummy_step`: random gradients, the real learning rate and a real step, which perturbs
-the weights that were just loaded (Megatron-LM #1842). Without Transformer Engine or Apex it does not fill a plain
-torch Adam at all, and building the load template (or saving before the first step) dies on `assert len(steps) == 1`.
+Core fills an empty hybrid optimizer by `dummy_step`: a real step with random gradients and the real learning rate. It
+changes the weights that were just loaded (Megatron-LM #1842). Without Transformer Engine or Apex, Core doesn't fill a
+plain torch Adam at all: building the load template, or saving before the first step, fails on
+`assert len(steps) == 1`.
 """
 
 from typing import Any
@@ -17,10 +18,10 @@ from megatron.bridge.offload_engine.adam import FlatAdam
 
 
 def allocate_state(optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter of an optimizer the state of step 0. State that exists is kept.
+    """Give every parameter of an optimizer the state of step 0: zero moments, step counter 0. Existing state is kept.
 
     Args:
-        optimizer: Torch's Adam, AdamW or SGD, Transformer Engine's or Apex's fused ones, or a hybrid of those.
+        optimizer: Torch's Adam, AdamW or SGD, the fused ones of Transformer Engine or Apex, or a hybrid of those.
     """
     if isinstance(optimizer, HybridDeviceOptimizer):
         for sub_optimizer in optimizer.sub_optimizers:

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""A resume that is not precision-aware: masters found where they are.
+"""Find the masters of a resumed run in default mode.
 
-Core looks every parameter up in `param_to_fp32_param`, which is empty unless precision-aware, and dies with KeyError
+Core looks up every parameter in `param_to_fp32_param`. In default mode that dict is empty, so Core fails with KeyError
 while it builds the load template (NovaSky-AI/SkyRL PR 1401, Megatron-LM PR 6124).
 """
 
@@ -19,7 +19,7 @@ def _masters_where_they_are(base: type) -> type:
                 return
             for param, state in self.state.items():
                 master = self.param_to_inner_param[param]
-                # The FP32 shard that stays on the device is stepped on itself and was loaded in place.
+                # An FP32 shard that stays on the device is its own master, and was loaded in place.
                 if master is not param and master is not state["master_param"]:
                     master.data.copy_(state["master_param"])
                 state["master_param"] = master
@@ -34,7 +34,7 @@ def _looks_up_every_parameter(optimizer: HybridDeviceOptimizer) -> bool:
 REPAIRS = (
     Repair(
         name="master lookup",
-        defect="a resume without precision-aware optimizer dies with KeyError",
+        defect="a resume in default mode fails with KeyError",
         threads=("NovaSky-AI/SkyRL PR 1401", "NVIDIA/Megatron-LM PR 6124"),
         core_versions="0.16.1 to 0.19.2",
         target=HybridDeviceOptimizer,

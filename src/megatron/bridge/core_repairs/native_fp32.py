@@ -1,11 +1,13 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Parameters that a model keeps in FP32 beside 16-bit ones.
+"""Train parameters that the model itself keeps in FP32.
 
-Core hands the optimizer a view of such a weight that is still part of the autograd graph, which torch refuses to
-optimise once the hybrid optimizer checks its parameters (NVIDIA/Megatron-LM #6212), and to load into otherwise: no run
-in FP32 could be resumed. In precision-aware mode their
-gradients arrive as `decoupled_grad`, which the hybrid optimizer reads for 16-bit parameters and for those on the host,
-but not for an FP32 one that stays on the device: it would never move (NVIDIA/Megatron-LM PR 7449).
+Core hands the optimizer a view of such a weight that is still part of the autograd graph. Torch refuses to optimise it
+once the hybrid optimizer checks its parameters (NVIDIA/Megatron-LM #6212). Without offload torch refuses to load into
+it, so that no run in FP32 could resume.
+
+In precision-aware mode gradients arrive as `decoupled_grad`. The hybrid optimizer reads that for 16-bit parameters and
+for those on the host, but not for an FP32 parameter that stays on the device, which would never be updated
+(NVIDIA/Megatron-LM PR 7449).
 """
 
 from typing import Any
@@ -36,7 +38,7 @@ def _shards_outside_autograd(base: type) -> type:
 
 
 def _detached(shard: torch.Tensor) -> torch.Tensor:
-    """The same memory outside of the graph, with the attributes that Core gave the view."""
+    """The same memory outside the autograd graph, with the attributes that Core has set on the view."""
     leaf = shard.detach()
     vars(leaf).update(vars(shard), is_native_fp32=True)
     return leaf
@@ -72,7 +74,7 @@ def _steps_on_fp32_weights_without_their_gradients(optimizer: HybridDeviceOptimi
 REPAIRS = (
     Repair(
         name="native FP32 parameters",
-        defect="a model with FP32 parameters can't be built with offload (can't optimize a non-leaf), nor resumed",
+        defect="a model with FP32 parameters can't train with offload (can't optimize a non-leaf) and can't resume",
         threads=("NVIDIA/Megatron-LM #6212", "NVIDIA/Megatron-LM PR 7013"),
         core_versions="0.16.1 to 0.19.2",
         target=DistributedOptimizer,
@@ -82,7 +84,7 @@ REPAIRS = (
     ),
     Repair(
         name="native FP32 gradients",
-        defect="precision-aware, an FP32 parameter that stays on the device is never updated",
+        defect="in precision-aware mode an FP32 parameter that stays on the device is never updated",
         threads=("NVIDIA/Megatron-LM PR 7449",),
         core_versions="0.16.1 to 0.19.2",
         target=HybridDeviceOptimizer,

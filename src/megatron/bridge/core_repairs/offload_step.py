@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Where the offload engine takes the place of Core's offloaded step: `offload_engine/` says how."""
+"""Replace Core's offloaded step by that of `offload_engine/`, which works in buckets and is bit-exact with Core's."""
 
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer

@@ -1,8 +1,8 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Plain data in the saved param groups.
+"""Save only plain data in the param groups.
 
-`HybridDeviceOptimizer` puts its optimizer classes and switches into every param group, from where they are pickled into
-the checkpoint, which torch then refuses to read with `weights_only=True` (NVIDIA-NeMo/RL #1553).
+`HybridDeviceOptimizer` puts its optimizer classes and its own options into every param group. They are pickled into the
+checkpoint, which torch then refuses to read with `weights_only=True` (NVIDIA-NeMo/RL #1553).
 """
 
 from typing import Any

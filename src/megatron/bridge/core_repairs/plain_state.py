@@ -1,14 +1,17 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""The state of an optimizer that is not distributed: there from step 0 on, with the step that was saved.
+"""Save and restore the state of an optimizer that is not distributed, from step 0 on, with its step.
 
-Core fills it before a load by a function that SGD doesn't have (`TypeError`), without the step that torch's Adam keeps
-there. A step of 0 isn't saved, and where no step was taken (each overflowed, in FP16) nothing is; a load then asks for
-tensors that are not there, or dies with KeyError at the next step. And Transformer Engine's and Apex's Adam keep the
-step in the param groups, torch's beside the moments: what one saved, the other resumes with a step of its own.
+Core's traps:
 
-What rank 0 saves of it is what all ranks resume from. Where it trains nothing (a frozen stage, no expert of its own) it
-saves no step, and empty lists that fit no other rank's. And Core names the state after the 16-bit parameters alone:
-with FP32 ones among them, no run could be saved.
+* Before a load it fills the state by a function that SGD doesn't have (`TypeError`), and without the step that torch's
+  Adam keeps in its state.
+* It doesn't save a step of 0. Where no step was taken (in FP16 all may have overflowed) it saves no state at all. A
+  load then asks for tensors that don't exist, or the next step fails with KeyError.
+* The Adam of Transformer Engine and Apex keeps the step in the param groups, torch's keeps it in the state. What one
+  of them saved, the other doesn't find.
+* All ranks resume from what rank 0 saved of the common state. If rank 0 trains nothing (a frozen stage, or experts
+  only elsewhere), it saves no step, and empty lists that fit no other rank.
+* It names the state after the 16-bit parameters alone. With FP32 parameters among them, no run could be saved.
 """
 
 import contextlib
@@ -25,7 +28,7 @@ from megatron.bridge.core_repairs.repair import Repair, source_of
 from megatron.bridge.utils.replaced import replaced
 
 MASTERS = "fp32_from_fp16_params"
-"""Core's name of the FP32 weights behind 16-bit ones, a list for each param group."""
+"""Core's key for the masters of 16-bit weights: a list for each param group."""
 
 
 def _state_from_step_zero(base: type) -> type:
@@ -41,19 +44,19 @@ def _state_from_step_zero(base: type) -> type:
         def sharded_state_dict(
             self, model_sharded_state_dict: Any, is_loading: bool = False, metadata: dict[str, Any] | None = None
         ) -> Any:
-            allocate_state(self.optimizer)  # instead of what `is_loading` would do
+            allocate_state(self.optimizer)  # replaces Core's own filling, which `is_loading` would start
             with _all_parameters_in_order(self) as are_masters:
                 saved = super().sharded_state_dict(model_sharded_state_dict, is_loading=False, metadata=metadata)
             if has_no_parameters(self.optimizer):
                 _keep_step_without_parameters(saved.get("optimizer", saved))
             if MASTERS in saved:
                 masters = map(list, map(itertools.compress, saved[MASTERS], are_masters))
-                # By number: Core takes what is empty out of a list, and the rest moves up.
+                # A dict, not a list: Core drops empty entries from a list, and the entries behind them move up.
                 saved[MASTERS] = {number: of_group for number, of_group in enumerate(masters) if of_group}
             return saved
 
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-            step = _put_step_where_it_is_kept(self.optimizer, state_dict.get("optimizer", state_dict))
+            step = _move_step(self.optimizer, state_dict.get("optimizer", state_dict))
             if isinstance(self, Float16OptimizerWithFloat16Params):
                 masters, numbers = state_dict.get(MASTERS, {}), range(len(self.optimizer.param_groups))
                 state_dict[MASTERS] = [masters.get(number, []) for number in numbers]
@@ -67,10 +70,10 @@ def _state_from_step_zero(base: type) -> type:
 
 @contextlib.contextmanager
 def _all_parameters_in_order(optimizer: MegatronOptimizer) -> Iterator[list[list[bool]]]:
-    """Inside, Core names state by all parameters in the inner optimizer's order, not by the 16-bit ones alone.
+    """Within the context, Core names state after all parameters in the torch optimizer's order, FP32 ones included.
 
     Yields:
-        Of each group's parameters, whether they are masters of 16-bit ones.
+        For each param group, whether each of its parameters is the master of a 16-bit one.
     """
     if isinstance(optimizer, FP32Optimizer):
         yield []
@@ -84,13 +87,13 @@ def _all_parameters_in_order(optimizer: MegatronOptimizer) -> Iterator[list[list
 
 
 def _keep_step_without_parameters(saved: dict[str, Any]) -> None:
-    """Save the step that was counted in the param groups where torch's Adam keeps it; changes `saved`."""
+    """Move the step counted in the param groups to where torch's Adam saves it. Changes `saved`."""
     steps = [group.pop("step", 0) for group in saved["param_groups"]]
     saved["state"]["common_step"] = torch.tensor(float(max(steps, default=0)))
 
 
-def _put_step_where_it_is_kept(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> float:
-    """Move a saved step to where this optimizer looks for it, and return it; changes `saved`."""
+def _move_step(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> float:
+    """Move a saved step to where this optimizer keeps it, state or param groups, and return it. Changes `saved`."""
     groups = saved["param_groups"]
     in_groups = [group.pop("step") for group in groups if group.get("step") is not None]
     step = float(saved["state"].pop("common_step", max(map(float, in_groups), default=0.0)))
@@ -104,11 +107,11 @@ def _put_step_where_it_is_kept(optimizer: torch.optim.Optimizer, saved: dict[str
 
 def _loses_the_step(optimizer: MegatronOptimizer) -> bool:
     source = source_of(MegatronOptimizer._extract_common_per_param_step)
-    saved = source_of(_cores(optimizer).sharded_state_dict)
+    saved = source_of(_core_class(optimizer).sharded_state_dict)
     return "self.init_state_fn(self.optimizer" in saved and "param_groups" not in source
 
 
-def _cores(optimizer: MegatronOptimizer) -> Any:
+def _core_class(optimizer: MegatronOptimizer) -> Any:
     is_fp32 = isinstance(optimizer, FP32Optimizer)
     return FP32Optimizer if is_fp32 else Float16OptimizerWithFloat16Params
 

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""A repair of Megatron-Core's optimizers: what it mends, since when, and the override that does it."""
+"""`Repair`: one defect of Megatron-Core's optimizers, the versions that have it, and the override that repairs it."""
 
 import functools
 import inspect
@@ -14,7 +14,7 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
 @dataclass(frozen=True)
 class Repair:
-    """One defect of Core's and the mixin that overrides the methods it sits in."""
+    """One defect of Core's, and the subclass that overrides the methods that have it."""
 
     name: str
     """Short name, for the log."""
@@ -23,27 +23,29 @@ class Repair:
     """What goes wrong without it, in one sentence."""
 
     threads: tuple[str, ...]
-    """Public threads that report it; none where we found it first."""
+    """Public issues and pull requests that report it; empty if we know of none."""
 
     core_versions: str
     """Versions in which it was found."""
 
     target: type
-    """Core's class that is overridden."""
+    """The class of Core's that is overridden."""
 
     subclass: Callable[[type], type]
-    """Makes, of `target` or a subclass of it, a subclass with the overrides. Adds no slots: instances change class."""
+    """Makes a subclass with the overrides from `target` or a subclass of it. It must not add slots: built instances
+    change their class to it."""
 
     is_needed: Callable[[Any], bool]
-    """Whether this optimizer, in the installed Core, has the defect: asked of its source or state, not its version."""
+    """Whether an optimizer of the installed Core has the defect. Decided by Core's source or the optimizer's state, not
+    by the version number, so that a fix of Core's switches the repair off."""
 
     while_building: bool = False
-    """Whether the constructor needs the overrides. Then Core is given the subclass to build, and `is_needed` is asked
-    about a `ToBuild`."""
+    """Whether the constructor already needs the overrides. Then Core builds the subclass, and `is_needed` gets a
+    `ToBuild`."""
 
 
 class ToBuild(NamedTuple):
-    """What an optimizer is about to be built from."""
+    """The arguments from which Core is about to build an optimizer."""
 
     config: OptimizerConfig
     model: list[Any]
@@ -56,21 +58,21 @@ class ToBuild(NamedTuple):
 
 
 def mixing_in(mixin: type) -> Callable[[type], type]:
-    """A `Repair.subclass` that puts the overrides of `mixin`, a subclass of the target, before those of a class."""
+    """A `Repair.subclass` that puts the overrides of `mixin`, a subclass of the target, before those of its base."""
     return lambda base: type(mixin.__name__, (mixin, base), {})
 
 
 @functools.cache
 def source_of(function: Callable) -> str:
-    """A function's source, read once a process: it is asked for each optimizer that is built."""
+    """A function's source. Cached, since every optimizer that is built asks for it."""
     return inspect.getsource(function)
 
 
 def stepping_optimizers(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
-    """The optimizers that take the steps: a hybrid's parts, or the optimizer itself."""
+    """The torch optimizers that take the steps: a hybrid's sub-optimizers, or the optimizer itself."""
     return optimizer.sub_optimizers if isinstance(optimizer, HybridDeviceOptimizer) else [optimizer]
 
 
 def steps_by_torch_adam_or_hybrid(distributed_optimizer: Any) -> bool:
-    """Whether a distributed optimizer's inner one is torch's Adam or a hybrid, whose state Core doesn't restore."""
+    """Whether a distributed optimizer wraps torch's Adam or a hybrid, whose state Core doesn't restore."""
     return isinstance(distributed_optimizer.optimizer, (HybridDeviceOptimizer, torch.optim.Adam, torch.optim.AdamW))

@@ -1,12 +1,16 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Optimizer state that another layout can read: each rank writes and reads its own slice, under the weight's name.
+"""Optimizer state that any layout can read: each rank writes and reads its own slice, under the weight's name.
 
-In the fully_reshardable format a parameter's master and moments are tensors of its own shape. Core makes them of the
-whole data-parallel group's state, which it gathers on every rank. There it cuts parameters of later buckets out at the
-wrong place where buckets are padded (Megatron-LM PR 5077); a load keeps views of the whole, and so all of it, alive,
-and dies with KeyError on the step that torch's Adam keeps beside its moments. Here nothing is gathered: a rank's slice
-of a parameter, a range of its flat elements, is a few boxes of the parameter's shape, and those are saved and loaded
-in place. What is on disk is the same. This serves the distributed optimizer without offload as well.
+In the fully_reshardable format a parameter's master and moments are tensors of the parameter's shape. Core assembles
+them from the state of the whole data-parallel group, which it gathers on every rank:
+
+* If buckets are padded, it cuts parameters of later buckets out at the wrong offset (Megatron-LM PR 5077).
+* A load keeps views of the gathered state, and so keeps all of it in memory.
+* A load fails with KeyError on the step that torch's Adam keeps in its state.
+
+Here nothing is gathered. A rank owns a range of a parameter's flat elements. Such a range is a few boxes in the
+parameter's shape, and these are saved and loaded in place. The files are the same as Core's. This repair also serves
+the distributed optimizer without offload.
 """
 
 import math
@@ -24,7 +28,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.bridge.core_repairs.repair import Repair, source_of
 
 Boxes = dict[int, Any]
-"""`ShardedTensor`s of one tensor, or what was loaded into them, by number: Core merges dicts of any size."""
+"""The `ShardedTensor`s of one tensor, or what was loaded into them, by number. Ranks have different numbers of them:
+Core can merge dicts of different sizes, but not lists."""
 
 
 def _own_slices(base: type) -> type:
@@ -65,13 +70,13 @@ def _own_slices(base: type) -> type:
 
 
 def _saved(optimizer: DistributedOptimizer, param: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A parameter's master and moments, this rank's slices; its step is in the param groups."""
+    """This rank's slices of a parameter's master and moments. The step is saved with the param groups."""
     tensors = optimizer._get_main_param_and_optimizer_states(param)
     return {key: tensor.detach() for key, tensor in tensors.items() if key != "step"}
 
 
 def _fill(tensor: torch.Tensor, boxes: Boxes) -> None:
-    """Put what was loaded in its place, unless it was read there."""
+    """Copy what was loaded into the tensor, unless it was read in place."""
     flat, start = tensor.detach().view(-1), 0
     for _, box in sorted(boxes.items()):
         place = flat[start : start + box.numel()]
@@ -89,14 +94,14 @@ class _Box(NamedTuple):
 
 
 def _sharded_boxes(weight: Any, key: str, tensor: torch.Tensor, start: int, instance: int) -> Iterator[ShardedTensor]:
-    """The description, for Core, of a flat slice of a parameter's state.
+    """Describe a flat slice of a parameter's state for Core.
 
     Args:
-        weight: The parameter's own `ShardedTensor`, or the `ShardedTensorFactory` that makes several of it.
-        key: The state's name.
-        tensor: FP32, flat: the parameter's elements from `start` on.
-        start: In elements of the parameter on this tensor-parallel rank.
-        instance: The distributed optimizer's, of which the first one saves.
+        weight: The parameter's `ShardedTensor`, or the `ShardedTensorFactory` that makes several of them.
+        key: Name of the state, such as `exp_avg`.
+        tensor: The slice, flat FP32: the parameter's elements from `start` on.
+        start: Offset in the flat elements of the parameter on this tensor-parallel rank.
+        instance: Number of the distributed optimizer's instance; the first one writes.
     """
     end = start + tensor.numel()
     for part, first in _contiguous_parts(weight):
@@ -105,7 +110,7 @@ def _sharded_boxes(weight: Any, key: str, tensor: torch.Tensor, start: int, inst
             continue
         done = begin - start
         for box in _boxes_of_range(part.local_shape, begin - first, stop - first):
-            shape = (1,) * part.prepend_axis_num + box.shape  # Core's irregular tensors have all axes
+            shape = (1,) * part.prepend_axis_num + box.shape  # a tensor that is no regular grid has all axes in Core
             offset = (0,) * part.prepend_axis_num + box.offset
             size = math.prod(box.shape)
             yield replace(
@@ -123,15 +128,15 @@ def _sharded_boxes(weight: Any, key: str, tensor: torch.Tensor, start: int, inst
 
 
 def _contiguous_parts(weight: Any) -> Iterator[tuple[ShardedTensor, int]]:
-    """The stored tensors that a parameter is made of, each with its place among the parameter's flat elements.
+    """The stored tensors that make up a parameter, each with its offset in the parameter's flat elements.
 
     Raises:
-        RuntimeError: The parameter is rearranged before it is stored.
+        RuntimeError: The stored tensors are not contiguous parts of the parameter, in order.
     """
     if not isinstance(weight, ShardedTensorFactory):
         yield weight, 0
         return
-    # A tensor without memory, to see which views the factory takes.
+    # Let the factory cut a tensor without memory, to see which views it takes.
     whole = torch.empty(weight.data.shape, device="meta")
     next_element = 0
     for part in nested_values({0: replace(weight, data=whole).build()}):
@@ -148,7 +153,7 @@ def _contiguous_parts(weight: Any) -> Iterator[tuple[ShardedTensor, int]]:
 
 
 def _boxes_of_range(shape: tuple[int, ...], start: int, end: int) -> Iterator[_Box]:
-    """Cut a range of a tensor's flat elements into blocks, in order: a part of a row, whole rows, a part of a row."""
+    """Cut a range of flat elements into boxes, in order: the rest of a row, whole rows, the start of a row."""
     if len(shape) <= 1:
         yield _Box((start,) * len(shape), (end - start,) * len(shape))
         return
@@ -173,8 +178,8 @@ def _gathers_the_whole_state(optimizer: DistributedOptimizer) -> bool:
 REPAIRS = (
     Repair(
         name="reshardable state",
-        defect="the fully_reshardable format holds wrong state past the first padded bucket, can't be read back by "
-        "torch's Adam, and keeps the whole group's state on each rank",
+        defect="the fully_reshardable format holds wrong state behind the first padded bucket, can't be loaded by "
+        "torch's Adam, and keeps the whole data-parallel group's state on each rank",
         threads=("NVIDIA/Megatron-LM PR 5077",),
         core_versions="0.16.1 to 0.19.2",
         target=DistributedOptimizer,

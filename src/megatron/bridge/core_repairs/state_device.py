@@ -1,8 +1,8 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Loaded state goes where its parameter is stepped on.
+"""Move loaded state to the device of its parameter.
 
-Core tells the CPU's optimizers from the device's by their class. Without Transformer Engine or Apex both are torch's
-AdamW, and after any load the state of the part that stays on the device is moved to the host.
+Core tells sub-optimizers on the host from the one on the device by their class. Without Transformer Engine or Apex both
+are torch's AdamW. After any load Core then moves the state of the part that stays on the device to the host.
 """
 
 import torch
@@ -19,7 +19,8 @@ def _follow_the_parameter(base: type) -> type:
             for optimizer in self.sub_optimizers:
                 for param, state in optimizer.state.items():
                     for key, value in state.items():
-                        if isinstance(value, torch.Tensor) and key != "step":  # torch's Adam keeps its step on the host
+                        # The step stays where it is: torch's Adam keeps it on the host.
+                        if isinstance(value, torch.Tensor) and key != "step":
                             state[key] = value.to(param)
 
     return FollowTheParameter

@@ -1,10 +1,10 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""The step counter of a device optimizer that keeps it in its param groups, as Transformer Engine's and Apex's do.
+"""Keep the step counter of a sub-optimizer that stores it in its param groups, as those of Transformer Engine and Apex.
 
-`HybridDeviceOptimizer` gives its own param groups to its parts before each step. The device's part counts on in its
-copy of them, and that is taken back at the next step: from a resume at step N on, every step is bias-corrected as step
-N + 1. And what is saved is the hybrid's own copy, which never heard of a step; where no part is on the host (fraction
-0), a checkpoint then holds no step at all, and a resume begins at 1 (NVIDIA/Megatron-LM PR 7449).
+`HybridDeviceOptimizer` copies its own param groups to its sub-optimizers before each step. The sub-optimizer on the
+device increments `step` in its copy, and the next step overwrites it: after a resume at step N, every step is
+bias-corrected as step N + 1. A checkpoint holds the hybrid's own param groups, which never get the step. With nothing
+on the host (offload fraction 0) it then holds no step at all, and a resume starts at 1 (NVIDIA/Megatron-LM PR 7449).
 """
 
 import torch
@@ -13,10 +13,10 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.bridge.core_repairs.repair import Repair, source_of
 
 
-def _take_the_count_back(base: type) -> type:
+def _keep_step_in_groups(base: type) -> type:
     """Overrides of `HybridDeviceOptimizer`."""
 
-    class TakeTheCountBack(base):
+    class KeepStepInGroups(base):
         def _sync_sub_optimizers_state_to_hdo(self) -> None:
             super()._sync_sub_optimizers_state_to_hdo()
             if self.gpu_optimizer is None:
@@ -35,11 +35,12 @@ def _take_the_count_back(base: type) -> type:
         def _sync_hdo_state_to_sub_optimizers(self) -> None:
             super()._sync_hdo_state_to_sub_optimizers()
             if self.gpu_optimizer is not None:
-                # Core gives each state the step that torch's Adam keeps there: here it would stand still.
+                # Core copies a step into each state, where torch's Adam keeps it. This sub-optimizer would never
+                # increment it there.
                 for state in self.gpu_optimizer.state.values():
                     state.pop("step", None)
 
-    return TakeTheCountBack
+    return KeepStepInGroups
 
 
 def _counts_in_its_groups(optimizer: HybridDeviceOptimizer) -> bool:
@@ -47,22 +48,22 @@ def _counts_in_its_groups(optimizer: HybridDeviceOptimizer) -> bool:
         return False
     given = source_of(HybridDeviceOptimizer._sync_hdo_param_groups_to_sub_optimizers)
     taken_back = source_of(HybridDeviceOptimizer._sync_sub_optimizers_state_to_hdo)
-    return not any(_speaks_of_the_step(source) for source in (given, taken_back))
+    return not any(_mentions_step(source) for source in (given, taken_back))
 
 
-def _speaks_of_the_step(source: str) -> bool:
+def _mentions_step(source: str) -> bool:
     return '"step"' in source or "'step'" in source
 
 
 REPAIRS = (
     Repair(
         name="step counter",
-        defect="after a resume, a device optimizer that counts in its param groups takes each step for the same one; "
-        "at fraction 0 no step is saved",
+        defect="after a resume, a sub-optimizer that counts steps in its param groups repeats the same step number; "
+        "at offload fraction 0 no step is saved",
         threads=("NVIDIA/Megatron-LM PR 7449",),
         core_versions="0.16.1 to 0.19.2",
         target=HybridDeviceOptimizer,
-        subclass=_take_the_count_back,
+        subclass=_keep_step_in_groups,
         is_needed=_counts_in_its_groups,
     ),
 )

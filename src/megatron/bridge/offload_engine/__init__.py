@@ -1,2 +1,2 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""The offloaded step in buckets: host memory, Adam over runs of memory, transfers."""
+"""The offloaded step in buckets: host memory, transfers, and Adam over contiguous memory."""

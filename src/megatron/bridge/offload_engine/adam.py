@@ -1,9 +1,13 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Torch's Adam on the host, over buckets of parameters: one call of its kernel, and one copy each way, for each run.
+"""Torch's Adam on the host, over buckets of parameters instead of single tensors.
 
-The bits are those of a call for each tensor. The kernel works element by element, but its vector body and its scalar
-tail round differently: only tensors without a tail, whose size is a multiple of `ALIGNMENT`, are stepped on as one.
-The others follow in the kernel's list of tensors.
+The masters of a bucket that lie side by side form one *run* of memory. A run takes one kernel call, one copy of its
+gradients to the host and one copy of its masters back.
+
+The result is bit-exact with stepping on each tensor alone. Adam's kernel is element-wise, but it processes most
+elements with vector instructions and the last few of a tensor with scalar ones, and the two round differently. Joining
+two tensors would move the tail of the first one into the vector part. So only tensors without a tail, whose size is a
+multiple of `ALIGNMENT`, join a run. All others stay separate entries in the kernel's list of tensors.
 """
 
 import functools
@@ -22,12 +26,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def is_aligned(param: torch.Tensor) -> bool:
-    """Whether it can be stepped on as one with its neighbours."""
+    """Whether a tensor has no scalar tail in Adam's kernel, and so can join a run (see above)."""
     return param.numel() % ALIGNMENT == 0
 
 
 def states_hold(states: Iterable[State], name: str, tensors: Iterable[torch.Tensor]) -> bool:
-    """Whether each dict has its tensor under that name."""
+    """Whether each state dict holds the very tensor at its index in `tensors` under `name`."""
     try:
         return all(map(is_, map(itemgetter(name), states), tensors))
     except KeyError:
@@ -35,15 +39,18 @@ def states_hold(states: Iterable[State], name: str, tensors: Iterable[torch.Tens
 
 
 class Bucket:
-    """Parameters with the same options, and what the host keeps of them, each kind in a `Slab`."""
+    """Parameters with the same options, and their masters, gradients and moments on the host, each kind in a `Slab`.
+
+    Aligned parameters come first, so that they form the run; the others follow.
+    """
 
     def __init__(self, params: Sequence[torch.Tensor], *, pin_masters: bool, pin_gradients: bool) -> None:
-        """Reserve the masters; other memory comes with the first gradient and the first state.
+        """Allocate the masters. Gradients and moments are allocated when they are first needed.
 
         Args:
-            params: On the device.
-            pin_masters: They are copied to the device after each step.
-            pin_gradients: They are copied from it before each step.
+            params: This rank's shards of the parameters, on the device.
+            pin_masters: Pin the masters' memory; they are copied to the device after each step.
+            pin_gradients: Pin the gradients' memory; they are copied from the device before each step.
         """
         self.params = sorted(params, key=lambda param: not is_aligned(param))
         self._in_run = sum(map(is_aligned, params))
@@ -59,29 +66,32 @@ class Bucket:
 
     @functools.cached_property
     def _state(self) -> dict[str, Slab]:
-        """Moments, and counters without gaps."""
+        """Moments, and step counters. The counters have no gaps, so that those of a run are one tensor."""
         scalars = [torch.Size()] * len(self.params)
         return {**{name: Slab(self._shapes) for name in MOMENTS}, "step": Slab(scalars, alignment=1)}
 
     @property
     def masters(self) -> list[torch.Tensor]:
-        """FP32 copies of the parameters, which are stepped on."""
+        """The masters, FP32 on the host, in the order of `params`."""
         return self._masters.tensors
 
     @property
     def has_all_gradients(self) -> bool:
-        """Whether every parameter has had a gradient."""
+        """Whether every parameter has had a gradient since the last `forget_gradients`."""
         return len(self._have_gradient) == len(self.params)
 
     def forget_gradients(self) -> None:
-        """As if no parameter had had one."""
+        """Drop all gradients, as if no parameter had ever had one."""
         self._have_gradient.clear()
         for master in self.masters:
             master.grad = None
 
     @torch.no_grad()
     def copy_gradients_to_host(self) -> None:
-        """Queue the copies to the host of the gradients that there are."""
+        """Queue copies of the existing gradients to the host, on the current stream.
+
+        Returns at once. The caller must wait for the stream before it reads the gradients or steps.
+        """
         with device.bypass_simulation():
             gradients = _gradients_of(self.params)
             if all(map(is_not, gradients, repeat(None))):
@@ -99,13 +109,16 @@ class Bucket:
 
     @torch.no_grad()
     def copy_weights_to_device(self) -> None:
-        """Queue the copies of the masters to the device."""
+        """Queue copies of the masters to the parameters on the device, on the current stream; rounds to their dtype.
+
+        Returns at once. The masters must not change before the stream has finished.
+        """
         with device.bypass_simulation():
             on_host, on_device = self._pairs(self._masters, self.params)
             torch._foreach_copy_([tensor.data for tensor in on_device], on_host, non_blocking=True)
 
     def _pairs(self, slab: Slab, tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Tensors on the host and on the device: neighbours on both sides as one."""
+        """Source and target tensors of a copy; tensors that are neighbours on both sides are joined into one."""
         on_host, on_device = slab.tensors[self._in_run :], tensors[self._in_run :]
         for start, stop in self._neighbours(slab, tensors[: self._in_run]):
             if stop - start > 1 and _is_in_one_storage(tensors[start], sum(slab.sizes[start:stop])):
@@ -117,9 +130,9 @@ class Bucket:
         return on_host, on_device
 
     def _neighbours(self, slab: Slab, tensors: list[torch.Tensor]) -> list[tuple[int, int]]:
-        """Ranges of tensors that lie side by side in memory.
+        """Ranges of tensors that lie side by side in device memory, as (start, stop) pairs of indices.
 
-        Where every one begins at its address of the step before, as is usual, they are what they were then.
+        The result of the last step is reused while all addresses are the same, which is the usual case.
         """
         begins = [tensors[0].dtype, *map(torch.Tensor.data_ptr, tensors)] if tensors else []
         known, ranges = self._known.get(slab, ([], []))
@@ -130,10 +143,10 @@ class Bucket:
 
     @torch.no_grad()
     def place(self, states: Sequence[State]) -> bool:
-        """Bring state that is elsewhere, as a load leaves it, into its place here, and the place into the dicts.
+        """Copy state that lies elsewhere, as after a load, into the slabs, and let the dicts hold the slabs' tensors.
 
         Returns:
-            Whether that could be done: each dict holds moments and a counter.
+            False if a dict lacks a moment or the step counter; the bucket can't be stepped on as a run then.
         """
         for name, slab in self._state.items():
             if states_hold(states, name, slab.tensors):
@@ -149,19 +162,20 @@ class Bucket:
 
     @torch.no_grad()
     def initial_state(self, at: int) -> State:
-        """The state of step 0 of one master."""
+        """The state of master number `at` at step 0: zero moments and a zero counter, in the slabs."""
         return {name: slab.tensors[at].zero_() for name, slab in self._state.items()}
 
     def counters_agree(self) -> bool:
-        """Whether what is stepped on as one is at the same step; to ask once all state is in place."""
+        """Whether all masters of the run are at the same step. All state must be in the slabs (see `place`)."""
         counters = self._counters_of_run()
         return bool((counters == counters[:1]).all())
 
     @torch.no_grad()
     def step_lists(self) -> dict[str, list[torch.Tensor]]:
-        """What torch's `adam` takes for one step, by kind, all state being in place.
+        """The tensor lists that torch's `adam` takes for one step, by kind. All state must be in the slabs.
 
-        It moves the counters on that it is given, one for each run; the others of a run are moved on here.
+        `adam` increments the counters that it is given, which is the first one of the run. The run's other counters
+        are incremented here, so that each tensor's saved step stays right.
         """
         self._counters_of_run()[1:] += 1
         slabs = {"master": self._masters, "gradient": self._gradients, **self._state}
@@ -176,14 +190,19 @@ class Bucket:
 
 
 class FlatAdam(torch.optim.Optimizer):
-    """Overrides of torch's `Adam` and `AdamW`, with a `Bucket` for each of its param groups."""
+    """Overrides of torch's `Adam` and `AdamW` for an optimizer with one `Bucket` for each of its param groups."""
 
     _starts: dict[torch.Tensor, tuple[Bucket, int]]
-    """The bucket of each group, by its first master, and the number of masters before it."""
+    """By a group's first master: its bucket, and the number of masters in the groups before it."""
 
     @classmethod
     def take_over(cls, optimizer: torch.optim.Optimizer, buckets: Sequence[Bucket]) -> None:
-        """Give an optimizer over the masters of some buckets, a group each, this class."""
+        """Change an optimizer's class to this one.
+
+        Args:
+            optimizer: Torch's Adam or AdamW, with one param group for each bucket, over its masters.
+            buckets: In the order of the param groups.
+        """
         taken: Any = optimizer
         taken.__class__ = _flat(taken.__class__)
         taken._starts, start = {}, 0
@@ -204,7 +223,10 @@ class FlatAdam(torch.optim.Optimizer):
                     self.state[bucket.masters[at]] = bucket.initial_state(at)
 
     def _states(self, bucket: Bucket, start: int) -> list[State | None]:
-        """The state of each master. It usually lies in their order, which spares the lookups."""
+        """The state of each master of a bucket, None where there is none.
+
+        `self.state` usually has the order of the masters. Then its values are sliced instead of looked up one by one.
+        """
         stop = start + len(bucket.masters)
         if len(self.state) >= stop and all(map(is_, islice(self.state, start, stop), bucket.masters)):
             return list(islice(self.state.values(), start, stop))
@@ -223,7 +245,11 @@ class FlatAdam(torch.optim.Optimizer):
         return False
 
     def _bucket_to_step_on(self, group: dict[str, Any]) -> Bucket | None:
-        """A group's bucket, all state in place; None where its masters must be stepped on one by one."""
+        """A group's bucket with all its state in the slabs; None if its masters must be stepped on one by one.
+
+        That is so for another kernel than the fused one, for amsgrad, for a bucket in which a parameter has had no
+        gradient yet, and where loaded state has different steps.
+        """
         bucket, start = self._starts[group["params"][0]]
         if not group["fused"] or group["amsgrad"] or not bucket.has_all_gradients:
             return None
@@ -242,7 +268,7 @@ def _flat(base: type) -> type:
 
 
 def _gradients_of(params: list[torch.Tensor]) -> list[Any]:
-    """Where Core puts them: precision-aware, `decoupled_grad`. None where there is none."""
+    """Each parameter's gradient, None where there is none. Core sets `decoupled_grad` in precision-aware mode."""
     try:
         return list(map(attrgetter("decoupled_grad"), params))
     except AttributeError:
@@ -253,7 +279,7 @@ def _gradients_of(params: list[torch.Tensor]) -> list[Any]:
 
 
 def _breaks(tensors: list[torch.Tensor]) -> Iterator[int]:
-    """The indices of tensors that don't go on, in memory, where the one before ends."""
+    """The indices of tensors that don't begin, in memory, where the one before them ends."""
     for at, (one, following) in enumerate(pairwise(tensors), start=1):
         is_dense = one.is_contiguous() and following.is_contiguous() and one.dtype == following.dtype
         if not is_dense or one.data_ptr() + one.nbytes != following.data_ptr():
@@ -261,6 +287,9 @@ def _breaks(tensors: list[torch.Tensor]) -> Iterator[int]:
 
 
 def _is_in_one_storage(first: torch.Tensor, size: int) -> bool:
-    """Whether a view of the first of some neighbours can span them all, which are `size` elements."""
+    """Whether a view that starts at `first` can span `size` elements: its neighbours share its storage.
+
+    Neighbouring addresses alone don't say so: two allocations can be adjacent by chance.
+    """
     storage = first.untyped_storage()
     return first.data_ptr() + size * first.element_size() <= storage.data_ptr() + storage.nbytes()

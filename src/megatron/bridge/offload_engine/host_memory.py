@@ -1,8 +1,8 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Host memory in pieces of exact size, and tensors in it that lie side by side.
+"""Host memory of exact size for many tensors that lie side by side.
 
 Torch rounds each pinned tensor up to a power of two (pytorch/pytorch #150517), and Core pins one for each parameter.
-Here a piece holds the tensors of many parameters, is as large as they are, and is pinned at once.
+Here one allocation holds the tensors of many parameters. It is as large as they are, and is pinned as a whole.
 """
 
 import math
@@ -14,37 +14,41 @@ import torch
 from megatron.bridge.utils import device
 
 ALIGNMENT = 64
-"""Elements that a tensor's place is a multiple of: a multiple, too, of every vector that a kernel works in."""
+"""Alignment of each tensor, in FP32 elements: a multiple of every vector length that a CPU kernel uses."""
 
 
 class Slab:
-    """FP32 tensors in one piece of host memory, zeros at first.
+    """FP32 tensors in one allocation of host memory, zero at first.
 
-    Each has a storage of its own, of its own size, though the next one may begin where it ends: what clones or pickles
-    a tensor with its storage, as Core's and torch's writers do, takes that tensor alone.
+    Each tensor has a storage of its own size, although its neighbours share the allocation. Core's and torch's writers
+    clone or pickle a tensor together with its storage. With one storage for all they would write the whole slab for
+    each tensor.
     """
 
     def __init__(self, shapes: Sequence[torch.Size], *, alignment: int = ALIGNMENT, pinned: bool = False) -> None:
-        """Reserve the memory.
+        """Allocate the memory.
 
         Args:
-            shapes: Of the tensors, in the order in which they lie.
-            alignment: In elements.
-            pinned: Lock the pages, where there is a device to copy to and from.
+            shapes: Shapes of the tensors, in memory order.
+            alignment: Alignment of each tensor, in elements.
+            pinned: Lock the pages, if there is a real device.
         """
         self.sizes = [math.prod(shape) for shape in shapes]
         self._places = [0]
         for size in self.sizes:
             self._places.append(self._places[-1] + -(-size // alignment) * alignment)
         self._pages: _Pages | None = None
-        if torch.empty(0, device="cpu").is_meta:  # for the plan of a run
+        if torch.empty(0, device="cpu").is_meta:  # a run is being planned: shapes are enough
             self.tensors = [torch.empty(shape, device="cpu") for shape in shapes]
             return
         self._pages = _Pages(4 * max(self._places[-1], 1), pinned=pinned)
         self.tensors = [self.run(at, at + 1).view(shape) for at, shape in enumerate(shapes)]
 
     def run(self, start: int, stop: int) -> torch.Tensor:
-        """The tensors from `start` to `stop` as one flat tensor; their sizes, but for the last, leave no gap."""
+        """Tensors `start` to `stop` as one flat FP32 tensor that shares their memory.
+
+        All but the last must be a multiple of the alignment in size, so that there is no gap between them.
+        """
         size = self._places[stop - 1] + self.sizes[stop - 1] - self._places[start] if stop > start else 0
         if size == 0:
             return torch.empty(0, device="cpu")
@@ -52,7 +56,7 @@ class Slab:
 
 
 class _Pages(mmap.mmap):
-    """Zeroed memory from the system, private to this process. It goes back with the last tensor in it."""
+    """Zeroed memory from the system, private to this process. It is freed with the last tensor in it."""
 
     _locked_at: int | None = None
 

@@ -1,9 +1,8 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""FP32 shards that lie side by side on the device, so that they cross to the host and back as one.
+"""FP32 shards that lie side by side on the device, so that a bucket crosses to the host and back in one copy.
 
-Without the precision-aware mode, Core clones each 16-bit weight into an FP32 tensor of its own, which an offloaded step
-then takes one copy to fill. Here the shards of a group are the same tensors in few pieces of memory, in the order in
-which a bucket's masters lie (`adam.py`).
+In default mode Core clones each 16-bit weight into an FP32 tensor of its own, and an offloaded step makes one copy for
+each of them. Here the same tensors lie in a few allocations, in the order of a bucket's masters (`adam.py`).
 """
 
 from typing import Any
@@ -17,24 +16,24 @@ from megatron.bridge.offload_engine.step import split_into_buckets
 
 
 class ContiguousShards(DistributedOptimizer):
-    """Overrides that lay the FP32 shards side by side; mixed into Core's class or a subclass of it."""
+    """Overrides that make the FP32 shards contiguous; mixed into Core's class or a subclass of it."""
 
     @classmethod
     def _build_model_and_main_param_groups(
         cls, gbuf_ranges: Any, param_gbuf_map: Any, opt_group_ranges: Any, config: Any
     ) -> Any:
         groups = super()._build_model_and_main_param_groups(gbuf_ranges, param_gbuf_map, opt_group_ranges, config)
-        for shards in groups[4]:  # FP32 clones of 16-bit parameters; views of FP32 ones stay where they are
+        for shards in groups[4]:  # the FP32 shards of 16-bit parameters; those of FP32 ones are views and stay
             make_contiguous(shards)
         return groups
 
 
 @torch.no_grad()
 def make_contiguous(shards: list[torch.Tensor]) -> None:
-    """Move tensors into new memory, a bucket's worth at a time; they stay the same objects.
+    """Move tensors into new memory, one bucket at a time. They stay the same objects: Core keeps references to them.
 
     Args:
-        shards: Flat FP32 tensors on one device, which share their memory with nothing.
+        shards: Flat FP32 tensors on one device that share their memory with nothing; changed in place.
     """
     for bucket in split_into_buckets(shards):
         bucket.sort(key=lambda shard: not is_aligned(shard))

@@ -1,10 +1,21 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""The host's part in buckets: exact host memory, and a step without a loop over parameters.
+"""`HybridDeviceOptimizer`'s step in buckets: exact host memory, and no loop over parameters.
 
-Core makes each offloaded parameter a pinned tensor of its own, which torch rounds up to a power of two, and, with
-overlap, an optimizer of its own; gradients and weights are copied, and Adam is called, tensor by tensor. And what a
-step leaves in dicts of parameters is put together anew each time. Here a bucket's masters, gradients and moments are
-runs of memory (`adam.py`); what checkpoints, loads and repairs see of them are the same tensors and dicts.
+Core keeps a pinned tensor for each offloaded parameter, which torch rounds up to a power of two, and with overlap an
+optimizer for each. It copies gradients and weights and calls Adam tensor by tensor, and it rebuilds its dicts of state
+after every step. Here the masters, gradients and moments of a bucket are contiguous memory (`adam.py`). Checkpoints,
+loads and repairs still see the tensors and dicts that they know from Core.
+
+The streams of one step, with `overlap_cpu_optimizer_d2h_h2d` (without it all three are the current stream):
+
+    current     backward, reduce-scatter | device Adam ................... | all-gather, next forward
+    d2h         gradients of bucket 1 | of bucket 2 | ...    each ends with an event
+    host        waits for event 1, Adam on bucket 1 | event 2, Adam on bucket 2 | ...
+    h2d                                 masters of bucket 1 | of bucket 2 | ...
+
+Core orders the first three: d2h waits for the current stream before it reads gradients, and the host waits for each
+bucket's event before it steps. The hooks below order the last one: h2d waits for the current stream before it writes
+weights, and the current stream waits for h2d before anything reads them.
 """
 
 from collections.abc import Iterator
@@ -19,11 +30,11 @@ from megatron.bridge.offload_engine.adam import Bucket, FlatAdam, states_hold
 from megatron.bridge.utils import device
 
 BUCKET_ELEMENTS = 1 << 23
-"""32 MB of FP32: a copy of some milliseconds, which overlaps with the step of the bucket before."""
+"""32 MB of FP32. The copy of a bucket takes some milliseconds and overlaps with the step of the one before."""
 
 
 class BucketedStep(HybridDeviceOptimizer):
-    """Overrides that put an offloaded step into buckets; mixed into Core's class or a subclass of it."""
+    """Overrides that make an offloaded step run bucket by bucket; mixed into Core's class or a subclass of it."""
 
     def _init_sub_optimizers(self) -> None:
         super()._init_sub_optimizers()
@@ -38,6 +49,8 @@ class BucketedStep(HybridDeviceOptimizer):
         self._synced: list[dict] = []
 
     def _get_sub_optimizer_param_groups(self, offload_fraction: float) -> tuple:
+        # A load makes Core build its sub-optimizers again. The buckets of the same parameters are kept: their memory
+        # may hold masters and moments that were just loaded.
         known = {frozenset(map(id, bucket.params)): bucket for bucket in vars(self).get("_buckets", ())}
         host_groups, device_groups = [], []
         copies: dict[torch.Tensor, torch.Tensor] = {}
@@ -64,7 +77,7 @@ class BucketedStep(HybridDeviceOptimizer):
 
     @torch.no_grad()
     def _fill(self, bucket: Bucket) -> None:
-        """Start from the weights, as Core does, but for masters that are the state's: a load brought those."""
+        """Set the masters to the weights, as Core does, except masters that a load has just restored into the state."""
         bucket.forget_gradients()
         for param, master in zip(bucket.params, bucket.masters, strict=True):
             if self.state.get(param, {}).get("master_param") is not master:
@@ -112,7 +125,10 @@ class BucketedStep(HybridDeviceOptimizer):
             self._synced = [self.state, *(part.state for part in self.sub_optimizers)]
 
     def _is_synced(self) -> bool:
-        """Whether the hybrid's state still is that of its parts, whose own dicts it holds."""
+        """Whether `self.state` still holds the sub-optimizers' own dicts, so that there is nothing to copy.
+
+        Core copies every entry after every step. Dicts are shared here, and only a load replaces them.
+        """
         states = [part.state for part in self.sub_optimizers]
         return (
             len(self._synced) == len(states) + 1
@@ -122,14 +138,17 @@ class BucketedStep(HybridDeviceOptimizer):
         )
 
     def _sync_hdo_state_to_sub_optimizers(self) -> None:
-        # Into its place at once: after Core has moved it to the host it would be there twice.
+        # Core would first move loaded state to the host, and `place` copy it again: twice the memory for a moment.
         for bucket in self._buckets:
             bucket.place([self.state[param] for param in bucket.params])
         super()._sync_hdo_state_to_sub_optimizers()
 
 
 def _split(groups: list[dict], fraction: float) -> Iterator[tuple[dict, list[torch.Tensor], list[torch.Tensor]]]:
-    """Each group's options, what of it is offloaded and what stays: the first parameters go, as Core has it."""
+    """Split each param group into (options, offloaded parameters, parameters that stay on the device).
+
+    As in Core, the first parameters are offloaded until the fraction of all elements is reached.
+    """
     sizes = [param.numel() for group in groups for param in group["params"]]
     most, offloaded_elements = fraction * sum(sizes), 0
     for group in groups:
@@ -145,7 +164,7 @@ def _split(groups: list[dict], fraction: float) -> Iterator[tuple[dict, list[tor
 
 
 def split_into_buckets(params: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Neighbours of one dtype, as many as a bucket takes, at least one."""
+    """Split parameters, in order, into buckets of one dtype and at most `BUCKET_ELEMENTS`, or of one parameter."""
     bucket: list[torch.Tensor] = []
     elements = 0
     for param in params:
