@@ -14,7 +14,7 @@ from megatron.bridge.training.state import GlobalState
 
 @dataclass(frozen=True, kw_only=True)
 class TakenStep:
-    """Figures that every step has."""
+    """The metrics that every step has."""
 
     losses: dict[str, float]
     learning_rate: float
@@ -25,49 +25,50 @@ class TakenStep:
 
 @dataclass
 class CallbackContext:
-    """What a callback sees. Fields that an event has no value for are None."""
+    """What a callback gets. A field is None if the event has no value for it."""
 
     state: GlobalState
     model: list[torch.nn.Module]
     optimizer: Any = None
     scheduler: Any = None
     user_state: dict[str, Any] = field(default_factory=dict)
-    """Callbacks may keep their own things here; it lives as long as the run."""
+    """Free for callbacks to store objects in; it lives as long as the run."""
 
     loss_dict: dict[str, float] | None = None
-    """Losses of the step just taken, or the means of an evaluation."""
+    """Losses of the step just taken, or mean losses of an evaluation."""
 
     router_losses: dict[str, float] = field(default_factory=dict)
-    """Of the step just taken, what experts' routers added to its loss: means over layers, without coefficients."""
+    """Losses that the experts' routers added in the step just taken: means over layers, without coefficients."""
 
     router_losses_by_layer: dict[str, float] = field(default_factory=dict)
-    """The same of each layer, with `model.moe_per_layer_logging`."""
+    """The same for each layer, with `model.moe_per_layer_logging`."""
 
     learning_rate: float | None = None
-    """The one that the step just taken was taken with."""
+    """Learning rate of the step just taken."""
 
     fp16_loss_scale: float | None = None
-    """By which the loss of the step just taken was multiplied; with FP16 alone."""
+    """Loss scale of the step just taken; FP16 only."""
 
     grad_norm: float | None = None
     skipped_iter: bool | None = None
-    """The step just taken changed nothing: a gradient was not finite, or its norm above Core's threshold."""
+    """Whether the step just taken changed nothing: a gradient was not finite, or the norm above Core's threshold."""
 
     num_tokens: int | None = None
-    """Tokens that counted in the loss of the step just taken, over all ranks."""
+    """Tokens in the loss of the step just taken, over all ranks."""
 
     step_seconds: float | None = None
     """Wall-clock time of the step just taken."""
 
     tokens_per_second: float | None = None
-    """All tokens of the step just taken, prompts and padding too, by its time: this rank's times the data ranks."""
+    """All tokens of the step just taken, prompts and padding included, per second of its time. Estimated as this rank's
+    tokens times the data-parallel size."""
 
     @property
     def taken_step(self) -> TakenStep:
-        """The step just taken.
+        """The step just taken, with no field None.
 
         Raises:
-            RuntimeError: There is none at this event.
+            RuntimeError: This event has no step.
         """
         figures = {
             "losses": self.loss_dict,
@@ -83,7 +84,7 @@ class CallbackContext:
 
 
 class Callback:
-    """Override the events you need. They run on every rank, in the order the callbacks were given."""
+    """Override the events you need. They are called on every rank, in the order in which callbacks were passed."""
 
     def on_train_start(self, context: CallbackContext) -> None: ...
     def on_train_step_start(self, context: CallbackContext) -> None: ...
@@ -98,7 +99,7 @@ class Callback:
     def on_test_step_end(self, context: CallbackContext) -> None: ...
     def on_test_end(self, context: CallbackContext) -> None: ...
     def on_checkpoint_save(self, context: CallbackContext) -> None:
-        """A persistent checkpoint is complete on disk; with `checkpoint.async_save` some steps after its own."""
+        """A persistent checkpoint is complete on disk. With `checkpoint.async_save` that is some steps later."""
 
 
 EVENTS = tuple(name for name in vars(Callback) if name.startswith("on_"))
@@ -116,11 +117,11 @@ class CallbackManager:
         self.callbacks.append(callback)
 
     def fire(self, event: str, context: CallbackContext) -> None:
-        """Call one event of all callbacks.
+        """Call one event on all callbacks.
 
         Args:
             event: A name in `EVENTS`.
-            context: What they see.
+            context: What they get.
         """
         context.user_state = self.user_state
         for callback in self.callbacks:
@@ -128,7 +129,7 @@ class CallbackManager:
 
 
 def normalize_callbacks(callbacks: Sequence[Callback] | CallbackManager | None) -> CallbackManager:
-    """A manager from what users pass: a list of callbacks, a manager, or None.
+    """Make a manager from what users pass: a list of callbacks, a manager, or None.
 
     Raises:
         ValueError: An element is not a `Callback`.

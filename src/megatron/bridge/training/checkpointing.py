@@ -1,8 +1,8 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Save and load: the two verbs of checkpointing, and the sync that makes a load right under CPU offload.
+"""Save and load checkpoints, and the sync that makes a load right under CPU offload.
 
-The rule: masters follow what was loaded. Optimizer state loaded: theirs, bit-exact. Weights only: rebuilt from the
-weights. It is decided by what the load did (`LoadPlan.optimizer`), never by a flag.
+The rule is that masters follow what was loaded. If optimizer state was loaded, they are restored bit-exact. If only
+weights were loaded, they are rebuilt from the weights. What the load did decides (`LoadPlan.optimizer`), not a flag.
 """
 
 import logging
@@ -74,7 +74,7 @@ logger = logging.getLogger(__name__)
 
 
 def init_checkpointing_context(cfg: ConfigContainer) -> dict[str, Any]:
-    """What saves and loads of a run share: its local checkpoints, or nothing. Call on all ranks.
+    """What the saves and loads of a run share: its local checkpoints, if it has any. Call on all ranks.
 
     Raises:
         ValueError: `checkpoint.non_persistent_local_ckpt_dir` can't be written.
@@ -92,27 +92,27 @@ def save_checkpoint(
     *,
     non_persistent_ckpt: bool = False,
 ) -> Path:
-    """Write a checkpoint of the current step with all ranks. It counts only once it is complete on disk.
+    """Write a checkpoint of the current step with all ranks. It is valid only once it is complete on disk.
 
-    With `checkpoint.async_save` this returns when the state is copied, and `finish_background_save` completes it; a
-    save that is still being written is completed first, so that there is never more than one.
+    With `checkpoint.async_save` this returns as soon as the state is copied, and `finish_background_save` completes the
+    save. An earlier save that is still being written is completed first, so there is never more than one.
 
     Args:
-        state: The run; its train state says the step.
+        state: The run; its train state has the step.
         model: This rank's chunks.
         optimizer: Megatron optimizer, or None.
         opt_param_scheduler: Its schedule, or None.
         num_floating_point_operations_so_far: Written into the train state.
         checkpointing_context: From `init_checkpointing_context`; None makes one.
-        non_persistent_ckpt: Write the kind that the next one replaces (`checkpoint.non_persistent_ckpt_type`).
+        non_persistent_ckpt: Write a checkpoint that the next one replaces (`checkpoint.non_persistent_ckpt_type`).
 
     Returns:
-        The iteration's directory; of a local checkpoint this rank's file.
+        The iteration's directory; for a local checkpoint this rank's file.
 
     Raises:
         ValueError: `checkpoint.save` is not set or can't be written.
-        FloatingPointError: The weights are NaN or infinite; nothing is written or removed.
-        OSError: This rank can't write; on the other ranks a RuntimeError that carries its text.
+        FloatingPointError: A weight is NaN or infinite. Nothing is written or removed.
+        OSError: This rank can't write. The other ranks raise a RuntimeError with the same text.
     """
     finish_background_save(state, wait=True)
     cfg = state.cfg
@@ -154,7 +154,7 @@ def _save_iteration(
     keep: int,
     afterwards: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Write an iteration's directory, commit it, and remove what is older than the newest `keep` (0 or less: nothing).
+    """Write an iteration, commit it, and remove all but the newest `keep` iterations (0 or less: keep all).
 
     Raises:
         ValueError: `root`, which `option` names, is not set or can't be written.
@@ -197,17 +197,17 @@ def _save_iteration(
 
 
 def finish_background_save(state: GlobalState, *, wait: bool) -> Path | None:
-    """Complete a run's save in flight, if there is one and all ranks have written. Call on all ranks.
+    """Complete the run's save in the background, if there is one and all ranks have written. Call on all ranks.
 
     Args:
         state: The run.
-        wait: Wait until they have.
+        wait: Wait until all ranks have written.
 
     Returns:
         The directory of the iteration that is now complete, or None.
 
     Raises:
-        OSError: This rank couldn't write; on the other ranks a RuntimeError that carries its text.
+        OSError: This rank couldn't write. The other ranks raise a RuntimeError with the same text.
     """
     save = state.background_save
     if save is None:
@@ -220,7 +220,7 @@ def finish_background_save(state: GlobalState, *, wait: bool) -> Path | None:
 
 
 def _remove_abandoned(cfg: ConfigContainer, context: dict[str, Any], step: int) -> None:
-    """A run that went back to an earlier step abandons what it saved in between after it."""
+    """Remove the non-persistent checkpoints of `step` and later steps, which a run that went back has abandoned."""
     remove_local_from_step(context, step)
     if cfg.checkpoint.non_persistent_ckpt_type == "global":
         root = cfg.checkpoint.non_persistent_root(cfg.checkpoint.save)
@@ -265,10 +265,10 @@ def load_checkpoint(
     *,
     plan: LoadPlan | None = None,
 ) -> tuple[int, float]:
-    """Load what the configuration asks for, with all ranks, and bring the optimizer's copies in line with it.
+    """Load what the configuration asks for, with all ranks, and make the optimizer's masters follow it.
 
     Args:
-        state: The run; its train state is replaced on a resume and kept otherwise.
+        state: The run; a resume replaces its train state.
         model: This rank's chunks.
         optimizer: Megatron optimizer built on them, or None.
         opt_param_scheduler: Its schedule, or None.
@@ -280,9 +280,9 @@ def load_checkpoint(
         The step and the floating point operations so far; (0, 0) for pretrained weights or nothing to load.
 
     Raises:
-        FileNotFoundError: Nothing to load where something was named.
-        ValueError: The checkpoint is incomplete or for another model.
-        RuntimeError: The offloaded optimizer's copies don't follow the load.
+        FileNotFoundError: The configuration names a checkpoint, and there is none.
+        ValueError: The checkpoint is incomplete or of another model.
+        RuntimeError: The offloaded optimizer's masters don't match what was loaded.
     """
     finish_background_save(state, wait=True)
     context = init_checkpointing_context(state.cfg) if checkpointing_context is None else checkpointing_context
@@ -313,21 +313,21 @@ def sync_hybrid_optimizer_param_copies(
     """Rebuild every parameter copy that an offloaded optimizer steps on from the model's weights.
 
     Call it after a load that brought weights but no optimizer state, and after `optimizer.reload_model_params()`,
-    which rebuilds the masters of what isn't offloaded. Never call it after a load that restored the optimizer: its
-    FP32 masters hold bits that the weights have lost. Moments, step counters and the loss scale stay as they are, so
-    it is also right in the middle of a run. It holds no collective and may be called again at any time.
+    which rebuilds the masters of an optimizer that isn't offloaded. Never call it after a load that restored the
+    optimizer: its FP32 masters hold bits that the 16-bit weights have lost. Moments, step counters and the loss scale
+    don't change, so it can also be called in the middle of a run. It is idempotent and runs no collective.
 
     Args:
         optimizer: A Megatron optimizer, a chain of them at any depth, a `MimoOptimizer`, or None.
         state_dict: The loaded model state (`{"model": …}`, or `model0`, `model1`, … per chunk; tensors of this rank's
-            model-parallel shapes, on any device). Its tensors, of whatever precision, become the FP32 copies instead
-            of the weights' 16-bit values.
+            model-parallel shapes, of any dtype, on any device). The copies then get its values instead of the weights'
+            16-bit ones.
 
     Returns:
-        What was refreshed; false where nothing is hybrid.
+        What was refreshed; false if no optimizer is hybrid.
 
     Raises:
-        RuntimeError: Core's internals are not the ones this function knows; names the attribute or the parameter.
+        RuntimeError: Core's internals are not the ones that this function knows. Names the attribute or the parameter.
     """
     return rebuild_param_copies(optimizer, state_dict)
 
@@ -335,19 +335,19 @@ def sync_hybrid_optimizer_param_copies(
 def _bring_masters_in_line(
     cfg: ConfigContainer, optimizer: MegatronOptimizer, *, restored: bool, loaded: dict[str, Any]
 ) -> None:
-    """Masters follow what was loaded: rebuilt from the weights, unless the optimizer's own state was restored."""
+    """Rebuild the masters from the loaded weights, unless the optimizer's own state was restored."""
     main_params = loaded if cfg.checkpoint.load_main_params_from_ckpt and not restored else None
     with raise_on_all_ranks("bringing the optimizer's masters in line"):
         if not restored and (cfg.model.fp16 or cfg.model.bf16):
             optimizer.reload_model_params(state_dict=main_params)
         if cfg.optimizer.optimizer_cpu_offload:
-            if not restored:  # after the reload, which leaves offloaded copies as they were
+            if not restored:  # after the reload, which doesn't refresh offloaded copies
                 sync_hybrid_optimizer_param_copies(optimizer, main_params)
             check_hybrid_optimizer_param_copies(optimizer, exact=not restored and main_params is None)
 
 
 def load_base_weights(cfg: ConfigContainer, plan: LoadPlan, model: list[Any]) -> None:
-    """Load the weights that adapters will stand beside, with all ranks, before they do.
+    """Load the frozen weights under adapters, before the adapters are added. Call on all ranks.
 
     Args:
         cfg: A checked configuration with `peft`.
@@ -381,7 +381,7 @@ def _load_megatron(
     strict: bool,
     context: dict[str, Any],
 ) -> dict[str, Any]:
-    """Read the planned parts of a Megatron checkpoint and put them in place; returns what was read."""
+    """Read the planned parts of a Megatron checkpoint and restore them; returns what was read."""
     metadata = sharding_metadata(cfg, is_local=plan.source is Source.LOCAL)
     metadata.update((key, plan.content_metadata[key]) for key in metadata.keys() & plan.content_metadata.keys())
     weights = weights_to_store(cfg, model, metadata)

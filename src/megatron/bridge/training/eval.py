@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate_once(run: SetupOutput, forward_step: Callable, callbacks: CallbackManager) -> None:
-    """Evaluate the validation set, unless it is wanted of no weights or was done with these since this start."""
+    """Evaluate the validation set, unless there is none or it was evaluated at this step since the process started."""
     if run.state.train_state.do_valid and run.state.evaluated_step != run.state.train_state.step:
         evaluate(run, forward_step, callbacks)
 
@@ -28,9 +28,9 @@ def evaluate(
     """Run the model over one pass of a set and report the mean losses.
 
     Args:
-        run: What `setup` built.
+        run: From `setup`.
         forward_step: From `bind_forward_step`.
-        callbacks: Told of each step (`on_eval_…`, or `on_test_…` for the test set) and of the result.
+        callbacks: Called for each step (`on_eval_…`, or `on_test_…` for the test set) and with the result.
         split: `validation` or `test`.
 
     Returns:
@@ -65,6 +65,6 @@ def evaluate(
 
 
 def _shown(name: str, value: float, total: Total) -> str:
-    """A figure in the log; what isn't a mean per token has no perplexity."""
+    """A metric as logged, with its perplexity if it is a mean per token."""
     perplexity = f" (perplexity {math.exp(min(value, 20.0)):.2f})" if total.is_per_token else ""
     return f"{name} {value:.4f}{perplexity}"

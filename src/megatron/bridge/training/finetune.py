@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""`finetune`: a run that starts from weights it must find."""
+"""`finetune`: a run that must start from existing weights."""
 
 from collections.abc import Callable, Sequence
 
@@ -17,8 +17,7 @@ def finetune(
 
     Weights come from `checkpoint.load` if it holds a checkpoint (a resume), else from
     `checkpoint.pretrained_checkpoint` (a Megatron checkpoint, one of its iterations, or a Hugging Face directory).
-    With the optimizer offloaded to the CPU its copies of the weights follow what was loaded; nothing needs to be
-    called or set for that.
+    With CPU offload the optimizer's masters follow what was loaded. Nothing needs to be called or set for that.
 
     Args:
         config: As for `pretrain`.

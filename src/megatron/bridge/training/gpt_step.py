@@ -68,7 +68,8 @@ def forward_step(
     loss_function = partial(
         masked_next_token_loss,
         batch["loss_mask"],
-        check_for_nan_in_loss=False,  # by `check_loss` instead, on all ranks: one that raises here leaves the others
+        # `check_loss` does that on all ranks. An error here would end one rank and leave the others waiting.
+        check_for_nan_in_loss=False,
         check_for_spiky_loss=state.cfg.rerun_state_machine.check_for_spiky_loss,
     )
     return output, loss_function

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Bring up what a run needs before its model: device, process groups, seeds, micro-batch calculator."""
+"""Set up what a run needs before its model: device, process groups, seeds, micro-batch calculator."""
 
 import logging
 
@@ -63,7 +63,7 @@ def initialize_megatron(cfg: ConfigContainer) -> ProcessGroupCollection:
         inference_rng_tracker=cfg.rng.inference_rng_tracker,
         force_reset_rng=True,
     )
-    # Core's optimizer asks the rerun machine for permission to step; disabled, it only says yes.
+    # Core's optimizer asks the rerun state machine whether to step. Disabled, it always agrees.
     destroy_rerun_state_machine()
     initialize_rerun_state_machine(mode=RerunMode.DISABLED)
     derived = cfg.derive(distributed.world_size())

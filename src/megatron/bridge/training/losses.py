@@ -13,7 +13,7 @@ def masked_next_token_loss(
     check_for_nan_in_loss: bool = True,
     check_for_spiky_loss: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Sum the per-token losses that the mask keeps. The division by the token count is the schedule's.
+    """Sum the per-token losses that the mask keeps. Core's schedule divides by the number of tokens.
 
     Args:
         loss_mask: [B, S] float, 1 where a token counts.

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Run a forward step through Megatron-Core's schedules: bind the run to it, feed it micro-batches, add up losses."""
+"""Run a forward step through Megatron-Core's schedules: bind it to the run, feed it micro-batches, sum its losses."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -15,19 +15,19 @@ from megatron.bridge.training.state import GlobalState
 
 
 def bind_forward_step(forward_step_func: Callable, state: GlobalState) -> Callable:
-    """Give the run to a forward step that asks for it.
+    """Bind a forward step to the run, if it takes one.
 
     Args:
-        forward_step_func: Takes `(state, data_iterator, model)`, or `(data_iterator, model)` without the run; one more
-            parameter, `return_schedule_plan`, may follow. The run is recognised by the annotation `GlobalState` or by
-            being the first parameter named `state` or `global_state`.
+        forward_step_func: Takes `(state, data_iterator, model)` or `(data_iterator, model)`, and optionally
+            `return_schedule_plan`. The first parameter is the run if it is annotated with `GlobalState` or named
+            `state` or `global_state`.
         state: The run.
 
     Returns:
         A function of `(data_iterator, model)`.
 
     Raises:
-        ValueError: The function takes neither.
+        ValueError: The function has other parameters.
     """
     parameters = [
         parameter for parameter in inspect.signature(forward_step_func).parameters.values() if parameter.name != "self"
@@ -47,7 +47,7 @@ def bind_forward_step(forward_step_func: Callable, state: GlobalState) -> Callab
 
 
 def _with_heartbeat(forward_step: Callable, state: GlobalState) -> Callable:
-    """The same, and each micro-batch is a sign of life."""
+    """The forward step, which also tells the hang watchdog that this rank is alive."""
 
     def step(*args: Any, **kwargs: Any) -> Any:
         state.watchdog.heartbeat(state.train_state.step)
@@ -71,14 +71,14 @@ def run_micro_batches(
         micro_batches: This rank's micro-batches, each `tokens` [B, S]; all of one shape.
         model: This rank's chunks.
         forward_only: Evaluation: no backward pass.
-        checked_as: Names the step in the error for a loss that is NaN or infinite; None: that is no error.
+        checked_as: Name of the step in the error for a NaN or infinite loss. None: don't check the loss.
 
     Returns:
-        The total over the global batch of each figure that the loss function reported, the same on every rank.
+        The total over the global batch of each metric that the loss function reported, the same on every rank.
 
     Raises:
-        ValueError: On all ranks: a figure has a form that can't be added up, on any of them.
-        FloatingPointError: On all ranks: the loss is NaN or infinite.
+        ValueError: On all ranks, if a metric on any rank has a form that can't be summed.
+        FloatingPointError: On all ranks, if the loss is NaN or infinite.
     """
     batch_size, seq_length = micro_batches[0]["tokens"].shape
     iterators = [iter(micro_batches) for _ in model]

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Public import path of the section on number formats; `megatron.bridge.training.config.mixed_precision` defines it."""
+"""Public import path of the precision section; `megatron.bridge.training.config.mixed_precision` defines it."""
 
 from megatron.bridge.training.config.mixed_precision import (
     MixedPrecisionConfig,

@@ -36,10 +36,10 @@ def setup_optimizer(
     *,
     derived: DerivedConfig | None = None,
 ) -> tuple[Any, OptimizerParamScheduler]:
-    """Build Megatron-Core's optimizer for a model, mend its known defects, and build the schedule.
+    """Build Megatron-Core's optimizer for a model, repair its known defects, and build the schedule.
 
     Args:
-        optimizer_config: A finalised configuration.
+        optimizer_config: A finalized configuration.
         scheduler_config: The schedule.
         model: This rank's chunks, wrapped in DDP.
         use_gloo_process_groups: Let the distributed optimizer gather over gloo.
@@ -76,10 +76,10 @@ def setup_optimizer(
 
 
 def _drop_stub_optimizers(optimizer: Any) -> None:
-    """Take the optimizers without an optimizer out of a chain: Core can step them, but neither save nor load them.
+    """Remove stub optimizers from a chain: Core can step them, but can neither save nor load them.
 
-    Core chains one for the experts' weights to one for all others, which is such a stub on every rank if only experts
-    are trained.
+    Core builds a chain of one optimizer for the experts' weights and one for all others. If only experts are trained,
+    the latter is a stub on every rank.
     """
     chain = getattr(optimizer, "chained_optimizers", [])
     steps = [one for one in chain if not one.is_stub_optimizer]
@@ -102,7 +102,7 @@ def _shown_lengths(scheduler: SchedulerConfig) -> SchedulerConfig:
 
 
 def _give_host_threads(optimizer: Any, config: OptimizerConfig) -> None:
-    """Let what is offloaded step with this rank's share of the machine's cores. Collective."""
+    """Let the offloaded optimizer step with this rank's share of the machine's cores. Collective."""
     threads = plan_host_threads(config.optimizer_cpu_num_threads)
     if threads is not None:
         logger.info("the host's optimizer steps with %d threads (%s)", threads.count, threads.reason)
@@ -116,7 +116,7 @@ def build_scheduler(
     scheduler_config: SchedulerConfig,
     lengths: DerivedConfig | SchedulerConfig,
 ) -> OptimizerParamScheduler:
-    """The schedule of learning rate and weight decay; it counts samples, and is as long as `lengths` says."""
+    """Build the schedule of learning rate and weight decay. It counts in samples; `lengths` gives its lengths."""
     scheduler = scheduler_config
     start_weight_decay, end_weight_decay = weight_decay_ends(optimizer_config, scheduler)
     return OptimizerParamScheduler(
@@ -136,7 +136,7 @@ def build_scheduler(
 
 
 def describe_optimizer(config: OptimizerConfig, optimizer: Any) -> str:
-    """Which optimizer runs where, and why, in one line."""
+    """One line for the log: which optimizer runs where, and why."""
     if core_optimizer.USING_PYTORCH_OPTIMIZER:
         kernel = "torch's own kernels (neither Transformer Engine nor Apex is installed)"
     else:

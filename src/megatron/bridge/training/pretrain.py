@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""`pretrain`: one run from a configuration, from its first check to its last checkpoint."""
+"""`pretrain`: one run of a configuration, from the first check to the last checkpoint."""
 
 from collections.abc import Callable, Sequence
 
@@ -32,18 +32,18 @@ def pretrain(
 ) -> None:
     """Train a model as configured.
 
-    Call it on every rank (torchrun). The device is CUDA with NCCL where there is one, else the CPU with gloo.
+    Call it on every rank (torchrun). It uses CUDA with NCCL if there is a GPU, else the CPU with gloo.
 
     Args:
-        config: What to train on what, and how; its sections may be changed by `runtime_config_update`.
-        forward_step_func: One micro-batch forward, e.g. `gpt_step.forward_step`.
+        config: The run's configuration; `runtime_config_update` may change its sections.
+        forward_step_func: Runs the model on one micro-batch, e.g. `gpt_step.forward_step`.
         callbacks: Called after the progress bar and the loggers.
 
     Raises:
-        ValueError, FileNotFoundError: The configuration, the data or a checkpoint can't work; on all ranks, before
-            training starts.
-        Preempted: A signal stopped the run (`train.exit_signal_handler`); a SystemExit with its own exit code.
-        Hung: No rank took a step within the timeout; a SystemExit with its own exit code. A rank that is stuck outside
+        ValueError, FileNotFoundError: The configuration, the data or a checkpoint is invalid. Raised on all ranks
+            before training starts.
+        Preempted: A signal stopped the run (`train.exit_signal_handler`). A SystemExit with its own exit code.
+        Hung: No rank took a step within the timeout. A SystemExit with its own exit code. A rank that is stuck outside
             a collective ends without an exception.
     """
     train_from_config(config, forward_step_func, callbacks, load_required=False)

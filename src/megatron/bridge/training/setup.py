@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Build everything a run needs, in the one order that is right: weights are loaded after the optimizer exists."""
+"""Build everything that a run needs, in order. Weights are loaded last, after the optimizer exists."""
 
 import copy
 import logging
@@ -66,9 +66,9 @@ def setup(
     *,
     load_required: bool = False,
 ) -> SetupOutput:
-    """Build process groups, data, model and optimizer, then load.
+    """Build process groups, data, model and optimizer, then load the checkpoint.
 
-    Data and directories are checked first: they are cheap to check and often wrong.
+    Data and directories are checked first, because that is cheap and they are often wrong.
 
     Args:
         state: A new run, with a configuration that `runtime_config_update` has resolved and checked.
@@ -79,7 +79,7 @@ def setup(
         Everything built, in one tuple.
 
     Raises:
-        ValueError, FileNotFoundError: Something can't work; raised on all ranks before training starts.
+        ValueError, FileNotFoundError: The configuration, the data or a checkpoint is invalid. Raised on all ranks.
     """
     cfg = state.cfg
     pg_collection = initialize_megatron(cfg)
@@ -91,7 +91,8 @@ def setup(
             cfg.model.vocab_size = state.tokenizer.vocab_size
         check_tokenizer_fits(state.tokenizer, cfg.model.vocab_size)
     data = _build_data(state, train_valid_test_datasets_provider)
-    # Too few samples or a wrong checkpoint must be said before minutes of building; the iterator is made again below.
+    # Too few samples or a wrong checkpoint should fail now, not after minutes of building. The iterator is made again
+    # below, from the loaded train state.
     _train_iterator(state, data, pg_collection)
     context = init_checkpointing_context(cfg)
     base_plan = plan_base_on_all_ranks(cfg)
@@ -138,9 +139,10 @@ def setup(
 
 
 def _without_core_nan_check(ddp: DistributedDataParallelConfig) -> DistributedDataParallelConfig:
-    """Without Core's check for NaN gradients: it ends one rank alone, names no step, and forbids FP16 to overflow.
+    """A copy without Core's check for NaN gradients.
 
-    `step_if_finite` looks at all gradients, always.
+    Core's check ends one rank alone, doesn't name the step, and doesn't let FP16 overflow. `step_if_finite` checks all
+    gradients in its place.
     """
     ddp = copy.copy(ddp)
     ddp.check_for_nan_in_grad = False
@@ -148,7 +150,7 @@ def _without_core_nan_check(ddp: DistributedDataParallelConfig) -> DistributedDa
 
 
 def _add_adapters(cfg: ConfigContainer, base_plan: LoadPlan, chunks: list[Any]) -> list[Any]:
-    """The model with its pretrained weights, frozen, and adapters that are trained."""
+    """Load the pretrained weights into bare chunks, freeze them, and add trainable adapters."""
     load_base_weights(cfg, base_plan, chunks)
     peft: Any = cfg.peft
     adapted = peft(chunks, training=True)
@@ -159,7 +161,7 @@ def _add_adapters(cfg: ConfigContainer, base_plan: LoadPlan, chunks: list[Any]) 
 
 
 def maybe_log_and_save_config(cfg: ConfigContainer) -> None:
-    """Log what differs from the defaults and, if asked, write the configuration to a file (rank 0)."""
+    """Log all options that differ from their defaults, and write the configuration to a file if asked to (rank 0)."""
     if not is_rank_0():
         return
     cfg.log_non_default_values()
@@ -203,7 +205,7 @@ def _build_data(state: GlobalState, provider: Callable[..., Any]) -> _Data:
 
 
 def _report_on(dataset: Any) -> str:
-    """What a dataset says of itself: a packed one of its rows, and of the samples in them."""
+    """A dataset's report for the log; for a packed one, that of its rows and that of the samples in them."""
     reports = [getattr(part, "report", None) for part in (dataset, getattr(dataset, "samples", None))]
     return "; ".join(str(report) for report in reports if report is not None) or f"{len(dataset)} samples"
 
@@ -216,7 +218,7 @@ def _check_attention(state: GlobalState, data: _Data, model: list[Any]) -> None:
 
 
 def _train_iterator(state: GlobalState, data: _Data, pg_collection: ProcessGroupCollection) -> Any:
-    """This rank's micro-batches of each step, from the sample where the train state stands; None without training."""
+    """This rank's micro-batches of each step, from the train state's consumed samples on; None without training."""
     if data.train is None or state.derived.skip_train:
         return None
     with raise_on_all_ranks("preparing the training data"):
@@ -246,13 +248,13 @@ def _evaluation_steps(state: GlobalState, dataset: Any, data: _Data, pg_collecti
         data_parallel_size=pg_collection.dp.size(),
         padding=data.padding,
         max_batches=state.derived.eval_iters,
-        # Virtual stages take as many micro-batches at once as there are pipeline ranks, and refuse a remainder of one.
+        # Core's interleaved schedule takes micro-batches in groups of the pipeline size, and refuses a remainder of 1.
         micro_batches_at_once=pg_collection.pp.size() if state.cfg.model.virtual_pipeline_model_parallel_size else 1,
     )
 
 
 def set_schedule_functions(model: list[Any], optimizer: Any, cfg: ConfigContainer) -> None:
-    """Give Core's schedules the functions they call around the micro-batches of a step."""
+    """Set the functions that Core's schedules call around the micro-batches of a step: loss scale, gradient sync."""
     config = get_model_config(model[0])
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = partial(finalize_model_grads)

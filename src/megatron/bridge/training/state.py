@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""What a run knows about itself: the part that a checkpoint restores, and the objects of this process."""
+"""`GlobalState`: the state of a run, both what a checkpoint restores and the objects of this process."""
 
 from __future__ import annotations
 
@@ -31,31 +31,31 @@ class GlobalState:
     tokenizer: Any = None
     _derived: DerivedConfig | None = field(default=None, repr=False)
     data_report: dict[str, str] = field(default_factory=dict)
-    """What became of the data, by split, in words."""
+    """Report on the data of each split, for the log."""
 
     background_save: BackgroundSave | None = field(default=None, repr=False)
-    """The save that is being written while training continues; None: there is none."""
+    """The save that is being written while training continues; None if there is none."""
 
     generation_config: dict[str, Any] | None = None
-    """What is saved beside the tokenizer as `generation_config.json`, on rank 0; None: nothing."""
+    """Content of the `generation_config.json` that is saved with the tokenizer, on rank 0; None for no file."""
 
     exit_signal: ExitSignal | None = field(default=None, repr=False)
-    """The signal that stops the run; None: none is caught."""
+    """The signal that stops the run; None if no signal is caught."""
 
     evaluated_step: int | None = None
-    """The step after which this start last evaluated the validation set; None: it hasn't yet."""
+    """The step after which this process last evaluated the validation set; None if it hasn't yet."""
 
     num_nonfinite_steps: int = 0
-    """The steps in a row, up to the last one, that were left out because a loss or a gradient was not finite."""
+    """How many of the last steps in a row were skipped because a loss or a gradient was not finite."""
 
     watchdog: HangWatchdog = field(default_factory=HangWatchdog, repr=False)
-    """Ends this rank when it hangs, while it is `watched`."""
+    """Ends this rank if it hangs while it is `watched`."""
 
     wandb_logger: Any = field(default=None, repr=False)
-    """The run in Weights & Biases, on rank 0; None elsewhere or without it."""
+    """The Weights & Biases run, on rank 0; None on other ranks or without W&B."""
 
     mlflow_logger: Any = field(default=None, repr=False)
-    """The module mlflow with an active run, on rank 0; None elsewhere or without it."""
+    """The module mlflow with an active run, on rank 0; None on other ranks or without MLflow."""
 
     _tensorboard: SummaryWriter | None = field(default=None, repr=False)
 
@@ -76,7 +76,7 @@ class GlobalState:
 
     @property
     def tensorboard_logger(self) -> SummaryWriter | None:
-        """TensorBoard's writer, made on first use on rank 0; None elsewhere or without it."""
+        """TensorBoard's writer, made on first use, on rank 0; None on other ranks or without TensorBoard."""
         if self._tensorboard is None and self.cfg.logger.tensorboard_dir and is_rank_0():
             from torch.utils.tensorboard import SummaryWriter
 
@@ -86,7 +86,7 @@ class GlobalState:
         return self._tensorboard
 
     def close(self) -> None:
-        """Close what was opened; a save that is still being written is given up."""
+        """Close the loggers. A save that is still being written is abandoned."""
         if self.background_save is not None:
             self.background_save.abandon()
             self.background_save = None

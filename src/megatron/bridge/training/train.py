@@ -39,34 +39,34 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainStepResult:
-    """What one optimizer step gave."""
+    """Result of one optimizer step."""
 
     losses: dict[str, float]
-    """Mean per token over the global batch, by name."""
+    """Mean losses per token over the global batch, by name."""
 
     num_tokens: int | None
-    """Tokens that counted in the loss, over all ranks. None: the loss function counts none."""
+    """Tokens in the loss, over all ranks. None if the loss function doesn't count them."""
 
     grad_norm: float | None
-    """Norm of the whole gradient before clipping. None: not computed (clip_grad=0)."""
+    """Norm of the whole gradient before clipping. None if it isn't computed (clip_grad=0)."""
 
     updated: bool
-    """False: the step was skipped, since a gradient was not finite or its norm above Core's threshold."""
+    """False if the step was skipped: a gradient was not finite, or the norm above Core's threshold."""
 
     router_losses: RouterLosses
-    """What experts' routers added to the loss."""
+    """Losses that the experts' routers added."""
 
 
 def train(run: SetupOutput, forward_step_func: Callable, callbacks: CallbackManager) -> None:
-    """Train until the configured number of steps, evaluating and saving on the way and at the end.
+    """Train up to the configured number of steps. Evaluate and save in between and at the end.
 
     Args:
-        run: What `setup` built.
+        run: From `setup`.
         forward_step_func: See `bind_forward_step`.
         callbacks: Called around the run and each step.
 
     Raises:
-        Preempted: A signal stopped the run; all that is to be saved is on disk.
+        Preempted: A signal stopped the run. The last checkpoint is complete on disk.
     """
     state, cfg = run.state, run.state.cfg
     forward_step = bind_forward_step(forward_step_func, state)
@@ -115,12 +115,9 @@ def train_step(run: SetupOutput, forward_step: Callable, micro_batches: list[dic
     """Take one optimizer step on a global batch.
 
     Args:
-        run: What `setup` built.
+        run: From `setup`.
         forward_step: From `bind_forward_step`.
         micro_batches: This rank's part of the global batch.
-
-    Returns:
-        Losses and gradient norm of the step.
     """
     for chunk in run.model:
         chunk.zero_grad_buffer()
@@ -136,7 +133,7 @@ def train_step(run: SetupOutput, forward_step: Callable, micro_batches: list[dic
 
 
 def _take_step(run: SetupOutput, forward_step: Callable, context: CallbackContext, callbacks: CallbackManager) -> None:
-    """One pass of the loop: read, step, count, tell the callbacks."""
+    """One pass of the loop: read the batch, step, count, call the callbacks."""
     train_state, train_config = run.state.train_state, run.state.cfg.train
     update_num_microbatches(train_state.consumed_train_samples, consistency_check=False)
     micro_batches = next(run.train_data_iterator)
@@ -207,7 +204,7 @@ def _is_due(step: int, interval: int | None) -> bool:
 
 
 def _is_asked_to_stop(train_config: Any, step: int, started: float) -> bool:
-    """Whether this is the step to stop after; the clock is rank 0's, so that all ranks agree."""
+    """Whether to stop after this step. Rank 0's clock decides, so that all ranks agree."""
     if _is_due(step, train_config.exit_interval):
         return True
     if train_config.exit_duration_in_mins is None:
@@ -218,7 +215,7 @@ def _is_asked_to_stop(train_config: Any, step: int, started: float) -> bool:
 
 
 def _is_preempted(run: SetupOutput) -> bool:
-    """Whether the exit signal has arrived on any rank; asks nobody where it isn't caught."""
+    """Whether the exit signal has arrived on any rank. Collective only if the signal is caught."""
     return run.state.exit_signal is not None and run.state.exit_signal.has_arrived_anywhere()
 
 
@@ -232,8 +229,8 @@ def _on_every_model_parallel_rank(updated: bool) -> bool:
     return bool(answer.item())
 
 
-class _garbage_collection:  # reads as a statement
-    """Leave Python's collector to the loop where the configuration says so."""
+class _garbage_collection:  # lower case: it is used as a statement
+    """Switch Python's garbage collector off within the context, if `train.manual_gc` leaves it to the loop."""
 
     def __init__(self, train_config: Any) -> None:
         self._manual = train_config.manual_gc
@@ -250,7 +247,7 @@ class _garbage_collection:  # reads as a statement
 
 @contextlib.contextmanager
 def _garbage_collection_around_evaluation(train_config: Any) -> Iterator[None]:
-    """With `manual_gc` and `manual_gc_eval`: all garbage before an evaluation, and its own after it."""
+    """Collect all garbage before an evaluation and the youngest after it, with `manual_gc` and `manual_gc_eval`."""
     collects = train_config.manual_gc and train_config.manual_gc_eval
     if collects:
         gc.collect()

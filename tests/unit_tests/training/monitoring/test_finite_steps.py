@@ -51,7 +51,7 @@ def state_with(**optimizer):
 def test_the_warning_names_the_option_where_it_was_the_reason(options, norm, updated, said, caplog):
     optimizer = SimpleNamespace(step=lambda: (updated, norm, None))
     assert step_if_finite(state_with(**options), [], optimizer) == (updated, norm)
-    line = "step 7 is left out: the gradient's norm is 5, above optimizer.grad_norm_skip_threshold=2"
+    line = "step 7 is skipped: the gradient's norm is 5, above optimizer.grad_norm_skip_threshold=2"
     assert caplog.messages == ([line] if said else [])
 
 

@@ -60,8 +60,8 @@ def test_what_was_missed_comes_later_and_in_order(at_once, caplog):
     _hand_over(place, [1, 2, 3, 4, 5], at_once=at_once)
     assert place.taken == [1, 2, 3, 4, 5]
     assert _warnings(caplog) == [
-        "Place did not take the figures of step 3 (ConnectionError: the server is away): the run continues; they wait "
-        "and are offered again"
+        "Place did not accept the metrics of step 3 (ConnectionError: the server is away): the run continues, "
+        "and they are sent again later"
     ]
 
 
@@ -78,7 +78,7 @@ def test_pauses_grow_while_it_is_away(monkeypatch, caplog):
     assert tries == pytest.approx([0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24], abs=0.05)
     caplog.set_level(logging.INFO)
     figures.finish(lambda: None)
-    assert caplog.messages[-1] == "Place did not take 2000 lines of figures" and len(_warnings(caplog)) == 1
+    assert caplog.messages[-1] == "Place did not accept 2000 lines of metrics" and len(_warnings(caplog)) == 1
 
 
 def test_a_line_that_is_refused_does_not_hold_up_the_others(at_once):
@@ -107,7 +107,7 @@ def test_one_that_never_answers_holds_nobody(monkeypatch, caplog):
     assert asked.wait(60)  # step 2 is on its way
     figures.finish(never.wait)
     assert place.taken == [1]
-    assert caplog.messages[-1] == "Place did not take 4 lines of figures"
+    assert caplog.messages[-1] == "Place did not accept 4 lines of metrics"
     never.set()
     for thread in set(threading.enumerate()) - before:
         thread.join()  # what it says at its end belongs to this test
@@ -119,5 +119,5 @@ def test_an_error_at_the_end_is_a_warning(at_once, caplog):
 
     _hand_over(_Place(lambda place, step: False), [1], at_once=at_once, close=close)
     assert _warnings(caplog) == [
-        "Place could not be closed (OSError: No space left on device); the run isn't touched by it"
+        "Place could not be closed (OSError: No space left on device); the run is not affected"
     ]

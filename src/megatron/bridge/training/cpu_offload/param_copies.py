@@ -1,21 +1,21 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Keep the parameter copies of Megatron-Core's offloaded optimizer equal to the weights that were loaded.
 
-`HybridDeviceOptimizer` (Core 0.16.1 to 0.20, `megatron/core/optimizer/cpu_offloading/hybrid_optimizer.py`) steps on
-copies that it makes of the weights when it is built. A checkpoint loaded after that changes the weights only:
+`HybridDeviceOptimizer` (Core 0.16.1 to 0.20, `megatron/core/optimizer/cpu_offloading/hybrid_optimizer.py`) copies the
+weights when it is built and steps on these copies. A checkpoint that is loaded later changes the weights only:
 
     model weight (bf16 or fp16, device)
       | this data-parallel rank's slice
       v
     [1] FP32 shard, device      DistributedOptimizer.shard_fp32_from_float16_groups; None when precision-aware
       v
-    [2] CPU clone               HybridDeviceOptimizer.gpu_params_map_cpu_copy, for the offloaded fraction
+    [2] CPU copy                HybridDeviceOptimizer.gpu_params_map_cpu_copy, for the offloaded fraction
     [3] FP32 copy               HybridDeviceOptimizer.param_to_fp32_param; empty unless precision-aware, where an
                                 offloaded parameter's [3] is the same tensor as its [2]
 
-Core's own `reload_model_params()` returns early for this optimizer after refreshing [3] alone, so the first step
-writes the old copies over the loaded weights (NVIDIA-NeMo/RL #2371, NVIDIA/Megatron-LM PR 5071,
-NVIDIA-NeMo/Megatron-Bridge PR 3949). This module imports only torch and megatron-core: it can be lifted as it stands.
+For this optimizer Core's own `reload_model_params()` refreshes only [3] and returns. The first step then writes the old
+copies over the loaded weights (NVIDIA-NeMo/RL #2371, NVIDIA/Megatron-LM PR 5071, NVIDIA-NeMo/Megatron-Bridge PR 3949).
+This module imports only torch and megatron-core, so that it can be used elsewhere unchanged.
 """
 
 import logging
@@ -43,13 +43,13 @@ SUPPORTED_CORE = "0.16.1 to 0.20"
 
 @dataclass(frozen=True)
 class HybridParamSync:
-    """What a sync refreshed; false where no optimizer was hybrid."""
+    """What a sync refreshed; false if no optimizer was hybrid."""
 
     parameters: int = 0
-    """Copies that were written, over all levels."""
+    """Number of copies written, over all levels."""
 
     num_bytes: int = 0
-    """Bytes written into them."""
+    """Number of bytes written."""
 
     seconds: float = 0.0
 
@@ -58,13 +58,13 @@ class HybridParamSync:
 
 
 def find_hybrid_optimizers(optimizer: MegatronOptimizer | None) -> list[DistributedOptimizer]:
-    """The distributed optimizers that wrap a `HybridDeviceOptimizer`, below any chain and any `MimoOptimizer`.
+    """The distributed optimizers that wrap a `HybridDeviceOptimizer`, inside any chain and any `MimoOptimizer`.
 
-    Stub optimizers (a rank without trainable parameters) and optimizers without offload are left out.
+    Stub optimizers (on a rank without trainable parameters) and optimizers without offload are not included.
 
     Raises:
-        RuntimeError: A `HybridDeviceOptimizer` is wrapped by something else, whose parameters it doesn't know
-            (NVIDIA/Megatron-LM #4042), or an optimizer keeps its own where this function doesn't look.
+        RuntimeError: A `HybridDeviceOptimizer` is wrapped by something other than a distributed optimizer
+            (NVIDIA/Megatron-LM #4042), or an optimizer keeps its sub-optimizers where this function can't find them.
     """
     return [found for found, _ in _hybrids(optimizer)]
 
@@ -75,11 +75,9 @@ def rebuild_param_copies(
 ) -> HybridParamSync:
     """Write every copy that an offloaded optimizer steps on, once, from the weights or from a state dict.
 
-    `training.checkpointing.sync_hybrid_optimizer_param_copies` is the public door, and says when to call it. Copies in
-    pinned host memory are written asynchronously on the current stream, which is synchronised once, at the end. Beyond
-    the copies themselves, one parameter's values are held at a time.
-
-    Args, result and errors are the door's.
+    `training.checkpointing.sync_hybrid_optimizer_param_copies` is the public function. It documents when to call it,
+    its arguments, result and errors. Copies in pinned host memory are written asynchronously on the current stream,
+    which is synchronized once, at the end. Besides the copies, only one parameter's values are in memory at a time.
     """
     started = time.perf_counter()
     num_written = num_bytes = 0
@@ -87,7 +85,7 @@ def rebuild_param_copies(
         sources = _sources(distributed_optimizer, state_dict, root)
         for entry in _entries(distributed_optimizer):
             if not entry.copies:
-                continue  # stepped on in place
+                continue  # it is its own master
             _write(entry.copies, _values(distributed_optimizer, entry.param, sources))
             num_written += len(entry.copies)
             num_bytes += sum(copy.numel() * copy.element_size() for copy in entry.copies)
@@ -110,22 +108,22 @@ def rebuild_param_copies(
 def check_hybrid_optimizer_param_copies(
     optimizer: MegatronOptimizer | None, *, exact: bool, sample_size: int = 32
 ) -> int:
-    """Compare a sample of every copy with its weight, so that stale copies can't go unnoticed.
+    """Compare a sample of every copy with its weight, and raise if a copy is stale.
 
-    The samples cross the host link together, once. A quantised weight is compared only where `exact`: no rounding of
-    ours gives back its bits.
+    All samples are copied to the host in one transfer. Quantised weights are compared only if `exact`: rounding a
+    master doesn't reproduce their bits.
 
     Args:
-        optimizer: A Megatron optimizer, whatever it is made of, or None.
-        exact: True after a weights-only load: masters equal the weights. False after optimizer state was restored
-            (or FP32 weights became the masters): masters round to the weights.
-        sample_size: Elements compared in each parameter, evenly spaced.
+        optimizer: A Megatron optimizer of any kind, or None.
+        exact: True after a weights-only load: masters must equal the weights. False after a load of optimizer state,
+            or of FP32 values into the masters: masters must round to the weights.
+        sample_size: Number of evenly spaced elements to compare in each parameter.
 
     Returns:
-        The number of parameters compared; 0 where nothing is hybrid.
+        The number of parameters compared; 0 if no optimizer is hybrid.
 
     Raises:
-        RuntimeError: A copy differs; names the parameter, the rank and both values.
+        RuntimeError: A copy differs. Names the parameter, the rank and both values.
     """
     compared = 0
     for distributed_optimizer in find_hybrid_optimizers(optimizer):
@@ -143,7 +141,8 @@ def check_hybrid_optimizer_param_copies(
             weight = whole.view(-1)[owned.start : owned.end : stride]
             dtype = weight.dtype
             for copy in entry.copies or (entry.stepped_on,):
-                # One comparison for all that are alike: a launch and a wait for each parameter would cost far more.
+                # Samples of one dtype and device are compared at once. A kernel launch and a wait for each parameter
+                # would cost far more.
                 alike = samples.setdefault((dtype, copy.device), [])
                 alike.append(_Sample(entry.param, stride, weight, copy[::stride]))
         for alike in samples.values():
@@ -152,17 +151,17 @@ def check_hybrid_optimizer_param_copies(
 
 
 class _Entry(NamedTuple):
-    """One parameter, and what the optimizer keeps of this rank's slice of it."""
+    """One parameter and the optimizer's copies of this rank's slice of it."""
 
     param: torch.Tensor
-    """The model's parameter, whole."""
+    """The model's parameter, not sliced."""
 
     copies: tuple[torch.Tensor, ...]
-    """FP32 copies of the slice, each tensor once, from the weight downward: levels 1, 2 and 3 of the module's drawing.
-    None for a parameter that is FP32 itself and stays on the device."""
+    """FP32 copies of the slice, each tensor once, in the order of levels 1, 2 and 3 of the module's diagram. Empty for
+    a parameter that is FP32 itself and stays on the device."""
 
     stepped_on: torch.Tensor
-    """What a sub-optimizer steps on: the last copy, or a view of the weight."""
+    """The tensor that a sub-optimizer steps on: the last copy, or a view of the weight."""
 
 
 class _Sample(NamedTuple):
@@ -175,24 +174,24 @@ class _Sample(NamedTuple):
 
 
 def _leaves(optimizer: Any, root: Any = None) -> Iterator[tuple[Any, Any]]:
-    """Each optimizer that is made of no others, with the root whose model chunks a state dict numbers.
+    """Each optimizer that contains no other optimizer, with the root over whose chunks a state dict counts.
 
-    A `MimoOptimizer` (Core 0.19 and later, known by its `module_infos`) is no chain: it has an optimizer for each of
-    its modules, which count their chunks by themselves.
+    A `MimoOptimizer` (Core 0.19 and later, recognised by its `module_infos`) is not a chain. It has an optimizer for
+    each of its modules, and each module numbers its own chunks.
     """
     if isinstance(optimizer, ChainedOptimizer):
         for child in _attribute(optimizer, "chained_optimizers"):
             yield from _leaves(child, root or optimizer)
     elif isinstance(getattr(optimizer, "module_infos", None), Mapping):
         for info in optimizer.module_infos.values():
-            if _attribute(info, "is_active"):  # else its module is on other ranks
+            if _attribute(info, "is_active"):  # otherwise the module is on other ranks
                 yield from _leaves(_attribute(info, "optimizer"))
     elif optimizer is not None:
         yield optimizer, root or optimizer
 
 
 def _hybrids(optimizer: Any) -> list[tuple[DistributedOptimizer, Any]]:
-    """The distributed optimizers around a `HybridDeviceOptimizer`, each with its root; all are looked at first."""
+    """The distributed optimizers around a `HybridDeviceOptimizer`, each with its root. Checks all before returning."""
     found = [(leaf, root) for leaf, root in _leaves(optimizer) if isinstance(_wrapped(leaf), HybridDeviceOptimizer)]
     for leaf, _ in found:
         if not isinstance(leaf, DistributedOptimizer):
@@ -204,10 +203,10 @@ def _hybrids(optimizer: Any) -> list[tuple[DistributedOptimizer, Any]]:
 
 
 def _wrapped(leaf: Any) -> Any:
-    """The torch optimizer that steps for a Megatron optimizer; None for a stub.
+    """The torch optimizer that a Megatron optimizer wraps; None for a stub.
 
     Raises:
-        RuntimeError: It has none of its own and is no stub: those that step for it are kept elsewhere.
+        RuntimeError: It wraps none and is not a stub, so it keeps its optimizers in an unknown place.
     """
     if isinstance(leaf, torch.optim.Optimizer):
         return leaf
@@ -222,13 +221,13 @@ def _wrapped(leaf: Any) -> Any:
 
 
 def _model_chunks(root: Any) -> list[Any]:
-    """The model's chunks in order: those of the chain's optimizers, each once, as Core numbers them."""
+    """The chunks of all optimizers of a chain, each once, in the order in which Core numbers them."""
     leaves = [leaf for leaf, _ in _leaves(root) if isinstance(leaf, DistributedOptimizer)]
     return list(dict.fromkeys(chunk for leaf in leaves for chunk in _attribute(leaf, "model_chunks")))
 
 
 def _attribute(owner: Any, name: str) -> Any:
-    """An attribute of Core's, or an error that says which one is gone from which version."""
+    """An attribute of one of Core's objects; an error names the attribute and Core's version if it is missing."""
     try:
         return getattr(owner, name)
     except AttributeError as error:
@@ -243,14 +242,14 @@ def _entries(distributed_optimizer: DistributedOptimizer) -> Iterator[_Entry]:
     """Every parameter of a distributed optimizer with its copies.
 
     Raises:
-        RuntimeError: A parameter without a sub-optimizer's tensor, or a sub-optimizer's tensor without a parameter.
+        RuntimeError: A parameter has no tensor in a sub-optimizer, or a sub-optimizer's tensor has no parameter.
     """
     hybrid = distributed_optimizer.optimizer
     clones, fp32_copies = _attribute(hybrid, "gpu_params_map_cpu_copy"), _attribute(hybrid, "param_to_fp32_param")
     inner_of = _attribute(hybrid, "param_to_inner_param")
     known = 0
     for param, weight, main in _params_and_shards(distributed_optimizer):
-        given = weight if main is None else main  # what the hybrid optimizer was built with
+        given = weight if main is None else main  # the tensor that the hybrid optimizer was built with
         if given is None or given not in inner_of:
             raise _unknown(distributed_optimizer, param, "no entry in HybridDeviceOptimizer.param_to_inner_param")
         levels = (main, clones.get(given), fp32_copies.get(given))
@@ -271,7 +270,7 @@ def _entries(distributed_optimizer: DistributedOptimizer) -> Iterator[_Entry]:
 def _params_and_shards(
     distributed_optimizer: DistributedOptimizer,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]:
-    """(parameter, view of this rank's slice, FP32 shard) for each; the FP32 shard is None when precision-aware."""
+    """(parameter, view of this rank's slice, FP32 shard) triples; in precision-aware mode the FP32 shard is None."""
     for models, weights, mains in zip(
         _attribute(distributed_optimizer, "model_float16_groups"),
         _attribute(distributed_optimizer, "shard_float16_groups"),
@@ -290,12 +289,12 @@ def _params_and_shards(
 def _sources(
     distributed_optimizer: DistributedOptimizer, state_dict: Mapping[str, object] | None, root: Any
 ) -> dict[torch.Tensor, torch.Tensor] | None:
-    """The state dict's tensor for each parameter, found by Core's own matching of names."""
+    """The state dict's tensor for each parameter, matched by name as Core does it."""
     if state_dict is None:
         return None
     chunks = _model_chunks(root)
     if len(chunks) > 1:
-        # Core numbers the chunks of one optimizer from 0; the state dict numbers those of the model.
+        # Core numbers the chunks of each optimizer from 0. The state dict numbers those of the whole model.
         prefix = "model" if "model0" in state_dict else "model_"
         numbers = [chunks.index(chunk) for chunk in _attribute(distributed_optimizer, "model_chunks")]
         for number in numbers:
@@ -311,7 +310,7 @@ def _sources(
 def _values(
     distributed_optimizer: DistributedOptimizer, param: torch.Tensor, sources: dict[torch.Tensor, torch.Tensor] | None
 ) -> torch.Tensor:
-    """This rank's slice of a parameter's values, flat: the state dict's, or those of the weight itself."""
+    """This rank's slice of a parameter's values, flat: from the state dict if there is one, else from the weight."""
     source = param if sources is None else sources[param]
     if source.shape != param.shape:
         raise RuntimeError(
@@ -325,12 +324,12 @@ def _values(
 
 
 def _owned(distributed_optimizer: DistributedOptimizer, param: torch.Tensor) -> Any:
-    """Core's range (`start`, `end`, `size`) of a parameter's flat elements that this data-parallel rank owns."""
+    """The range (`start`, `end`, `size`) of a parameter's flat elements that this data-parallel rank owns."""
     return _attribute(distributed_optimizer, "_get_model_param_range_map")(param)["param"]
 
 
 def _is_quantised(tensor: torch.Tensor) -> bool:
-    """Core's own predicate: from 0.19 on it knows the quantised storage of grouped weights too."""
+    """Whether a weight is quantised. Uses Core's predicate, which from 0.19 on includes grouped weights."""
     return getattr(DistributedOptimizer, "_is_distopt_quantized_param", fp8_utils.is_float8tensor)(tensor)
 
 
@@ -343,7 +342,7 @@ def _dequantised(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _write(copies: tuple[torch.Tensor, ...], values: torch.Tensor) -> None:
-    """Write each copy once, from where the values already are on its side of the host link, if they are."""
+    """Write each copy once, if possible from a tensor on the same device that already has the values."""
     written = [values]
     for copy in copies:
         nearest = next((tensor for tensor in written if tensor.device == copy.device), written[-1])
@@ -352,7 +351,7 @@ def _write(copies: tuple[torch.Tensor, ...], values: torch.Tensor) -> None:
 
 
 def _compare(distributed_optimizer: DistributedOptimizer, alike: list[_Sample], *, exact: bool) -> None:
-    """Compare samples of one number format whose copies lie on one device."""
+    """Compare samples of one dtype whose copies are on one device."""
     weights, copies = torch.cat([one.weight for one in alike]), torch.cat([one.copy for one in alike])
     found = (copies if exact else copies.to(weights.dtype)).float().cpu()
     expected = weights.float().cpu()

@@ -1,2 +1,2 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""What a run says of itself while it trains, and what watches over it."""
+"""Monitoring of a run: metrics, progress and summaries, checks of losses and gradients, signals, hangs."""

@@ -1,8 +1,8 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Only finite losses and gradients are stepped on, and only finite weights are saved.
+"""Step only on finite losses and gradients, and save only finite weights.
 
-A step costs nothing for it: Core computes the gradient's norm anyway, and it is the same on every rank that steps.
-Only where the norm is not finite are the parameters looked through. FP16's loss scaling skips its steps before that.
+This costs a step nothing. Core computes the gradient's norm anyway, and it is the same on every rank that steps. Only
+if the norm is not finite are the parameters searched. In FP16 the loss scaler skips such steps before this check.
 """
 
 import logging
@@ -21,13 +21,13 @@ from megatron.bridge.utils.distributed import all_gathered, format_ranks
 logger = logging.getLogger(__name__)
 
 CHECKED_LOSS = "lm loss"
-"""The loss that is trained on, as `gpt_step` reports it; what else a forward step reports may be NaN."""
+"""Name of the loss that is trained on, as `gpt_step` reports it. Other reported metrics may be NaN."""
 
 
 def checked_loss_of(state: GlobalState) -> str | None:
-    """What the loss of the next step is called in an error; None where a NaN in it isn't one."""
+    """The name of the next step for the error about a NaN loss; None if a NaN loss is not an error."""
     cfg = state.cfg
-    # Where steps may be left out, the gradient of such a loss says so.
+    # If steps may be skipped, the check of the gradients decides, since a NaN loss has NaN gradients.
     is_checked = cfg.rerun_state_machine.check_for_nan_in_loss and not cfg.train.max_nonfinite_steps
     return f"step {state.train_state.step + 1}" if is_checked else None
 
@@ -35,16 +35,16 @@ def checked_loss_of(state: GlobalState) -> str | None:
 def check_loss(
     reported: list[dict[str, Any]], totals: dict[str, Total], *, model: Sequence[torch.nn.Module], where: str
 ) -> None:
-    """Refuse a loss that is NaN or infinite. Collective only then.
+    """Raise if the loss is NaN or infinite. Runs collectives only in that case.
 
     Args:
-        reported: Of each micro-batch of this rank, what its loss function reported; empty where this stage has none.
-        totals: Their sums over all ranks, the same on each.
-        model: This rank's chunks; their weights are looked at, frozen ones too.
+        reported: What the loss function reported for each of this rank's micro-batches; empty on stages without one.
+        totals: The sums over all ranks, the same on each rank.
+        model: This rank's chunks. Their weights are searched for NaN, frozen ones included.
         where: The step, for the error.
 
     Raises:
-        FloatingPointError: On all ranks; names the ranks whose loss it is.
+        FloatingPointError: On all ranks. Names the ranks that had the loss.
     """
     loss, num_tokens, _ = totals.get(CHECKED_LOSS, Total(0.0, 0.0, True))
     if math.isfinite(loss):
@@ -56,7 +56,8 @@ def check_loss(
         _nonfinite((name, param) for chunk in model for name, param in unwrap_model(chunk).named_parameters())
     )
     advice = (
-        f"Weights were wrong before it ({_summary(weights)}): resume an earlier checkpoint, or see what was loaded"
+        f"Weights were wrong before it ({_summary(weights)}): resume from an earlier checkpoint, or check what was "
+        "loaded"
         if any(weights)
         else "Check the data and optimizer.lr"
     )
@@ -70,7 +71,7 @@ def step_if_finite(state: GlobalState, model: list[Any], optimizer: Any) -> tupl
     """Take the optimizer's step, unless a gradient is NaN or infinite.
 
     Args:
-        state: The run; its train state counts the steps that are done.
+        state: The run; its train state has the number of steps taken.
         model: This rank's chunks, with their gradients.
         optimizer: Megatron optimizer.
 
@@ -78,7 +79,7 @@ def step_if_finite(state: GlobalState, model: list[Any], optimizer: Any) -> tupl
         Whether the weights were updated, and the gradient's norm.
 
     Raises:
-        FloatingPointError: On all ranks; names the step, the parameter and the ranks. No weight was touched.
+        FloatingPointError: On all ranks. Names the step, the parameter and the ranks. No weight has changed.
     """
     try:
         updated, grad_norm, _ = optimizer.step()
@@ -89,7 +90,7 @@ def step_if_finite(state: GlobalState, model: list[Any], optimizer: Any) -> tupl
     threshold = _norm_above_which_core_skips(state)
     if not updated and grad_norm is not None and threshold < grad_norm < math.inf:
         logger.warning(
-            "step %d is left out: the gradient's norm is %.4g, above optimizer.grad_norm_skip_threshold=%g",
+            "step %d is skipped: the gradient's norm is %.4g, above optimizer.grad_norm_skip_threshold=%g",
             state.train_state.step + 1,
             grad_norm,
             threshold,
@@ -98,7 +99,7 @@ def step_if_finite(state: GlobalState, model: list[Any], optimizer: Any) -> tupl
 
 
 def reasons_to_skip(state: GlobalState) -> str:
-    """Why a step of this run may have changed nothing, in a few words."""
+    """The reasons for which a step of this run may have been skipped, as text."""
     threshold = _norm_above_which_core_skips(state)
     also = f" or its norm above optimizer.grad_norm_skip_threshold={threshold:g}" if threshold < math.inf else ""
     return f"a gradient was not finite{also}"
@@ -110,47 +111,47 @@ def _norm_above_which_core_skips(state: GlobalState) -> float:
 
 
 def skip_step(state: GlobalState, reason: str) -> bool:
-    """Leave out the step that is being taken, where the configuration allows it.
+    """Skip the current step, if the configuration allows it.
 
     Returns:
         False: the weights were not updated.
 
     Raises:
-        FloatingPointError: It doesn't, or not as many in a row.
+        FloatingPointError: More than `train.max_nonfinite_steps` steps in a row were not finite.
     """
     step, allowed = state.train_state.step + 1, state.cfg.train.max_nonfinite_steps
     state.num_nonfinite_steps += 1
     if state.num_nonfinite_steps > allowed:
-        after = f" (after {allowed} in a row that were left out)" if allowed else ""
+        after = f" (after {allowed} in a row that were skipped)" if allowed else ""
         raise FloatingPointError(
-            f"step {step}: {reason}{after}; weights and checkpoints are those of the steps before it. Look at the "
-            "step's data and at optimizer.lr; train.max_nonfinite_steps says how many such steps in a row are left out"
+            f"step {step}: {reason}{after}; weights and checkpoints are those of the steps before it. Check the "
+            "step's data and optimizer.lr, or set train.max_nonfinite_steps to skip that many such steps in a row"
         )
-    logger.warning("step %d is left out (train.max_nonfinite_steps=%d): %s", step, allowed, reason)
+    logger.warning("step %d is skipped (train.max_nonfinite_steps=%d): %s", step, allowed, reason)
     return False
 
 
 def check_weights_are_finite(model: list[Any], step: int) -> None:
-    """Refuse to save what can't be trained on. Collective.
+    """Raise if a trained weight is NaN or infinite, before it is saved. Collective.
 
     Args:
-        model: This rank's chunks; their trained parameters are looked at.
-        step: Whose weights they are.
+        model: This rank's chunks; their trained parameters are checked.
+        step: The step to be saved.
 
     Raises:
-        FloatingPointError: On all ranks; names the first parameter and the ranks.
+        FloatingPointError: On all ranks. Names the first parameter and the ranks.
     """
     names = _nonfinite((name, param.detach()) for name, param in _trained(model))
     by_rank = all_gathered(names)
     if any(by_rank):
         raise FloatingPointError(
             f"step {step} isn't saved: its weights are NaN or infinite ({_summary(by_rank)}); the checkpoints before "
-            "it are kept: resume the newest one"
+            "it are kept: resume from the newest one"
         )
 
 
 def _describe_nonfinite_gradients(model: list[Any]) -> str:
-    """Which gradients are not finite, on which ranks; where each is, the largest. Collective."""
+    """Which gradients are not finite, on which ranks; the largest one if all are finite. Collective."""
     gradients = [(name, param.main_grad) for name, param in _trained(model)]
     by_rank = all_gathered(_nonfinite(gradients))
     if any(by_rank):
@@ -164,13 +165,13 @@ def _describe_nonfinite_gradients(model: list[Any]) -> str:
 
 
 def _trained(model: list[Any]) -> list[tuple[str, Any]]:
-    """Name and parameter, which carries Core's `main_grad`."""
+    """(name, parameter) of all trained parameters; each has Core's `main_grad`."""
     named = [pair for chunk in model for pair in unwrap_model(chunk).named_parameters()]
     return [(name, param) for name, param in named if param.requires_grad]
 
 
 def _nonfinite(tensors: Any) -> list[str]:
-    """The names of those that hold a NaN or an infinity; the device is waited for once."""
+    """The names of the tensors that hold a NaN or an infinity. Waits for the device once."""
     named = list(tensors)
     if not named:
         return []
@@ -179,7 +180,7 @@ def _nonfinite(tensors: Any) -> list[str]:
 
 
 def _summary(by_rank: list[list[str]]) -> str:
-    """What is not finite and where: the first, and how many others."""
+    """The first tensor that is not finite, the number of others, and the ranks, as text."""
     ranks = [rank for rank, names in enumerate(by_rank) if names]
     names = list(dict.fromkeys(name for of_rank in by_rank for name in of_rank))
     others = f" and {len(names) - 1} more" if len(names) > 1 else ""

@@ -6,10 +6,10 @@ from typing import Any
 
 
 def train_step_flops(model: Any, batch_shapes: Iterable[tuple[int, int]]) -> int:
-    """Operations of the matrix products of a forward and a backward pass of a dense GPT.
+    """Operations of the matrix products in the forward and backward pass of a dense GPT.
 
-    A product of [m, k] and [k, n] counts 2mkn; the backward pass counts twice the forward pass; causal attention counts
-    the half that the mask keeps; recomputation, norms and the optimizer don't count (as in Narayanan et al. 2021,
+    A product of [m, k] and [k, n] counts 2mkn. The backward pass counts twice the forward pass. Causal attention counts
+    the half that the mask keeps. Recomputation, norms and the optimizer don't count (as in Narayanan et al. 2021,
     appendix, and Megatron-LM).
 
     Args:

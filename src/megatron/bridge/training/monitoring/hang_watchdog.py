@@ -1,8 +1,8 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""A rank that hangs, or waits for one that does, shows where it is and ends, within the timeout of the process groups.
+"""A rank that hangs, or waits for one that does, prints its stacks and ends within the process groups' timeout.
 
-Collectives give up by themselves, but a rank that never comes to one doesn't, and no traceback says where it is. Each
-rank watches itself: it gives a sign of life before each micro-batch and after each step.
+A collective times out by itself. A rank that never reaches one doesn't, and no traceback says where it is. So each rank
+watches itself: it sends a heartbeat before each micro-batch and after each step.
 """
 
 import contextlib
@@ -23,14 +23,15 @@ from megatron.bridge.utils.exit_codes import HUNG
 logger = logging.getLogger(__name__)
 
 _SHOWN_AT = 0.8
-"""Part of the timeout after which stacks are shown: before a collective of another rank gives up and all are ended."""
+"""Fraction of the timeout after which stacks are printed: before another rank's collective times out and ends all."""
 
 _ENDED_AT = 0.95
-"""Part of the timeout after which the process ends: the ranks' clocks start some moments apart, and all must show."""
+"""Fraction of the timeout after which the process ends. The ranks' timers start at slightly different times, and all
+must have printed their stacks by then."""
 
 
 class Hung(SystemExit):
-    """This rank hung until another one ended and broke its collective; a script ends with `exit_codes.HUNG`."""
+    """This rank hung until another one ended and broke its collective. A script then ends with `exit_codes.HUNG`."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(HUNG)
@@ -39,7 +40,7 @@ class Hung(SystemExit):
 
 
 class HangWatchdog:
-    """A thread that waits for signs of life."""
+    """A thread that expects heartbeats of the main thread."""
 
     def __init__(self) -> None:
         self._timeout_seconds = math.inf
@@ -50,7 +51,7 @@ class HangWatchdog:
         self._thread: threading.Thread | None = None
 
     def start(self, timeout_seconds: float) -> None:
-        """Expect signs from now on; a process that is alone waits for nobody, and isn't watched.
+        """Expect heartbeats from now on. A single process is not watched: it has no other rank to wait for.
 
         Args:
             timeout_seconds: The process groups' timeout; later calls change it.
@@ -62,18 +63,18 @@ class HangWatchdog:
             self._thread.start()
 
     def heartbeat(self, step: int) -> None:
-        """Say that this rank is alive, after that many steps."""
+        """Report that this rank is alive, after `step` steps."""
         self._step = step
         self._last_sign = time.monotonic()
 
     @property
     def hangs(self) -> bool:
-        """Whether stacks were shown, and no sign of life came after it."""
+        """Whether stacks were printed and no heartbeat has come since."""
         return self._shown_for == self._last_sign
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Expect no signs in the body: writing a checkpoint may take longer than any collective waits."""
+        """Expect no heartbeats within the context: writing a checkpoint may take longer than the timeout."""
         self._last_sign = math.inf
         try:
             yield
@@ -81,7 +82,7 @@ class HangWatchdog:
             self._last_sign = time.monotonic()
 
     def stop(self) -> None:
-        """Expect no more signs."""
+        """Expect no more heartbeats."""
         self._stopped.set()
         if self._thread is not None:
             self._thread.join()
@@ -96,13 +97,13 @@ class HangWatchdog:
             self._show()
             while last_sign == self._last_sign and not self._stopped.wait(0.01):
                 if self._seconds_until(_ENDED_AT) <= 0:
-                    os._exit(HUNG)  # the main thread can't be asked: it is stuck
+                    os._exit(HUNG)  # the main thread is stuck, so it can't raise anything
 
     def _seconds_until(self, part: float) -> float:
         return self._last_sign + part * self._timeout_seconds - time.monotonic()
 
     def _show(self) -> None:
-        """All threads' stacks, in one piece, since ranks often share one standard error."""
+        """Print all threads' stacks in one write, since ranks often share one standard error."""
         with tempfile.TemporaryFile() as file:
             faulthandler.dump_traceback(file, all_threads=True)
             file.seek(0)
@@ -118,10 +119,10 @@ class HangWatchdog:
 
 @contextlib.contextmanager
 def watched(watchdog: HangWatchdog, config: DistributedInitConfig) -> Iterator[None]:
-    """Watch this rank in the body.
+    """Watch this rank within the context.
 
     Raises:
-        Hung: In place of an error that came after its stacks were shown: that of a collective whose other rank ended.
+        Hung: In place of an error that was raised after its stacks were printed, usually by a broken collective.
     """
     watchdog.start(60 * config.distributed_timeout_minutes)
     try:
@@ -135,7 +136,7 @@ def watched(watchdog: HangWatchdog, config: DistributedInitConfig) -> Iterator[N
 
 
 def shorten_timeouts(watchdog: HangWatchdog, config: DistributedInitConfig) -> None:
-    """After the first step, which may compile and connect: `dist.distributed_timeout_seconds_after_init`, if set."""
+    """Set `dist.distributed_timeout_seconds_after_init`, if given, after the first step, which compiles and connects."""
     seconds = config.distributed_timeout_seconds_after_init
     if seconds is not None:
         from megatron.core import parallel_state

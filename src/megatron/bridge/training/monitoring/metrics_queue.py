@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Figures on their way to a place that may be away: they wait and are offered again, and the training never waits."""
+"""Send metrics to a destination that may be unavailable. They are queued and retried; training never waits for them."""
 
 import copy
 import logging
@@ -13,34 +13,34 @@ from typing import Any
 from megatron.bridge.training.state import GlobalState
 
 Line = tuple[GlobalState, str, dict[str, Any]]
-"""A state, a split and its figures."""
+"""A state, a split and its metrics."""
 
 logger = logging.getLogger(__name__)
 
 MOST_WAITING = 10_000
-"""Lines of figures that wait; then the oldest is given up."""
+"""Most lines in the queue; beyond it the oldest line is dropped."""
 
 FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 300.0
-"""Between two tries; each pause is twice the one before."""
+"""Pause between two tries; each pause is twice the one before."""
 
 SECONDS_WITHOUT_PROGRESS = 10.0
-"""How long the end of a run waits for a place that takes nothing."""
+"""How long the end of a run waits while the destination accepts nothing."""
 
 _TRIES_FOR_ONE = 2
-"""After that many failures of a line the next ones are tried too: where one is taken, the place isn't away."""
+"""After this many failures of a line, the lines behind it are tried too. If one of them is accepted, the destination
+is available and refuses that line."""
 
 _MOST_TRIED = 4
 
 
 class MetricsQueue:
-    """Hands lines of figures to one place, in order.
+    """Sends lines of metrics to one destination, in order.
 
     Args:
-        name: The place, for the log.
-        write: Takes a state, a split and its figures; whatever it raises means that it didn't take them.
-        at_once: Write in the thread that hands over, which takes no time where the place is a local file. Otherwise a
-            thread of its own writes.
+        name: The destination, for the log.
+        write: Writes a state, a split and its metrics. If it raises, the line counts as not written.
+        at_once: Write in the calling thread, for a local file, which is fast. Otherwise write in a separate thread.
     """
 
     def __init__(self, name: str, write: Callable[[GlobalState, str, dict[str, Any]], None], *, at_once: bool) -> None:
@@ -52,11 +52,11 @@ class MetricsQueue:
         self._next_try = 0.0
         self._thread: threading.Thread | None = None
         if not at_once:
-            self._thread = threading.Thread(target=self._carry, name=f"figures for {name}", daemon=True)
+            self._thread = threading.Thread(target=self._carry, name=f"metrics for {name}", daemon=True)
             self._thread.start()
 
     def hand_over(self, state: GlobalState, split: str, values: dict[str, Any]) -> None:
-        """Queue a line; `write` sees the step as it is now. Raises nothing, and waits for nothing but a local file."""
+        """Queue a line with a snapshot of the train state. Never raises, and never waits, except for a local file."""
         kept = copy.copy(state)
         kept.train_state = copy.copy(state.train_state)
         with self._news:
@@ -69,22 +69,22 @@ class MetricsQueue:
             self._send()
 
     def finish(self, close: Callable[[], None]) -> None:
-        """Try some last times, then close the place. A place that answers nothing isn't waited for.
+        """Retry what is queued a last few times, then close the destination. Doesn't wait for one that doesn't respond.
 
         Args:
-            close: May raise, or never return.
+            close: Closes the destination. It may raise, or never return.
         """
         self._send_the_rest()
         is_away = bool(self._waiting)
         closing = threading.Thread(target=self._close, args=(close,), name=f"closing {self._name}", daemon=True)
-        if is_away:  # otherwise in this thread, which opened it: MLflow's active run belongs to that
+        if is_away:  # otherwise close in this thread, which opened it: MLflow's active run belongs to the thread
             closing.start()
             closing.join(SECONDS_WITHOUT_PROGRESS)
         else:
             self._close(close)
         num_lost = self._num_lost + len(self._waiting)
         if num_lost:
-            logger.info("%s did not take %d lines of figures", self._name, num_lost)
+            logger.info("%s did not accept %d lines of metrics", self._name, num_lost)
 
     def _send_the_rest(self) -> None:
         if self._thread is None:
@@ -102,11 +102,11 @@ class MetricsQueue:
         try:
             close()
         except Exception as error:
-            level = logging.INFO if self._failures else logging.WARNING  # an outage is said once
-            logger.log(level, "%s could not be closed (%s); the run isn't touched by it", self._name, _one_line(error))
+            level = logging.INFO if self._failures else logging.WARNING  # warn of an outage only once
+            logger.log(level, "%s could not be closed (%s); the run is not affected", self._name, _one_line(error))
 
     def _carry(self) -> None:
-        """The thread's life."""
+        """Main function of the thread."""
         while True:
             with self._news:
                 while not self._ends and (pause := self._pause()) != 0.0:
@@ -117,7 +117,7 @@ class MetricsQueue:
         self._send_last()
 
     def _send_last(self) -> None:
-        """Whatever the pause; one failure, even the first, doesn't lose what waits behind it."""
+        """Send what is queued without waiting for the pause. One failure doesn't lose the lines behind it."""
         for _ in range(_TRIES_FOR_ONE):
             self._send()
             if not self._waiting:
@@ -126,11 +126,11 @@ class MetricsQueue:
         self._send()
 
     def _pause(self) -> float | None:
-        """Seconds until the next try; None where nothing waits."""
+        """Seconds until the next try; None if the queue is empty."""
         return max(0.0, self._next_try - time.monotonic()) if self._waiting else None
 
     def _send(self) -> None:
-        """Write what waits, until it fails."""
+        """Write what is queued, until a write fails."""
         while self._waiting:
             with self._news:
                 lines = list(islice(self._waiting, _MOST_TRIED if self._failures >= _TRIES_FOR_ONE else 1))
@@ -147,28 +147,28 @@ class MetricsQueue:
     def _try(self, line: Line) -> BaseException | None:
         try:
             self._write(*line)
-        except BaseException as error:  # a thread's SystemExit would end it without a word
+        except BaseException as error:  # a SystemExit would end the thread silently
             if self._thread is None and not isinstance(error, Exception):
                 raise
             return error
         return None
 
     def _note_success(self, line: Line) -> None:
-        """Take a line that was written from the queue; those before it were refused."""
+        """Remove a line that was written, and those before it, which the destination refused."""
         with self._news:
             while any(line is other for other in self._waiting):
                 self._num_lost += self._waiting.popleft() is not line
         self._num_taken += 1
         if self._failures:
             self._failures = 0
-            logger.info("%s takes figures again, from step %d", self._name, line[0].train_state.step)
+            logger.info("%s accepts metrics again, from step %d on", self._name, line[0].train_state.step)
 
     def _note_failure(self, error: BaseException, line: Line) -> None:
         pause = min(FIRST_PAUSE_SECONDS * 2**self._failures, LONGEST_PAUSE_SECONDS)
         self._next_try = time.monotonic() + pause
         if not self._failures:
             logger.warning(
-                "%s did not take the figures of step %d (%s): the run continues; they wait and are offered again",
+                "%s did not accept the metrics of step %d (%s): the run continues, and they are sent again later",
                 self._name,
                 line[0].train_state.step,
                 _one_line(error),

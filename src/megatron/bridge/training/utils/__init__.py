@@ -1,2 +1,2 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Small tools that training scripts import by their public path."""
+"""Small utilities that training scripts import by their public path."""

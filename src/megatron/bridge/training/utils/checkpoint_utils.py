@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Public import path of the names and places in a checkpoint directory; `megatron.bridge.checkpoint.layout` has them.
+"""Public import path of file names in a checkpoint directory; `megatron.bridge.checkpoint.layout` defines them.
 
-Paths come back as strings, as scripts expect.
+Paths are returned as strings, as scripts expect.
 """
 
 import os
@@ -39,18 +39,18 @@ StrPath: TypeAlias = str | os.PathLike[str]
 
 
 def _reads_each_time(reader: Reader) -> Reader:
-    """Give a reader the `cache_clear` that scripts call. There is no cache: what one run changes, no other sees."""
+    """Add the `cache_clear` that scripts call. There is no cache, so that no two callers share an object."""
     reader.cache_clear = lambda: None  # type: ignore[attr-defined]  # a function takes attributes
     return reader
 
 
 def file_exists(path: StrPath) -> bool:
-    """Whether there is a file or directory at `path`."""
+    """Whether `path` is an existing file or directory."""
     return os.path.exists(path)
 
 
 def ensure_directory_exists(filename: StrPath, check_parent: bool = True) -> None:
-    """Make the directory that `filename` lies in, or, with `check_parent=False`, `filename` itself."""
+    """Create the parent directory of `filename`, or, with `check_parent=False`, the directory `filename` itself."""
     path = Path(filename)
     (path.parent if check_parent else path).mkdir(parents=True, exist_ok=True)
 
@@ -61,7 +61,7 @@ def get_checkpoint_name(checkpoints_path: StrPath, iteration: int, release: bool
 
 
 def get_checkpoint_train_state_filename(checkpoints_path: StrPath, prefix: str | None = None) -> str:
-    """The train state in an iteration's directory, or, with the prefix `latest`, the newest one's copy in the root."""
+    """The train state in an iteration's directory, or, with prefix `latest`, the copy of the newest one in the root."""
     return str(Path(checkpoints_path) / (TRAIN_STATE_FILE if prefix is None else f"{prefix}_{TRAIN_STATE_FILE}"))
 
 
@@ -76,7 +76,7 @@ def get_checkpoint_tracker_filename(checkpoints_path: StrPath) -> str:
 
 
 def get_hf_model_id_from_checkpoint(path: StrPath) -> str | None:
-    """The Hugging Face directory or hub name that a checkpoint's model came from; None: it doesn't say.
+    """The Hugging Face directory or hub name that a checkpoint's model came from; None if the checkpoint has none.
 
     Args:
         path: Root, `iter_N` or `release` directory.
@@ -92,7 +92,7 @@ def get_hf_model_id_from_checkpoint(path: StrPath) -> str | None:
 
 @_reads_each_time
 def read_run_config(run_config_filename: StrPath) -> dict[str, Any]:
-    """Read a `run_config.yaml` as plain data, a new object each time. Nothing that it names is imported.
+    """Read a `run_config.yaml` as plain data, a new object each time. No class that it names is imported.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -109,7 +109,7 @@ def read_run_config(run_config_filename: StrPath) -> dict[str, Any]:
 
 @_reads_each_time
 def read_train_state(train_state_filename: StrPath) -> TrainState:
-    """Read a `train_state.pt`: a new object each time, which the caller may change.
+    """Read a `train_state.pt` into a new object, which the caller may change.
 
     Raises:
         FileNotFoundError: There is no such file.

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Public import path of the function that puts a YAML file and command-line overrides on top of a configuration."""
+"""Public import path of the function that applies a YAML file and command-line overrides to a configuration."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,19 +16,19 @@ ConfigT = TypeVar("ConfigT")
 def process_config_with_overrides(
     config: ConfigT, config_filepath: str | Path | None = None, cli_overrides: Sequence[str] | None = None
 ) -> ConfigT:
-    """Set options from a YAML file, then from a command line; the later one wins.
+    """Set options from a YAML file, then from the command line, which wins.
 
     Args:
-        config: A configuration, such as a recipe returns; it is changed.
+        config: A configuration, such as a recipe returns; changed in place.
         config_filepath: YAML with the sections and options to set; it need not be complete. None: no file.
-        cli_overrides: `train.train_iters=50` and the like. None: none.
+        cli_overrides: Overrides such as `train.train_iters=50`. None: no overrides.
 
     Returns:
         The same configuration.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: An unknown option or a value of the wrong type; it names the option and, in a file, the file.
+        ValueError: An unknown option or a value of the wrong type. Names the option, and the file if there is one.
     """
     if config_filepath is not None:
         values = load_yaml(config_filepath)
