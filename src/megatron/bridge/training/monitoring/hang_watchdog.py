@@ -136,7 +136,7 @@ def watched(watchdog: HangWatchdog, config: DistributedInitConfig) -> Iterator[N
 
 
 def shorten_timeouts(watchdog: HangWatchdog, config: DistributedInitConfig) -> None:
-    """Set `dist.distributed_timeout_seconds_after_init`, if given, after the first step, which compiles and connects."""
+    """Set `dist.distributed_timeout_seconds_after_init`, if given. Called after the first step, which may be slow."""
     seconds = config.distributed_timeout_seconds_after_init
     if seconds is not None:
         from megatron.core import parallel_state
