@@ -92,7 +92,7 @@ def test_a_disk_that_fills_up_costs_no_line_once_there_is_room(tmp_path, monkeyp
     assert [json.loads(line)["step"] for line in metrics.path.read_text().splitlines()] == [1, 2, 3, 4, 5, 6, 7]
     [warning] = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert "metrics.jsonl (checkpoint.save) can't be written (No space left on device)" in warning
-    assert "the figures of step 3" in warning
+    assert "the metrics of step 3" in warning
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_mlflow_gets_what_another_thread_hands_over(tmp_path, monkeypatch):
     with open_loggers([logger], state):
         logger.deliver(state, "train", {"lm loss": 2.0, "grad_norm": float("nan"), "größe@1, %": 1})
     assert calls == [
-        ("figures for MLflow", {"lm loss": 2.0, "größe_1_ _": 1.0}, {"step": 4, "run_id": "r"}),
+        ("metrics for MLflow", {"lm loss": 2.0, "größe_1_ _": 1.0}, {"step": 4, "run_id": "r"}),
         (threading.current_thread().name, "FINISHED"),
     ]
 

@@ -13,8 +13,9 @@ weights when it is built and steps on these copies. A checkpoint that is loaded 
     [3] FP32 copy               HybridDeviceOptimizer.param_to_fp32_param; empty unless precision-aware, where an
                                 offloaded parameter's [3] is the same tensor as its [2]
 
-For this optimizer Core's own `reload_model_params()` refreshes only [3] and returns. The first step then writes the old
-copies over the loaded weights (NVIDIA-NeMo/RL #2371, NVIDIA/Megatron-LM PR 5071, NVIDIA-NeMo/Megatron-Bridge PR 3949).
+For this optimizer Core's own `reload_model_params()` refreshes only [3] and returns. The first step then writes the
+old copies over the loaded weights (NVIDIA-NeMo/RL #2371, NVIDIA/Megatron-LM PR 5071, NVIDIA-NeMo/Megatron-Bridge
+PR 3949).
 This module imports only torch and megatron-core, so that it can be used elsewhere unchanged.
 """
 
