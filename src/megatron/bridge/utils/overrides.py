@@ -17,7 +17,7 @@ import yaml
 from megatron.bridge.utils.field_types import dataclass_of, field_hints, fit, members_of, nearest
 from megatron.bridge.utils.yaml_io import from_yaml_dict, parse_yaml
 
-__all__ = ["apply_mapping", "apply_overrides", "nearest"]
+__all__ = ["apply_mapping", "apply_overrides", "nearest", "plain_value", "split_override"]
 
 _OVERRIDE = re.compile(r"^(?P<action>\+\+|\+|~)?(?P<key>[A-Za-z_][\w.-]*)(?:=(?P<value>.*))?$", re.DOTALL)
 _MISSING = object()
@@ -44,11 +44,21 @@ def apply_overrides(config: Any, overrides: Iterable[str]) -> Any:
         ValueError: An override that can't be read, names no option, or has the wrong type.
     """
     for override in overrides:
-        match = _OVERRIDE.match(override)
-        if match is None or (match["value"] is None) != (match["action"] == "~"):
-            raise ValueError(f"override {override!r} can't be read: expected key=value, e.g. train.train_iters=50")
-        _apply(config, match["key"], match["value"])
+        _, key, text = split_override(override)
+        _apply(config, key, text)
     return config
+
+
+def split_override(override: str) -> tuple[str, str, str | None]:
+    """One `key=value`, `+key=value` or `~key` as (`""`, `"+"`, `"++"` or `"~"`; key; value, None after `~`).
+
+    Raises:
+        ValueError: It can't be read.
+    """
+    match = _OVERRIDE.match(override)
+    if match is None or (match["value"] is None) != (match["action"] == "~"):
+        raise ValueError(f"override {override!r} can't be read: expected key=value, e.g. train.train_iters=50")
+    return match["action"] or "", match["key"], match["value"]
 
 
 def apply_mapping(config: Any, values: Mapping[str, Any], *, where: str = "") -> Any:
@@ -180,7 +190,7 @@ def _paths(config: Any, prefix: str = "", depth: int = 2) -> Iterable[str]:
 
 def _value(text: str, hint: Any, key: str, *, current: Any) -> Any:
     """The value that a text stands for, in the option's type."""
-    plain = _plain(text)
+    plain = plain_value(text)
     takes_text = any(member is str for member in members_of(hint))
     if takes_text and isinstance(plain, str | None) and not text.startswith(_QUOTES_AND_BRACKETS):
         # As it stands: YAML would take `~` and `#1` for nothing, and cut `my run #1` off.
@@ -199,7 +209,7 @@ def _value(text: str, hint: Any, key: str, *, current: Any) -> Any:
         raise
 
 
-def _plain(text: str) -> Any:
+def plain_value(text: str) -> Any:
     """A text as YAML; what isn't YAML is text."""
     if text == "":
         return ""
