@@ -15,6 +15,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from megatron.bridge.data.sft_options import PackedSequenceSpecs
+
+__all__ = ["PackReport", "PackedDataset", "PackedSequenceSpecs", "pack_by_length", "pack_in_order"]
+
 
 def pack_by_length(lengths: np.ndarray, *, size: int, seed: int) -> list[list[int]]:
     """Puts samples into rows, the longest first, each where it leaves the least room (best fit decreasing).

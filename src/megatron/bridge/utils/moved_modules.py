@@ -1,7 +1,8 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Modules that were documented under another name: importing the old name gives the module itself.
+"""Public paths and old names: what scripts for Megatron Bridge, or for this package before modules moved, import.
 
-Configuration files may name classes by the old names too, since `targets.py` imports what they name.
+Importing such a name gives the module itself. Configuration files may name classes by them too, since `targets.py`
+imports what they name.
 """
 
 import importlib
@@ -12,7 +13,15 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-MOVED = {
+PUBLIC_PATHS = {
+    f"megatron.bridge.{public}": f"megatron.bridge.{own}"
+    for public, own in {
+        "data.base": "data.config",
+    }.items()
+}
+"""Modules that scripts for Megatron Bridge import, and ours that hold what they take from them."""
+
+OLD_NAMES = {
     f"megatron.bridge.training.{old}": f"megatron.bridge.{new}"
     for old, new in {
         "config_checkpoint": "training.config",
@@ -26,9 +35,12 @@ MOVED = {
         "metrics": "training.monitoring.metrics",
     }.items()
 }
+"""Modules of this package that were documented under another name."""
+
+MOVED = {**PUBLIC_PATHS, **OLD_NAMES}
 
 
-class _OldNames(MetaPathFinder, Loader):
+class _OtherNames(MetaPathFinder, Loader):
     """Finds the modules in `MOVED`, and imports what they are now."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: Any = None) -> ModuleSpec | None:
@@ -46,5 +58,5 @@ class _OldNames(MetaPathFinder, Loader):
 
 
 def import_by_old_names() -> None:
-    """Let old names be imported from now on; a second call changes nothing."""
-    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _OldNames)] + [_OldNames()]
+    """Let those names be imported from now on; a second call changes nothing."""
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _OtherNames)] + [_OtherNames()]

@@ -6,6 +6,7 @@ Importing this module is cheap; torch and Megatron-Core are imported by the meth
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from megatron.bridge.models.conversion.hf_config import (
     precision_fields,
     read_hf_config,
 )
+from megatron.bridge.models.conversion.load_options import read_load_options
 from megatron.bridge.models.families import (
     FAMILY_MODULES,
     ModelFamily,
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from megatron.bridge.models.conversion.roundtrip import TensorResult
     from megatron.bridge.models.conversion.tasks import ConversionTask
     from megatron.bridge.models.gpt_provider import GPTModelProvider
+    from megatron.bridge.models.hf_pretrained.causal_lm import PreTrainedCausalLM
 
 
 class AutoBridge(CheckpointConversion, AdapterExport):
@@ -58,19 +61,23 @@ class AutoBridge(CheckpointConversion, AdapterExport):
         self.name = name
 
     @classmethod
-    def from_hf_pretrained(cls, path: "str | Path", **download_options: Any) -> "AutoBridge":
+    def from_hf_pretrained(cls, path: "str | Path", **load_options: Any) -> "AutoBridge":
         """Bridge a model directory, or a model of the Hugging Face hub.
 
         Args:
             path: Directory, or hub name.
-            download_options: `revision`, `token`, `local_files_only`, … for the hub.
+            load_options: `dtype` (or `torch_dtype`) of the Megatron weights; `revision`, `token`, `local_files_only`, …
+                for the hub; `trust_remote_code` and `device_map` are accepted, and no code of the directory is run.
 
         Raises:
             FileNotFoundError: No such model.
-            ValueError: The architecture is not supported.
+            ValueError: The architecture is not supported, or an option isn't known.
         """
-        directory = find_hf_directory(path, **download_options)
-        return cls(read_hf_config(directory), directory=directory, name=str(path))
+        options = read_load_options(load_options)
+        directory = find_hf_directory(path, **options.download)
+        hf_config = options.apply(read_hf_config(directory))
+        options.check_code(hf_config, str(path))
+        return cls(hf_config, directory=directory, name=str(path))
 
     @classmethod
     def from_hf_config(cls, config: "PretrainedConfig | Mapping[str, Any]") -> "AutoBridge":
@@ -78,10 +85,11 @@ class AutoBridge(CheckpointConversion, AdapterExport):
         return cls(config_as_dict(config), directory=None, name="the configuration")
 
     @classmethod
-    def can_handle(cls, path: "str | Path", **download_options: Any) -> bool:
+    def can_handle(cls, path: "str | Path", **load_options: Any) -> bool:
         """Whether `path` is a model whose architecture is supported."""
+        download = read_load_options(load_options).download
         try:
-            return cls.supports(read_hf_config(find_hf_directory(path, **download_options)))
+            return cls.supports(read_hf_config(find_hf_directory(path, **download)))
         except (FileNotFoundError, ValueError):
             return False
 
@@ -99,6 +107,19 @@ class AutoBridge(CheckpointConversion, AdapterExport):
     def family(self) -> ModelFamily:
         """The tables of the model's family."""
         return family_of(self.hf_config)
+
+    @cached_property
+    def hf_pretrained(self) -> "PreTrainedCausalLM | PretrainedConfig":
+        """The Hugging Face model, loaded when it is used; of a bridge made from a configuration that configuration."""
+        if self.directory is None:
+            from megatron.bridge.models.conversion.transformers_config import config_object
+
+            return config_object(self.hf_config)
+        from megatron.bridge.models.hf_pretrained.causal_lm import PreTrainedCausalLM
+
+        found = PreTrainedCausalLM(self.directory)
+        found.hf_config = self.hf_config  # with the dtype that was asked for
+        return found
 
     def to_megatron_provider(
         self, load_weights: bool = True, hf_path: "str | Path | None" = None

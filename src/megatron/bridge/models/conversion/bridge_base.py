@@ -27,7 +27,7 @@ class BridgeBase(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def from_hf_pretrained(cls, path: "str | Path", **download_options: Any) -> "Self":
+    def from_hf_pretrained(cls, path: "str | Path", **load_options: Any) -> "Self":
         """Bridge a model directory, or a model of the Hugging Face hub."""
 
     @property

@@ -60,3 +60,11 @@ def expect_value(hf: Mapping[str, Any], key: str, expected: Any) -> None:
     found = hf.get(key, expected)
     if found != expected:
         raise ValueError(f"config.json: {key}={found!r} is not supported for {hf['architectures']}: need {expected!r}")
+
+
+def config_object(hf_config: Mapping[str, Any]) -> Any:
+    """Transformers' configuration object (`PretrainedConfig`) of the content of a `config.json`."""
+    import transformers
+
+    architecture = next(name for name in hf_config["architectures"])
+    return getattr(transformers, architecture).config_class.from_dict(dict(hf_config))
