@@ -17,6 +17,7 @@ PUBLIC_PATHS = {
     f"megatron.bridge.{public}": f"megatron.bridge.{own}"
     for public, own in {
         "data.base": "data.config",
+        "training.model_load_save": "training.utils.model_load_save",
     }.items()
 }
 """Modules that scripts for Megatron Bridge import, and ours that hold what they take from them."""

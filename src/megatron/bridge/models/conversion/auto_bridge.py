@@ -143,6 +143,14 @@ class AutoBridge(CheckpointConversion, AdapterExport):
             provider.register_pre_wrap_hook(lambda chunks: self.load_hf_weights(chunks, hf_path))
         return provider
 
+    def get_model_config(self) -> "GPTModelProvider":
+        """The Megatron configuration of this model, which loads no weights: as recipes take it."""
+        return self.to_megatron_provider(load_weights=False)
+
+    def get_model(self, load_weights: bool = True, **options: Any) -> "list[MegatronModule]":
+        """Build the model; the same as `to_megatron_model`."""
+        return self.to_megatron_model(load_weights, **options)
+
     def to_megatron_model(self, load_weights: bool = True, **options: Any) -> "list[MegatronModule]":
         """Build the model; brings up a process group and model-parallel state where there are none.
 
@@ -260,6 +268,47 @@ class AutoBridge(CheckpointConversion, AdapterExport):
             show_progress=show_progress,
             max_shard_bytes=max_shard_bytes,
             dtype=precision_fields(dtype)["params_dtype"] if dtype else None,
+        )
+
+    def save_hf_weights(
+        self,
+        model: "Model",
+        path: "str | Path",
+        show_progress: bool = True,
+        strict: bool = True,
+        merge_adapter_weights: bool = True,
+        *,
+        max_shard_bytes: int = 5_000_000_000,
+    ) -> None:
+        """Write the weights alone as safetensors, in place of those in the directory. Collective.
+
+        Args:
+            model: This rank's chunks, wrapped or not.
+            path: New directory, or one with a `config.json`, which stays as it is.
+            show_progress: Whether rank 0 shows a bar.
+            strict: Refuse an export whose tensor names differ from the source's.
+            merge_adapter_weights: With adapters: export weights that have them inside, or leave them out.
+            max_shard_bytes: Size that a file of weights stays below.
+
+        Raises:
+            ValueError: `path` is the source or taken by something else, or the names differ.
+        """
+        from megatron.bridge.models.conversion.hf_directory import save_hf_weights
+
+        chunks = as_chunks(model)
+        weights = self.export_hf_weights(chunks, True, show_progress, merge_adapter_weights=merge_adapter_weights)
+        save_hf_weights(
+            chunks, self.family, path, weights, source=self.directory, strict=strict, max_shard_bytes=max_shard_bytes
+        )
+
+    def export_hf_weights_modelopt(self, *args: Any, **options: Any) -> None:
+        """Refused: quantised by NVIDIA's ModelOpt, which isn't supported."""
+        raise NotImplementedError("export_hf_weights_modelopt: ModelOpt is not supported; take export_hf_weights")
+
+    def export_hf_weights_quant(self, *args: Any, **options: Any) -> None:
+        """Refused: quantised weights aren't made here."""
+        raise NotImplementedError(
+            "export_hf_weights_quant: weights are not quantised here; take save_hf_pretrained, then quantise its files"
         )
 
     def check_roundtrip(self, *, show_progress: bool = True, **sizes: int) -> "list[TensorResult]":

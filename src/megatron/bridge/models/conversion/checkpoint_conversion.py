@@ -59,6 +59,8 @@ class CheckpointConversion(BridgeBase):
         model: "Model",
         path: "str | Path",
         hf_tokenizer_path: "str | Path | None" = None,
+        low_memory_save: bool = False,
+        hf_tokenizer_kwargs: Mapping[str, Any] | None = None,
         *,
         checkpoint: "str | Path | None" = None,
     ) -> Path:
@@ -68,14 +70,18 @@ class CheckpointConversion(BridgeBase):
             model: This rank's chunks, wrapped or not.
             path: Root directory of the checkpoint.
             hf_tokenizer_path: Directory whose tokenizer is stored with it; None: `checkpoint`'s, or the model's own.
+            low_memory_save: Accepted: a save makes no second copy of the model.
+            hf_tokenizer_kwargs: Not supported: the tokenizer's files are copied as they are.
             checkpoint: Megatron checkpoint whose tokenizer and end tokens are stored with it; None: the model's own.
 
         Returns:
             The iteration's directory.
 
         Raises:
-            ValueError: `generation_config.json` is damaged; nothing is written then.
+            ValueError: `generation_config.json` is damaged, or there are arguments for the tokenizer; nothing is
+                written then.
         """
+        check_no_tokenizer_options(hf_tokenizer_kwargs)
         from megatron.bridge.models.conversion.saved_provider import save_model
         from megatron.bridge.models.conversion.tokenizer_files import TokenizerFiles
         from megatron.bridge.utils.distributed import raise_on_all_ranks
@@ -199,3 +205,16 @@ class CheckpointConversion(BridgeBase):
             self.save_hf_pretrained(
                 chunks, hf_path, show_progress, strict=strict, dtype=dtype, checkpoint=megatron_path
             )
+
+
+def check_no_tokenizer_options(options: Mapping[str, Any] | None) -> None:
+    """Refuse `hf_tokenizer_kwargs`, which would change a tokenizer on its way into a checkpoint.
+
+    Raises:
+        ValueError: There are some.
+    """
+    if options:
+        raise ValueError(
+            f"hf_tokenizer_kwargs={dict(options)!r} is not supported: the tokenizer's files are copied as they are; "
+            "save the tokenizer as it is wanted (save_pretrained) and pass that directory as hf_tokenizer_path"
+        )

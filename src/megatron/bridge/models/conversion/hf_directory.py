@@ -3,7 +3,8 @@
 
 import json
 import logging
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from megatron.core.transformer.module import MegatronModule
 
 from megatron.bridge.models.conversion.export import export_weights, exported_places
-from megatron.bridge.models.conversion.hf_weights import HFWeights, HFWeightsWriter, ShardPlan
+from megatron.bridge.models.conversion.hf_weights import INDEX_FILE, HFWeights, HFWeightsWriter, ShardPlan
 from megatron.bridge.models.conversion.load import cast, may_be_ignored
 from megatron.bridge.models.conversion.tasks import local_tasks, model_config
 from megatron.bridge.models.conversion.tokenizer_files import TokenizerFiles, copy_files
@@ -82,6 +83,55 @@ def save_hf_directory(
                 writer.finish()
                 stack.close()
     logger.info("wrote %s (%d tensors, %.2f GB)", path, len(plan.file_of), plan.total_bytes / 1e9)
+
+
+def save_hf_weights(
+    chunks: Sequence[MegatronModule],
+    family: ModelFamily,
+    path: str | Path,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    *,
+    source: Path | None,
+    strict: bool = True,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write a model's weights as safetensors, in place of those in a directory; its other files stay. Collective.
+
+    Args:
+        chunks: As for `save_hf_directory`, and so are the others.
+        family: Its table of mappings.
+        path: The directory.
+        tensors: (Hugging Face name, whole tensor in host memory) pairs; every rank takes all of them.
+        source: Directory that the model came from.
+        strict: Refuse an export whose tensor names differ from those of `source`.
+        max_shard_bytes: Size that a file stays below.
+
+    Raises:
+        ValueError: `path` is taken by something else, or the names differ. Nothing is written then.
+    """
+    path = Path(path).expanduser()
+    config = model_config(chunks)
+    places = exported_places(local_tasks(chunks, family))
+    plan = ShardPlan.make((pair for place in places for pair in place.hf_bytes(config, None)), max_shard_bytes)
+    with ExitStack() as stack:
+        with raise_on_all_ranks(f"preparing {path}"):
+            check_target(path, source)
+            check_names(set(plan.file_of), family, config, source, strict=strict)
+            if is_rank_0():
+                directory = stack.enter_context(replaced_directory(path))
+                if path.is_dir():
+                    weights = shutil.ignore_patterns("*.safetensors", INDEX_FILE)
+                    shutil.copytree(path, directory, ignore=weights, dirs_exist_ok=True)
+                writer = HFWeightsWriter(directory, plan)
+        for name, tensor in tensors:
+            with raise_on_all_ranks(f"writing {path}"):
+                if is_rank_0():
+                    writer.add(name, tensor)
+        with raise_on_all_ranks(f"completing {path}"):
+            if is_rank_0():
+                writer.finish()
+                stack.close()
+    logger.info("wrote the weights in %s (%d tensors, %.2f GB)", path, len(plan.file_of), plan.total_bytes / 1e9)
 
 
 def check_target(path: Path, source: Path | None) -> None:

@@ -65,7 +65,7 @@ class TokenizerFiles:
         Args:
             model: Directory of a Hugging Face model; None: there is none.
             checkpoint: As `path` for `of_checkpoint`; None: the model's own are taken.
-            tokenizer: Directory of the tokenizer to take in place of either's.
+            tokenizer: Directory, or hub name, of the tokenizer to take in place of either's.
 
         Raises:
             FileNotFoundError, ValueError: As for `of_checkpoint`.
@@ -74,7 +74,7 @@ class TokenizerFiles:
             found = cls.of_checkpoint(checkpoint, model)
         else:
             found = cls(model, None if model is None else generation_config_of_model(model))
-        return found if tokenizer is None else cls(Path(tokenizer), found.generation)
+        return found if tokenizer is None else cls(find_hf_directory(tokenizer), found.generation)
 
     @classmethod
     def of_checkpoint(cls, path: str | Path, model: Path | None = None) -> "TokenizerFiles":

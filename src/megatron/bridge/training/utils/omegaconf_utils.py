@@ -10,9 +10,10 @@ change that, and bring the changes back:
     apply_overrides(cfg, OmegaConf.to_container(conf, resolve=True), excluded)
 """
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -86,10 +87,15 @@ def create_omegaconf_dict_config(config_obj: Any) -> tuple[DictConfig, dict[str,
 
 def _paths_without_a_form(value: Any, path: tuple[str, ...] = ()) -> Iterable[tuple[str, ...]]:
     for key, item in value.items():
-        if isinstance(item, Mapping) and "_target_" in item and "_args_" not in item and "_call_" not in item:
+        if _is_section(item):
             yield from _paths_without_a_form(item, (*path, key))
         elif _lacks_a_form(item):
             yield (*path, key)
+
+
+def _is_section(value: Any) -> TypeGuard[Mapping[str, Any]]:
+    """Whether a value stands for a dataclass, not for a function, a dtype or a member of an enum."""
+    return isinstance(value, Mapping) and "_target_" in value and "_args_" not in value and "_call_" not in value
 
 
 def _lacks_a_form(value: Any) -> bool:
@@ -111,7 +117,7 @@ def parse_hydra_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConf
     Raises:
         OverridesError: An override that can't be read or names nothing that is there.
     """
-    cfg = OmegaConf.create(OmegaConf.to_container(cfg))
+    cfg = copy.deepcopy(cfg)
     for override in overrides:
         try:
             action, key, text = split_override(override)
@@ -164,8 +170,11 @@ def _differing(current: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[st
         now = current.get(key)
         if key in current and now == value and isinstance(now, bool) == isinstance(value, bool):
             continue
-        is_section = isinstance(now, Mapping) and "_target_" in now and "_args_" not in now and "_call_" not in now
-        if is_section and isinstance(value, Mapping) and value.get("_target_", now["_target_"]) == now["_target_"]:
+        if (
+            _is_section(now)
+            and isinstance(value, Mapping)
+            and value.get("_target_", now["_target_"]) == now["_target_"]
+        ):
             if differing := _differing(now, value):
                 changed[key] = differing
         else:

@@ -12,7 +12,7 @@ from megatron.bridge import AutoBridge
 from megatron.bridge.models.hf_pretrained import PreTrainedCausalLM
 from megatron.bridge.models.hf_pretrained.utils import is_safe_repo
 
-from .tiny_llama import SMALL, hf_logits, save_tiny_llama, some_tokens
+from ..tiny_llama import SMALL, hf_logits, save_tiny_llama, some_tokens
 
 
 @pytest.fixture(scope="module")
