@@ -5,8 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed.checkpoint
 
 from megatron.bridge.checkpoint import layout
+from megatron.bridge.checkpoint.sharded_state import read_common_state
 from megatron.bridge.training.run_state.local import CORE_RELEASE
 from tests.rigs.on_ranks import Recorder, make_pretrained, run_finetune
 from tests.rigs.ranks import run_on_ranks
@@ -299,25 +302,37 @@ def test_a_pretraining_resumes(on_disk):
     assert plan_of(on_disk, {"load": "full", "save": "full"}, load_required=False).train_state
 
 
+def changed_copy(on_disk, tmp_path, **common):
+    """A copy of the checkpoint `full`, named `changed`, with another common state beside its tensors."""
+    directory = tmp_path / "changed" / "iter_0000002"
+    shutil.copytree(on_disk / "full", directory.parent)
+    (directory / "manifest.json").unlink()
+    torch.save(common, directory / "common.pt")
+    return directory
+
+
 @pytest.mark.parametrize("sharding_type", ["fully_sharded_model_space", "dp_zero_gather_scatter"])
-def test_optimizer_state_in_a_format_that_cannot_be_read_is_refused(on_disk, monkeypatch, sharding_type):
-    from megatron.bridge.training.run_state import load_plan
-
-    stored = {"distrib_optim_sharding_type": sharding_type}
-    monkeypatch.setattr(load_plan, "stored_content_metadata", lambda directory: stored)
+def test_optimizer_state_in_a_format_that_cannot_be_read_is_refused(on_disk, tmp_path, sharding_type):
+    common = read_common_state(on_disk / "full" / "iter_0000002")
+    common["content_metadata"]["distrib_optim_sharding_type"] = sharding_type
+    changed_copy(on_disk, tmp_path, **common)
     with pytest.raises(ValueError, match=f"in the format {sharding_type}, which can't be read.*load_optim=false"):
-        plan_of(on_disk, {"load": "full"})
-    assert not plan_of(on_disk, {"load": "full", "load_optim": False}).optimizer
+        plan_of(tmp_path, {"load": "changed"})
+    assert not plan_of(tmp_path, {"load": "changed", "load_optim": False}).optimizer
 
 
-@pytest.mark.parametrize("key", ["optimizer.state.exp_avg", "chained_1.optimizer.distributed.param"])
-def test_optimizer_state_is_found_where_the_common_state_has_none(on_disk, monkeypatch, key):
+@pytest.mark.parametrize(
+    ("key", "is_optimizers"),
+    [("optimizer.state.exp_avg", True), ("chained_1.optimizer.distributed.param", True), ("decoder.optimizer.", False)],
+)
+def test_optimizer_state_is_found_where_the_common_state_has_none(on_disk, tmp_path, key, is_optimizers):
     """As where the first rank trains nothing; with experts the names have a number before them."""
-    from megatron.bridge.training.run_state import load_plan
-
-    monkeypatch.setattr(load_plan, "read_common_state", lambda directory: {})
-    monkeypatch.setattr(load_plan, "stored_shapes", lambda directory: {"decoder.weight": (1,), key: (1,)})
-    assert plan_of(on_disk, {"load": "full"}).optimizer
+    directory = changed_copy(on_disk, tmp_path)
+    for file in directory.glob("*.distcp"):
+        file.unlink()
+    tensors = {"decoder.weight": torch.zeros(1), key: torch.zeros(1)}
+    torch.distributed.checkpoint.save(tensors, checkpoint_id=directory, no_dist=True)
+    assert plan_of(tmp_path, {"load": "changed"}).optimizer is is_optimizers
 
 
 def test_a_plan_says_what_it_restores_and_why_not(on_disk):
