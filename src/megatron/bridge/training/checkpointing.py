@@ -297,7 +297,7 @@ def load_checkpoint(
     else:
         loaded = _load_megatron(state.cfg, plan, model, optimizer, opt_param_scheduler, strict=strict, context=context)
     if optimizer is not None:
-        _bring_masters_in_line(state.cfg, optimizer, restored=plan.optimizer, loaded=loaded)
+        bring_masters_in_line(state.cfg, optimizer, restored=plan.optimizer, loaded=loaded)
     if plan.train_state:
         state.train_state = restored_train_state(
             loaded["train_state"] if plan.source is Source.LOCAL else read_train_state(plan.path)
@@ -332,10 +332,20 @@ def sync_hybrid_optimizer_param_copies(
     return rebuild_param_copies(optimizer, state_dict)
 
 
-def _bring_masters_in_line(
+def bring_masters_in_line(
     cfg: ConfigContainer, optimizer: MegatronOptimizer, *, restored: bool, loaded: dict[str, Any]
 ) -> None:
-    """Rebuild the masters from the loaded weights, unless the optimizer's own state was restored."""
+    """Rebuild the masters from the loaded weights, unless the optimizer's own state was restored.
+
+    Args:
+        cfg: A checked configuration.
+        optimizer: Over the loaded model.
+        restored: Whether the load restored the optimizer's state.
+        loaded: What was read; of use with `checkpoint.load_main_params_from_ckpt`.
+
+    Raises:
+        RuntimeError: Copies of an offloaded optimizer are not the loaded weights, here or on another rank.
+    """
     main_params = loaded if cfg.checkpoint.load_main_params_from_ckpt and not restored else None
     with raise_on_all_ranks("bringing the optimizer's masters in line"):
         if not restored and (cfg.model.fp16 or cfg.model.bf16):
