@@ -1,32 +1,32 @@
-# From a fresh clone: `make finetune` shows what this is for, `make test` that it is right.
-# The interpreter to make the environment with. Left empty: scripts/find_python.sh takes the newest that can.
+# From a fresh clone: `make finetune` shows what this is for, and `make test` shows that it is right.
+# The interpreter for the environment. If this is empty, scripts/find_python.sh takes the newest suitable one.
 PYTHON ?=
 VENV ?= .venv
-# Both ends of the range of Core. `make test CORE=0.19.2 VENV=.venv-core-0.19.2` tests the newest beside the oldest.
+# Both ends of the range of Core. `make test CORE=0.19.2 VENV=.venv-core-0.19.2` tests the newest one too.
 OLDEST_CORE := 0.16.1
 NEWEST_CORE := 0.19.2
-# 3.10 to 3.13, of the environment where there is one; empty where none is found, which `make install` then explains.
+# 3.10 to 3.13: the environment's, if there is one. Empty if none is found; `make install` then explains it.
 PYTHON_VERSION := $(shell scripts/find_python.sh --version '$(VENV)' '$(PYTHON)' 2>/dev/null)
-# Core 0.17 and later declare Python 3.12, and need triton, which is built for Linux alone.
+# Core 0.17 and later declare Python 3.12, and need triton, which is built for Linux only.
 SYSTEM := $(shell uname -s)
 CORE ?= $(if $(filter Linux-3.12 Linux-3.13,$(SYSTEM)-$(PYTHON_VERSION)),$(NEWEST_CORE),$(OLDEST_CORE))
 TORCH ?= 2.13.0
-# Test files at a time, in their order: the short ones come last, so that no core waits for a long one at the end. Each
-# starts processes of its own; with one at a time a core is idle half of the time.
+# How many test files run at a time. They keep their order: short ones come last, so that no core waits for a long one
+# at the end. Each starts processes of its own; with one at a time, a core is idle half of the time.
 JOBS ?= 2
 PARALLEL = --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 BIN := $(VENV)/bin
-# The version of the extra `local` that goes with it. It is built for Linux alone; elsewhere its tests are skipped.
+# The version of the extra `local` that goes with this Core. It is built for Linux only; elsewhere its tests are skipped.
 NVRX = $(if $(filter newest,$(CORE)),newest,$(if $(filter $(OLDEST_CORE),$(CORE)),0.4.1,0.6.0))
-# `newest` is a version too, as CORE and as TORCH: whatever the package index has.
+# CORE and TORCH may also be `newest`: whatever the package index has.
 is = $(if $(filter newest,$1),,==$1)
 UPGRADE = --quiet $(if $(filter newest,$(CORE)),--upgrade --upgrade-strategy eager)
 export OMP_NUM_THREADS ?= 1
-# Where it is set, each process would compile all sources anew.
+# If it were set, each process would compile all sources again.
 unexport PYTHONDONTWRITEBYTECODE
 
 INSTALLED = $(VENV)/.installed-$(CORE)
-# The environment of another Core than this one's has a folder beside it.
+# The environment of another Core has its own folder, beside this one.
 venv_of = $(if $(filter $1,$(CORE)),$(VENV),.venv-core-$1)
 
 .PHONY: help install finetune finetune-lora model test quick unit functional test-gpu test-checkpoints test-cpu test-newest \
@@ -41,10 +41,10 @@ ifeq ($(PYTHON_VERSION),)
 .PHONY: $(INSTALLED)
 endif
 
-# Nothing is made before an interpreter is found. An environment has the mark .unfinished until it is whole for the
-# first time: one that was interrupted before that is made anew.
-# torch first: left open, pip would take its newest CUDA build. Core 0.17 and later declare Python 3.12 and run on 3.11.
-# nvidia-resiliency-ext without its dependencies and whatever the glibc: what is used of it is plain Python.
+# Nothing is made before an interpreter is found. An environment has the file .unfinished until it is first complete, so
+# that one that was interrupted is made again.
+# torch comes first: otherwise pip would take its newest CUDA build. Core 0.17 and later declare Python 3.12, but run on
+# 3.11. nvidia-resiliency-ext is installed without its dependencies and for any glibc: only plain Python of it is used.
 $(INSTALLED): pyproject.toml
 	@python="$$(scripts/find_python.sh '$(VENV)' '$(PYTHON)')" || exit 2; \
 	echo "megatron-core $(CORE), torch $(TORCH) into $(VENV)"; \
@@ -67,7 +67,7 @@ $(INSTALLED): pyproject.toml
 finetune: install ## fetch SmolLM2 and data, finetune with CPU offload on 2 processes, export, compare
 	$(BIN)/python scripts/finetune_smollm2/run.py $(ARGS)
 
-finetune-lora: install ## the same with LoRA: adapters trained, exported for the peft library, merged
+finetune-lora: install ## the same with LoRA: train adapters, export them for the peft library, merge them
 	$(BIN)/python scripts/finetune_smollm2/run_lora.py $(ARGS)
 
 model: install ## fetch the model and the data only
@@ -77,34 +77,34 @@ model: install ## fetch the model and the data only
 test: install model ## run all tests
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
-quick: install ## the tests that need no ranks and no model, in a minute: for the inner loop
+quick: install ## run the tests that need no ranks and no model, in a minute: for the inner loop
 	$(BIN)/python -m pytest --quick $(PARALLEL) $(ARGS)
 
-unit: install ## the quick half of the tests: no model is fetched
+unit: install ## run the quick half of the tests; fetches no model
 	$(BIN)/python -m pytest tests/unit_tests $(PARALLEL) $(ARGS)
 
-functional: install model ## the other half: whole runs, on 1 to 4 processes
+functional: install model ## run the other half: whole runs, on 1 to 4 processes
 	$(BIN)/python -m pytest tests/functional_tests $(PARALLEL) $(ARGS)
 
-test-checkpoints: install ## the checkpoint, load and resume tests: what to run on another Python beside `make quick`
+test-checkpoints: install ## run the checkpoint, load and resume tests: for another Python, beside `make quick`
 	$(BIN)/python -m pytest tests/unit_tests/checkpoint tests/unit_tests/core_repairs tests/unit_tests/training \
 		tests/functional_tests/test_load_cases.py tests/functional_tests/test_resume_matrix.py \
 		tests/functional_tests/test_offloaded_finetune.py $(PARALLEL) $(ARGS)
 
 # As on a CPU with AVX2 alone: `ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 make test-cpu`.
-test-cpu: install model ## what depends on the CPU's vector unit: products, Adam's bits, resumes, the demonstration
+test-cpu: install model ## run what depends on the CPU's vector unit: products, Adam's bits, resumes, the demonstration
 	$(BIN)/python -m pytest tests/unit_tests/utils/test_matrix_products.py tests/functional_tests/test_finetune_smollm2.py \
 		tests/functional_tests/test_resume_matrix.py tests/functional_tests/test_offloaded_finetune.py \
 		tests/functional_tests/test_flat_step.py tests/functional_tests/test_repairs.py $(PARALLEL) $(ARGS)
 
-test-newest: ## all tests on the newest release of everything, whatever the ranges say, in an environment of its own
+test-newest: ## run all tests on the newest release of everything, in an environment of its own
 	$(MAKE) --no-print-directory test VENV=.venv-newest CORE=newest TORCH=newest
 
-test-gpu: install ## the tests that need CUDA, of which one must be there
+test-gpu: install ## run the tests that need a CUDA device; fails without one
 	$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('no CUDA device: all of them would skip')"
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
-test-resume: ## stop and resume in every way, on both versions of megatron-core: the whole matrix
+test-resume: ## run the whole resume matrix, on both versions of megatron-core
 	$(MAKE) --no-print-directory resume-matrix CORE=$(OLDEST_CORE) VENV=$(call venv_of,$(OLDEST_CORE))
 	$(MAKE) --no-print-directory resume-matrix CORE=$(NEWEST_CORE) VENV=$(call venv_of,$(NEWEST_CORE))
 
@@ -112,27 +112,27 @@ resume-matrix: install # one half of it
 	$(BIN)/python -m pytest tests/functional_tests/test_resume_matrix.py --resume-matrix=whole -q \
 		--numprocesses $(JOBS) --dist loadgroup $(ARGS)
 
-soak: install ## 200 random faults over a training run: resumed each time, it must end as the uninterrupted one
+soak: install ## strike a run with 200 random faults: it must resume each time and end bit-exact
 	$(BIN)/python -W ignore -m tests.soak --write $(ARGS)
 
-mutants: install ## break the sync, the guard, the load and the repairs, and see that tests notice
+mutants: install ## break the sync, the guard, the load and the repairs: a test must fail each time
 	$(BIN)/python -m tests.mutants $(ARGS)
 
-fuzz: install ## 100,000 damaged and invented inputs, 500 damaged checkpoints: only documented errors may come
+fuzz: install ## feed 100,000 damaged and invented inputs and 500 damaged checkpoints: only documented errors may come
 	$(BIN)/python -W ignore -m tests.fuzz --jobs $(JOBS) --write $(ARGS)
 
-bench: install model ## measure speed and memory beside what they must reach: docs/performance.md
+bench: install model ## measure speed and memory against their aims; writes docs/performance.md
 	$(BIN)/pip install --quiet --editable ".[datasets]"
 	$(BIN)/python -W ignore -m benchmarks $(ARGS)
 
-coverage: install model ## all tests, and which lines they ran: build/coverage/index.html
+coverage: install model ## run all tests, and show which lines they ran: build/coverage/index.html
 	$(BIN)/python -m pytest $(PARALLEL) --cov --cov-report=html:build/coverage \
 		--cov-report=term:skip-covered $(ARGS)
 
 docs: install ## build the documentation into build/docs; a broken link is an error
 	$(BIN)/python -W ignore -m mkdocs build
 
-wheel: install ## build a wheel, install it into an environment of its own, start its commands
+wheel: install ## build a wheel, install it into an environment of its own, and start its commands
 	scripts/check_wheel.sh $(BIN)/python $(TORCH) $(CORE)
 
 lint: install ## check style and types
@@ -140,9 +140,9 @@ lint: install ## check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: install ## mend style
+format: install ## fix style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean: ## remove what was made: results, documentation, wheels
+clean: ## remove results, documentation and wheels
 	rm -rf results build

@@ -2,11 +2,11 @@
 """Run every benchmark, each in a process of its own, and write docs/performance.md.
 
     python -m benchmarks                          # make bench
-    python -m benchmarks --only start_up          # measure these alone; the document keeps the others
+    python -m benchmarks --only start_up          # measure this one alone; the document keeps the others
     python -m benchmarks --check                  # measure, write nothing
 
-Ends with status 1 where a benchmark fails or a figure is beyond its limit. A benchmark that fails leaves in the
-document what was measured before.
+Ends with status 1 if a benchmark fails or a figure is beyond its limit. If a benchmark fails, the document keeps its
+previous figures.
 """
 
 import argparse

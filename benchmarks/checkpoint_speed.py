@@ -4,9 +4,9 @@
     python -m benchmarks.checkpoint_speed                     # 74 million parameters, all of the optimizer offloaded
     python -m benchmarks.checkpoint_speed --num-layers 30     # SmolLM2-135M's shape
 
-"Core" plans, writes and reads alone: no checksums, train state, tracker or names that come last, no look at shapes, no
-guard. Both write into a new directory, flush it to disk, and remove the one before when the new one is complete. Files
-lie in memory (/dev/shm, where there is one), so that no disk's moods are measured and nothing hides the work.
+"Core" only plans, writes and reads: without checksums, train state, tracker, renaming at the end, comparison of shapes,
+or guard. Both write into a new directory, flush it to disk, and remove the previous one when the new one is complete.
+Files are in memory (/dev/shm, if there is one), so that no disk's noise is measured and nothing hides the work.
 """
 
 import argparse

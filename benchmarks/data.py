@@ -5,11 +5,11 @@ r"""What data costs: tokenising and packing beside `datasets.map`, iterating bes
     pip install datasets
     python -m benchmarks.data                     # 20,000 pairs and 5,000 conversations
 
-Ours is `build_datasets`: JSONL read, checked, rendered, tokenised, marked where it is learned, packed, and the tokens
-kept in a cache file. `datasets` is `load_dataset("json")` and one batched `map` that makes the same ids and the same
-mask with the same tokenizer and the same threads, and a second one that lays them end to end in rows, in their order.
-Both begin with empty caches; that they give the same tokens is checked. The samples are those of `make model`, numbered
-and repeated.
+Ours is `build_datasets`: it reads JSONL, checks, renders and tokenises it, marks what is learned, packs it, and caches
+the tokens in a file. `datasets` is `load_dataset("json")`, one batched `map` that makes the same ids and the same mask
+with the same tokenizer and the same threads, and a second `map` that joins them end to end in rows, in their order.
+Both begin with empty caches, and the benchmark checks that they give the same tokens. The samples are those of `make
+model`, numbered and repeated.
 """
 
 import argparse

@@ -1,8 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""docs/performance.md: which benchmarks there are, what each last measured, and that as text.
-
-What was measured is kept in benchmarks/measured.json; the document follows from it and from nothing else.
-"""
+"""Writes docs/performance.md from the latest results of the benchmarks, which benchmarks/measured.json keeps."""
 
 import json
 import re
@@ -19,7 +16,7 @@ PICTURES = ROOT / "docs" / "images"
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A module of this package, and what the document says of it."""
+    """A module of this package, and its title in the document."""
 
     name: str
     title: str

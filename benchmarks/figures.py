@@ -1,8 +1,8 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""What a benchmark measures and prints: figures, each beside what it is measured against and what it must reach.
+"""What a benchmark measures and prints: figures, each with a reference and an aim.
 
-A benchmark is a module with `measure(arguments) -> list[Figure]` and `build_parser()`; `benchmarks/__main__.py` runs
-all of them, each in processes of its own, and writes docs/performance.md. Machines are noisy: what is compared is
+A benchmark is a module with `measure(arguments) -> list[Figure]` and `build_parser()`. `benchmarks/__main__.py` runs
+all of them, each in processes of its own, and writes docs/performance.md. Machines are noisy, so what is compared is
 timed in turn, in one process, and the ratio of each turn counts, not the ratio of two medians.
 """
 

@@ -2,14 +2,14 @@
 r"""What reading and writing a Hugging Face directory costs beside safetensors alone, and how much memory it takes.
 
     python -m benchmarks.hf_weights                                        # a random Llama, 0.6 GB in four shards
-    python -m benchmarks.hf_weights --model data/smollm2-135m-instruct     # SmolLM2's shape, its weights split alike
+    python -m benchmarks.hf_weights --model data/smollm2-135m-instruct     # SmolLM2's shape, split the same way
 
-One process, weights in bf16. safetensors opens each shard and copies each tensor once into memory that is there
-already (`safe_open`, `get_tensor`, `copy_`), and writes the same tensors to the same shards (`save_file`). Ours are
-`load_hf_weights`, which also compares every shape with the model, refuses NaN and infinite values and puts query, key
-and value rows where Core wants them, and `save_hf_pretrained`. What is read lies in the page cache; what is written
-goes to a new directory, and is written back before the next turn, outside the measured time. Both run without the
-simulated accelerator, as they would where there is a GPU: a conversion's model lies in host memory.
+One process, weights in bf16. safetensors opens each shard and copies each tensor once into existing memory
+(`safe_open`, `get_tensor`, `copy_`), and writes the same tensors to the same shards (`save_file`). Ours are
+`load_hf_weights` and `save_hf_pretrained`. The former also compares every shape with the model, refuses NaN and
+infinite values, and puts query, key and value rows where Core needs them. Files that are read are in the page cache.
+Files that are written go to a new directory, and are written back before the next turn, outside the measured time. Both
+run without the simulated accelerator, as on a machine with a GPU: a conversion's model is in host memory.
 """
 
 import argparse

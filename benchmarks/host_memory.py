@@ -4,12 +4,12 @@ r"""Host memory that an offloaded optimizer takes, against what it must hold.
     python -m benchmarks.host_memory
     python -m benchmarks.host_memory --num-layers 30            # all of SmolLM2-135M: 2.2 GB
 
-Each figure is from processes of their own, of one rank, all offloaded. The peak of resident memory while the optimizer
-is built and takes two steps, less what was resident before (imports, weights, gradients), is divided by the need: 16
-bytes a parameter, for master, two moments and gradient. On the simulated accelerator device memory is resident too:
-in the default mode the FP32 shards that stay on the device, 4 bytes a parameter, are taken off, and clipping and the
-gathering of weights, which work on the device, are left out. Pinned memory is plain memory there; what torch's pinned
-tensors would add to Core's own is counted from their sizes, in the note.
+Each figure is from processes of its own, of one rank, with all of the optimizer offloaded. The peak of resident memory
+while the optimizer is built and takes two steps, less what was resident before (imports, weights, gradients), is
+divided by the need: 16 bytes a parameter, for master, two moments and gradient. On the simulated accelerator device
+memory is resident too. So in the default mode the FP32 shards that stay on the device, 4 bytes a parameter, are
+subtracted, and clipping and the gathering of weights, which work on the device, are left out. Pinned memory is plain
+memory there. The note counts, from their sizes, what torch's pinned tensors would add to Core's own.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 r"""What the sync after a load costs, against the published three-level recipe and against one plain copy of the bytes
-that it writes; and its guard, against the load. All of the optimizer is offloaded.
+that it writes. Also what its guard costs, against the load. All of the optimizer is offloaded.
 
     python -m benchmarks.offload_sync                                  # SmolLM2-135M's shape
     python -m benchmarks.offload_sync --num-layers 8 --hidden-size 2048 --ffn-hidden-size 8192 \
@@ -148,7 +148,7 @@ def _extra_peak_bytes(work: Callable[[], Any]) -> int:
         before = torch.cuda.memory_allocated()
         work()
         return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew from what is resident
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak restarts from what is resident
     before = _peak_resident_bytes()
     work()
     return _peak_resident_bytes() - before
@@ -182,7 +182,7 @@ def _plain_copy(optimizer: Any) -> Callable[[], Any]:
 
 @torch.no_grad()
 def _three_levels(optimizer: Any) -> None:
-    """The published recipe: walk the FP32 shards, then the CPU clones, then the FP32 copies, each by itself."""
+    """The published recipe: walk the FP32 shards, then the CPU copies, then the FP32 copies, each by itself."""
     for child in find_hybrid_optimizers(optimizer):
         for params, shards in zip(child.model_float16_groups, child.shard_fp32_from_float16_groups, strict=True):
             for param, shard in zip(params, shards, strict=True):

@@ -4,10 +4,10 @@ r"""A step of a whole run with half and with all of the optimizer on the host, a
     python -m benchmarks.offloaded_run
     python -m benchmarks.offloaded_run --num-layers 16 --hidden-size 2048 --seq-length 2048      # for a GPU
 
-The runs, ours and those of Core's optimizer as it stands, follow each other in one process, round after round; a
-round's figure is the median of its steps. Gradients are summed over some micro-batches, as where memory is short.
-On a GPU the peak of its memory is compared too. On the simulated accelerator both optimizers step in host memory, so
-that what is left of the ratio is what offload costs beside the link and the slower Adam.
+Our runs and those of stock Core's optimizer take turns in one process, round after round. A round's figure is the
+median of its steps. Gradients are summed over several micro-batches, as where memory is short. On a GPU the peak of its
+memory is compared too. On the simulated accelerator both optimizers step in host memory, so the ratio shows only what
+offload costs apart from the link and the slower Adam.
 """
 
 import argparse

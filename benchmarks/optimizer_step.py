@@ -4,10 +4,11 @@ r"""A step of the offloaded optimizer, against Core's own and against what the m
     python -m benchmarks.optimizer_step
     python -m benchmarks.optimizer_step --small 20000 --ranks 2
 
-Three are timed in turn, in one process, on the same sizes and gradients: Core's `HybridDeviceOptimizer` as it stands;
-the same class as `setup_optimizer` builds it; and the limit, torch's fused AdamW over one flat buffer with one copy of
-all gradients to the host and one of all weights back. Sizes are many small parameters, and those of one data-parallel
-rank of SmolLM2-135M, at the places in its buffers that Core gives them. All is offloaded.
+Three optimizers are timed in turn, in one process, on the same sizes and gradients: stock Core's
+`HybridDeviceOptimizer`; the same class as `setup_optimizer` builds it; and the limit, torch's fused AdamW over one flat
+buffer, with one copy of all gradients to the host and one of all weights back. The sizes are many small parameters, and
+those of one data-parallel rank of SmolLM2-135M, at the places in its buffers that Core gives them. All of the optimizer
+is offloaded.
 """
 
 import argparse

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-r"""What packing is worth: tokens a second of the same training, one sample a row and several.
+r"""What packing gains: tokens a second of the same training, with one sample a row and with several.
 
     make model                                    # SmolLM2's tokenizer and the data
     python -m benchmarks.packing                  # SmolLM2-135M's shape, 2 of its layers

@@ -1,11 +1,11 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""How much memory a resume takes, against the run that it continues: two ranks, each job in processes of its own.
+"""How much memory a resume takes, against the run that it resumes: two ranks, each job in processes of its own.
 
     python -m benchmarks.resume_memory                     # 73 million parameters, all of the optimizer offloaded
     python -m benchmarks.resume_memory --fraction 0.5 --precision-aware
 
-Peak resident memory of the larger rank, with what importing takes shown beside it. On a machine without CUDA "device"
-memory is host memory too and counted with it.
+The figures are the peak resident memory of the larger rank, beside what importing takes. On a machine without CUDA,
+"device" memory is host memory and counted with it.
 """
 
 import argparse

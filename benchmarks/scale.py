@@ -4,14 +4,14 @@ r"""How costs grow: with 4 and 16 times the parameters, 2 and 4 ranks, 100 and 1
     python -m benchmarks.scale                                   # two minutes; the picture goes to docs/images
     python -m benchmarks.scale --plot build/scale.png
 
-A figure is an exponent: the slope between two sizes where both axes are logarithms, 1 where twice the size takes twice
-the time. What caches and timing add to a linear cost is allowed for with 0.1, and of several repeats the fastest
-counts, since other work on the machine only adds.
+A figure is an exponent: the slope between two sizes where both axes are logarithmic. It is 1 where twice the size takes
+twice the time. The limit allows 0.1 more, for what caches and timing add to a linear cost. Of several repeats the
+fastest counts, because other work on the machine only adds time.
 
-- Parameters: a Llama of 2, 8 and 32 layers, one process, all of its optimizer offloaded.
-- Ranks: 8 layers over 1, 2 and 4 data-parallel processes, the slowest rank's time. They save and load the same bytes in
-  all; on a machine with fewer cores than ranks they share the cores.
-- Samples: 16 tokens each, taken from the cache that a first run made.
+- Parameters: a Llama of 2, 8 and 32 layers, in one process, with all of its optimizer offloaded.
+- Ranks: 8 layers over 1, 2 and 4 data-parallel ranks; the slowest rank's time counts. All ranks together save and load
+  the same bytes each time. On a machine with fewer cores than ranks, they share the cores.
+- Samples: 16 tokens each, read from the cache that a first run made.
 """
 
 import argparse

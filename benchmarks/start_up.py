@@ -3,7 +3,7 @@
 
     python -m benchmarks.start_up
 
-Each figure is a process from its start to its end, files in the page cache.
+Each figure is the time of a process from its start to its end, with its files in the page cache.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def measure(arguments: argparse.Namespace) -> list[Figure]:
     note = f"a process that only imports torch and megatron-core took {imports:.1f} s, in turn with it"
     return [
         *(Figure(name, "", taken, at_most=1.0, unit="s") for name, taken in quick.items()),
-        # Seconds are the machine's: a regression is certain only where they are many.
+        # Seconds depend on the machine: only a large excess is certainly a regression.
         *(Figure(name, "", taken, at_most=5.0, unit="s", fails_above=15.0, note=note) for name, taken in slow.items()),
     ]
 

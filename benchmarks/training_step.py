@@ -3,9 +3,9 @@
 
     python -m benchmarks.training_step
 
-Our side is `pretrain` as it comes: data loader, progress, metrics file, watchdog, summary, checks of the loss. The
-last callback of each of its steps takes the bare loop's step, so both advance turn by turn in one process; their
-losses must agree. Ours is timed from the end of one such turn to the beginning of the next.
+Our side is `pretrain` with its defaults: data loader, progress, metrics file, watchdog, summary, checks of the loss.
+The last callback of each step takes a step of the bare loop, so both advance in turn in one process. Their losses must
+agree. Ours is timed from the end of one such turn to the beginning of the next.
 """
 
 import argparse

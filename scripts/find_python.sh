@@ -3,9 +3,9 @@
 #
 #   scripts/find_python.sh [--version] VENV [PYTHON]
 #
-# An environment that lies at VENV is kept, with its interpreter. PYTHON, where it is given, is the only one looked at.
-# Prints the interpreter (--version: "3.12" instead), and on standard error, in one line, which it is and why. Where
-# there is none it ends with 2 and one line that says what to install. bash 3.2 of a Mac runs it too.
+# An existing environment at VENV is kept, with its interpreter. If PYTHON is given, only that one is looked at.
+# Prints the interpreter (with --version, "3.12" instead), and on standard error one line that says which it is and why.
+# If there is none, it ends with 2 and one line that says what to install. It also runs in bash 3.2, as on a Mac.
 set -euo pipefail
 
 only_version=false
@@ -62,7 +62,7 @@ if [ -n "$asked" ]; then
     [ "$state" != another-build ] || fail "PYTHON=$asked is no 64-bit CPython with a GIL: torch and Core have no wheels for it"
 fi
 
-# One that was interrupted while it was made has the mark of the Makefile, and is made anew.
+# One that was interrupted while it was made has the Makefile's mark, and is made again.
 if [ -d "$venv" ] && [ ! -e "$venv/.unfinished" ]; then
     read -r own own_full _ <<<"$(probe "$venv/bin/python") - - -"
     [ "$own" != - ] || fail "$venv/bin/python does not start: remove $venv, or choose another VENV"

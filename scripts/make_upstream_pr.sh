@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Lay the pull request of docs/upstream-pr.md into a checkout of Megatron Bridge: one file, its calls, its tests.
+# Apply the pull request of docs/upstream-pr.md to a checkout of Megatron Bridge: one file, its calls, its tests.
 #
-#   scripts/make_upstream_pr.sh CHECKOUT           what fits is laid; what doesn't is listed, and the status is 1
-#   scripts/make_upstream_pr.sh CHECKOUT --undo    all files have their bytes again
+#   scripts/make_upstream_pr.sh CHECKOUT           applies what fits; lists what doesn't, and exits with 1
+#   scripts/make_upstream_pr.sh CHECKOUT --undo    restores all files
 #
 # The places are found by the names of functions and calls; none of the other repository's text is here. Needs Python
 # 3.10 (PYTHON=...) and nothing else.
 set -euo pipefail
-exec "${PYTHON:-python3}" -B "$(dirname "$0")/upstream_pr/lay.py" "$@"
+exec "${PYTHON:-python3}" -B "$(dirname "$0")/upstream_pr/apply.py" "$@"

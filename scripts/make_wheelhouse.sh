@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fill a folder with the wheels that scripts/run_gpu_tests.sh needs, for a machine that reaches no package registry.
+# Fill a folder with the wheels that scripts/run_gpu_tests.sh needs, for a machine that can't reach a package registry.
 #
 #   scripts/make_wheelhouse.sh WHEELS_DIR
 #
@@ -8,7 +8,7 @@
 #   ARCH            that machine's processor (x86_64)
 #   CORES           versions of megatron-core ("0.16.1 0.19.2")
 #
-# That machine brings torch, transformers, safetensors and tensorboard.
+# That machine must have torch, transformers, safetensors and tensorboard.
 set -euo pipefail
 
 fail() {

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Run the tests marked gpu on a machine that reaches no package registry, with wheels from scripts/make_wheelhouse.sh.
+# Run the tests marked gpu on a machine that can't reach a package registry, with wheels from scripts/make_wheelhouse.sh.
 #
 #   scripts/run_gpu_tests.sh WHEELS_DIR [CORE_VERSION] [PYTEST_OPTION_OR_TEST ...]
 #
 #   PYTHON  the interpreter that has torch, of a virtual environment too (python3)
 #   VENV    where to make the virtual environment, which is kept (a temporary folder, which is not)
 #
-# CORE_VERSION is 0.16.1 unless given. The status is pytest's, and 5 where no test ran: skipped everywhere is no pass.
+# CORE_VERSION is 0.16.1 unless given. The status is pytest's, and 5 if no test ran: all skipped is not a pass.
 set -euo pipefail
 
 fail() {

@@ -1,8 +1,8 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Print what a test run stands on: versions, where Megatron-Core and this package come from, and the device.
+"""Print what a test run uses: versions, where Megatron-Core and this package come from, and the device.
 
-Takes names of modules that must be there too: `python scripts/versions.py pytest omegaconf`. Ends with status 1 and one
-line where something is missing.
+Arguments are names of further modules that must be there: `python scripts/versions.py pytest omegaconf`. If something
+is missing, it ends with status 1 and one line.
 """
 
 import importlib.metadata

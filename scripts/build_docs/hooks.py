@@ -1,8 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Pages of the documentation that are made when it is built: all options, the API of each room, contributing.
+"""Makes some pages when mkdocs (mkdocs.yml) builds the documentation: all options, the API of each room, contributing.
 
-Called by mkdocs (mkdocs.yml). The documents are written to be read in the repository too, so their links to files
-outside docs/ become the file's name here.
+The documents can be read in the repository too, so the build turns their links to files outside docs/ into file names.
 """
 
 import ast
@@ -33,8 +32,8 @@ ROOMS = {
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the pages that are made of the code, and the one that lies outside docs/."""
-    sys.path.insert(0, str(Path(__file__).parent))  # mkdocs takes it away again once this file is read
+    """Add the pages that are made from the code, and the one that is outside docs/."""
+    sys.path.insert(0, str(Path(__file__).parent))  # mkdocs removes it again once this file is read
     from options import options_page
 
     pages = {"reference/options.md": options_page(), "reference/api.md": _api_index(), **_api_pages()}
@@ -77,6 +76,6 @@ def _api_pages() -> dict[str, str]:
 
 
 def _defines_something(path: Path) -> bool:
-    """Whether a module has a public function or class; the others are doors."""
+    """Whether a module defines a public function or class; the others only re-export."""
     body = ast.parse(path.read_text(encoding="utf-8")).body
     return any(isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_") for node in body)

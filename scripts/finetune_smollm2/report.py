@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""After the run: the loss curve with and without the sync, and an answer of both models side by side."""
+"""After the run: draw the loss curve with and without the sync, and show answers of both models side by side."""
 
 import argparse
 import json
@@ -64,7 +64,7 @@ def draw(ours: list[dict], stock: list[dict], path: Path) -> None:
 
 
 def report_losses(ours: list[dict], stock: list[dict]) -> None:
-    """Print the figures that matter: first steps, and held-out loss before and after."""
+    """Print the losses of the first steps, and the held-out loss before and after."""
     _, train = curve(ours, "train")
     _, held_out = curve(ours, "validation")
     print(f"   training loss       step 1 {train[0]:.2f}, step 2 {train[1]:.2f}, last {train[-1]:.2f}")

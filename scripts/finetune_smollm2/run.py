@@ -21,7 +21,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TOKENIZERS_P
 def main() -> None:
     """Run the stages in order; the first that fails ends the run with its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("results/smollm2"), help="everything made goes here")
+    parser.add_argument("--output", type=Path, default=Path("results/smollm2"), help="directory for all results")
     parser.add_argument("--model", type=Path, default=Path("data/smollm2-135m-instruct"))
     parser.add_argument("--data", type=Path, default=Path("data/chatterbot"))
     parser.add_argument("--num-processes", type=int, help="default: one for each GPU, or 2 on a CPU")
@@ -29,7 +29,7 @@ def main() -> None:
         "--stock-iters",
         type=int,
         default=3,
-        help="steps of a second run that leaves the optimizer as Megatron-Core does, for the picture; 0 leaves it out",
+        help="steps of a second run without the sync, for the picture; 0: no such run",
     )
     parser.add_argument("overrides", nargs="*", help="key=value for the run, e.g. train.train_iters=50")
     arguments = parser.parse_args()
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def fresh_paths(output: Path) -> dict[str, Path]:
-    """The places below the output directory; what an earlier demonstration made there is removed."""
+    """The paths below the output directory; removes what an earlier run of this script made there."""
     names = {
         "pretrained": "pretrained",
         "checkpoints": "checkpoints",

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Finetune SmolLM2-135M-Instruct on question and answer pairs, with the optimizer offloaded to the CPU.
 
-Each rank runs this file (torchrun); it is what a script of your own looks like:
+Each rank runs this file (torchrun). Your own script would look like it:
 
     torchrun --nproc-per-node 2 scripts/finetune_smollm2/train.py \
         --pretrained-checkpoint results/smollm2/pretrained --output results/smollm2 train.train_iters=25
@@ -26,8 +26,8 @@ def build_config(arguments: argparse.Namespace) -> ConfigContainer:
     cfg.logger.tensorboard_dir = str(arguments.output / "tensorboard")
     cfg.logger.metrics_file = str(arguments.output / "metrics.jsonl")
     cfg.dataset.dataset_root = str(arguments.data)
-    # Batches of 8 are noisy. Under this seed the first ones are typical of the data (the base model's loss on them is
-    # near its mean), so that the curve's first steps show the model and not the draw.
+    # Batches of 8 are noisy. With this seed the first ones are typical of the data (the base model's loss on them is
+    # near its mean), so the first steps of the curve show the model and not the draw.
     cfg.dataset.seed = 2722
     cfg.tokenizer.tokenizer_model = str(arguments.model)
     share = cfg.train.micro_batch_size * world_size()
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument(
         "--stock-megatron-core",
         action="store_true",
-        help="leave the offloaded optimizer's copies as Megatron-Core leaves them, to see what that does",
+        help="leave the offloaded optimizer's copies as stock Megatron-Core leaves them, to see the effect",
     )
     parser.add_argument("overrides", nargs="*", help="key=value, e.g. optimizer.lr=1e-5")
     arguments = parser.parse_args()

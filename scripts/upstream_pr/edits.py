@@ -20,7 +20,7 @@ class Change:
     """A file's new text, and what there was to say about it."""
 
     text: str
-    laid: list[str] = field(default_factory=list)
+    applied: list[str] = field(default_factory=list)
     misfits: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -33,10 +33,10 @@ def edit_checkpointing(text: str) -> Change:
     source.import_name("megatron.bridge.training.config", "ConfigContainer")
     source.import_name(MODULE, "HybridParamSync", "check_hybrid_optimizer_param_copies", "rebuild_param_copies")
     source.insert(source.function("load_checkpoint").end_lineno, f"\n\n{sync_source()}\n\n{HELPER_SOURCE}")
-    change.laid.append(f"{SYNC} and {HELPER} beside load_checkpoint")
+    change.applied.append(f"{SYNC} and {HELPER} beside load_checkpoint")
     for name in LOADS:
         try:
-            change.laid.append(_call_after_reload(source, source.function(name), change.misfits))
+            change.applied.append(_call_after_reload(source, source.function(name), change.misfits))
         except Misfit as misfit:
             change.misfits.append(
                 f"{misfit}; where {name} has restored no optimizer state, call {HELPER}(cfg, optimizer, state_dict) "
@@ -47,7 +47,7 @@ def edit_checkpointing(text: str) -> Change:
 
 
 def _call_after_reload(source: SourceFile, function: ast.FunctionDef, misfits: list[str]) -> str:
-    """Plan the call after all that reloads in a function; returns what was laid."""
+    """Plan the call after all that reloads in a function; returns what was applied."""
     calls = calls_of(function, RELOAD)
     parents = parents_below(function)
     places = {_after_what(source, function, parents, call, misfits) for call in calls}
@@ -150,7 +150,7 @@ def edit_setup(text: str) -> Change:
         )
     source.replace(statement, "", with_comment=True)
     lines = f"lines {first_line(statement) + 1} to {statement.end_lineno}"
-    change.laid.append(f"without the sync after every load ({lines})")
+    change.applied.append(f"without the sync after every load ({lines})")
     _without_import(source)
     change.text = source.edited()
     change.notes += [f"{name} has no use left" for name in unused_after(text, change.text)]
@@ -191,12 +191,12 @@ def _without(node: ast.ImportFrom, alias: ast.alias) -> ast.ImportFrom:
 
 
 def edit_optim(text: str) -> Change:
-    """Make the old sync a door to the new one."""
+    """Let the old sync call the new one."""
     source, change = SourceFile(text), Change(text)
     source.replace(source.function(DOOR), DOOR_SOURCE)
     source.import_name("megatron.core.optimizer.optimizer", "MegatronOptimizer")
     source.import_name(MODULE, "rebuild_param_copies")
-    change.laid.append(f"{DOOR} is a door to {SYNC}")
+    change.applied.append(f"{DOOR} only calls {SYNC}")
     change.text = source.edited()
     change.notes += [f"{name} has no use left" for name in unused_after(text, change.text)]
     return change

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""What is laid into a checkout: this repository's files, the sync as it is defined here, and the calls around it."""
+"""What is applied to a checkout: this repository's files, the sync as it is defined here, and the calls around it."""
 
 import ast
 import re

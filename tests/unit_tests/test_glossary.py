@@ -13,6 +13,8 @@ from tests.unit_tests.test_documentation import DOCUMENTS, ROOT, without_fences
 
 pytestmark = pytest.mark.any_core
 
+SOURCES = sorted(path for folder in ("scripts", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
+
 INSTEAD_OF = {
     r"main[ -]params?|master[ -](weights?|cop(y|ies)|params?|parameters?)": "master",
     r"CPU clones?": "CPU copy",
@@ -61,6 +63,11 @@ def other_words(prose: str) -> Iterator[str]:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_a_document_keeps_the_glossary(document):
     assert list(other_words(prose_of_markdown(document.read_text(encoding="utf-8")))) == []
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_source_keeps_the_glossary(source):
+    assert list(other_words(prose_of_python(source.read_text(encoding="utf-8")))) == []
 
 
 def test_the_words_to_write_are_in_the_glossary():

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""The pull request, laid into a checkout of our own making that has the places it looks for, and taken out again."""
+"""The pull request, applied to a made-up checkout that has the places it looks for, and undone."""
 
 import ast
 import os
@@ -114,14 +114,14 @@ def checkout(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def laid(tmp_path_factory):
-    """A checkout that it was laid into, to look at."""
-    root = make_checkout(tmp_path_factory.mktemp("laid") / "checkout")
-    assert lay(root)[0] == 0
+def applied(tmp_path_factory):
+    """A checkout that it was applied to."""
+    root = make_checkout(tmp_path_factory.mktemp("applied") / "checkout")
+    assert apply(root)[0] == 0
     return root
 
 
-def lay(checkout, *options):
+def apply(checkout, *options):
     """(status, what was printed) of the script."""
     run = subprocess.run(
         [ROOT / "scripts/make_upstream_pr.sh", checkout, *options],
@@ -142,9 +142,9 @@ def text_of(checkout, name):
     return (checkout / TRAINING / f"{name}.py").read_text()
 
 
-def test_all_is_laid_where_it_belongs_and_nothing_else_is_touched(checkout):
+def test_all_is_applied_where_it_belongs_and_nothing_else_is_touched(checkout):
     before = contents(checkout)
-    status, output = lay(checkout)
+    status, output = apply(checkout)
     assert status == 0 and "didn't fit" not in output, output
     after = contents(checkout)
     new = {f"{TRAINING}/hybrid_param_copies.py"}
@@ -152,15 +152,15 @@ def test_all_is_laid_where_it_belongs_and_nothing_else_is_touched(checkout):
     assert set(after) - set(before) == new | {".git/.upstream_pr_undo.json"}
     assert after[f"{TESTS}/test_optim.py"] == before[f"{TESTS}/test_optim.py"]
     for path in new:
-        assert b"cpu_offload.param_copies" not in after[path] and f"laid: {path}: new, " in output
+        assert b"cpu_offload.param_copies" not in after[path] and f"applied: {path}: new, " in output
     assert after[PAGE].decode().startswith(f"{FILES[PAGE]}\n\n## Masters after a load\n")
     assert "to look at: src/megatron/bridge/training/optim.py: HybridDeviceOptimizer has no use left" in output
 
 
-def test_each_load_calls_the_helper_after_its_reload_and_not_where_the_optimizer_was_restored(laid):
-    added = [line for line in text_of(laid, "checkpointing").splitlines() if line.strip().startswith(f"{HELPER}(")]
+def test_each_load_calls_the_helper_after_its_reload_and_not_where_the_optimizer_was_restored(applied):
+    added = [line for line in text_of(applied, "checkpointing").splitlines() if line.strip().startswith(f"{HELPER}(")]
     assert added == [f"    {HELPER}(cfg, optimizer)", f"        {HELPER}(cfg, optimizer, state_dict)"]
-    assert text_of(laid, "checkpointing").endswith(
+    assert text_of(applied, "checkpointing").endswith(
         f"                optimizer.reload_model_params()\n        {HELPER}(cfg, optimizer, state_dict)\n    return 0\n"
     )
 
@@ -191,10 +191,10 @@ class Notes:
         ("HF", {}, [("reload", None), ("sync", None), ("check", True)]),
     ],
 )
-def test_what_a_load_there_does(laid, monkeypatch, load, options, expected):
+def test_what_a_load_there_does(applied, monkeypatch, load, options, expected):
     monkeypatch.setitem(sys.modules, "megatron.bridge.training.hybrid_param_copies", param_copies)
-    module = {"__name__": "laid"}
-    exec(text_of(laid, "checkpointing"), module)
+    module = {"__name__": "applied"}
+    exec(text_of(applied, "checkpointing"), module)
     named = {repr({"model": {}}): "state"}
     monkeypatch.setitem(
         module,
@@ -225,23 +225,23 @@ def test_what_a_load_there_does(laid, monkeypatch, load, options, expected):
     assert calls == expected
 
 
-def test_the_helper_and_the_sync_stand_beside_the_load_with_what_they_need(laid):
-    tree = ast.parse(text_of(laid, "checkpointing"))
+def test_the_helper_and_the_sync_stand_beside_the_load_with_what_they_need(applied):
+    tree = ast.parse(text_of(applied, "checkpointing"))
     names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
     assert names[:3] == ["load_checkpoint", "sync_hybrid_optimizer_param_copies", HELPER]
-    assert "from collections.abc import Callable, Mapping\n" in text_of(laid, "checkpointing")
-    assert "import ChainedOptimizer, MegatronOptimizer\n" in text_of(laid, "checkpointing")
-    imported = text_of(laid, "checkpointing").partition("hybrid_param_copies import (")[2].partition(")")[0]
+    assert "from collections.abc import Callable, Mapping\n" in text_of(applied, "checkpointing")
+    assert "import ChainedOptimizer, MegatronOptimizer\n" in text_of(applied, "checkpointing")
+    imported = text_of(applied, "checkpointing").partition("hybrid_param_copies import (")[2].partition(")")[0]
     assert imported.split() == ["HybridParamSync,", "check_hybrid_optimizer_param_copies,", "rebuild_param_copies,"]
 
 
-def test_the_sync_after_every_load_goes_and_its_name_is_a_door(laid):
-    assert text_of(laid, "setup") == SETUP.replace(
+def test_the_sync_after_every_load_goes_and_its_name_is_a_door(applied):
+    assert text_of(applied, "setup") == SETUP.replace(
         "    sync_hybrid_device_optimizer_fp32_master_copies,\n", ""
     ).replace(SETUP[SETUP.index("    # Copies") : SETUP.index("    return optimizer")], "")
-    assert "isinstance" not in text_of(laid, "optim") and "@torch" not in text_of(laid, "optim")
-    assert text_of(laid, "optim").endswith("    return bool(rebuild_param_copies(optimizer))\n")
-    imports = text_of(laid, "optim").partition("\n\n\n")[0].splitlines()[-3:]
+    assert "isinstance" not in text_of(applied, "optim") and "@torch" not in text_of(applied, "optim")
+    assert text_of(applied, "optim").endswith("    return bool(rebuild_param_copies(optimizer))\n")
+    imports = text_of(applied, "optim").partition("\n\n\n")[0].splitlines()[-3:]
     assert imports == [
         "from megatron.core.optimizer.optimizer import MegatronOptimizer",
         "",
@@ -252,35 +252,35 @@ def test_the_sync_after_every_load_goes_and_its_name_is_a_door(laid):
 def test_undo_restores_the_bytes(checkout):
     (checkout / TRAINING / "setup.py").write_bytes(SETUP.replace("\n", "\r\n").encode())
     before = contents(checkout)
-    assert lay(checkout)[0] == 0
-    laid = (checkout / TRAINING / "setup.py").read_bytes()
-    assert laid.count(b"\r\n") == laid.count(b"\n") > 5
-    assert lay(checkout, "--undo")[0] == 0
+    assert apply(checkout)[0] == 0
+    applied = (checkout / TRAINING / "setup.py").read_bytes()
+    assert applied.count(b"\r\n") == applied.count(b"\n") > 5
+    assert apply(checkout, "--undo")[0] == 0
     assert contents(checkout) == before
-    assert lay(checkout, "--undo") == (
+    assert apply(checkout, "--undo") == (
         2,
         f"error: {checkout} has nothing to undo: .upstream_pr_undo.json is missing\n",
     )
 
 
 def test_a_second_time_changes_nothing(checkout):
-    lay(checkout)
-    laid = contents(checkout)
-    status, output = lay(checkout)
+    apply(checkout)
+    applied = contents(checkout)
+    status, output = apply(checkout)
     assert (status, output) == (2, f"error: {checkout} has it already: take it out first, with --undo\n")
     (checkout / ".git" / ".upstream_pr_undo.json").unlink()
-    status, output = lay(checkout)
+    status, output = apply(checkout)
     assert status == 2 and "hybrid_param_copies.py already, and not from this script" in output
-    laid.pop(".git/.upstream_pr_undo.json")
-    assert contents(checkout) == laid
+    applied.pop(".git/.upstream_pr_undo.json")
+    assert contents(checkout) == applied
 
 
 def test_what_was_changed_since_is_not_undone(checkout):
-    lay(checkout)
+    apply(checkout)
     with (checkout / TRAINING / "optim.py").open("a") as file:
         file.write("# mine\n")
     changed = contents(checkout)
-    status, output = lay(checkout, "--undo")
+    status, output = apply(checkout, "--undo")
     assert status == 2 and output.startswith(f"error: changed since: {TRAINING}/optim.py; ")
     assert contents(checkout) == changed
 
@@ -316,7 +316,7 @@ def test_what_does_not_fit_is_said_and_the_rest_is_laid(checkout, name, text, re
         first, _, body = tail.removesuffix("    return 0\n").partition("\n")
         source = f"{head}{condition}{first}\n{textwrap.indent(textwrap.dedent(body), ' ' * 8)}    return 0\n"
     path.write_text(source)
-    status, output = lay(checkout)
+    status, output = apply(checkout)
     lines = [line for line in output.splitlines() if line.startswith("didn't fit: ")]
     assert status == 1 and len(lines) == 1, output
     assert lines[0].startswith(f"didn't fit: {TRAINING}/{name}.py: ") and said in lines[0]
@@ -327,7 +327,7 @@ def test_what_does_not_fit_is_said_and_the_rest_is_laid(checkout, name, text, re
 
 
 def test_another_directory_is_refused(tmp_path):
-    status, output = lay(tmp_path)
+    status, output = apply(tmp_path)
     assert status == 2 and output.startswith(f"error: {tmp_path} is no checkout of Megatron Bridge: ")
     assert contents(tmp_path) == {}
 
@@ -338,14 +338,14 @@ def test_conditions_other_than_precision_are_kept(checkout):
         "and optimizer is not None and not cfg", "and optimizer and (model or path) and not cfg"
     )
     path.write_text(source)
-    assert lay(checkout)[0] == 0
+    assert apply(checkout)[0] == 0
     assert (
         f"        if (model or path):\n            {HELPER}(cfg, optimizer, state_dict)\n    return 0\n"
         in path.read_text()
     )
 
 
-def test_what_is_laid_fits_the_other_repositorys_lines(laid):
-    for path in [*(laid / TRAINING).glob("*.py"), *(laid / TESTS).glob("test_*s*.py")]:
+def test_what_is_applied_fits_the_other_repositorys_lines(applied):
+    for path in [*(applied / TRAINING).glob("*.py"), *(applied / TESTS).glob("test_*s*.py")]:
         lines = path.read_text().splitlines()
         assert [line for line in lines if len(line) > 119] == [], path

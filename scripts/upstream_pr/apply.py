@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Lay the pull request of docs/upstream-pr.md into a checkout of Megatron Bridge, or take it out again."""
+"""Apply the pull request of docs/upstream-pr.md to a checkout of Megatron Bridge, or undo it."""
 
 import argparse
 import base64
@@ -34,17 +34,17 @@ LEFT = (
 )
 
 
-class CannotLay(Exception):
+class CannotApply(Exception):
     """Nothing was changed; the message says why."""
 
 
-class Laying:
+class Application:
     """What is written into a checkout, all at once, after everything is known."""
 
     def __init__(self, checkout: Path) -> None:
         self.checkout = checkout
         self.writes: dict[str, bytes] = {}
-        self.laid: list[str] = []
+        self.applied: list[str] = []
         self.misfits: list[str] = []
         self.notes: list[str] = []
 
@@ -61,7 +61,7 @@ class Laying:
             self.misfits.append(f"{path}: {error}")
             return
         self.writes[path] = change.text.encode()
-        self.laid += [f"{path}: {text}" for text in change.laid]
+        self.applied += [f"{path}: {text}" for text in change.applied]
         self.misfits += [f"{path}: {text}" for text in change.misfits]
         self.notes += [f"{path}: {text}" for text in change.notes]
 
@@ -69,7 +69,7 @@ class Laying:
         """Plan a new file."""
         if (self.checkout / path).parent.is_dir():
             self.writes[path] = text.encode()
-            self.laid.append(f"{path}: new, {text.count(chr(10))} lines")
+            self.applied.append(f"{path}: new, {text.count(chr(10))} lines")
         else:
             self.misfits.append(f"{path}: its folder is missing")
 
@@ -84,7 +84,7 @@ class Laying:
         newline = b"\r\n" if b"\r\n" in before else b"\n"
         section = pieces.DOCUMENT.encode().replace(b"\n", newline)
         self.writes[path] = before + (b"" if before.endswith(b"\n") else newline) + section
-        self.laid.append(f"{path}: a section at its end")
+        self.applied.append(f"{path}: a section at its end")
 
     def write(self) -> None:
         """Write the record that undoes it, and then all files."""
@@ -103,44 +103,44 @@ def record_of(checkout: Path) -> Path:
     return (checkout / ".git" if (checkout / ".git").is_dir() else checkout) / RECORD
 
 
-def lay(checkout: Path) -> Laying:
-    """Lay all that fits.
+def apply(checkout: Path) -> Application:
+    """Apply all that fits.
 
     Raises:
-        CannotLay: It is no such checkout, it was done before, or a new file's name is taken.
+        CannotApply: It is no such checkout, it was done before, or a new file's name is taken.
     """
     if not (checkout / TRAINING / "checkpointing.py").is_file():
-        raise CannotLay(f"{checkout} is no checkout of Megatron Bridge: {TRAINING}/checkpointing.py is missing")
+        raise CannotApply(f"{checkout} is no checkout of Megatron Bridge: {TRAINING}/checkpointing.py is missing")
     if record_of(checkout).exists():
-        raise CannotLay(f"{checkout} has it already: take it out first, with --undo")
+        raise CannotApply(f"{checkout} has it already: take it out first, with --undo")
     taken = [path for path in NEW if (checkout / path).exists()]
     if taken or pieces.SYNC in (checkout / TRAINING / "checkpointing.py").read_text(encoding="utf-8", errors="replace"):
         what = taken[0] if taken else f"{pieces.SYNC} in {TRAINING}/checkpointing.py"
-        raise CannotLay(f"{checkout} has {what} already, and not from this script: start from a clean checkout")
-    laying = Laying(checkout)
+        raise CannotApply(f"{checkout} has {what} already, and not from this script: start from a clean checkout")
+    application = Application(checkout)
     for path, change_of in EDITED.items():
-        laying.edit(path, change_of)
+        application.edit(path, change_of)
     for path, text_of in NEW.items():
-        laying.add(path, text_of())
-    laying.document()
-    laying.write()
-    return laying
+        application.add(path, text_of())
+    application.document()
+    application.write()
+    return application
 
 
 def undo(checkout: Path) -> list[str]:
     """Give every file the bytes that it had; returns their paths.
 
     Raises:
-        CannotLay: There is nothing to undo, or a file was changed since.
+        CannotApply: There is nothing to undo, or a file was changed since.
     """
     record = record_of(checkout)
     if not record.is_file():
-        raise CannotLay(f"{checkout} has nothing to undo: {record.name} is missing")
+        raise CannotApply(f"{checkout} has nothing to undo: {record.name} is missing")
     files = json.loads(record.read_text(encoding="utf-8"))
     before = {path: one["before"] and base64.b64decode(one["before"]) for path, one in files.items()}
     changed = [path for path, one in files.items() if not _is_known(checkout / path, before[path], one["after"])]
     if changed:
-        raise CannotLay(f"changed since: {', '.join(changed)}; undo it with git, and remove {record}")
+        raise CannotApply(f"changed since: {', '.join(changed)}; undo it with git, and remove {record}")
     for path, content in before.items():
         if content is None:
             (checkout / path).unlink(missing_ok=True)
@@ -151,33 +151,33 @@ def undo(checkout: Path) -> list[str]:
 
 
 def _is_known(path: Path, before: bytes | None, after: str) -> bool:
-    """Whether a file is as it was laid, or as it was before."""
+    """Whether a file is as it was applied, or as it was before."""
     content = path.read_bytes() if path.is_file() else None
     return content == before or (content is not None and hashlib.sha256(content).hexdigest() == after)
 
 
 def main() -> int:
-    """0: all of it was laid, or undone; 1: something didn't fit; 2: nothing was changed."""
+    """0: all of it was applied, or undone; 1: something didn't fit; 2: nothing was changed."""
     parser = argparse.ArgumentParser(prog="scripts/make_upstream_pr.sh", description=__doc__)
     parser.add_argument("checkout", metavar="CHECKOUT", type=Path, help="the root of a checkout of Megatron Bridge")
-    parser.add_argument("--undo", action="store_true", help="give all files the bytes that they had")
+    parser.add_argument("--undo", action="store_true", help="restore all files")
     options = parser.parse_args()
     try:
         if options.undo:
             print("\n".join(f"as before: {path}" for path in undo(options.checkout)))
             return 0
-        laying = lay(options.checkout)
-    except CannotLay as error:
+        application = apply(options.checkout)
+    except CannotApply as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for heading, lines in (
-        ("laid", laying.laid),
-        ("didn't fit", laying.misfits),
-        ("to look at", laying.notes),
+        ("applied", application.applied),
+        ("didn't fit", application.misfits),
+        ("to look at", application.notes),
         ("left to you", LEFT),
     ):
         print("".join(f"{heading}: {line}\n" for line in lines), end="")
-    return 1 if laying.misfits else 0
+    return 1 if application.misfits else 0
 
 
 if __name__ == "__main__":
