@@ -26,7 +26,7 @@ def test_what_the_constructor_was_given_and_what_was_assigned():
     section = Section(3, flag=False)
     assert set_fields(section) == {"size", "flag"}
     section.names = []
-    section.other = 1  # no field
+    section._other = 1  # no field
     assert set_fields(section) == {"size", "flag", "names"}
     forget_set_fields(section, ["flag"])
     assert set_fields(section) == {"size", "names"}

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron.bridge.data.sft_options import PackedSequenceSpecs, SFTOptions, check_positive, read_shares
+from megatron.bridge.utils.section import Section
 
 
 @dataclass(kw_only=True)
-class DataloaderConfig:
+class DataloaderConfig(Section):
     """How samples reach the training loop; the base of every dataset configuration."""
 
     dataloader_type: Literal["single", "cyclic", "batch"] = "single"
@@ -266,7 +267,7 @@ class MockGPTDatasetConfig(GPTDatasetConfig):
 
 
 @dataclass
-class TokenizerConfig:
+class TokenizerConfig(Section):
     """Which tokenizer turns text into tokens."""
 
     tokenizer_type: Literal["HuggingFaceTokenizer", "NullTokenizer"] = "HuggingFaceTokenizer"

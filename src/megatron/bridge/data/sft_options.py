@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from megatron.bridge.utils.section import Section
+
 
 @dataclass(frozen=True, kw_only=True)
 class SFTOptions:
@@ -79,7 +81,7 @@ class SFTOptions:
 
 
 @dataclass(kw_only=True)
-class PackedSequenceSpecs:
+class PackedSequenceSpecs(Section):
     """Packing several samples in one row; each attends to itself alone, and its positions start at 0."""
 
     packed_sequence_size: int = -1

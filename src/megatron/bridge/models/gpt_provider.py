@@ -19,6 +19,7 @@ from megatron.bridge.models.model_provider import ModelProviderMixin
 from megatron.bridge.models.rope import Llama3RopeScaling
 from megatron.bridge.models.router_gemm import repair_router_gemm
 from megatron.bridge.models.vocab_padding import mask_padding_logits, padded_vocab_size
+from megatron.bridge.utils.section import open_to_all_names
 from megatron.bridge.utils.set_fields import RemembersSetFields, writes_that_nobody_set
 
 logger = logging.getLogger(__name__)
@@ -90,6 +91,7 @@ class GPTModelProvider(RemembersSetFields, TransformerConfig, ModelProviderMixin
                 f"model.rope_scaling=True scales rotary positions, and model.position_embedding_type="
                 f"{self.position_embedding_type!r}: set it to 'rope', or model.rope_scaling=False"
             )
+        open_to_all_names(self)
         with writes_that_nobody_set(self):
             self._derive()
 

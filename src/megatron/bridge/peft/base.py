@@ -16,12 +16,13 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 
 from megatron.bridge.peft.adapted_linear import AdaptedLinear
+from megatron.bridge.utils.section import Section
 
 Model: TypeAlias = MegatronModule | list[MegatronModule]
 
 
 @dataclass
-class PEFT(abc.ABC):
+class PEFT(Section, abc.ABC):
     """Parameter-efficient finetuning: called with a model, it freezes the weights and adds what is trained instead.
 
     A method of your own overrides `transform`.
@@ -112,7 +113,7 @@ class PEFT(abc.ABC):
         finally:
             self.enable_adapter_layers(model)
 
-    def check(self) -> None:  # noqa: B027  # a method without options has nothing to check
+    def check(self) -> None:  # a method without options has nothing to check
         """Check the options, before anything is built.
 
         Raises:

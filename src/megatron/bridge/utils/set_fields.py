@@ -9,7 +9,9 @@ import contextlib
 import dataclasses
 import inspect
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from megatron.bridge.utils.section import Section
 
 _RECORD = "_set_fields"
 
@@ -22,7 +24,7 @@ class _ConstructorSignature:
         return own.replace(parameters=list(own.parameters.values())[1:])
 
 
-class RemembersSetFields:
+class RemembersSetFields(Section):
     """Base of a dataclass that remembers which of its fields were set."""
 
     __signature__ = _ConstructorSignature()
@@ -42,11 +44,13 @@ class RemembersSetFields:
         object.__setattr__(new, _RECORD, frozenset(kept))
         return new
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set a field, and note it unless the constructor does it."""
-        if name in self.__dict__ and name in self.__dataclass_fields__:
-            object.__setattr__(self, _RECORD, set_fields(self) | {name})
-        super().__setattr__(name, value)
+    if not TYPE_CHECKING:  # a type checker would allow every name
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            """Set a field, and note it unless the constructor does it."""
+            if name in self.__dict__ and name in self.__dataclass_fields__:
+                object.__setattr__(self, _RECORD, set_fields(self) | {name})
+            super().__setattr__(name, value)
 
 
 def _is_default(field: dataclasses.Field, given: dict[str, Any]) -> bool:

@@ -8,9 +8,11 @@ optimizer are rebuilt after a load follows from what was loaded; there is no fie
 from dataclasses import dataclass
 from typing import Literal, overload
 
+from megatron.bridge.utils.section import Section
+
 
 @dataclass(kw_only=True)
-class CheckpointConfig:
+class CheckpointConfig(Section):
     """What is saved and loaded, when and where."""
 
     save: str | None = None

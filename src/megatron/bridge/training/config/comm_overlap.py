@@ -7,9 +7,11 @@ Data-parallel overlap is set where Core reads it: ddp.overlap_grad_reduce and dd
 from dataclasses import dataclass
 from typing import Any
 
+from megatron.bridge.utils.section import Section
+
 
 @dataclass(kw_only=True)
-class CommOverlapConfig:
+class CommOverlapConfig(Section):
     """What Megatron Bridge calls it. A configuration that holds one is refused, unless every field is off."""
 
     tp_comm_overlap: bool = False

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from megatron.core.distributed import DistributedDataParallelConfig as CoreDistributedDataParallelConfig
 
+from megatron.bridge.utils.section import open_to_all_names
 from megatron.bridge.utils.set_fields import RemembersSetFields, writes_that_nobody_set
 
 
@@ -21,6 +22,7 @@ class DistributedDataParallelConfig(RemembersSetFields, CoreDistributedDataParal
         Raises:
             ValueError: naming the option that can't work.
         """
+        open_to_all_names(self)
         try:
             with writes_that_nobody_set(self):
                 super().__post_init__()

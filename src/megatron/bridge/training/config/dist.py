@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron.bridge.training.config.fields import require_positive
+from megatron.bridge.utils.section import Section
 
 
 @dataclass(kw_only=True)
-class DistributedInitConfig:
+class DistributedInitConfig(Section):
     """Device and process groups."""
 
     device: Literal["auto", "cuda", "cpu"] = "auto"

@@ -4,9 +4,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron.bridge.utils.section import Section
+
 
 @dataclass(kw_only=True)
-class LoggerConfig:
+class LoggerConfig(Section):
     """What is logged, how often and where."""
 
     log_interval: int = 100

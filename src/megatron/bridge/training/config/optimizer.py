@@ -16,6 +16,7 @@ from megatron.core.utils import get_te_version
 
 from megatron.bridge.training.config.scheduler import SchedulerConfig
 from megatron.bridge.utils.replaced import replaced
+from megatron.bridge.utils.section import open_to_all_names
 from megatron.bridge.utils.set_fields import RemembersSetFields, writes_that_nobody_set
 
 
@@ -50,6 +51,7 @@ class OptimizerConfig(RemembersSetFields, CoreOptimizerConfig):
         Raises:
             ValueError: naming the option that can't work.
         """
+        open_to_all_names(self)
         try:
             with _absent_transformer_engine_is_old(), writes_that_nobody_set(self):
                 super().__post_init__()

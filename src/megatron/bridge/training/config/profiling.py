@@ -3,9 +3,11 @@
 
 from dataclasses import dataclass, field
 
+from megatron.bridge.utils.section import Section
+
 
 @dataclass(kw_only=True)
-class ProfilingConfig:
+class ProfilingConfig(Section):
     """Which steps are profiled, with what, on which ranks."""
 
     use_nsys_profiler: bool = False

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron.bridge.training.config.fields import require_not_negative
+from megatron.bridge.utils.section import Section
 
 
 @dataclass(kw_only=True)
-class RerunStateMachineConfig:
+class RerunStateMachineConfig(Section):
     """What happens when a step gives a result that looks wrong."""
 
     error_injection_rate: int = 0

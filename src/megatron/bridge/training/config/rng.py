@@ -4,10 +4,11 @@
 from dataclasses import dataclass
 
 from megatron.bridge.training.config.fields import require_not_negative
+from megatron.bridge.utils.section import Section
 
 
 @dataclass(kw_only=True)
-class RNGConfig:
+class RNGConfig(Section):
     """Random numbers."""
 
     seed: int = 1234

@@ -5,13 +5,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron.bridge.training.config.fields import require_not_negative, require_positive
+from megatron.bridge.utils.section import Section
 
 SCHEDULE_LENGTHS = ("lr_decay_steps", "lr_warmup_steps", "wd_incr_steps", "wsd_decay_steps")
 """Fields of `DerivedConfig` that runtime_config_update shows here for scripts; the run reads `DerivedConfig`."""
 
 
 @dataclass(kw_only=True)
-class SchedulerConfig:
+class SchedulerConfig(Section):
     """How learning rate and weight decay move over a run."""
 
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "linear"

@@ -22,10 +22,11 @@ from megatron.bridge.training.config.rng import RNGConfig
 from megatron.bridge.training.config.scheduler import SchedulerConfig
 from megatron.bridge.training.config.train import TrainingConfig
 from megatron.bridge.training.config.validation import ValidationConfig
+from megatron.bridge.utils.section import Section
 
 
 @dataclass(kw_only=True)
-class RunSections:
+class RunSections(Section):
     """Everything that a run is told, section by section."""
 
     rng: RNGConfig = field(default_factory=RNGConfig)

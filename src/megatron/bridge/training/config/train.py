@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron.bridge.training.config.fields import require_not_negative, require_positive
+from megatron.bridge.utils.section import Section
 
 
 @dataclass(kw_only=True)
-class TrainingConfig:
+class TrainingConfig(Section):
     """How many samples a step takes, how many steps a run takes, and what ends it early."""
 
     micro_batch_size: int | None = None

@@ -4,10 +4,11 @@
 from dataclasses import dataclass
 
 from megatron.bridge.training.config.fields import require_not_negative, require_positive
+from megatron.bridge.utils.section import Section
 
 
 @dataclass(kw_only=True)
-class ValidationConfig:
+class ValidationConfig(Section):
     """When the model is evaluated, and on how much."""
 
     eval_iters: int | None = 100
