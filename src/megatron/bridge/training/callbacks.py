@@ -53,6 +53,9 @@ class CallbackContext:
     skipped_iter: bool | None = None
     """Whether the step just taken changed nothing: a gradient was not finite, or the norm above Core's threshold."""
 
+    figures: dict[str, float] = field(default_factory=dict)
+    """Figures of the step just taken that `logger` asks for: throughput, norm of the weights and so on."""
+
     num_tokens: int | None = None
     """Tokens in the loss of the step just taken, over all ranks."""
 

@@ -14,7 +14,7 @@ from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.utils import distributed
 from megatron.bridge.utils.core_version import warn_of_an_untested_core
 from megatron.bridge.utils.device import choose_device
-from megatron.bridge.utils.logging import setup_logging
+from megatron.bridge.utils.logging import filter_modules, set_level_of_all, setup_logging
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,11 @@ def initialize_distributed(cfg: ConfigContainer) -> bool:
     Returns:
         Whether this call created the process group, and so must destroy it.
     """
-    setup_logging(logging.INFO if cfg.logger.logging_level is None else cfg.logger.logging_level)
+    level = logging.INFO if cfg.logger.logging_level is None else cfg.logger.logging_level
+    setup_logging(level)
+    if cfg.logger.set_level_for_all_loggers:
+        set_level_of_all(level)
+    filter_modules(cfg.logger.modules_to_filter, warnings=cfg.logger.filter_warnings)
     warn_of_an_untested_core()
     choice = choose_device(cfg.dist.device, cfg.dist.distributed_backend)
     return distributed.init_process_group(choice, cfg.dist.distributed_timeout_minutes)

@@ -15,6 +15,7 @@ from megatron.bridge.training.monitoring.metrics import MetricsLogger, open_logg
 from megatron.bridge.training.monitoring.preemption import catch_exit_signal
 from megatron.bridge.training.monitoring.profiling import build_profilers
 from megatron.bridge.training.monitoring.progress import ProgressBar
+from megatron.bridge.training.monitoring.step_figures import build_step_figures
 from megatron.bridge.training.monitoring.summary import RunSummary, log_start
 from megatron.bridge.training.monitoring.trackers import build_loggers
 from megatron.bridge.training.setup import maybe_log_and_save_config, setup
@@ -64,7 +65,8 @@ def train_from_config(
             log_to_rank_file(config.logger.rank_log_dir)
             runtime_config_update(config)
             summary = RunSummary()
-            own = [ProgressBar(), summary, *build_loggers(config), *build_profilers(config)]
+            figures = build_step_figures(config.logger, config.checkpoint.save)
+            own = [*figures, ProgressBar(), summary, *build_loggers(config), *build_profilers(config)]
             manager = CallbackManager([*own, *normalize_callbacks(callbacks).callbacks])
         maybe_log_and_save_config(config)
         with catch_exit_signal(config.train) as exit_signal:

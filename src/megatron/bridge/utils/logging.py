@@ -2,6 +2,7 @@
 """Logging for a run of many ranks: one voice by default, and a file for each rank where it is asked for."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.bridge.utils.distributed import rank
@@ -21,6 +22,39 @@ class _RankFilter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         own_rank = record.rank = rank()
         return self._all_ranks or own_rank == 0 or record.levelno >= logging.ERROR
+
+
+class _ModuleFilter(logging.Filter):
+    """Drops what some loggers, and those below them, say."""
+
+    def __init__(self, modules: Sequence[str], *, warnings: bool) -> None:
+        super().__init__()
+        self._modules, self._lowest = modules, logging.ERROR if warnings else logging.WARNING
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        is_named = any(record.name == module or record.name.startswith(f"{module}.") for module in self._modules)
+        return not is_named or record.levelno >= self._lowest
+
+
+def filter_modules(modules: Sequence[str] | None, *, warnings: bool = True) -> None:
+    """Leave out what some loggers say, whatever shows it; a second call replaces the first.
+
+    Args:
+        modules: Names of loggers; those below them are left out too. None: nothing is left out.
+        warnings: Leave out their warnings too; errors are always shown.
+    """
+    for handler in [*logging.getLogger().handlers, *logging.getLogger("megatron.bridge").handlers]:
+        for old in [found for found in handler.filters if isinstance(found, _ModuleFilter)]:
+            handler.removeFilter(old)
+        if modules:
+            handler.addFilter(_ModuleFilter(modules, warnings=warnings))
+
+
+def set_level_of_all(level: int) -> None:
+    """Give every logger there is, and those made later, a level."""
+    logging.getLogger().setLevel(level)
+    for name in logging.root.manager.loggerDict:
+        logging.getLogger(name).setLevel(level)
 
 
 def setup_logging(level: int = logging.INFO, *, all_ranks: bool = False) -> None:

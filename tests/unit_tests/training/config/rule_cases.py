@@ -341,6 +341,9 @@ BAD = {
             "checkpoint.pretrained_checkpoint=no/such/dir: there is no",
         )
     ],
+    "check_progress_has_a_place": [
+        (["logger.log_progress=true", "checkpoint.save=null"], 1, "logger.log_progress=true without checkpoint.save"),
+    ],
     "check_profiles_have_a_place": [
         (
             ["profiling={use_pytorch_profiler: true}", "logger.tensorboard_dir=null"],

@@ -41,9 +41,11 @@ def test_a_communication_overlap_that_is_off_is_accepted():
 
 def test_options_that_only_show_more_are_accepted_and_named(caplog):
     caplog.set_level(logging.INFO)
-    make_config("logger.log_params_norm=true", "logger.log_energy=true", "dataset.data_sharding=false").validate(1)
+    make_config(
+        "logger.log_max_attention_logit=true", "logger.log_energy=true", "dataset.data_sharding=false"
+    ).validate(1)
     assert (
-        "accepted without effect, not built yet: logger.log_params_norm, logger.log_energy; "
+        "accepted without effect, not built yet: logger.log_max_attention_logit, logger.log_energy; "
         "of no use here: dataset.data_sharding"
     ) in caplog.messages
 

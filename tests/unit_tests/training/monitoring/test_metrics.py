@@ -205,6 +205,7 @@ def test_a_loss_functions_figures_keep_away_from_the_runs_own_names():
         step_seconds=1.0,
         tokens_per_second=1.0,
         fp16_loss_scale=2.0,
+        figures=dict.fromkeys(("throughput", "runtime", "world_size", "params_norm"), 1.0),
     )
     values = step_values(context)
     own = set(values) - {f"reported {name}" for name in RUNS_OWN}

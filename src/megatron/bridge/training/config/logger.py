@@ -15,19 +15,19 @@ class LoggerConfig(Section):
     """Steps between log lines."""
 
     log_params_norm: bool = False
-    """Log the norm of all weights."""
+    """Show the L2 norm of all weights, as the model holds them, wherever figures go."""
 
     log_throughput: bool = False
-    """Log floating point operations per second and GPU."""
+    """Show the floating point operations a second and device, by formula, wherever figures go (in units of 1e12)."""
 
     log_throughput_to_tensorboard: bool = False
-    """Write the throughput to TensorBoard."""
+    """Write the throughput to TensorBoard too."""
 
     throughput_window_size: int = 100
     """Steps over which the throughput is averaged."""
 
     log_progress: bool = False
-    """Write the progress of the run to progress.txt in the save directory."""
+    """Write a line to progress.txt in checkpoint.save at the start and at each checkpoint there."""
 
     timing_log_level: Literal[0, 1, 2] = 0
     """How fine the timers are: 0 the step, 1 its phases, 2 everything."""
@@ -51,7 +51,7 @@ class LoggerConfig(Section):
     """Write the loss scale to TensorBoard."""
 
     log_validation_ppl_to_tensorboard: bool = False
-    """Write the validation perplexity to TensorBoard."""
+    """Write the perplexity of each evaluation to TensorBoard."""
 
     log_memory_to_tensorboard: bool = False
     """Write memory use to TensorBoard."""
@@ -75,7 +75,7 @@ class LoggerConfig(Section):
     """Log the largest attention logit."""
 
     log_runtime_to_tensorboard: bool = False
-    """Write the elapsed time to TensorBoard."""
+    """Show the time since the first step of this start, wherever figures go."""
 
     runtime_time_unit: Literal["seconds", "minutes", "hours", "days"] = "hours"
     """Unit of the elapsed time."""
@@ -84,7 +84,7 @@ class LoggerConfig(Section):
     """Let all ranks meet before a level 1 timer starts."""
 
     log_world_size_to_tensorboard: bool = False
-    """Write the number of ranks to TensorBoard."""
+    """Show the number of ranks, wherever figures go."""
 
     metrics_file: str | None = None
     """File of JSON lines. None: metrics.jsonl in tensorboard_dir, else in checkpoint.save, else none."""
@@ -120,10 +120,10 @@ class LoggerConfig(Section):
     """Python logging level of the package, e.g. 20 for INFO. None: as the process set it."""
 
     filter_warnings: bool = True
-    """Leave log lines of level WARNING out where modules_to_filter says so."""
+    """Leave out the warnings of modules_to_filter too."""
 
     modules_to_filter: list[str] | None = None
-    """Loggers whose lines are left out. None: none of them."""
+    """Loggers whose lines are left out, with those below them; errors are shown. None: no logger's are."""
 
     set_level_for_all_loggers: bool = False
     """Apply logging_level to every logger, not only to ours."""

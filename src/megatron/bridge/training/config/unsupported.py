@@ -126,11 +126,8 @@ UNSUPPORTED = (
 _INERT = tuple(
     f"logger.{name}"
     for name in (
-        "log_params_norm log_throughput log_throughput_to_tensorboard log_progress log_timers_to_tensorboard "
-        "log_validation_ppl_to_tensorboard log_memory_to_tensorboard memory_keys log_memory_interval "
-        "log_device_memory_used log_l2_norm_grad_to_tensorboard log_num_zeros_in_grad log_max_attention_logit "
-        "log_runtime_to_tensorboard log_world_size_to_tensorboard log_energy modules_to_filter "
-        "set_level_for_all_loggers timing_log_level"
+        "log_timers_to_tensorboard log_memory_to_tensorboard memory_keys log_memory_interval log_device_memory_used "
+        "log_l2_norm_grad_to_tensorboard log_num_zeros_in_grad log_max_attention_logit log_energy timing_log_level"
     ).split()
 )
 """Options that only ask for more to be shown: they are accepted, without effect, and the log says so."""
@@ -138,8 +135,7 @@ _INERT = tuple(
 _OF_NO_USE = tuple(
     """
     train.exit_signal_handler_for_dataloader dist.local_rank rerun_state_machine.error_injection_type
-    logger.throughput_window_size logger.timing_log_option
-    logger.runtime_time_unit logger.barrier_with_L1_time logger.filter_warnings profiling.memory_snapshot_path
+    logger.timing_log_option logger.barrier_with_L1_time profiling.memory_snapshot_path
     checkpoint.use_tokenizer_model_from_checkpoint_args checkpoint.async_strategy checkpoint.use_persistent_ckpt_worker
     checkpoint.async_ckpt_cpu_priority checkpoint.async_ckpt_io_priority checkpoint.async_ckpt_use_cpu_shm
     checkpoint.async_write_results_mp_mode checkpoint.strict_fsdp_dtensor_load checkpoint.replication_factor

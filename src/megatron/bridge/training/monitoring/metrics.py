@@ -27,7 +27,7 @@ METRICS_FILE = "metrics.jsonl"
 
 RUNS_OWN = frozenset(
     "step split elapsed_seconds learning_rate grad_norm num_tokens step_seconds tokens_per_second peak_memory_bytes "
-    "skipped loss_scale".split()
+    "skipped loss_scale throughput runtime world_size params_norm".split()
 )
 """Names that a loss function's figures can't have in a line: there they are `reported step` and so on."""
 
@@ -60,6 +60,7 @@ def step_values(context: CallbackContext) -> dict[str, Any]:
         "peak_memory_bytes": peak_memory_bytes(),
         "skipped": context.skipped_iter,
         **({} if context.fp16_loss_scale is None else {"loss_scale": context.fp16_loss_scale}),
+        **context.figures,
     }
 
 

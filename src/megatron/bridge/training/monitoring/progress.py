@@ -49,6 +49,10 @@ class ProgressBar(Callback):
         if context.grad_norm is not None:
             shown["grad norm"] = f"{context.grad_norm:.2f}"
         shown["tokens/s"] = f"{taken.tokens_per_second:.0f}"
+        if context.state.cfg.logger.log_throughput:
+            shown["TFLOP/s/device"] = f"{context.figures['throughput']:.1f}"
+        if "params_norm" in context.figures:
+            shown["params norm"] = f"{context.figures['params_norm']:.3f}"
         if context.fp16_loss_scale is not None:
             shown["loss scale"] = f"{context.fp16_loss_scale:g}"
         self._steps, self._skipped = self._steps + 1, self._skipped + taken.is_skipped

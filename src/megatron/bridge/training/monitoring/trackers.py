@@ -23,6 +23,11 @@ def curve_names(split: str, values: dict[str, Any]) -> dict[str, float]:
     return {curves[name] + suffix: value for name, value in numbers.items()}
 
 
+def perplexity(loss: float) -> float:
+    """E to the loss, a mean over tokens in nats; a loss above 20 counts as 20, as in Megatron-LM."""
+    return math.exp(min(20.0, loss))
+
+
 class TensorBoard(MetricsLogger):
     """All figures against the step, in `logger.tensorboard_dir`."""
 
@@ -34,8 +39,14 @@ class TensorBoard(MetricsLogger):
 
     def write(self, state: GlobalState, split: str, values: dict[str, Any]) -> None:
         """Add a point to each curve."""
-        if not state.cfg.logger.log_loss_scale_to_tensorboard:
-            values = {name: value for name, value in values.items() if name != "loss_scale"}
+        config = state.cfg.logger
+        wanted = {
+            "loss_scale": config.log_loss_scale_to_tensorboard,
+            "throughput": config.log_throughput_to_tensorboard,
+        }
+        values = {name: value for name, value in values.items() if wanted.get(name, True)}
+        if config.log_validation_ppl_to_tensorboard and split != "train" and values.get("lm loss") is not None:
+            values["lm loss ppl"] = perplexity(values["lm loss"])
         for name, value in curve_names(split, values).items():
             self._writer.add_scalar(name, value, state.train_state.step)
 

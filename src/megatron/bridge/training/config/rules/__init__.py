@@ -18,7 +18,11 @@ from megatron.bridge.training.config.rules.checkpoint import (
     check_peft,
     check_pretrained_checkpoint_exists,
 )
-from megatron.bridge.training.config.rules.monitoring import check_profiles_have_a_place, check_trackers_are_installed
+from megatron.bridge.training.config.rules.monitoring import (
+    check_profiles_have_a_place,
+    check_progress_has_a_place,
+    check_trackers_are_installed,
+)
 from megatron.bridge.training.config.rules.optimizer import OPTIMIZER_RULES
 from megatron.bridge.training.config.rules.parallel import PARALLEL_RULES, check_virtual_pipeline_fits
 from megatron.bridge.training.config.rules.schedule import (
@@ -52,5 +56,6 @@ RULES: tuple[Callable[[RunSections, int], None], ...] = (
     check_exchange_suits_the_backend,
     check_trackers_are_installed,
     check_profiles_have_a_place,
+    check_progress_has_a_place,
 )
 """Every rule, in the order in which they speak: what is wrong first is said first."""

@@ -24,6 +24,15 @@ def check_trackers_are_installed(cfg: RunSections, world_size: int) -> None:
             )
 
 
+def check_progress_has_a_place(cfg: RunSections, world_size: int) -> None:
+    """The progress file lies beside the checkpoints."""
+    if cfg.logger.log_progress and cfg.checkpoint.save is None:
+        raise ValueError(
+            "logger.log_progress=true without checkpoint.save: progress.txt is written beside the checkpoints; set "
+            "checkpoint.save, or logger.log_progress=false"
+        )
+
+
 def check_profiles_have_a_place(cfg: RunSections, world_size: int) -> None:
     """Torch's profiler writes its traces below TensorBoard's directory, and the ranks to profile are there."""
     config = cfg.profiling

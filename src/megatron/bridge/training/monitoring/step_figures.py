@@ -1,0 +1,138 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Figures of a step that cost work of their own, where `logger` asks for them; and the progress file.
+
+They are computed on all ranks, before any place for figures takes them: `CallbackContext.figures` holds them.
+"""
+
+import math
+import os
+import time
+from collections import deque
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import mpu
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
+
+from megatron.bridge.training.callbacks import Callback, CallbackContext
+from megatron.bridge.training.config import LoggerConfig
+from megatron.bridge.utils.device import current_device
+from megatron.bridge.utils.distributed import is_rank_0
+
+SECONDS_PER_UNIT = {"seconds": 1, "minutes": 60, "hours": 3600, "days": 86400}
+
+PROGRESS_FILE = "progress.txt"
+
+
+class StepFigures(Callback):
+    """Adds to each step's figures what `logger` asks for."""
+
+    def __init__(self, config: LoggerConfig) -> None:
+        self._config = config
+        self._window: deque[tuple[float, float]] = deque(maxlen=config.throughput_window_size)
+        """Operations and seconds of the last steps."""
+
+        self._operations_before = 0.0
+        self._started = time.monotonic()
+
+    def on_train_start(self, context: CallbackContext) -> None:
+        self._operations_before = context.state.train_state.floating_point_operations_so_far
+        self._started = time.monotonic()
+
+    def on_train_step_end(self, context: CallbackContext) -> None:
+        config, state = self._config, context.state
+        operations = state.train_state.floating_point_operations_so_far
+        self._window.append((operations - self._operations_before, context.taken_step.seconds))
+        self._operations_before = operations
+        context.figures = {}
+        if config.log_throughput or config.log_throughput_to_tensorboard:
+            context.figures["throughput"] = tflops_per_device(self._window, state.derived.world_size)
+        if config.log_runtime_to_tensorboard:
+            elapsed = time.monotonic() - self._started
+            context.figures["runtime"] = elapsed / SECONDS_PER_UNIT[config.runtime_time_unit]
+        if config.log_world_size_to_tensorboard:
+            context.figures["world_size"] = state.derived.world_size
+        if config.log_params_norm and self._is_shown(state.train_state.step):
+            context.figures["params_norm"] = params_norm(context.model)
+
+    def _is_shown(self, step: int) -> bool:
+        """Whether some place takes the figures of this step: only then is a norm worth a pass over all weights."""
+        return any(
+            step % interval == 0 for interval in (self._config.log_interval, self._config.tensorboard_log_interval)
+        )
+
+
+def tflops_per_device(steps: deque[tuple[float, float]], world_size: int) -> float:
+    """Floating point operations a second and device, in units of 1e12, over some steps.
+
+    Args:
+        steps: Operations of all ranks, and seconds, of each.
+        world_size: Ranks, one a device.
+    """
+    operations, seconds = map(sum, zip(*steps, strict=True))
+    return operations / seconds / world_size / 1e12
+
+
+@torch.no_grad()
+def params_norm(model: list[Any]) -> float:
+    """The L2 norm of the whole model's weights, each counted once, as the model holds them. Collective."""
+    dense = torch.zeros((), dtype=torch.float64, device=current_device())
+    experts = torch.zeros_like(dense)
+    for param in (param for chunk in model for param in chunk.parameters()):
+        if not getattr(param, "allreduce", True):  # how Core marks an expert's
+            experts += param.float().square().sum(dtype=torch.float64)
+        elif param_is_not_shared(param) and param_is_not_tensor_parallel_duplicate(param):
+            dense += param.float().square().sum(dtype=torch.float64)
+    dist.all_reduce(dense, group=mpu.get_model_parallel_group())
+    dist.all_reduce(experts, group=mpu.get_expert_tensor_model_pipeline_parallel_group())
+    return math.sqrt(dense.item() + experts.item())
+
+
+class ProgressFile(Callback):
+    """`logger.log_progress`: a line in `progress.txt`, beside the checkpoints, at the start and at each save."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self._file = Path(directory) / PROGRESS_FILE
+        self._operations_at_start = 0.0
+        self._started = time.monotonic()
+
+    def on_train_start(self, context: CallbackContext) -> None:
+        self._operations_at_start = context.state.train_state.floating_point_operations_so_far
+        self._started = time.monotonic()
+        self._append(context, "Starting job")
+
+    def on_checkpoint_save(self, context: CallbackContext) -> None:
+        train_state = context.state.train_state
+        operations = train_state.floating_point_operations_so_far
+        steps = [(operations - self._operations_at_start, time.monotonic() - self._started)]
+        throughput = tflops_per_device(deque(steps), context.state.derived.world_size)
+        self._append(
+            context,
+            f"Saved checkpoint\tStep: {train_state.step}\tThroughput since the start: {throughput:.3g} TFLOP/s/device"
+            f"\tFloating point operations: {operations:.3e}\tSamples: {train_state.consumed_train_samples}",
+        )
+
+    def _append(self, context: CallbackContext, text: str) -> None:
+        if is_rank_0():
+            moment = datetime.now().astimezone().isoformat(timespec="seconds")
+            job = os.environ.get("SLURM_JOB_ID", "")
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(f"{moment}\tJob ID: {job}\tDevices: {context.state.derived.world_size}\t{text}\n")
+
+
+def build_step_figures(config: LoggerConfig, save: str | None) -> list[Callback]:
+    """The callbacks that `logger` asks for; they come before the places that take figures.
+
+    Args:
+        config: A checked section.
+        save: `checkpoint.save`, which `log_progress` needs.
+    """
+    figures: list[Callback] = [StepFigures(config)]
+    if config.log_progress:
+        assert save is not None  # check_progress_has_a_place refuses it
+        figures.append(ProgressFile(save))
+    return figures
