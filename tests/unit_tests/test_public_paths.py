@@ -11,6 +11,15 @@ SAME = [
     ("peft", "DoRA", "peft.dora"),
     ("peft", "PEFT", "peft.base"),
     ("training.tokenizers.tokenizer", "build_tokenizer", "data.tokenizer"),
+    ("data.builders", "GPTSFTDatasetConfig", "data.config"),
+    ("data.builders", "MockGPTDatasetConfig", "data.config"),
+    ("models.gpt_provider", "local_layer_spec", "models.layer_specs"),
+    ("models.gpt_provider", "transformer_engine_layer_spec", "models.layer_specs"),
+    ("recipes.llama.llama3", "llama32_1b_sft_config", "recipes.llama"),
+    ("recipes.qwen", "qwen25_7b_peft_config", "recipes.qwen2"),
+    ("recipes.qwen.qwen3", "qwen3_4b_pretrain_config", "recipes.qwen3"),
+    ("recipes.qwen.qwen3_moe", "qwen3_30b_a3b_pretrain_config", "recipes.qwen3_moe"),
+    ("recipes.utils", "apply_determinism_overrides", "recipes.utils.determinism_utils"),
     ("data.base", "DatasetBuildContext", "data.config"),
 ]
 
@@ -21,7 +30,7 @@ def test_a_public_path_gives_the_object_itself(path, name, home):
     assert getattr(found, name) is getattr(own, name)
 
 
-@pytest.mark.parametrize("path", ["models", "peft", "models.hf_pretrained"])
+@pytest.mark.parametrize("path", ["models", "peft", "models.hf_pretrained", "recipes.utils"])
 def test_a_door_knows_only_its_own_names(path):
     module = importlib.import_module(f"megatron.bridge.{path}")
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):

@@ -8,7 +8,7 @@ from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-from megatron.bridge.models import layer_specs
+from megatron.bridge.models import gpt_provider, layer_specs
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.models.torch_norm import TorchNorm
 from tests.rigs.ranks import run_on_ranks
@@ -70,3 +70,11 @@ def test_local_layers_have_only_norms_that_know_sequence_parallelism(fields):
     assert classes.count(TorchNorm) == (2 if fields.get("qk_layernorm") is None else 4) * 2 + 1
     assert WrappedTorchNorm not in classes and FusedLayerNorm not in classes
     assert len(messages) == 1 and messages[0].startswith("layer spec: local (")
+
+
+def test_layers_that_predict_further_tokens_are_refused():
+    provider = GPTModelProvider(num_layers=1, hidden_size=32, num_attention_heads=4)
+    assert gpt_provider.mtp_block_spec(provider) is None
+    provider.mtp_num_layers = 1
+    with pytest.raises(NotImplementedError, match="model.mtp_num_layers=1: .* unset it"):
+        gpt_provider.mtp_block_spec(provider)

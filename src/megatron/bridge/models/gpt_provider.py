@@ -14,13 +14,28 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron.bridge.models.fusions import COMPILED_FUSIONS, KERNEL_FUSIONS, why_unavailable
-from megatron.bridge.models.layer_specs import choose_layer_spec, default_layer_spec
+from megatron.bridge.models.layer_specs import (
+    choose_layer_spec,
+    default_layer_spec,
+    local_layer_spec,
+    mtp_block_spec,
+    transformer_engine_layer_spec,
+)
 from megatron.bridge.models.model_provider import ModelProviderMixin
 from megatron.bridge.models.rope import Llama3RopeScaling
 from megatron.bridge.models.router_gemm import repair_router_gemm
 from megatron.bridge.models.vocab_padding import mask_padding_logits, padded_vocab_size
 from megatron.bridge.utils.section import open_to_all_names
 from megatron.bridge.utils.set_fields import RemembersSetFields, writes_that_nobody_set
+
+__all__ = [
+    "GPTModelProvider",
+    "LayerSpec",
+    "default_layer_spec",
+    "local_layer_spec",
+    "mtp_block_spec",
+    "transformer_engine_layer_spec",
+]
 
 logger = logging.getLogger(__name__)
 

@@ -65,6 +65,18 @@ def local_layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> 
     return block
 
 
+def mtp_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> None:
+    """None: a model has no layers that predict further tokens.
+
+    Raises:
+        NotImplementedError: `mtp_num_layers` asks for some.
+    """
+    if config.mtp_num_layers:
+        raise NotImplementedError(
+            f"model.mtp_num_layers={config.mtp_num_layers}: layers that predict further tokens aren't built; unset it"
+        )
+
+
 def replace_norms(spec: Any, replaced: tuple[type, ...], norm: type = TorchNorm) -> None:
     """Put `norm` wherever a spec, or a spec inside it, names one of the `replaced` classes. Changes the spec."""
     if isinstance(spec, list):

@@ -156,3 +156,45 @@ def _call_hooks(hooks: list[ChunkHook], chunks: list[Any]) -> list[Any]:
         replaced = hook(chunks)
         chunks = chunks if replaced is None else replaced
     return chunks
+
+
+def get_model(
+    model_provider: ModelProviderMixin,
+    ddp_config: DistributedDataParallelConfig | None = None,
+    model_type: Any = None,
+    *,
+    fp16: bool | None = None,
+    bf16: bool | None = None,
+    use_megatron_fsdp: bool = False,
+    use_torch_fsdp2: bool = False,
+    init_model_with_meta_device: bool = False,
+    **options: Any,
+) -> list[MegatronModule]:
+    """Build this rank's chunks, as `provide_distributed_model` does.
+
+    Args:
+        model_provider: The model.
+        ddp_config: For Core's data-parallel wrapper; None takes its defaults.
+        model_type: Accepted: a GPT is an encoder or a decoder alone.
+        fp16: Compute in FP16; None: as the provider says.
+        bf16: Compute in bf16; None: as the provider says.
+        use_megatron_fsdp: Not supported, as the next two.
+        use_torch_fsdp2: Not supported.
+        init_model_with_meta_device: Not supported.
+        options: As for `provide_distributed_model`.
+
+    Raises:
+        ValueError: Something that isn't supported.
+    """
+    refused = {
+        "use_megatron_fsdp": use_megatron_fsdp,
+        "use_torch_fsdp2": use_torch_fsdp2,
+        "init_model_with_meta_device": init_model_with_meta_device,
+    }
+    for name, value in refused.items():
+        if value:
+            raise ValueError(f"{name}=True is not supported: leave it off; weights are shared out by tensor and stage")
+    for name, value in {"fp16": fp16, "bf16": bf16}.items():
+        if value is not None:
+            setattr(model_provider, name, value)
+    return model_provider.provide_distributed_model(ddp_config, **options)

@@ -5,6 +5,8 @@ from typing import Any
 
 from megatron.bridge.recipes.table import Family, Layout, ModelSize
 
+__path__: list[str] = []  # a package to the import system: `llama.llama3` is a row of utils/moved_modules.py
+
 
 def _shape(layers: int, hidden: int, ffn: int, heads: int, *, channels: int = 128, **others: Any) -> dict[str, Any]:
     return {

@@ -17,6 +17,10 @@ PUBLIC_PATHS = {
     f"megatron.bridge.{public}": f"megatron.bridge.{own}"
     for public, own in {
         "data.base": "data.config",
+        "recipes.llama.llama3": "recipes.llama",
+        "recipes.qwen.qwen2": "recipes.qwen2",
+        "recipes.qwen.qwen3": "recipes.qwen3",
+        "recipes.qwen.qwen3_moe": "recipes.qwen3_moe",
         "training.model_load_save": "training.utils.model_load_save",
     }.items()
 }
