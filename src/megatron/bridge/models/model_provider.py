@@ -194,7 +194,7 @@ def get_model(
     for name, value in refused.items():
         if value:
             raise ValueError(f"{name}=True is not supported: leave it off; weights are shared out by tensor and stage")
-    for name, value in {"fp16": fp16, "bf16": bf16}.items():
-        if value is not None:
-            setattr(model_provider, name, value)
+    for name, is_used in {"fp16": fp16, "bf16": bf16}.items():
+        if is_used is not None:
+            setattr(model_provider, name, is_used)
     return model_provider.provide_distributed_model(ddp_config, **options)
