@@ -28,7 +28,7 @@ SKIPPING = ("distributed", "FP32, plain", "half offloaded")
 
 
 class _Breaks(Callback):
-    """Makes a gradient, the loss or a weight of rank 1 infinite or NaN at one step, and looks at what comes of it."""
+    """Makes a gradient, the loss or a weight of rank 1 infinite or NaN at one step, and looks at the result."""
 
     def __init__(self, what, *, factor=math.nan, at=(2,), rank=1):
         self.what, self.factor, self.at, self.is_here = what, factor, at, dist.get_rank() == rank

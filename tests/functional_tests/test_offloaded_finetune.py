@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """The configuration that stock Core gets silently wrong: weights loaded after an offloaded optimizer was built.
 
-On a machine without CUDA the offloaded run must be bit-equal to the same run without offload. With CUDA the CPU's
+On a machine without CUDA the offloaded run must be bit-exact with the same run without offload. With CUDA the CPU's
 Adam rounds otherwise than the GPU's, so there the reference is the offloaded run whose weights were in place when its
 optimizer was built.
 """

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""SIGTERM: all ranks save at the next step boundary and end with a code of their own; started again, they go on."""
+"""SIGTERM: all ranks save at the next step boundary and end with a code of their own; started again, they resume."""
 
 import random
 import signal

@@ -64,7 +64,7 @@ IN_EFFECT = {
     "plain": {"plain state", "finite gradients"},
 }
 TESTED_CORES = ("0.16.1", "0.17.1", "0.18.2", "0.19.2")
-"""The same in all: no defect of 0.16.1 is gone in 0.19.2. A Core that is not among them may have mended some."""
+"""The same in all: no defect of 0.16.1 is gone in 0.19.2. A Core that is not among them may have fixed some."""
 
 
 @contextlib.contextmanager
@@ -151,7 +151,7 @@ def _waits(self, closure=None):
     self.gpu_optimizer.step(closure)
 
 
-MENDED = {
+FIXED = {
     "load template": ("no offload", DistributedOptimizer, "state_dict", _nothing),
     "no dummy step": ("offload", HybridDeviceOptimizer, "dummy_step", _nothing),
     "master lookup": ("offload", HybridDeviceOptimizer, "_update_fp32_params_by_new_state", _nothing),
@@ -181,12 +181,12 @@ MENDED = {
     "plain state": ("plain", Float16OptimizerWithFloat16Params, "sharded_state_dict", _nothing),
     "finite gradients": ("no offload", ChainedOptimizer, "step", _looks_at_the_norm),
 }
-"""By repair: a run that needs it, and the method of Core's that it looks at, mended."""
+"""By repair: a run that needs it, and the method of Core's that it looks at, fixed."""
 
 
 def _is_asked_for(directory, name):
-    """Whether a repair is needed with Core as it is, and with Core mended."""
-    run, core_class, attribute, mended = MENDED[name]
+    """Whether a repair is needed with Core as it is, and with Core fixed."""
+    run, core_class, attribute, fixed = FIXED[name]
     (repair,) = (repair for repair in REPAIRS if repair.name == name)
     with _built(directory, run) as (cfg, chunks, chain):
         (asked,) = (
@@ -194,29 +194,29 @@ def _is_asked_for(directory, name):
         )
         asked = ToBuild(cfg.optimizer, chunks) if repair.while_building else asked
         as_it_is = repair.is_needed(asked)
-        with replaced(core_class, **{attribute: mended}):
+        with replaced(core_class, **{attribute: fixed}):
             return as_it_is, repair.is_needed(asked)
 
 
-@pytest.mark.parametrize("name", MENDED)
+@pytest.mark.parametrize("name", FIXED)
 def test_a_repair_steps_aside_where_core_is_right(tmp_path, name):
-    for as_it_is, mended in run_on_ranks(_is_asked_for, 2, tmp_path, name):
-        assert (as_it_is, mended) == (True, False)
+    for as_it_is, fixed in run_on_ranks(_is_asked_for, 2, tmp_path, name):
+        assert (as_it_is, fixed) == (True, False)
 
 
 def _two_at_once(directory):
-    """Repairs that look at more than one thing: whether they are needed as Core is, and with Core mended."""
+    """Repairs that look at more than one thing: whether they are needed as Core is, and with Core fixed."""
     with _built(directory, "offload") as (_, _, chain):
         (distributed_optimizer,) = chain.chained_optimizers
         by_name = {repair.name: repair for repair in REPAIRS}
         plain, exact = by_name["plain param groups"], by_name["exact resume"]
         answers = [plain.is_needed(distributed_optimizer), exact.is_needed(distributed_optimizer)]
         distributed_optimizer.optimizer.defaults = {"lr": 0.1}
-        mended = {
+        fixed = {
             "sharded_param_state_dp_reshardable": _nothing,
             "load_parameter_state_from_dp_reshardable": _syncs,
         }
-        with replaced(DistributedOptimizer, **mended):
+        with replaced(DistributedOptimizer, **fixed):
             return answers, [plain.is_needed(distributed_optimizer), exact.is_needed(distributed_optimizer)]
 
 
@@ -225,8 +225,8 @@ def _syncs(self, state_dict):
 
 
 def test_those_that_look_at_two_things_step_aside_too(tmp_path):
-    for as_it_is, mended in run_on_ranks(_two_at_once, 2, tmp_path):
-        assert as_it_is == [True, True] and mended == [False, False]
+    for as_it_is, fixed in run_on_ranks(_two_at_once, 2, tmp_path):
+        assert as_it_is == [True, True] and fixed == [False, False]
 
 
 def test_the_one_for_a_bucket_of_padding_steps_aside_too(monkeypatch):
@@ -244,7 +244,7 @@ def test_the_one_for_a_bucket_of_padding_steps_aside_too(monkeypatch):
 
 def test_each_repair_is_seen_to_step_aside():
     assert {repair.name for repair in REPAIRS} == {
-        *MENDED,
+        *FIXED,
         "plain param groups",
         "exact resume",
         "empty bucket",

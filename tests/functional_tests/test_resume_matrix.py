@@ -62,7 +62,7 @@ def _check(run, cell, step):
     path, name, whole = run
     resumed = run_on_ranks(resume, LAYOUTS[cell.layout][0], path, name, cell, step)
     assert apart(whole, [seen for seen, _ in resumed], step, exact=cell.layout == cell.saved.layout) == []
-    assert all(seen.moved for seen, _ in resumed), "the run that went on trained nothing"
+    assert all(seen.moved for seen, _ in resumed), "the run that resumed trained nothing"
     assert [moved for _, moved in resumed if moved] == [], "a step at learning rate 0 changed weights"
 
 

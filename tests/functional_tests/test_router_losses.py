@@ -108,7 +108,7 @@ def _counts(logits):
 
 def _expected(ranks, step):
     """Each loss of each layer, from what the routers' inputs were: {name: {layer: mean}}."""
-    micro_batches: dict[int, dict[int, list[list[torch.Tensor]]]] = {}  # layer, data rank, then in order
+    micro_batches: dict[int, dict[int, list[list[torch.Tensor]]]] = {}  # layer, data-parallel rank, then in order
     for rank in sorted(ranks, key=lambda rank: rank["tensor"]):
         count: dict[int, int] = {}
         for layer, logits in rank["steps"][step]:

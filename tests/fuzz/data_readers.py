@@ -199,7 +199,7 @@ def _tokens() -> Reader:
     def read(path: Path) -> Any:
         found = read_cache(path, ("ids",), recipe={"a": 1})
         if found is None:
-            raise ValueError("not believed: the data is tokenised anew")
+            raise ValueError("not believed: the data is tokenised again")
         return found
 
     compressed = io.BytesIO()

@@ -170,7 +170,7 @@ def try_damages(
 
 
 def _count(tally: Tally, rig: Rig, path: Path, mode: str) -> None:
-    """Load, and judge what came of it."""
+    """Load, and judge the result."""
     try:
         differing = rig.load()
     except DOCUMENTED as error:

@@ -149,5 +149,5 @@ def refusals(directory, options_by_name):
 
 
 def parts_equal(first, second):
-    """Which parts of two sets of facts are bit-equal."""
+    """Which parts of two sets of facts are equal, bit-exact."""
     return {name for name in first if first[name] == second[name]}

@@ -92,7 +92,7 @@ def run_finetune(cfg: Any) -> Recorder:
 
 
 def differing(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Largest difference of each tensor that is not bit-equal; empty where all are."""
+    """Largest difference of each tensor that isn't bit-exact; empty if all are."""
     assert first.keys() == second.keys() and first, (sorted(first), sorted(second))
     return {
         name: float((first[name].float() - second[name].float()).abs().max())

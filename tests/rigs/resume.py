@@ -3,7 +3,7 @@
 
 One uninterrupted run saves at several steps. From each save a run with a new model and a new optimizer resumes:
 
-- as it was, or with another part of the optimizer offloaded: all that follows must be bit-equal;
+- as it was, or with another part of the optimizer offloaded: all that follows must be bit-exact;
 - in another layout: the optimizer's state, put together over all ranks, must be the saved one, bit-exact, and the
   losses equal up to the order of sums;
 - with learning rate 0 and no weight decay: no weight may change.

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""The resume matrix as data: which runs are stopped and how they go on. `tests/rigs/resume.py` says what must hold.
+"""The resume matrix as data: which runs are stopped and how they resume. `tests/rigs/resume.py` says what must hold.
 
 Sizes are odd and buckets small, so that buckets end with padding and slices begin in the middle of a row.
 """

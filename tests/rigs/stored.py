@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""What lies in a checkpoint, bit by bit, without a model to load it into."""
+"""Compares the content of checkpoints, bit-exact, without a model to load it into."""
 
 import io
 from pathlib import Path
@@ -23,7 +23,7 @@ def stored_content(root: str | Path, iteration: int) -> dict[tuple, Any]:
 
 
 def unequal(first: dict[tuple, Any], second: dict[tuple, Any]) -> set[str]:
-    """The keys whose content is not bit-equal; both have the same keys."""
+    """The keys whose content isn't bit-exact; both have the same keys."""
     assert first.keys() == second.keys() and first
     return {key[0] for key in first if not _equal(first[key], second[key])}
 

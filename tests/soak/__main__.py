@@ -7,7 +7,7 @@ Two ranks train a tiny model with half of the optimizer offloaded, saving every 
 `async_save`. The faults are those of `tests/soak/faults.py`, each kind as often. After each the run is started again:
 it must resume from the last step that was reported saved, or a later one, except where the fault damaged that
 checkpoint, which must be refused by name. When the last step is reached, every loss of every start and every tensor of
-the last checkpoint are compared with the uninterrupted run's, bit by bit, and the next run begins, until all faults are
+the last checkpoint are compared with the uninterrupted run's, bit-exact, and the next run begins, until all faults are
 spent. `--write` puts the table into docs/reliability.md; a run of less than the usual number of faults doesn't.
 """
 
@@ -47,7 +47,7 @@ class Soaked:
     starts: int = 0
     runs: int = 0
     resumed_at: list[int] = field(default_factory=list)
-    """The step that each start went on from."""
+    """The step that each start resumed from."""
 
 
 def soak(
@@ -118,7 +118,7 @@ def _go_on(run: Run, *, until_saved: bool) -> bool:
 
 
 def _check_resumed(run: Run, soaked: Soaked, struck_since: list[str]) -> None:
-    """What this start went on from, if it trained, after the faults that struck since another did."""
+    """What this start resumed from, if it trained, after the faults that struck since another did."""
     resumed = run.resumed()
     if resumed is None:
         return

@@ -1,8 +1,8 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """What `tests.soak` does to a run: a table of faults. Each starts the run, or what belongs to it, and strikes once.
 
-What a fault must lead to is asserted here: who is left ends by itself, what can't go on ends on all ranks in one line
-that names the place. What comes after (the next start resumes, the run ends bit-exact) is `tests.soak`'s.
+What a fault must lead to is asserted here: who is left ends by itself, what can't continue ends on all ranks in one
+line that names the place. What comes after (the next start resumes, the run ends bit-exact) is `tests.soak`'s.
 """
 
 import contextlib
@@ -185,7 +185,7 @@ def _is_refused(run: Run, name: str) -> None:
 
 
 def _jump(run: Run, choose: random.Random, *, hours: int) -> bool:
-    """All files are suddenly of another day, each another; and the clock goes on jumping until the ranks are killed."""
+    """All files are suddenly of another day, each another; and the clock keeps jumping until the ranks are killed."""
     for path in run.checkpoints.rglob("*"):
         then = time.time() + 3600 * choose.uniform(0, hours)
         os.utime(path, (then, then))

@@ -142,7 +142,7 @@ def disk_fills_up(rank: int, *, root: str, victim: int, after: int) -> None:
     """From a moment on, a rank finds no space for a new file or directory below `root`.
 
     What Python opens by name leads to /dev/full, where the system takes the open and refuses each byte; what must be
-    made anew (`mkstemp`, `mkdir`) is refused at once.
+    created (`mkstemp`, `mkdir`) is refused at once.
 
     Args:
         rank: Of this process.

@@ -124,7 +124,7 @@ class Run:
         return self._log(rank)[self._said_before[rank] :].decode(errors="replace")
 
     def resumed(self) -> tuple[int, float] | None:
-        """The step that this start went on from, and the seconds until it did; None: it didn't come so far."""
+        """The step that this start resumed from, and the seconds until it did; None: it didn't come so far."""
         found = re.search(r"^train from step (\d+) at (\S+)$", self.said(), flags=re.MULTILINE)
         return None if found is None else (int(found[1]), float(found[2]) - self.started)
 

@@ -111,7 +111,7 @@ def _not_restored(what: str, breaks: str, where: str, change: Change, test: str)
 THE_RESUME = (
     _not_restored(
         "step",
-        "Adam's bias correction starts anew",
+        "Adam's bias correction starts over",
         "core_repairs.exact_resume:_restore_step_and_masters.RestoreStepAndMasters.load_state_dict",
         value("step", 'state["step"]'),
         OFFLOADED,
@@ -174,7 +174,7 @@ THE_RESUME = (
     ),
     _not_restored(
         "schedule",
-        "the warm-up starts anew",
+        "the warm-up starts over",
         "training.run_state.schedule:load_optimizer",
         without_call("scheduler.load_state_dict"),
         NOT_OFFLOADED,

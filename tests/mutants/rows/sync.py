@@ -19,7 +19,7 @@ THE_SYNC = (
     ),
     Mutant(
         name="no level 2",
-        breaks="CPU clones keep their old values",
+        breaks="CPU copies keep their old values",
         where="megatron.bridge.training.cpu_offload.param_copies:_entries",
         change=value(1, "copies if main is None else copies[:1]", of="_Entry"),
         tests=(f"{_REAL}[1.0-False-False]",),

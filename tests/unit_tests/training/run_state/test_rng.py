@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Which random states are put back, which start anew, and which are damaged."""
+"""Which random states are put back, which start over, and which are damaged."""
 
 import logging
 import random
