@@ -15,6 +15,12 @@ SAME = [
     ("data.builders", "MockGPTDatasetConfig", "data.config"),
     ("models.gpt_provider", "local_layer_spec", "models.layer_specs"),
     ("models.gpt_provider", "transformer_engine_layer_spec", "models.layer_specs"),
+    ("data.utils", "build_datasets", "data.loaders"),
+    ("models.conversion", "weights_verification_table", "models.conversion.utils"),
+    ("recipes.qwen.h100", "build", "recipes.h100"),
+    ("training.deepep", "apply_deepep", "models.expert_dispatch"),
+    ("training.flex_dispatcher_backend", "apply_flex_dispatcher_backend", "models.expert_dispatch"),
+    ("training.utils.moe_token_drop", "apply_moe_token_drop", "models.expert_dispatch"),
     ("recipes.llama.llama3", "llama32_1b_sft_config", "recipes.llama"),
     ("recipes.qwen", "qwen25_7b_peft_config", "recipes.qwen2"),
     ("recipes.qwen.qwen3", "qwen3_4b_pretrain_config", "recipes.qwen3"),
@@ -30,7 +36,7 @@ def test_a_public_path_gives_the_object_itself(path, name, home):
     assert getattr(found, name) is getattr(own, name)
 
 
-@pytest.mark.parametrize("path", ["models", "peft", "models.hf_pretrained", "recipes.utils"])
+@pytest.mark.parametrize("path", ["models", "models.conversion", "peft", "models.hf_pretrained", "recipes.utils"])
 def test_a_door_knows_only_its_own_names(path):
     module = importlib.import_module(f"megatron.bridge.{path}")
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
@@ -42,3 +48,13 @@ def test_any_tokenizer_is_a_megatron_tokenizer():
     from megatron.bridge.training.tokenizers.tokenizer import MegatronTokenizer
 
     assert isinstance(NullTokenizer(8), MegatronTokenizer) and not isinstance("text", MegatronTokenizer)
+
+
+def test_the_dataset_provider_of_a_configuration_builds_it():
+    from megatron.bridge.data.config import DatasetBuildContext, MockGPTDatasetConfig
+    from megatron.bridge.data.loaders import build_datasets
+    from megatron.bridge.data.utils import get_dataset_provider
+
+    assert get_dataset_provider(MockGPTDatasetConfig(seq_length=8)) is build_datasets
+    with pytest.raises(ValueError, match="dataset is a str"):
+        get_dataset_provider("text")("text", DatasetBuildContext(1, 1, 1))

@@ -17,11 +17,16 @@ PUBLIC_PATHS = {
     f"megatron.bridge.{public}": f"megatron.bridge.{own}"
     for public, own in {
         "data.base": "data.config",
+        "recipes.llama.h100": "recipes.h100",
         "recipes.llama.llama3": "recipes.llama",
+        "recipes.qwen.h100": "recipes.h100",
         "recipes.qwen.qwen2": "recipes.qwen2",
         "recipes.qwen.qwen3": "recipes.qwen3",
         "recipes.qwen.qwen3_moe": "recipes.qwen3_moe",
+        "training.deepep": "models.expert_dispatch",
+        "training.flex_dispatcher_backend": "models.expert_dispatch",
         "training.model_load_save": "training.utils.model_load_save",
+        "training.utils.moe_token_drop": "models.expert_dispatch",
     }.items()
 }
 """Modules that scripts for Megatron Bridge import, and ours that hold what they take from them."""

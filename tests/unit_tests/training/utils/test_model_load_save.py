@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 from safetensors.torch import load_file
 
 from megatron.bridge import AutoBridge
+from megatron.bridge.models.conversion import weights_verification_table
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 
 from ...models.tiny_llama import save_tiny_llama
@@ -147,3 +148,13 @@ def test_a_bridge_refuses_what_is_not_there(hf, tmp_path):
         bridge.export_hf_weights_quant([])
     with pytest.raises(ValueError, match="hf_tokenizer_kwargs=.* is not supported"):
         bridge.save_megatron_model([], tmp_path, hf_tokenizer_kwargs={"use_fast": False})
+
+
+def test_a_table_says_which_tensors_are_the_files(hf):
+    bridge = AutoBridge.from_hf_pretrained(hf)
+    with temporary_distributed_context():
+        chunks = bridge.get_model(wrap_with_ddp=False, use_cpu_initialization=True)
+        assert weights_verification_table(bridge, chunks).count("  equal") == len(load_file(hf / "model.safetensors"))
+        with torch.no_grad():
+            chunks[0].decoder.final_layernorm.weight.add_(1)
+        assert "max difference 1" in weights_verification_table(bridge, chunks)
