@@ -4,6 +4,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron.bridge.utils.parallel_sizes import PARALLEL_SIZES
 from tests.unit_tests.models.tiny_llama import LLAMA3_ROPE
 
 
@@ -68,14 +69,7 @@ class Layout:
 def _layout(
     num_ranks: int, *, experts: bool = False, sequence: bool = False, dispatcher: str | None = None, **axes: int
 ) -> Layout:
-    names = {
-        "tp": "tensor_model_parallel_size",
-        "pp": "pipeline_model_parallel_size",
-        "vp": "virtual_pipeline_model_parallel_size",
-        "ep": "expert_model_parallel_size",
-        "etp": "expert_tensor_parallel_size",
-    }
-    sizes: dict[str, Any] = {names[axis]: size for axis, size in axes.items()}
+    sizes: dict[str, Any] = {PARALLEL_SIZES[axis.upper()].field: size for axis, size in axes.items()}
     if sequence:
         sizes["sequence_parallel"] = True
     if dispatcher is not None:

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron.bridge.training.run_state.load_plan import PARALLEL_SIZES
+from megatron.bridge.utils.parallel_sizes import PARALLEL_SIZES
 from tests.rigs.on_ranks import Recorder, differing
 from tests.rigs.optimizer_state import Slice, slices_of, whole_state
-from tests.rigs.resume_matrix import BUCKETS, FRACTIONS, LAYOUTS, MODELS, SAVES, STEPS, Cell, Saved
+from tests.rigs.resume_matrix import AXES, BUCKETS, FRACTIONS, LAYOUTS, MODELS, SAVES, STEPS, Cell, Saved
 from tests.rigs.tiny import VOCAB_SIZE, tiny_config
 
 GLOBAL_BATCH = 12
@@ -122,7 +122,7 @@ def resume_config(
 
     saved, sizes = cell.saved, LAYOUTS[cell.layout][1]
     fraction = FRACTIONS.get(cell.change, saved.fraction)
-    model = {**MODELS[saved.kind], **{option: sizes.get(size, 1) for size, option in PARALLEL_SIZES.items()}}
+    model = {**MODELS[saved.kind], **{PARALLEL_SIZES[short].field: sizes.get(short, 1) for short in AXES}}
     model["sequence_parallel"] = saved.kind == "experts" and "TP" in sizes  # which Core wants of them
     data_parallel_size = dist.get_world_size() // (sizes.get("TP", 1) * sizes.get("PP", 1))
     is_distributed = saved.optimizer == "distributed"

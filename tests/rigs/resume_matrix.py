@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.bridge.training.run_state.load_plan import PARALLEL_SIZES
 from tests.rigs.tiny import fp32_norm_layer_spec
 
 STEPS, SAVES = 5, (0, 1, 3)
@@ -35,6 +34,8 @@ MODELS = {
         "moe_token_dispatcher_type": "alltoall",
     },
 }
+AXES = ("TP", "PP", "EP", "ETP")
+"""The parallel sizes that vary."""
 LAYOUTS = {
     "DP 1": (1, {}),
     "DP 2": (2, {}),
@@ -104,7 +105,7 @@ class Cell:
         if self.saved.form != "dp_reshardable":
             return ""
         was, now = (LAYOUTS[layout][1] for layout in (self.saved.layout, self.layout))
-        changed = (size for size in PARALLEL_SIZES if was.get(size, 1) != now.get(size, 1))
+        changed = (size for size in AXES if was.get(size, 1) != now.get(size, 1))
         return next((f"{size} {was.get(size, 1)} -> {now.get(size, 1)}" for size in changed), "")
 
 

@@ -19,17 +19,12 @@ from typing import TYPE_CHECKING, Any
 from megatron.bridge.utils.command_options import DTYPES, add_checkpoint_options
 from megatron.bridge.utils.exit_codes import exit_with
 from megatron.bridge.utils.interpolation import expand_home
+from megatron.bridge.utils.parallel_sizes import PARALLEL_SIZES
 
 if TYPE_CHECKING:
     from megatron.bridge.models.conversion.auto_bridge import AutoBridge
 
-_SIZES = {
-    "tp": ("tensor_model_parallel_size", "processes that share each matrix"),
-    "pp": ("pipeline_model_parallel_size", "processes that share the layers"),
-    "vp": ("virtual_pipeline_model_parallel_size", "parts of each process's layers"),
-    "ep": ("expert_model_parallel_size", "processes that share the experts"),
-    "etp": ("expert_tensor_parallel_size", "processes that share each expert's matrices (default: --tp)"),
-}
+_SIZES = {short.lower(): PARALLEL_SIZES[short] for short in ("TP", "PP", "VP", "EP", "ETP")}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -66,15 +61,15 @@ def build_parser() -> argparse.ArgumentParser:
     for command in (importing, exporting):
         command.add_argument("--dtype", choices=DTYPES, help="of the weights written (default: as they are)")
     for command in (importing, exporting, adapting, merging, roundtrip):
-        for option, (_, meaning) in _SIZES.items():
-            command.add_argument(f"--{option}", type=int, help=f"{meaning}, while converting")
+        for option, size in _SIZES.items():
+            command.add_argument(f"--{option}", type=int, help=f"{size.meaning}, while converting")
         command.add_argument("--no-progress", action="store_true", help="show no progress bar")
     return parser
 
 
 def parallel_sizes(args: argparse.Namespace) -> dict[str, Any]:
     """The sizes that were given, by their names in a provider."""
-    given = {name: getattr(args, option) for option, (name, _) in _SIZES.items()}
+    given = {size.field: getattr(args, option) for option, size in _SIZES.items()}
     return {name: size for name, size in given.items() if size is not None}
 
 

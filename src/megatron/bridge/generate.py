@@ -16,17 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.utils.command_options import DTYPES, add_checkpoint_options
 from megatron.bridge.utils.exit_codes import exit_with
+from megatron.bridge.utils.parallel_sizes import PARALLEL_SIZES
 
 if TYPE_CHECKING:
     from megatron.bridge.data.tokenizer import HuggingFaceTokenizer
 
 logger = logging.getLogger(__name__)
 
-_SIZES = {
-    "tp": ("tensor_model_parallel_size", "processes that share each matrix"),
-    "pp": ("pipeline_model_parallel_size", "processes that share the layers"),
-    "ep": ("expert_model_parallel_size", "processes that share the experts"),
-}
+_SIZES = {short.lower(): PARALLEL_SIZES[short] for short in ("TP", "PP", "EP")}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,8 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest with this probability")
     parser.add_argument("--seed", type=int, default=1234, help="of the draws (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, help="to compute in (default: the checkpoint's)")
-    for option, (_, meaning) in _SIZES.items():
-        parser.add_argument(f"--{option}", type=int, default=1, help=meaning)
+    for option, size in _SIZES.items():
+        parser.add_argument(f"--{option}", type=int, default=1, help=size.meaning)
     return parser
 
 
@@ -135,7 +132,7 @@ def run(args: argparse.Namespace) -> None:
     from megatron.bridge.models.generation import Sampling, generate_tokens, load_for_generation
     from megatron.bridge.utils.distributed import is_rank_0, model_parallel_groups, raise_on_all_ranks
 
-    sizes = {name: getattr(args, option) for option, (name, _) in _SIZES.items()}
+    sizes = {size.field: getattr(args, option) for option, size in _SIZES.items()}
     with model_parallel_groups(**sizes):
         with raise_on_all_ranks("reading the command line"):
             if args.max_new_tokens < 1:

@@ -13,6 +13,7 @@ from megatron.bridge.checkpoint.manifest import ALGORITHM, MANIFEST_FILE, damage
 from megatron.bridge.checkpoint.model_checkpoint import read_run_config
 from megatron.bridge.checkpoint.safe_pickle import read_blob, read_dcp_metadata
 from megatron.bridge.checkpoint.sharded_state import stored_content_metadata
+from megatron.bridge.utils.parallel_sizes import PARALLEL_SIZES
 
 
 def inspect(path: str | Path, ckpt_step: int | None = None) -> list[str]:
@@ -81,9 +82,8 @@ def _run(directory: Path) -> list[str]:
     kind = str(model.get("_target_", "a model")).rpartition(".")[2]
     sizes = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size", "num_moe_experts")
     shape = ", ".join(f"{name} {model[name]}" for name in sizes if model.get(name) is not None)
-    parallel = ("tensor_model", "pipeline_model", "expert_model", "expert_tensor", "context")
-    named = [(name, model.get(f"{name}_parallel_size")) for name in parallel]
-    layout_text = ", ".join(f"{name.replace('_model', '')} {size}" for name, size in named if size is not None)
+    parallel = [(size.word, model.get(size.field)) for size in PARALLEL_SIZES.values()]
+    layout_text = ", ".join(f"{word} {size}" for word, size in parallel if size is not None)
     return [f"  {kind}: {shape}", f"  saved at parallel sizes {layout_text}; loads at others too"]
 
 

@@ -25,6 +25,7 @@ from megatron.bridge.models.model_provider import ModelProviderMixin
 from megatron.bridge.models.rope import Llama3RopeScaling
 from megatron.bridge.models.router_gemm import repair_router_gemm
 from megatron.bridge.models.vocab_padding import mask_padding_logits, padded_vocab_size
+from megatron.bridge.utils.parallel_sizes import parallel_sizes
 from megatron.bridge.utils.section import open_to_all_names
 from megatron.bridge.utils.set_fields import RemembersSetFields, writes_that_nobody_set
 
@@ -233,13 +234,5 @@ class GPTModelProvider(RemembersSetFields, TransformerConfig, ModelProviderMixin
         )
 
         init_process_group(enter_device())
-        initialize_model_parallel(
-            self.tensor_model_parallel_size,
-            self.pipeline_model_parallel_size,
-            virtual_pipeline_model_parallel_size=self.virtual_pipeline_model_parallel_size,
-            context_parallel_size=self.context_parallel_size,
-            expert_model_parallel_size=self.expert_model_parallel_size,
-            expert_tensor_parallel_size=self.expert_tensor_parallel_size,
-            **options,
-        )
+        initialize_model_parallel(**parallel_sizes(self), **options)
         seed_everything(seed)

@@ -9,13 +9,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module, MegatronModule
 
 from megatron.bridge.models.input_gradients import enable_input_gradients
 from megatron.bridge.utils.device import current_device
+from megatron.bridge.utils.parallel_sizes import sizes_of_groups
 
 ChunkHook = Callable[[list[MegatronModule]], list[MegatronModule] | None]
 """Gets the chunks; returns them, others in their place, or None to keep them."""
@@ -135,16 +136,9 @@ class ModelProviderMixin(abc.ABC):
         Raises:
             ValueError: They differ, so the model would be cut otherwise than the ranks are grouped.
         """
-        found = {
-            "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
-            "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
-            "virtual_pipeline_model_parallel_size": parallel_state.get_virtual_pipeline_model_parallel_world_size(),
-        }
-        if self.num_moe_experts:
-            found["expert_model_parallel_size"] = parallel_state.get_expert_model_parallel_world_size()
-            found["expert_tensor_parallel_size"] = parallel_state.get_expert_tensor_parallel_world_size()
-        for name, size in found.items():
-            if getattr(self, name) != size:
+        for name, size in sizes_of_groups().items():
+            concerns_model = self.num_moe_experts or not name.startswith("expert")
+            if concerns_model and getattr(self, name) != size:
                 raise ValueError(
                     f"model.{name}={getattr(self, name)}, but the process groups were built for {size}: "
                     "initialize model parallelism with the model's sizes"

@@ -23,6 +23,7 @@ from megatron.bridge.training.config import ConfigContainer, runtime_config_upda
 from megatron.bridge.training.initialize import initialize_megatron
 from megatron.bridge.training.monitoring.state_memory import StateBytes, count_state
 from megatron.bridge.training.optim import setup_optimizer
+from megatron.bridge.utils.parallel_sizes import PARALLEL_SIZES
 
 GIB = 1 << 30
 _SOME_DIRECTORY = "."
@@ -216,15 +217,10 @@ class PlannedRun:
 
     def layout(self, world_size: int) -> str:
         """TP, PP, DP and, with experts, EP."""
-        model, derived = self.cfg.model, self.cfg.derive(world_size)
-        sizes = {
-            "TP": model.tensor_model_parallel_size,
-            "PP": model.pipeline_model_parallel_size,
-            "DP": derived.data_parallel_size,
-        }
-        if model.num_moe_experts:
-            sizes |= {"EP": model.expert_model_parallel_size, "ETP": model.expert_tensor_parallel_size}
-        return ", ".join(f"{name} {size}" for name, size in sizes.items())
+        sizes = {short: getattr(self.cfg.model, size.field) for short, size in PARALLEL_SIZES.items()}
+        sizes["DP"] = self.cfg.derive(world_size).data_parallel_size
+        shown = ("TP", "PP", "DP", "EP", "ETP") if self.cfg.model.num_moe_experts else ("TP", "PP", "DP")
+        return ", ".join(f"{short} {sizes[short]}" for short in shown)
 
 
 @contextmanager

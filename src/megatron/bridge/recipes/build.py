@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron.bridge.recipes import all_recipes, find_recipe
+from megatron.bridge.utils.parallel_sizes import PARALLEL_SIZES, dense_factors, expert_factors, parallel_sizes
 
 if TYPE_CHECKING:
     from megatron.bridge.training.config import ConfigContainer
@@ -27,11 +28,7 @@ PEFT_SCHEMES = ("lora", "dora")
 _KEPT_WITH_A_DIRECTORY = (
     "seq_length",
     "calculate_per_token_loss",
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "virtual_pipeline_model_parallel_size",
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
+    *(PARALLEL_SIZES[short].field for short in ("TP", "PP", "VP", "EP", "ETP")),
     "sequence_parallel",
     "account_for_embedding_in_pipeline_split",
     "account_for_loss_in_pipeline_split",
@@ -147,8 +144,5 @@ def smallest_world_size(cfg: "ConfigContainer") -> int:
     """The fewest ranks that one copy of a configuration's model takes."""
     import math
 
-    model = cfg.model
-    stages = model.pipeline_model_parallel_size
-    dense = model.tensor_model_parallel_size * stages * model.context_parallel_size
-    expert_tensor = model.expert_tensor_parallel_size or model.tensor_model_parallel_size
-    return math.lcm(dense, expert_tensor * model.expert_model_parallel_size * stages)
+    sizes = parallel_sizes(cfg.model)
+    return math.lcm(math.prod(dense_factors(sizes).values()), math.prod(expert_factors(sizes).values()))

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from megatron.bridge.utils.parallel_sizes import PARALLEL_SIZES
+
 if TYPE_CHECKING:
     from megatron.bridge.models.gpt_provider import GPTModelProvider
     from megatron.bridge.peft.base import PEFT
@@ -18,12 +20,7 @@ if TYPE_CHECKING:
 Recipe = Callable[..., "ConfigContainer"]
 """A function that returns a ready configuration; one for adapters takes `peft_scheme`."""
 
-_FIELDS = {
-    "tp": "tensor_model_parallel_size",
-    "pp": "pipeline_model_parallel_size",
-    "ep": "expert_model_parallel_size",
-    "etp": "expert_tensor_parallel_size",
-}
+_FIELDS = {short.lower(): PARALLEL_SIZES[short].field for short in ("TP", "PP", "EP", "ETP")}
 
 
 @dataclass(frozen=True, kw_only=True)

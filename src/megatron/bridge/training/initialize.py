@@ -15,6 +15,7 @@ from megatron.bridge.utils import distributed
 from megatron.bridge.utils.core_version import warn_of_an_untested_core
 from megatron.bridge.utils.device import choose_device
 from megatron.bridge.utils.logging import filter_modules, set_level_of_all, setup_logging
+from megatron.bridge.utils.parallel_sizes import parallel_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -48,14 +49,8 @@ def initialize_megatron(cfg: ConfigContainer) -> ProcessGroupCollection:
         ValueError: The parallel sizes don't divide the number of processes.
     """
     initialize_distributed(cfg)
-    model = cfg.model
     distributed.initialize_model_parallel(
-        model.tensor_model_parallel_size,
-        model.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=model.virtual_pipeline_model_parallel_size,
-        context_parallel_size=model.context_parallel_size,
-        expert_model_parallel_size=model.expert_model_parallel_size,
-        expert_tensor_parallel_size=model.expert_tensor_parallel_size,
+        **parallel_sizes(cfg.model),
         num_distributed_optimizer_instances=cfg.ddp.num_distributed_optimizer_instances,
         distributed_timeout_minutes=cfg.dist.distributed_timeout_minutes,
         create_gloo_process_groups=cfg.dist.use_gloo_process_groups,

@@ -3,6 +3,7 @@
 
 import contextlib
 import datetime
+import math
 import os
 import random
 import threading
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.bridge.utils.device import DeviceChoice, current_device, enter_device
+from megatron.bridge.utils.parallel_sizes import dense_factors, expert_factors, in_words
 from megatron.bridge.utils.rendezvous import is_shared_by_starts, store_of_this_start
 
 T = TypeVar("T")
@@ -110,28 +112,15 @@ def initialize_model_parallel(
     """
     from megatron.core import parallel_state
 
-    sizes = {
-        "tensor_model_parallel_size": tensor_model_parallel_size,
-        "pipeline_model_parallel_size": pipeline_model_parallel_size,
-        "context_parallel_size": options.get("context_parallel_size", 1),
-    }
-    expert_sizes = {
-        "expert_tensor_parallel_size": options.get("expert_tensor_parallel_size") or tensor_model_parallel_size,
-        "pipeline_model_parallel_size": pipeline_model_parallel_size,
-        "expert_model_parallel_size": options.get("expert_model_parallel_size", 1),
-    }
-    for factors in (sizes, expert_sizes):
-        product = int(np.prod(list(factors.values())))
+    options["tensor_model_parallel_size"] = tensor_model_parallel_size
+    options["pipeline_model_parallel_size"] = pipeline_model_parallel_size
+    for factors in (dense_factors(options), expert_factors(options)):
+        product = math.prod(factors.values())
         if world_size() % product:
-            named = " x ".join(f"{name}={size}" for name, size in factors.items())
             raise ValueError(
-                f"{named} = {product} doesn't divide the {world_size()} processes: start a multiple of {product}"
+                f"{in_words(factors)} doesn't divide the {world_size()} processes: start a multiple of {product}"
             )
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor_model_parallel_size,
-        pipeline_model_parallel_size=pipeline_model_parallel_size,
-        **options,
-    )
+    parallel_state.initialize_model_parallel(**options)
 
 
 def destroy_model_parallel() -> None:

@@ -80,7 +80,9 @@ BAD = {
     ],
     "check_model_has_a_size": [(["model.num_layers=0"], 1, "model.num_layers is not set")],
     "check_parallel_sizes_are_positive": [
-        (["model.pipeline_model_parallel_size=0"], 1, "model.pipeline_model_parallel_size is 0")
+        (["model.pipeline_model_parallel_size=0"], 1, "model.pipeline_model_parallel_size is 0"),
+        (["model.expert_tensor_parallel_size=0"], 1, "model.expert_tensor_parallel_size is 0"),
+        (["model.virtual_pipeline_model_parallel_size=0"], 1, "virtual_pipeline_model_parallel_size is 0: it counts"),
     ],
     "check_parallel_sizes_divide_world": [
         (["model.tensor_model_parallel_size=2"], 3, "3 ranks can't be shared by model.tensor_model_parallel_size=2")

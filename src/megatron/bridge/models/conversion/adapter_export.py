@@ -86,7 +86,7 @@ class AdapterExport(BridgeBase):
             megatron_path: Root, or `iter_N` directory.
             hf_path: New directory, or an earlier export of adapters to replace.
             show_progress: Whether rank 0 shows a bar.
-            sizes: `PARALLEL_SIZES` while converting.
+            sizes: `SIZES_TO_CONVERT_AT` while converting.
 
         Raises:
             ValueError: The checkpoint holds a whole model, or peft has no place for an adapter.

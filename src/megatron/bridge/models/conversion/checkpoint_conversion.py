@@ -159,10 +159,10 @@ class CheckpointConversion(BridgeBase):
             ValueError: The model can't be read or expressed, or its tokenizer is too large for it.
         """
         from megatron.bridge.models.conversion.generation_config import generation_config_of_model
-        from megatron.bridge.models.conversion.saved_provider import PARALLEL_SIZES, build_on_host
+        from megatron.bridge.models.conversion.saved_provider import SIZES_TO_CONVERT_AT, build_on_host
         from megatron.bridge.utils.distributed import model_parallel_groups
 
-        sizes = {name: options.pop(name) for name in PARALLEL_SIZES if name in options}
+        sizes = {name: options.pop(name) for name in SIZES_TO_CONVERT_AT if name in options}
         bridge = cls.from_hf_pretrained(hf_model_id, **options)
         provider = bridge.to_megatron_provider(load_weights=False)
         directory = bridge._weights_directory(None)

@@ -18,12 +18,10 @@ from megatron.bridge.models.conversion.tokenizer_files import TokenizerFiles
 from megatron.bridge.models.conversion.trained_config import COMPUTED_WITH
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.utils.field_types import field_hints
+from megatron.bridge.utils.parallel_sizes import PARALLEL_SIZES, sizes_of_groups
 from megatron.bridge.utils.yaml_io import from_yaml_dict, to_yaml_dict
 
-PARALLEL_SIZES = tuple(
-    f"{axis}_parallel_size"
-    for axis in ("tensor_model", "pipeline_model", "virtual_pipeline_model", "expert_model", "expert_tensor")
-)
+SIZES_TO_CONVERT_AT = tuple(PARALLEL_SIZES[short].field for short in ("TP", "PP", "VP", "EP", "ETP"))
 """How ranks may share a model while it converts. The result can be loaded at any other layout."""
 
 _SIZES = (
@@ -143,20 +141,12 @@ def set_parallel_sizes(provider: GPTModelProvider, overrides: Mapping[str, Any])
         ValueError: The model can't be shared out so.
     """
     provider.sequence_parallel = False
-    provider.context_parallel_size = 1
     provider.pipeline_model_parallel_layout = None
     provider.num_layers_in_first_pipeline_stage = provider.num_layers_in_last_pipeline_stage = None
     provider.account_for_embedding_in_pipeline_split = provider.account_for_loss_in_pipeline_split = False
     is_up = parallel_state.is_initialized()
-    state = parallel_state
-    provider.tensor_model_parallel_size = state.get_tensor_model_parallel_world_size() if is_up else 1
-    provider.pipeline_model_parallel_size = state.get_pipeline_model_parallel_world_size() if is_up else 1
-    provider.virtual_pipeline_model_parallel_size = (
-        state.get_virtual_pipeline_model_parallel_world_size() if is_up else None
-    )
-    provider.expert_model_parallel_size = state.get_expert_model_parallel_world_size() if is_up else 1
-    provider.expert_tensor_parallel_size = state.get_expert_tensor_parallel_world_size() if is_up else None
-    for name, value in overrides.items():
+    groups = sizes_of_groups() if is_up else {size.field: size.default for size in PARALLEL_SIZES.values()}
+    for name, value in {**groups, "context_parallel_size": 1, **overrides}.items():
         setattr(provider, name, value)
     check_parallel_sizes(provider)
     if not is_up:

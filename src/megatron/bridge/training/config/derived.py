@@ -1,12 +1,14 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Values that follow from a configuration and the number of ranks: pure functions that return a frozen object."""
 
+import math
 from dataclasses import dataclass
 
 from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
 
 from megatron.bridge.training.config.scheduler import SchedulerConfig
 from megatron.bridge.training.config.sections import RunSections
+from megatron.bridge.utils.parallel_sizes import dense_factors, in_words, parallel_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +84,7 @@ class DerivedConfig:
 
 def model_parallel_size(cfg: RunSections) -> int:
     """Ranks that hold one copy of the model."""
-    model = cfg.model
-    return model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
+    return math.prod(dense_factors(parallel_sizes(cfg.model)).values())
 
 
 def data_parallel_size(cfg: RunSections, world_size: int) -> int:
@@ -94,11 +95,8 @@ def data_parallel_size(cfg: RunSections, world_size: int) -> int:
     """
     ranks_per_copy = model_parallel_size(cfg)
     if world_size % ranks_per_copy:
-        model = cfg.model
         raise ValueError(
-            f"{world_size} ranks can't be shared by model.tensor_model_parallel_size={model.tensor_model_parallel_size}"
-            f" x pipeline_model_parallel_size={model.pipeline_model_parallel_size}"
-            f" x context_parallel_size={model.context_parallel_size} = {ranks_per_copy}: "
+            f"{world_size} ranks can't be shared by model.{in_words(dense_factors(parallel_sizes(cfg.model)))}: "
             "the product must divide the number of ranks; change one of the sizes or start another number of ranks"
         )
     return world_size // ranks_per_copy

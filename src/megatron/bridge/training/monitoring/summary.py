@@ -21,6 +21,7 @@ from megatron.bridge.training.monitoring.state_memory import StateBytes, count_s
 from megatron.bridge.training.state import GlobalState
 from megatron.bridge.utils.device import current_device, peak_memory_bytes
 from megatron.bridge.utils.exit_codes import PREEMPTED
+from megatron.bridge.utils.parallel_sizes import PARALLEL_SIZES, SHARE_A_COPY
 
 logger = logging.getLogger(__name__)
 
@@ -126,18 +127,10 @@ def _model(cfg: ConfigContainer, total: int, trained: int) -> str:
 
 
 def _ranks(cfg: ConfigContainer, world_size: int, data_parallel_size: int) -> str:
-    sizes = {
-        "data": data_parallel_size,
-        "tensor": cfg.model.tensor_model_parallel_size,
-        "pipeline": cfg.model.pipeline_model_parallel_size,
-        "context": cfg.model.context_parallel_size,
-        "expert": cfg.model.expert_model_parallel_size,
-    }
-    return (
-        f"{world_size}: "
-        + " x ".join(f"{name} {size}" for name, size in sizes.items() if name != "expert")
-        + (f", experts over {sizes['expert']}" if sizes["expert"] > 1 else "")
-    )
+    axes, experts = [PARALLEL_SIZES[short] for short in SHARE_A_COPY], cfg.model.expert_model_parallel_size
+    sizes = {"data": data_parallel_size, **{axis.word: getattr(cfg.model, axis.field) for axis in axes}}
+    product = " x ".join(f"{name} {size}" for name, size in sizes.items())
+    return f"{world_size}: {product}" + (f", experts over {experts}" if experts > 1 else "")
 
 
 def _precision(cfg: ConfigContainer) -> str:

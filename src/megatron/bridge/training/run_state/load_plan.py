@@ -17,22 +17,10 @@ from megatron.bridge.training.run_state.adapters import check_adapters
 from megatron.bridge.training.run_state.local import CORE_RELEASE, LocalCheckpoint
 from megatron.bridge.training.run_state.optimizer import check_kind_of_optimizer
 from megatron.bridge.utils.distributed import world_size
+from megatron.bridge.utils.parallel_sizes import PARALLEL_SIZES, parallel_sizes
 
 RunConfig = dict[str, Any]
 """The configuration of the run that saved, as plain data."""
-
-LAYOUT = tuple(
-    f"{axis}_parallel_size"
-    for axis in ("tensor_model", "pipeline_model", "virtual_pipeline_model", "context", "expert_model", "expert_tensor")
-)
-"""The parallel sizes in the model's section, all of which a local checkpoint is tied to."""
-
-PARALLEL_SIZES = {
-    "TP": "tensor_model_parallel_size",
-    "PP": "pipeline_model_parallel_size",
-    "EP": "expert_model_parallel_size",
-    "ETP": "expert_tensor_parallel_size",
-}
 
 
 class Source(Enum):
@@ -244,7 +232,7 @@ def _why_not_rng(cfg: ConfigContainer, saved: RunConfig) -> str | None:
 def _changed_layout(cfg: ConfigContainer, saved: RunConfig, sizes: tuple[str, ...] = ("TP", "PP")) -> str | None:
     """How the parallel layout differs from the checkpoint's in one of `sizes`, or None where it is the same."""
     for short in sizes:
-        size = PARALLEL_SIZES[short]
+        size = PARALLEL_SIZES[short].field
         was, now = _entry(saved, "model", size, default=1), getattr(cfg.model, size)
         if now is not None and was != now:
             return f"{short} {was} -> {now}"
@@ -283,8 +271,8 @@ def _check_local_layout(cfg: ConfigContainer, local: LocalCheckpoint) -> None:
     differing = []
     if local.num_ranks != world_size():
         differing.append(f"ranks {local.num_ranks} -> {world_size()}")
-    for name in LAYOUT:
-        was, now = _entry(local.run_config, "model", name, default=1), getattr(cfg.model, name) or 1
+    for name, size in parallel_sizes(cfg.model).items():
+        was, now = _entry(local.run_config, "model", name, default=1), size or 1
         if was != now:
             differing.append(f"model.{name} {was} -> {now}")
     if local.core_version != CORE_RELEASE:

@@ -1,20 +1,19 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Rules on how ranks share the model: tensor, pipeline, sequence, context and expert parallelism, and recomputation."""
 
+import math
+
 from megatron.bridge.training.config.derived import data_parallel_size, global_batch_size
 from megatron.bridge.training.config.sections import RunSections
+from megatron.bridge.utils.parallel_sizes import PARALLEL_SIZES, expert_factors, in_words, parallel_sizes
 
 
 def check_parallel_sizes_are_positive(cfg: RunSections, world_size: int) -> None:
-    """Each parallel size counts ranks."""
-    for name in (
-        "tensor_model_parallel_size",
-        "pipeline_model_parallel_size",
-        "context_parallel_size",
-        "expert_model_parallel_size",
-    ):
-        if getattr(cfg.model, name) < 1:
-            raise ValueError(f"model.{name} is {getattr(cfg.model, name)}: it counts ranks; set 1 or more")
+    """Each parallel size counts something."""
+    for size in PARALLEL_SIZES.values():
+        value = getattr(cfg.model, size.field)
+        if value is not None and value < 1:
+            raise ValueError(f"model.{size.field} is {value}: it counts {size.meaning}; set 1 or more")
 
 
 def check_parallel_sizes_divide_world(cfg: RunSections, world_size: int) -> None:
@@ -177,14 +176,11 @@ def check_experts_are_shared_evenly(cfg: RunSections, world_size: int) -> None:
             f"of experts "
             "that it divides; set model.expert_model_parallel_size=1 or change it"
         )
-    expert_tensor_size = cfg.model.expert_tensor_parallel_size or cfg.model.tensor_model_parallel_size
-    ranks = size * expert_tensor_size * cfg.model.pipeline_model_parallel_size
-    if world_size % ranks:
+    factors = expert_factors(parallel_sizes(cfg.model))
+    if world_size % math.prod(factors.values()):
         raise ValueError(
-            f"{world_size} ranks can't be shared by model.expert_model_parallel_size={size} x "
-            f"expert_tensor_parallel_size={expert_tensor_size} x pipeline_model_parallel_size="
-            f"{cfg.model.pipeline_model_parallel_size} = {ranks}: the product must divide the number of ranks; "
-            f"change one"
+            f"{world_size} ranks can't be shared by model.{in_words(factors)}: "
+            "the product must divide the number of ranks; change one"
         )
 
 
