@@ -31,6 +31,7 @@ assert installed != sources, f"{megatron.bridge.__file__} is the source, not the
 expected = {path.relative_to(sources) for path in (sources / "megatron" / "bridge").rglob("*.py")}
 found = {path.relative_to(installed) for path in (installed / "megatron" / "bridge").rglob("*.py")}
 assert found == expected, f"not in the wheel: {sorted(map(str, expected - found))}"
+assert (installed / "megatron" / "bridge" / "py.typed").is_file(), "type checkers would pass over it"
 assert not (installed / "megatron" / "__init__.py").exists(), "megatron would no longer be a namespace"
 names = [module.name for file in $(cd "$sources/megatron/bridge" && grep -l '^if __name__ == "__main__"' ./*.py ./*/__main__.py); do
     module="$(dirname "${file#./}")/$(basename "$file" .py)"

@@ -18,6 +18,8 @@ from pathlib import Path
 
 from wheel_files import PreparationError, download_wheel, is_prepared, run_script, sha256_of, write_directory
 
+from megatron.bridge.utils.command_options import local_path
+
 WHEEL = "chatterbot-corpus==1.3.3"
 WHEEL_SHA256 = "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154"
 LANGUAGE_FOLDER = "chatterbot_corpus/data/english/"
@@ -93,8 +95,10 @@ def write_data(wheel: Path, folder: Path) -> dict:
 def main() -> None:
     """Parses the command line and makes the directory, unless it is there already."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("data/chatterbot"), help="directory to make")
-    parser.add_argument("--wheel", type=Path, help=f"an already downloaded wheel of {WHEEL} (default: download it)")
+    parser.add_argument("--output", type=local_path, default=Path("data/chatterbot"), help="directory to make")
+    parser.add_argument(
+        "--wheel", type=local_path, help=f"an already downloaded wheel of {WHEEL} (default: download it)"
+    )
     args = parser.parse_args()
     if is_prepared(args.output, SOURCE):
         print(f"{args.output} is ready")

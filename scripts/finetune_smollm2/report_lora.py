@@ -2,10 +2,11 @@
 """After a run with adapters: sizes, held-out loss, answers, and the same logits from Megatron and from peft."""
 
 import argparse
-from pathlib import Path
 
 import torch
 from report import answer, curve, held_out_questions, read_metrics
+
+from megatron.bridge.utils.command_options import local_path
 
 TOLERANCE = 1e-3
 """Between logits that two programs compute in FP32, in other orders, through 30 layers; they are around 20."""
@@ -14,12 +15,14 @@ TOLERANCE = 1e-3
 def main() -> None:
     """Print the figures; fail where peft and Megatron disagree."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--base", type=Path, required=True, help="Hugging Face directory under the adapters")
-    parser.add_argument("--adapter", type=Path, required=True, help="what export-adapter wrote")
-    parser.add_argument("--merged", type=Path, required=True, help="what export wrote")
-    parser.add_argument("--megatron-path", type=Path, required=True, help="the adapters' checkpoint")
-    parser.add_argument("--data", type=Path, required=True, help="holds validation.jsonl, whose questions are asked")
-    parser.add_argument("--metrics", type=Path, required=True)
+    parser.add_argument("--base", type=local_path, required=True, help="Hugging Face directory under the adapters")
+    parser.add_argument("--adapter", type=local_path, required=True, help="what export-adapter wrote")
+    parser.add_argument("--merged", type=local_path, required=True, help="what export wrote")
+    parser.add_argument("--megatron-path", type=local_path, required=True, help="the adapters' checkpoint")
+    parser.add_argument(
+        "--data", type=local_path, required=True, help="holds validation.jsonl, whose questions are asked"
+    )
+    parser.add_argument("--metrics", type=local_path, required=True)
     arguments = parser.parse_args()
     megabytes = (arguments.adapter / "adapter_model.safetensors").stat().st_size / 1e6
     _, held_out = curve(read_metrics(arguments.metrics), "validation")

@@ -13,6 +13,8 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from megatron.bridge.utils.command_options import local_path
+
 HERE = Path(__file__).parent
 # One thread a process: several ranks that each take all cores are slower than one. Core warns at length on import.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
@@ -21,9 +23,9 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TOKENIZERS_P
 def main() -> None:
     """Run the stages in order; the first that fails ends the run with its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("results/smollm2"), help="directory for all results")
-    parser.add_argument("--model", type=Path, default=Path("data/smollm2-135m-instruct"))
-    parser.add_argument("--data", type=Path, default=Path("data/chatterbot"))
+    parser.add_argument("--output", type=local_path, default=Path("results/smollm2"), help="directory for all results")
+    parser.add_argument("--model", type=local_path, default=Path("data/smollm2-135m-instruct"))
+    parser.add_argument("--data", type=local_path, default=Path("data/chatterbot"))
     parser.add_argument("--num-processes", type=int, help="default: one for each GPU, or 2 on a CPU")
     parser.add_argument(
         "--stock-iters",

@@ -9,13 +9,17 @@ from pathlib import Path
 
 from run import ENVIRONMENT, HERE, default_num_processes, step
 
+from megatron.bridge.utils.command_options import local_path
+
 
 def main() -> None:
     """Run the stages in order; the first that fails ends the run with its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("results/smollm2-lora"), help="directory for all results")
-    parser.add_argument("--model", type=Path, default=Path("data/smollm2-135m-instruct"))
-    parser.add_argument("--data", type=Path, default=Path("data/chatterbot"))
+    parser.add_argument(
+        "--output", type=local_path, default=Path("results/smollm2-lora"), help="directory for all results"
+    )
+    parser.add_argument("--model", type=local_path, default=Path("data/smollm2-135m-instruct"))
+    parser.add_argument("--data", type=local_path, default=Path("data/chatterbot"))
     parser.add_argument("--num-processes", type=int, help="default: one for each GPU, or 2 on a CPU")
     parser.add_argument("--peft", choices=("lora", "dora"), default="lora")
     parser.add_argument("overrides", nargs="*", help="key=value for the run, e.g. peft.dim=8")

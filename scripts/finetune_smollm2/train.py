@@ -14,6 +14,7 @@ from megatron.bridge.recipes.smollm2 import smollm2_135m_peft_config, smollm2_13
 from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.training.finetune import finetune
 from megatron.bridge.training.gpt_step import forward_step
+from megatron.bridge.utils.command_options import local_path
 from megatron.bridge.utils.distributed import world_size
 from megatron.bridge.utils.overrides import apply_overrides
 
@@ -39,10 +40,12 @@ def build_config(arguments: argparse.Namespace) -> ConfigContainer:
 def main() -> None:
     """Parse, configure, finetune."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=Path("data/smollm2-135m-instruct"), help="for the tokenizer")
-    parser.add_argument("--data", type=Path, default=Path("data/chatterbot"), help="holds training.jsonl")
-    parser.add_argument("--pretrained-checkpoint", type=Path, required=True, help="weights to start from")
-    parser.add_argument("--output", type=Path, required=True, help="checkpoints, TensorBoard and metrics go here")
+    parser.add_argument(
+        "--model", type=local_path, default=Path("data/smollm2-135m-instruct"), help="for the tokenizer"
+    )
+    parser.add_argument("--data", type=local_path, default=Path("data/chatterbot"), help="holds training.jsonl")
+    parser.add_argument("--pretrained-checkpoint", type=local_path, required=True, help="weights to start from")
+    parser.add_argument("--output", type=local_path, required=True, help="checkpoints, TensorBoard and metrics go here")
     parser.add_argument("--peft", choices=("lora", "dora"), help="train adapters; default: all weights")
     parser.add_argument(
         "--stock-megatron-core",

@@ -78,6 +78,13 @@ def test_what_make_installs_is_declared():
     assert set(re.search(r"--editable \"\.\[(.*)\]\"", MAKEFILE)[1].split(",")) <= extras
 
 
+def test_a_wheel_says_that_it_is_typed():
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    files = project.partition("[tool.setuptools.package-data]\n")[2].partition("\n\n")[0]
+    assert files == '"megatron.bridge" = ["py.typed"]'
+    assert (ROOT / "src" / "megatron" / "bridge" / "py.typed").is_file()
+
+
 def test_the_scripts_are_bash():
     for script in [*(ROOT / "scripts").glob("*.sh"), ROOT / ".ci" / "run"]:
         subprocess.run(["bash", "-n", script], check=True, timeout=30)

@@ -1,13 +1,16 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Paths on command lines may begin with `~`, where no shell expands it: `--output=~/x`."""
 
+import argparse
 import importlib
 import runpy
 from pathlib import Path
 
 import pytest
 
-RECIPES = Path(__file__).parents[3] / "scripts" / "training" / "run_recipe.py"
+SCRIPTS = Path(__file__).parents[3] / "scripts"
+RECIPES = SCRIPTS / "training" / "run_recipe.py"
+DEMONSTRATION = SCRIPTS / "finetune_smollm2"
 LINES = {
     "convert import": "--hf-model=~/x --megatron-path=~/x",
     "convert export": "--megatron-path=~/x --hf-model=~/x --base=~/x --hf-path=~/x",
@@ -43,3 +46,32 @@ def test_every_path_of_a_command_may_begin_at_home(monkeypatch, command):
     texts = [text for value in values for text in (value if isinstance(value, list) else [value])]
     assert texts.count("/home/me/x") == LINES[command].count("~/x")
     assert not any("~" in str(text) for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("script", "line"),
+    [
+        ("prepare_data", "--output=~/x --wheel=~/x"),
+        ("prepare_model", "--output=~/x --wheel=~/x"),
+        ("run", "--output=~/x --model=~/x --data=~/x"),
+        ("run_lora", "--output=~/x --model=~/x --data=~/x"),
+        ("train", "--output=~/x --model=~/x --data=~/x --pretrained-checkpoint=~/x"),
+        ("report", "--base=~/x --finetuned=~/x --data=~/x --metrics=~/x --stock-metrics=~/x --picture=~/x"),
+        ("report_lora", "--base=~/x --adapter=~/x --merged=~/x --megatron-path=~/x --data=~/x --metrics=~/x"),
+    ],
+)
+def test_every_path_of_the_demonstration_may_begin_at_home(monkeypatch, script, line):
+    class Parsed(Exception):
+        pass
+
+    def parse(self, *, whole=argparse.ArgumentParser.parse_args):
+        raise Parsed(whole(self, line.split()))
+
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.syspath_prepend(DEMONSTRATION)
+    main = runpy.run_path(str(DEMONSTRATION / f"{script}.py"))["main"]
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    with pytest.raises(Parsed) as parsed:
+        main()
+    values = list(vars(parsed.value.args[0]).values())
+    assert values.count(Path("/home/me/x")) == line.count("~/x") == sum(isinstance(value, Path) for value in values)

@@ -1,6 +1,8 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """How commands end."""
 
+import errno
+import io
 import os
 import subprocess
 import sys
@@ -20,6 +22,46 @@ def test_a_reader_that_goes_away_ends_a_command_in_silence(argument, statuses):
     done = subprocess.run([sys.executable, str(RECIPES), argument], stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert done.returncode in statuses and done.stderr == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize(("argument", "unbuffered"), [("--list", ""), ("--list", "1"), ("--help", "")])
+def test_output_that_cannot_be_written_ends_a_command_with_one_line(argument, unbuffered):
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    command = [sys.executable, str(RECIPES), argument]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    line = "standard output can't be written (No space left on device): send it elsewhere\n"
+    assert (done.returncode, done.stderr) == (1, line)
+
+
+class _Full(io.StringIO):
+    def flush(self):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fileno(self):
+        return self.file
+
+
+def test_a_full_disk_behind_standard_output_is_said_in_one_line(monkeypatch, capsys, tmp_path):
+    with open(tmp_path / "full", "w") as file:
+        full = _Full()
+        full.file = file.fileno()
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit) as ended:
+            exit_with(lambda: print("figures"))
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == (
+        "standard output can't be written (No space left on device): send it elsewhere\n"
+    )
+
+
+def test_a_full_disk_elsewhere_is_an_error():
+    def main():
+        raise OSError(errno.ENOSPC, "to a checkpoint")
+
+    with pytest.raises(OSError, match="to a checkpoint"):
+        exit_with(main)
 
 
 def test_a_command_whose_output_is_closed_ends_as_it_would(monkeypatch):

@@ -234,3 +234,33 @@ def test_a_files_keys_may_be_paths(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match=rf"more\.yaml: {error}"):
             process_config_with_overrides(cfg, path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optimizer: {lr: 1}\noptimizer.lr: 2", "optimizer.lr comes twice, in its section and as a path of names"),
+        ("optimizer.lr: 2\noptimizer: {lr: 1}", "optimizer.lr comes twice"),
+        ("env_vars: {A: '1'}\nenv_vars.A: '2'", "env_vars.A comes twice"),
+        ("peft: {_target_: megatron.bridge.peft.lora.LoRA, dim: 8}\npeft.dim: 4", "peft.dim comes twice"),
+        (
+            "profiling: null\nprofiling.record_shapes: true",
+            "profiling has a value of its own beside profiling.record_sh",
+        ),
+    ],
+)
+def test_an_option_with_two_values_in_a_file_is_refused(text, message, tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"twice.yaml: {message}.*: leave one of them out$"):
+        process_config_with_overrides(make_config(), path)
+
+
+@pytest.mark.parametrize("is_first", [False, True])
+def test_a_path_counts_on_top_of_its_section_whichever_comes_first(is_first, tmp_path):
+    sections = ["peft: {_target_: megatron.bridge.peft.lora.LoRA, dim: 8}", "env_vars: {A: '1'}"]
+    paths = ["peft.alpha: 64", "env_vars.B: '2'"]
+    path = tmp_path / "both.yaml"
+    path.write_text("\n".join([*paths, *sections] if is_first else [*sections, *paths]))
+    cfg = process_config_with_overrides(make_config(), path)
+    assert (cfg.peft.dim, cfg.peft.alpha, cfg.env_vars) == (8, 64, {"A": "1", "B": "2"})

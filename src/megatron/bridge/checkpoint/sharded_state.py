@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import inspect
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,11 @@ from megatron.bridge.utils.replaced import replaced
 COMMON_STATE = ShardedObject("common_state", None, (1,), (0,)).unique_key
 """Under this key later versions of Core keep, among the tensors, what is common to all ranks."""
 
-Advice = Callable[[list[str]], str]
-"""Says what to do, given the keys of the tensors that don't fit."""
+Advice = Callable[[list[str], Collection[str]], str]
+"""Says what to do, given the keys of the tensors that don't fit and of all that are stored."""
 
 
-def default_advice(keys: list[str]) -> str:
+def default_advice(keys: list[str], stored: Collection[str]) -> str:
     """The advice where all that is known are the keys."""
     return "load a checkpoint of this model, or set the model's sizes to the checkpoint's"
 
@@ -76,7 +76,7 @@ def load_sharded(
         exchange: Core's name of the way in which the group does so.
         check_sharding: Check that the template's parts, over all ranks, cover each tensor once.
         verify: Compare the tensors' files with the checksums in the manifest first, shared out among the ranks.
-        advice: Says what to do, given the keys of the tensors that don't fit.
+        advice: Says what to do where tensors don't fit.
 
     Returns:
         The template's structure with tensors in place of their descriptions, and the common state.
@@ -347,7 +347,7 @@ def check_shapes(
     if wrong:
         first = " ".join(next(iter(wrong.items())))
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise ValueError(f"{directory} doesn't fit this model: {first}{more}; {advice(list(wrong))}")
+        raise ValueError(f"{directory} doesn't fit this model: {first}{more}; {advice(list(wrong), stored)}")
 
 
 def _stored_tensors(reader: PlainReader) -> dict[str, ShardedTensor]:

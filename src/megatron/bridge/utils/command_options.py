@@ -2,10 +2,20 @@
 """Options that several commands have."""
 
 import argparse
+from pathlib import Path
 
 from megatron.bridge.utils.interpolation import expand_home
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+def local_path(text: str) -> Path:
+    """An argument that is a path here; `~` at its start is the home directory, which a shell leaves in `--output=~/x`.
+
+    Raises:
+        ValueError: There is no such user.
+    """
+    return Path(expand_home(text))
 
 
 def add_checkpoint_options(parser: argparse.ArgumentParser, *, with_base: bool) -> None:

@@ -29,11 +29,14 @@ def exit_code_of(command: str, run: Callable[[], None]) -> int:
 def exit_with(main: Callable[[], int | None]) -> NoReturn:
     """End the process with a command's exit status; in silence where whoever read its output went away (`| head`).
 
+    Where its output can't be written for another reason, such as a full disk, one line on stderr says so.
+
     Args:
         main: Runs the command, and returns its exit status.
 
     Raises:
-        SystemExit: Always; as a shell would say it, 128 + SIGPIPE, where nobody reads any more.
+        SystemExit: Always; as a shell would say it, 128 + SIGPIPE, where nobody reads any more; 1 where the output
+            can't be written.
     """
     status: str | int | None
     try:
@@ -43,19 +46,25 @@ def exit_with(main: Callable[[], int | None]) -> NoReturn:
             status = ended.code
         if sys.stdout is not None:  # `>&-` closed it
             sys.stdout.flush()
-    except BrokenPipeError:
-        if not _nobody_reads_output():
+    except OSError:
+        refusal = _refusal_of_output()
+        if refusal is None:  # it was another file's
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
         status = 141
+        if not isinstance(refusal, BrokenPipeError):
+            sys.stderr.write(f"standard output can't be written ({refusal.strerror}): send it elsewhere\n")
+            status = 1
     raise SystemExit(status)
 
 
-def _nobody_reads_output() -> bool:
-    """Whether it was standard output that broke, which still holds what it couldn't write."""
+def _refusal_of_output() -> OSError | None:
+    """Why standard output takes nothing; it still holds what it couldn't write. None: it does."""
+    if sys.stdout is None:
+        return None
     try:
         sys.stdout.write("\n")
         sys.stdout.flush()
-    except BrokenPipeError:
-        return True
-    return False
+    except OSError as error:
+        return error
+    return None

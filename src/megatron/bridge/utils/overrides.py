@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import re
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -68,9 +68,11 @@ def apply_mapping(config: Any, values: Mapping[str, Any], *, where: str = "") ->
     names, as on a command line: `optimizer.lr`.
 
     Raises:
-        ValueError: An unknown option or a value of the wrong type.
+        ValueError: An unknown option, a value of the wrong type, or two values for one option.
     """
-    for key, value in values.items():
+    if not where:
+        _check_said_once(values)
+    for key, value in sorted(values.items(), key=lambda item: "." in str(item[0])):  # a section, then parts of it
         if key == "_target_":
             continue
         path = f"{where}.{key}" if where else str(key)
@@ -92,6 +94,30 @@ def apply_mapping(config: Any, values: Mapping[str, Any], *, where: str = "") ->
                 continue
         setattr(config, key, from_yaml_dict(value, expected=hint, where=path))
     return config
+
+
+def _check_said_once(values: Mapping[str, Any]) -> None:
+    """Refuse an option with two values: one in its section and one at its path, or of its section as a whole."""
+    given: set[str] = set()
+    for path in _paths_of(values):
+        if path in given:
+            raise ValueError(f"{path} comes twice, in its section and as a path of names: leave one of them out")
+        given.add(path)
+    for path in given:
+        parts = path.split(".")
+        sections = (".".join(parts[:count]) for count in range(1, len(parts)))
+        section = next((section for section in sections if section in given), None)
+        if section is not None:
+            raise ValueError(f"{section} has a value of its own beside {path}: leave one of them out")
+
+
+def _paths_of(values: Mapping[str, Any], above: str = "") -> Iterator[str]:
+    """The path of each value, in the order of the file."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _paths_of(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}"
 
 
 def _apply(config: Any, key: str, text: str | None) -> None:

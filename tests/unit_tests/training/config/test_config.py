@@ -114,6 +114,7 @@ def test_checkpoint_defaults_are_the_known_ones():
         (CheckpointConfig(most_recent_k=0), "checkpoint.most_recent_k is 0"),
         (CheckpointConfig(load_main_params_from_ckpt=True), "set checkpoint.load_optim=false"),
         (CheckpointConfig(ckpt_step=3), "checkpoint.ckpt_step=3 without checkpoint.load"),
+        (CheckpointConfig(ckpt_step=-1, load="run"), "checkpoint.ckpt_step is -1: it is the number"),
         (CheckpointConfig(async_save=True), "checkpoint.async_save=true without checkpoint.save"),
         (
             CheckpointConfig(async_save=True, save="here", use_persistent_ckpt_worker=False),

@@ -61,10 +61,25 @@ def test_fp32_gradients_are_reduced_in_fp32_whatever_is_said(in_fp32):
     _check(BY_BUCKET, {**_saved(), "ddp": {"grad_reduce_in_fp32": not in_fp32}}, bf16=False, in_fp32=in_fp32)
 
 
+def _advice(model, keys, stored=("optimizer.state.exp_avg.bias",)):
+    return advice_on([model])(keys, stored)
+
+
 def test_what_is_frozen_is_named():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
-    assert "this run has frozen nothing; freeze what was" in advice_on([model])(["optimizer.state.exp_avg.weight"])
+    assert "this run has frozen nothing; freeze what was" in _advice(model, ["optimizer.state.exp_avg.weight"])
     model[0].requires_grad_(False)
-    text = advice_on([model])(["optimizer.distributed.dp_group_idx_0.param"])
+    text = _advice(model, ["optimizer.distributed.dp_group_idx_0.param"])
     assert "this run has frozen 0.weight and 1 more; freeze what was frozen when it was saved (or ddp.bucket" in text
-    assert advice_on([model])(["0.weight", "optimizer.state.exp_avg.weight"]).startswith("load a checkpoint of this")
+    assert _advice(model, ["0.weight", "optimizer.state.exp_avg.weight"]).startswith("load a checkpoint of this")
+
+
+@pytest.mark.parametrize("moment", ["exp_avg.weight", "exp_avg_sq.weight", "momentum_buffer.weight"])
+@pytest.mark.parametrize("prefix", ["optimizer.state.", "optimizer.chained_0.optimizer.state."])
+def test_optimizer_state_without_a_step_is_no_matter_of_frozen_weights(prefix, moment):
+    stored = ["weight", "optimizer.fp32_param.weight"]
+    text = _advice(torch.nn.Linear(2, 2), [prefix + moment], stored)
+    assert text.startswith("its weights fit, and it holds no moments: ") and "in FP16, all may have overflowed" in text
+    assert text.endswith("load its weights alone with checkpoint.load_optim=false")
+    assert "frozen" in _advice(torch.nn.Linear(2, 2), [prefix + moment], [*stored, f"{prefix}exp_avg.bias"])
+    assert "frozen" in _advice(torch.nn.Linear(2, 2), [prefix + moment, "optimizer.fp32_param.bias"], stored)

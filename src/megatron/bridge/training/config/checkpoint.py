@@ -252,6 +252,11 @@ class CheckpointConfig(Section):
                 "checkpoint.load_main_params_from_ckpt=true with checkpoint.load_optim=true: the FP32 weights would "
                 "come from two places; set checkpoint.load_optim=false"
             )
+        if self.ckpt_step is not None and self.ckpt_step < 0:
+            raise ValueError(
+                f"checkpoint.ckpt_step is {self.ckpt_step}: it is the number of an iteration; set 0 or more, or null "
+                "for the newest"
+            )
         if self.ckpt_step is not None and self.load is None:
             raise ValueError(
                 f"checkpoint.ckpt_step={self.ckpt_step} without checkpoint.load: it picks a step in that directory; "

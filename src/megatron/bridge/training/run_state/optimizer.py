@@ -1,7 +1,8 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Whether a checkpoint's optimizer state is of the kind that this run has, and what to do where it isn't."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from megatron.bridge.checkpoint.sharded_state import Advice, default_advice
 from megatron.bridge.training.config import ConfigContainer
 
 _WEIGHTS_ALONE = "load its weights alone with checkpoint.load_optim=false"
+_MOMENT = re.compile(r"^optimizer\.(.*\.)?(exp_avg|exp_avg_sq|momentum_buffer)(\.|$)")
+"""Keys of what an optimizer has from its first step on, in every format."""
 
 
 def check_kind_of_optimizer(
@@ -76,9 +79,14 @@ def advice_on(model: Sequence[Any]) -> Advice:
     named = (pair for chunk in model for pair in unwrap_model(chunk).named_parameters())
     frozen = [name for name, param in named if not param.requires_grad]
 
-    def advice(keys: list[str]) -> str:
+    def advice(keys: list[str], stored: Collection[str]) -> str:
         if not all(key.startswith("optimizer.") for key in keys):
-            return default_advice(keys)
+            return default_advice(keys, stored)
+        if all(map(_MOMENT.search, keys)) and not any(map(_MOMENT.search, stored)):
+            return (
+                "its weights fit, and it holds no moments: its optimizer keeps none, or took no step before it was "
+                f"saved (in FP16, all may have overflowed); {_WEIGHTS_ALONE}"
+            )
         more = f" and {len(frozen) - 1} more" if len(frozen) > 1 else ""
         found = f"this run has frozen {frozen[0]}{more}" if frozen else "this run has frozen nothing"
         by_bucket = any(key.startswith("optimizer.distributed.") for key in keys)
