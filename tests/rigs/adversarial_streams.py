@@ -1,0 +1,287 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""The simulated accelerator with streams that can be wrong: a missing wait gives other bits, on a machine without a GPU.
+
+Inside `adversarial_streams(order)`, work on device tensors is queued on the current stream, copies with
+`non_blocking=True` among it, and runs as late, or as early, as `device_queues.py` lets it: where the host waits
+(`synchronize`, `.item()`, `.cpu()`, …), and in between as the order says. Until then its outputs hold what they held
+before; new ones NaN, or -1. Work on host tensors runs at once, on the bytes that are there.
+
+What waits here and needs not on a GPU: collectives and random numbers wait for the current stream, a result whose
+shape depends on values for that as well. What is legal there too, so no wait is missed that isn't missing; but some
+that are missing may not be seen around these.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
+
+from megatron.bridge.utils import simulated_accelerator
+from tests.rigs.device_queues import Device, Event, Stream
+
+aten: Any = torch.ops.aten
+_HOST_MARK = simulated_accelerator._HOST_MARK
+_COPIES = (aten.copy_.default, aten._foreach_copy_.default)
+_METADATA = {"empty_like", "new_empty", "new_empty_strided", "set_", "resize_", "resize_as_", "_resize_output_"}
+"""Names of operations that neither read nor write elements."""
+_INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}
+_READ_BY_THE_HOST = (
+    *(torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__, torch.Tensor.__repr__, torch.Tensor.storage),
+    *(torch.Tensor.untyped_storage, torch.Tensor.__reduce_ex__, torch.Tensor.__deepcopy__),
+)
+"""They read memory past torch's dispatcher."""
+
+
+def _is_host(tensor: torch.Tensor) -> bool:
+    return getattr(tensor, _HOST_MARK, False)
+
+
+def _mark_host(tensor: torch.Tensor) -> None:
+    setattr(tensor, _HOST_MARK, True)
+
+
+def _tensors(nested: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_flatten(nested)[0] if isinstance(leaf, torch.Tensor)]
+
+
+def _spoil(tensor: torch.Tensor) -> None:
+    """What memory holds that nobody has written yet."""
+    if tensor.numel():
+        is_real = tensor.is_floating_point() or tensor.is_complex()
+        aten.fill_.Scalar(tensor, float("nan") if is_real else True if tensor.dtype == torch.bool else -1)
+
+
+def _zeros_like(tensor: torch.Tensor) -> torch.Tensor:
+    zeros = aten.empty_strided.default(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return aten.zero_.default(zeros)
+
+
+@contextlib.contextmanager
+def _unseen() -> Iterator[None]:
+    """Inside, torch computes at once, below autograd, and no mode looks on."""
+    with torch._C._AutoDispatchBelowAutograd(), torch._C.DisableTorchFunction(), _disable_current_modes():
+        yield
+
+
+class _Queueing(TorchDispatchMode):
+    """Queues what touches device tensors."""
+
+    def __init__(self, device: Device) -> None:
+        super().__init__()
+        self._device = device
+        self.is_host_copy = False
+        """Whether the operation on its way is the copy of a `.cpu()`, for which the host waits."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        with torch._C.DisableTorchFunction():
+            return self._dispatched(func, args, kwargs or {})
+
+    def _dispatched(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        tensors, stream = _tensors((args, kwargs)), self._device.current
+        if all(map(_is_host, tensors)):  # or a new tensor
+            result = func(*args, **kwargs)
+            if tensors:
+                for tensor in _tensors(result):
+                    _mark_host(tensor)
+            return result
+        if _is_of_metadata(func) or self._device.runs_at_once(stream):
+            return func(*args, **kwargs)
+        if self.is_host_copy or _host_waits(func, args):
+            stream.synchronize()
+            return func(*args, **kwargs)
+        return self._queued(stream, func, args, kwargs)
+
+    def _queued(self, stream: Stream, func: Any, args: tuple, kwargs: dict) -> Any:
+        waits = False
+        if func in _COPIES:
+            non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
+            to_host = any(map(_is_host, _tensors(args[0])))
+            waits = to_host and not non_blocking
+            by_value = not non_blocking
+        else:
+            waits = any(map(_is_host, _written(func, args, kwargs)))
+            by_value = True
+        if waits:
+            stream.synchronize()
+            return func(*args, **kwargs)
+
+        def captured(tensor: torch.Tensor) -> torch.Tensor:
+            """The memory of now; of the host, where it may be overwritten at once, the bytes of now."""
+            if by_value and _is_host(tensor):
+                return aten.clone.default(tensor)
+            return aten.alias.default(tensor)
+
+        later_args, later_kwargs = tree_map_only(torch.Tensor, captured, (args, kwargs))
+        result, new = _promised(func, args, kwargs)
+
+        def run() -> None:
+            with _unseen():
+                computed = func(*later_args, **later_kwargs)
+                for place, value in zip(new, _fresh(func, computed), strict=True):
+                    aten.copy_.default(place, value)
+
+        stream.issue(run)
+        return result
+
+
+def _is_of_metadata(func: Any) -> bool:
+    """Whether an operation touches no elements: views, and what reserves memory."""
+    returns = func._schema.returns
+    is_view = bool(returns) and all(one.alias_info is not None and not one.alias_info.is_write for one in returns)
+    return is_view or func._opname in _METADATA
+
+
+def _host_waits(func: Any, args: tuple) -> bool:
+    """Whether the host needs values to go on, or the simulation to keep the order of what isn't the device's."""
+    if func.namespace == "c10d" or torch.Tag.nondeterministic_seeded in func.tags:
+        return True
+    if func._opname in _INDEXED:  # only masks make shapes of values
+        return any(tensor.dtype in (torch.bool, torch.uint8) for tensor in _tensors(args[1]))
+    if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
+        return True
+    return not all(isinstance(one.type, torch.TensorType | torch.ListType) for one in func._schema.returns)
+
+
+def _written(func: Any, args: tuple, kwargs: dict) -> list[torch.Tensor]:
+    """The arguments that an operation writes."""
+    given = [_given(at, one, args, kwargs) for at, one in enumerate(func._schema.arguments) if _is_write(one)]
+    return _tensors(given)
+
+
+def _is_write(one: Any) -> bool:
+    return one.alias_info is not None and one.alias_info.is_write
+
+
+def _given(at: int, argument: Any, args: tuple, kwargs: dict) -> Any:
+    return args[at] if at < len(args) else kwargs.get(argument.name)
+
+
+def _promised(func: Any, args: tuple, kwargs: dict) -> tuple[Any, list[torch.Tensor]]:
+    """What an operation returns before it has run, and its new tensors, which hold nothing yet."""
+    returns = func._schema.returns
+    new: list[torch.Tensor] = []
+    found: Any = [None] * len(returns)
+    if not all(map(_is_write, returns)):
+        # The shapes come from a trial on zeros: values may be out of range before their time.
+        dummies = tree_map_only(torch.Tensor, _zeros_like, (args, kwargs))
+        computed = func(*dummies[0], **dummies[1])
+        found = [computed] if len(returns) == 1 else list(computed)
+        new = _fresh(func, computed)
+        for tensor in new:
+            _spoil(tensor)
+        new = [aten.alias.default(tensor) for tensor in new]
+    for at, one in enumerate(returns):
+        if _is_write(one):
+            names = one.alias_info.before_set
+            place, argument = next(
+                (place, argument)
+                for place, argument in enumerate(func._schema.arguments)
+                if _is_write(argument) and argument.alias_info.before_set == names
+            )
+            found[at] = _given(place, argument, args, kwargs)
+    return None if not returns else found[0] if len(returns) == 1 else tuple(found), new
+
+
+def _fresh(func: Any, computed: Any) -> list[torch.Tensor]:
+    """Of what an operation returned, the tensors that weren't there before."""
+    returns = func._schema.returns
+    values = [computed] if len(returns) == 1 else list(computed or ())
+    return [
+        tensor for one, value in zip(returns, values, strict=True) if not _is_write(one) for tensor in _tensors([value])
+    ]
+
+
+class _HostReads(TorchFunctionMode):
+    """Lets the host wait where it reads a device tensor other than by torch's dispatcher."""
+
+    def __init__(self, device: Device, queueing: _Queueing) -> None:
+        super().__init__()
+        self._device, self._queueing = device, queueing
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        subject = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        if func is torch.Tensor.is_pinned:
+            return subject is not None and _is_host(subject)
+        if func is torch.Tensor.record_stream:
+            return None
+        if subject is not None and func in _READ_BY_THE_HOST and not _is_host(subject):
+            self._device.synchronize()
+        waits = func is torch.Tensor.cpu or (func is torch.Tensor.to and not _is_non_blocking(args, kwargs))
+        if not waits:
+            return func(*args, **kwargs)
+        before, self._queueing.is_host_copy = self._queueing.is_host_copy, _goes_to_host(func, args, kwargs)
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self._queueing.is_host_copy = before
+
+
+def _is_non_blocking(args: tuple, kwargs: dict) -> bool:
+    return bool(kwargs.get("non_blocking")) or any(one is True for one in args[1:])
+
+
+def _goes_to_host(func: Any, args: tuple, kwargs: dict) -> bool:
+    if func is torch.Tensor.cpu:
+        return True
+    named = [*args[1:], kwargs.get("device"), kwargs.get("other")]
+    return any(
+        _is_host(one) if isinstance(one, torch.Tensor) else simulated_accelerator._named_device(one) == "cpu"
+        for one in named
+    )
+
+
+@contextlib.contextmanager
+def adversarial_streams(order: str | int) -> Iterator[Device]:
+    """Inside, streams and events order only what they promise to. At the end all work is done.
+
+    Objects that hold streams, such as `HybridDeviceOptimizer`, must be made inside.
+
+    Args:
+        order: One of `device_queues.ORDERS`, or another seed.
+
+    Yields:
+        The device, whose streams can be looked at.
+    """
+    assert simulated_accelerator.is_installed(), "only the simulated accelerator has adversarial streams"
+    assert Stream.device_in_force is None, "adversarial streams are in force already"
+    device = Device(order)
+    queueing = _Queueing(device)
+    reads = _HostReads(device, queueing)
+    run_backward = torch.autograd._engine_run_backward
+
+    @contextlib.contextmanager
+    def stream_context(stream: Stream | None) -> Iterator[None]:
+        before, device.current = device.current, stream or device.current
+        try:
+            yield
+        finally:
+            device.current = before
+
+    def backward(*args: Any, **kwargs: Any) -> Any:
+        with reads:
+            return run_backward(*args, **kwargs)
+
+    stand_ins: dict[str, Callable[..., Any]] = {
+        "Stream": Stream,
+        "Event": Event,
+        "current_stream": lambda *_: device.current,
+        "default_stream": lambda *_: device.default,
+        "stream": stream_context,
+        "set_stream": lambda stream: setattr(device, "current", stream),
+        "synchronize": lambda *_: device.synchronize(),
+    }
+    with contextlib.ExitStack() as stack:
+        for name, stand_in in stand_ins.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
+        stack.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", backward))
+        stack.enter_context(mock.patch.object(Stream, "device_in_force", device))
+        stack.enter_context(queueing)
+        stack.enter_context(reads)
+        yield device
+        device.synchronize()
