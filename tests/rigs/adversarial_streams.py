@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""The simulated accelerator with streams that can be wrong: a missing wait gives other bits, on a machine without a GPU.
+"""The simulated accelerator with streams that can be wrong: where a wait is missing, the bits are others.
 
 Inside `adversarial_streams(order)`, work on device tensors is queued on the current stream, copies with
 `non_blocking=True` among it, and runs as late, or as early, as `device_queues.py` lets it: where the host waits
@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from megatron.bridge.utils import simulated_accelerator
 from tests.rigs.device_queues import Device, Event, Stream

@@ -12,6 +12,7 @@ MUTANTS = (
     *load.THE_LOAD,
     *resume.THE_REPAIRS,
     *resume.THE_FLAT_STEP,
+    *resume.THE_WAITS,
     *resume.THE_RESUME,
     *conversion.THE_CONVERSION,
     *adapters.ADAPTERS,

@@ -104,6 +104,54 @@ THE_FLAT_STEP = (
 )
 
 
+_ORDER = "tests/functional_tests/test_order_of_streams.py::test_the_step_in_buckets_waits_for_all_it_needs"
+_STREAMS = "tests/unit_tests/test_adversarial_streams.py::test_our_waits_order_streams"
+_OVERLAP = (f"{_ORDER}[default-overlap]", f"{_ORDER}[precision-aware-overlap]")
+
+
+def _no_wait(what: str, breaks: str, where: str, change: Change, *tests: str) -> Mutant:
+    return Mutant(f"no wait, {what}", breaks, f"megatron.bridge.{where}", change, tests)
+
+
+THE_WAITS = (
+    _no_wait(
+        "of the host for gradients",
+        "Adam steps on gradients that are not on the host yet",
+        "offload_engine.step:BucketedStep._set_sub_optimizer_grads",
+        expression("self._d2h_stream.record_event()", "None"),
+        f"{_ORDER}[default-serial]",
+    ),
+    _no_wait(
+        "of weights' readers",
+        "what comes after the step reads weights of before it",
+        "utils.device:queued_on",
+        without_call("wait"),
+        *_OVERLAP,
+    ),
+    _no_wait(
+        "of a stream beside for the current one",
+        "what the current stream still reads is overwritten",
+        "utils.device:queued_on",
+        without_call("wait_stream"),
+        _STREAMS,
+    ),
+    _no_wait(
+        "for a stream",
+        "the current stream doesn't wait when it is told to",
+        "utils.device:wait_for_stream",
+        without_call("wait_stream"),
+        _STREAMS,
+    ),
+    _no_wait(
+        "of the device for its gradients",
+        "the device steps on gradients that are not cast yet",
+        "core_repairs.gradient_wait:_wait_for_the_casts",
+        expression("wait_for_stream(self._d2h_stream)", "None"),
+        f"{_ORDER}[precision-aware-overlap]",
+    ),
+)
+
+
 def _not_restored(what: str, breaks: str, where: str, change: Change, test: str) -> Mutant:
     return Mutant(f"{what} not restored", breaks, f"megatron.bridge.{where}", change, (test,))
 

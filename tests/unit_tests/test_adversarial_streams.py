@@ -1,0 +1,165 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Adversarial streams: what is ordered by streams, events and the host's reads, and what isn't and is seen."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tests.rigs.adversarial_streams import adversarial_streams
+from tests.rigs.device_queues import DEFAULT_FIRST, HOST_FIRST, ORDERS, SIDES_FIRST
+from tests.rigs.ranks import run_on_ranks
+
+
+def _outcomes(program: Callable[..., Any], *arguments: Any) -> dict[Any, Any]:
+    """What a program comes to, by order."""
+    outcomes = {}
+    for order in ORDERS:
+        with adversarial_streams(order):
+            found = program(*arguments)
+        outcomes[order] = found.tolist() if isinstance(found, torch.Tensor) else found
+    return outcomes
+
+
+def _down(left_out: str) -> list[float]:
+    """A gradient is computed and copied to the host on a stream beside."""
+    side, on_host = torch.cuda.Stream(), torch.zeros(2, device="cpu")
+    gradient = torch.ones(2, device="cuda").mul_(3)
+    if left_out != "the stream's wait":
+        side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        on_host.copy_(gradient, non_blocking=left_out != "nothing, blocking")
+    event = side.record_event()
+    if "the host's wait" not in left_out:
+        event.synchronize()
+    return on_host.tolist()
+
+
+def _up(left_out: str) -> torch.Tensor:
+    """A weight is stepped on at the host, copied up on a stream beside, and read."""
+    side, master = torch.cuda.Stream(), torch.full((2,), 1.0, device="cpu")
+    weight = torch.zeros(2, device="cuda")
+    before = weight + 0
+    if left_out != "the stream's wait":
+        side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        weight.copy_(master, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(side)
+    if left_out == "the host's wait":
+        master.fill_(7.0)
+    if left_out != "the reader's wait":
+        torch.cuda.current_stream().wait_event(event)
+    read = torch.stack([before, weight * 2])
+    event.synchronize()
+    master.fill_(8.0)
+    return read
+
+
+def _queued_on(reads_after: bool) -> torch.Tensor:
+    """A tensor that is read, then written by the work of a stream beside, and read again."""
+    from megatron.bridge.utils.device import queued_on
+
+    side, tensor = torch.cuda.Stream(), torch.zeros(1, device="cuda")
+    before = tensor + 1
+    with queued_on(side):
+        tensor.fill_(5.0)
+    return torch.cat([before, tensor + 1]) if reads_after else before
+
+
+def _wait_for_stream() -> torch.Tensor:
+    from megatron.bridge.utils.device import wait_for_stream
+
+    side, tensor = torch.cuda.Stream(), torch.zeros(1, device="cuda")
+    with torch.cuda.stream(side):
+        tensor.fill_(5.0)
+    wait_for_stream(side)
+    return tensor + 1
+
+
+def _in_program_order(reader: str) -> Any:
+    """Work of the current stream alone, and all that makes the host wait for it."""
+    tensor = (torch.arange(4, device="cuda") * 2)[1:]
+    tensor += 1
+    grown = torch.cat([tensor, torch.zeros_like(tensor)]).float()
+    readers: dict[str, Callable[[], Any]] = {
+        "item": lambda: grown[0].item(),
+        "cpu": lambda: grown.cpu()[0].tolist(),
+        "to": lambda: grown.to("cpu").sum().tolist(),
+        "tolist": lambda: grown.tolist(),
+        "numpy": lambda: grown.detach().numpy().sum().tolist(),
+        "nonzero": lambda: len(grown.nonzero()),
+        "equal": lambda: torch.equal(grown, grown.clone()),
+        "mask": lambda: len(grown[grown > 3]),
+        "random": lambda: int(torch.nn.functional.dropout(grown).numel()),
+        "blocking copy": lambda: torch.zeros(6, device="cpu").copy_(grown).tolist(),
+        "synchronize": lambda: [torch.cuda.synchronize(), torch.zeros(6, device="cpu").copy_(grown, True)][1].numel(),
+    }
+    return readers[reader]()
+
+
+def _backward() -> list[float]:
+    weight = torch.ones(2, device="cuda", requires_grad=True)
+    (weight * 3 * torch.cuda.Stream().cuda_stream + weight.sum() ** 2).sum().backward()
+    return weight.grad.tolist()
+
+
+def test_right_waits_give_right_bits():
+    assert set(map(str, run_on_ranks(_outcomes, 1, _down, "nothing")[0].values())) == {"[3.0, 3.0]"}
+    assert set(map(str, run_on_ranks(_outcomes, 1, _up, "nothing")[0].values())) == {"[[0.0, 0.0], [2.0, 2.0]]"}
+    assert set(map(str, run_on_ranks(_outcomes, 1, _down, "nothing, blocking")[0].values())) == {"[3.0, 3.0]"}
+
+
+MISSING = {
+    "source not computed": (_down, "the stream's wait", SIDES_FIRST, [1.0, 1.0]),
+    "target not filled": (_down, "the host's wait", HOST_FIRST, [0.0, 0.0]),
+    "target written while it is read": (_up, "the stream's wait", SIDES_FIRST, [[1.0, 1.0], [2.0, 2.0]]),
+    "target read before it is written": (_up, "the reader's wait", DEFAULT_FIRST, [[0.0, 0.0], [0.0, 0.0]]),
+    "source overwritten too early": (_up, "the host's wait", HOST_FIRST, [[0.0, 0.0], [14.0, 14.0]]),
+}
+
+
+@pytest.mark.parametrize("what", MISSING)
+def test_a_missing_wait_is_seen(what):
+    program, left_out, order, outcome = MISSING[what]
+    assert run_on_ranks(_outcomes, 1, program, left_out)[0][order] == outcome
+
+
+def test_our_waits_order_streams():
+    assert set(map(str, run_on_ranks(_outcomes, 1, _wait_for_stream)[0].values())) == {"[6.0]"}
+    (outcomes,) = run_on_ranks(_queued_on_both, 1)
+    assert outcomes == dict.fromkeys(ORDERS, ([1.0], [1.0, 6.0]))
+
+
+def _queued_on_both() -> dict[Any, Any]:
+    before, after = (_outcomes(_queued_on, reads) for reads in (False, True))
+    return {order: (before[order], after[order]) for order in ORDERS}
+
+
+def _all_readers(readers: list[str]) -> dict[str, list[Any]]:
+    return {reader: list(_outcomes(_in_program_order, reader).values()) for reader in readers}
+
+
+READ = {
+    "item": 3,
+    "cpu": 3,
+    "to": 15,
+    "tolist": [3, 5, 7, 0, 0, 0],
+    "numpy": 15,
+    "nonzero": 3,
+    "equal": True,
+    "mask": 2,
+    "random": 6,
+    "blocking copy": [3, 5, 7, 0, 0, 0],
+    "synchronize": 6,
+}
+
+
+def test_the_host_waits_where_it_reads():
+    (found,) = run_on_ranks(_all_readers, 1, list(READ))
+    assert found == {reader: [outcome] * len(ORDERS) for reader, outcome in READ.items()}
+
+
+def test_backward_computes_the_same():
+    assert set(map(str, run_on_ranks(_outcomes, 1, _backward)[0].values())) == {"[8.0, 8.0]"}
