@@ -65,7 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure_all(
-    chosen: Sequence[Benchmark], *, timeout_seconds: float, pictures: Path, package: str = "benchmarks"
+    chosen: Sequence[Benchmark],
+    *,
+    timeout_seconds: float,
+    pictures: Path,
+    package: str = "benchmarks",
+    where: str | None = None,
 ) -> tuple[dict[str, Measured], list[str]]:
     """Run benchmarks one after the other.
 
@@ -74,11 +79,13 @@ def measure_all(
         timeout_seconds: For each; then it and all that it started are ended.
         pictures: Where they draw.
         package: Where their modules are.
+        where: The machine and the versions; None asks this one.
 
     Returns:
         What those that succeeded measured, by name, and a line for each that failed and each figure beyond its limit.
     """
-    where, measured, problems = _where(), {}, []
+    where = _where() if where is None else where
+    measured, problems = {}, []
     for number, benchmark in enumerate(chosen, start=1):
         print(f"{number}/{len(chosen)} {benchmark.name}", end=" ", flush=True)
         started = time.monotonic()

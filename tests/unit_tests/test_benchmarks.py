@@ -33,14 +33,15 @@ def measured(tmp_path, monkeypatch):
     """A function that runs benchmarks, given as values or as code that comes before them."""
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(bench, "_where", lambda: "a machine")
     (tmp_path / "made").mkdir()
 
     def run(timeout_seconds=300, **modules):
         for name, (body, values) in modules.items():
             (tmp_path / "made" / f"{name}.py").write_text(MODULE.format(body=body, values=values))
         chosen = [Benchmark(name, name) for name in modules]
-        return bench.measure_all(chosen, timeout_seconds=timeout_seconds, pictures=tmp_path, package="made")
+        return bench.measure_all(
+            chosen, timeout_seconds=timeout_seconds, pictures=tmp_path, package="made", where="a machine"
+        )
 
     return run
 

@@ -45,15 +45,12 @@ def test_a_rank_takes_its_share(own, neighbours, quota, share):
     assert share_of_cores(own, neighbours, quota) == share
 
 
-def test_cores_near_the_gpu_are_taken_where_the_machine_names_them(tmp_path, monkeypatch):
+def test_cores_near_the_gpu_are_taken_where_the_machine_names_them(tmp_path):
     allowed = sorted(os.sched_getaffinity(0))
     (tmp_path / "node1").mkdir()
     (tmp_path / "node1" / "cpulist").write_text(f"{allowed[0]},4000-4003\n")
-    monkeypatch.setattr(host_threads, "_NODES", tmp_path)
-    monkeypatch.setattr(host_threads, "numa_node", lambda: 1)
-    assert own_cores() == ({allowed[0]}, "cores of NUMA node 1")
-    monkeypatch.setattr(host_threads, "numa_node", lambda: 2)  # of which it says nothing
-    assert own_cores() == (set(allowed), "cores")
+    assert own_cores(1, nodes=tmp_path) == ({allowed[0]}, "cores of NUMA node 1")
+    assert own_cores(2, nodes=tmp_path) == (set(allowed), "cores")  # of which it says nothing
 
 
 def test_the_plan_says_where_the_number_comes_from(monkeypatch):

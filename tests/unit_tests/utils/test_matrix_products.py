@@ -86,9 +86,8 @@ def test_the_autograd_engine_runs_through_them(dtype):
 def test_torch_before_2_9_multiplies_so_too_and_says_what_it_leaves_out(monkeypatch, caplog, dtype, form):
     monkeypatch.delattr(torch.library, "get_kernel", raising=False)
     matrix_products.restore()
-    monkeypatch.setattr(matrix_products, "slowdown", lambda dtype: 16.0)
     with caplog.at_level(logging.INFO):
-        matrix_products.install()
+        matrix_products.install(lambda dtype: 16.0)
     assert f"with torch {torch.__version__} (2.9 or newer is needed) not the forms out= and in place" in caplog.text
     test_a_product_is_fp32s_rounded_once(dtype, form)
     test_what_torch_refuses_stays_refused(dtype)
@@ -123,13 +122,10 @@ def test_what_torch_refuses_stays_refused(dtype):
     [((0.5, 20.0), {torch.float16}), ((16.0, 18.0), set(SIXTEEN_BIT)), ((0.5, 1.5), set())],
     ids=["bf16 of its own", "neither", "both of its own"],
 )
-def test_only_what_is_slow_on_this_cpu_is_converted(monkeypatch, caplog, slowdowns, converted):
+def test_only_what_is_slow_on_this_cpu_is_converted(caplog, slowdowns, converted):
     matrix_products.restore()
-    monkeypatch.setattr(matrix_products, "slowdown", dict(zip(SIXTEEN_BIT, slowdowns, strict=True)).__getitem__)
-    chosen = set()
-    monkeypatch.setattr(matrix_products, "override", lambda dtypes: chosen.update(dtypes))
     with caplog.at_level(logging.INFO):
-        matrix_products.install()
-    assert chosen == converted
+        chosen = matrix_products.install(dict(zip(SIXTEEN_BIT, slowdowns, strict=True)).__getitem__)
+    assert set(chosen) == converted
     assert len(caplog.messages) == bool(converted)
     assert all((str(dtype).removeprefix("torch.") in caplog.text) == (dtype in converted) for dtype in SIXTEEN_BIT)

@@ -20,7 +20,7 @@ import torch
 from megatron.bridge.utils.device import is_simulated, numa_node
 from megatron.bridge.utils.distributed import all_gathered
 
-_NODES = Path("/sys/devices/system/node")
+NODES = Path("/sys/devices/system/node")
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _CAN_PIN = hasattr(os, "sched_setaffinity")  # Linux
 
@@ -49,11 +49,16 @@ def parse_core_list(text: str) -> frozenset[int]:
     return frozenset(cores)
 
 
-def own_cores() -> tuple[frozenset[int], str]:
-    """The cores that this process may use, those of its GPU's NUMA node where that is known, and what they are."""
+def own_cores(node: int | None = None, *, nodes: Path = NODES) -> tuple[frozenset[int], str]:
+    """The cores that this process may use, those of its GPU's NUMA node where that is known, and what they are.
+
+    Args:
+        node: That NUMA node; None asks the device.
+        nodes: Where the machine describes its nodes.
+    """
     allowed = frozenset(os.sched_getaffinity(0)) if _CAN_PIN else frozenset(range(os.cpu_count() or 1))
-    node = numa_node()
-    file = _NODES / f"node{node}" / "cpulist"
+    node = numa_node() if node is None else node
+    file = nodes / f"node{node}" / "cpulist"
     if node is not None and file.is_file() and (near := allowed & parse_core_list(file.read_text())):
         return near, f"cores of NUMA node {node}"
     return allowed, "cores"

@@ -33,11 +33,18 @@ OTHER_OVERLOADS = ("mm.out", "bmm.out", "addmm.out", "baddbmm.out", "addmm_", "b
 _library: torch.library.Library | None = None
 
 
-def install() -> None:
-    """Compute the products of slow 16-bit types in FP32 from here on, in this process. Later calls do nothing."""
+def install(slowdown_of: Callable[[torch.dtype], float] | None = None) -> tuple[torch.dtype, ...]:
+    """Compute the products of slow 16-bit types in FP32 from here on, in this process. Later calls do nothing.
+
+    Args:
+        slowdown_of: How many times as long as in FP32 a type's products take here; None measures it.
+
+    Returns:
+        The types that this call has replaced the products of.
+    """
     if _library is not None:
-        return
-    slow = {dtype: times for dtype in SIXTEEN_BIT if (times := slowdown(dtype)) > SLOW}
+        return ()
+    slow = {dtype: times for dtype in SIXTEEN_BIT if (times := (slowdown_of or slowdown)(dtype)) > SLOW}
     if slow:
         told = ", ".join(f"{str(dtype).removeprefix('torch.')} ({times:.0f}x)" for dtype, times in slow.items())
         logger.info(
@@ -48,6 +55,7 @@ def install() -> None:
             else f"; with torch {torch.__version__} (2.9 or newer is needed) not the forms out= and in place",
         )
         override(slow)
+    return tuple(slow)
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron.bridge import AutoBridge
 from megatron.bridge.models.conversion.hf_weights import HFWeights
+from megatron.bridge.models.conversion.load import load_weights
 from tests.rigs.ranks import run_on_ranks
 from tests.unit_tests.models.tiny_llama import save_tiny_llama
 
@@ -192,7 +193,20 @@ def test_error_on_one_rank_ends_all(llama, changed):
 
 
 def elements_read_on_rank(llama, tensor_parallel_size, pipeline_parallel_size):
-    from megatron.bridge.models.conversion import load
+    sizes = []
+
+    class Watched(torch.Tensor):
+        """A view of a mapped file: what is mapped is read when it is copied."""
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if function is torch.Tensor.copy_:
+                sizes.append(args[1].numel())
+            return super().__torch_function__(function, types, args, kwargs)
+
+    class WatchedWeights(HFWeights):
+        def read(self, name):
+            return super().read(name).as_subclass(Watched)
 
     bridge = AutoBridge.from_hf_pretrained(llama)
     provider = bridge.to_megatron_provider(load_weights=False)
@@ -200,17 +214,8 @@ def elements_read_on_rank(llama, tensor_parallel_size, pipeline_parallel_size):
     provider.pipeline_model_parallel_size = pipeline_parallel_size
     provider.initialize_model_parallel()
     chunks = provider.provide_distributed_model(wrap_with_ddp=False)
-    weights, sizes, copy_checked = HFWeights(llama), [], load._copy_checked
-
-    def count(target, found, *names):
-        sizes.append(found.numel())  # what is mapped is read when it is copied
-        copy_checked(target, found, *names)
-
-    load._copy_checked = count
-    try:
-        load.load_weights(chunks, bridge.family, weights, show_progress=False)
-    finally:
-        load._copy_checked = copy_checked
+    weights = WatchedWeights(llama)
+    load_weights(chunks, bridge.family, weights, show_progress=False)
     assert weights._files == {}  # closed: what is mapped of a file is memory
     return sum(sizes), max(sizes), sum(p.numel() for p in chunks[0].parameters())
 

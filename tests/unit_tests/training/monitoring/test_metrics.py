@@ -13,7 +13,6 @@ import pytest
 
 from megatron.bridge.training.callbacks import CallbackContext
 from megatron.bridge.training.config.rules.monitoring import check_trackers_are_installed
-from megatron.bridge.training.monitoring import metrics_queue
 from megatron.bridge.training.monitoring.metrics import (
     RUNS_OWN,
     MetricsFile,
@@ -23,6 +22,7 @@ from megatron.bridge.training.monitoring.metrics import (
     step_losses,
     step_values,
 )
+from megatron.bridge.training.monitoring.metrics_queue import Patience
 from megatron.bridge.training.monitoring.trackers import build_loggers, curve_names
 from megatron.bridge.training.state import GlobalState, TrainState
 from tests.rigs.config_examples import make_config
@@ -64,9 +64,9 @@ def test_a_line_in_the_middle_that_is_no_json_is_named(tmp_path):
         read_metrics(tmp_path / "metrics.jsonl")
 
 
-def test_a_disk_that_fills_up_costs_no_line_once_there_is_room(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(metrics_queue, "FIRST_PAUSE_SECONDS", 0.0)
+def test_a_disk_that_fills_up_costs_no_line_once_there_is_room(tmp_path, caplog):
     metrics, state = MetricsFile(tmp_path / "metrics.jsonl", option="checkpoint.save"), _state()
+    metrics.patience = Patience(first_pause_seconds=0.0)
 
     class Full:
         """Takes half a line, then nothing."""

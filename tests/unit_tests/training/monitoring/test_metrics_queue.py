@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron.bridge.training.monitoring import metrics_queue
-from megatron.bridge.training.monitoring.metrics_queue import MetricsQueue
+from megatron.bridge.training.monitoring.metrics_queue import MetricsQueue, Patience
+
+SHORT = Patience(first_pause_seconds=0.01)
 
 
 def _state(step):
@@ -28,8 +29,8 @@ class _Place:
         self.taken.append(state.train_state.step)
 
 
-def _hand_over(place, steps, *, at_once, close=lambda: None):
-    figures, state = MetricsQueue("Place", place.write, at_once=at_once), _state(0)
+def _hand_over(place, steps, *, at_once, close=lambda: None, patience=SHORT):
+    figures, state = MetricsQueue("Place", place.write, at_once=at_once, patience=patience), _state(0)
     for state.train_state.step in steps:
         figures.hand_over(state, "train", {})
     figures.finish(close)
@@ -37,11 +38,6 @@ def _hand_over(place, steps, *, at_once, close=lambda: None):
 
 def _warnings(caplog):
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-
-
-@pytest.fixture(autouse=True)
-def _short_pauses(monkeypatch):
-    monkeypatch.setattr(metrics_queue, "FIRST_PAUSE_SECONDS", 0.01)
 
 
 @pytest.fixture(params=[True, False], ids=["at once", "by a thread"])
@@ -65,16 +61,15 @@ def test_what_was_missed_comes_later_and_in_order(at_once, caplog):
     ]
 
 
-def test_pauses_grow_while_it_is_away(monkeypatch, caplog):
-    monkeypatch.setattr(metrics_queue, "time", clock := SimpleNamespace(now=0.0, sleep=lambda seconds: None))
-    clock.monotonic = lambda: clock.now
-    place, state = _Place(lambda place, step: True), _state(0)
-    figures, tries = MetricsQueue("Place", place.write, at_once=True), []
+def test_pauses_grow_while_it_is_away(caplog):
+    place, state, now = _Place(lambda place, step: True), _state(0), 0.0
+    figures = MetricsQueue("Place", place.write, at_once=True, patience=SHORT, clock=lambda: now)
+    tries = []
     for state.train_state.step in range(1, 2001):
-        clock.now += 0.01
+        now += 0.01
         before = place.tries
         figures.hand_over(state, "train", {})
-        tries += [round(clock.now, 2)] if place.tries > before else []
+        tries += [round(now, 2)] if place.tries > before else []
     assert tries == pytest.approx([0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24], abs=0.05)
     caplog.set_level(logging.INFO)
     figures.finish(lambda: None)
@@ -87,21 +82,20 @@ def test_a_line_that_is_refused_does_not_hold_up_the_others(at_once):
     assert place.taken == [1, 4, 5, 6, 7, 8]
 
 
-def test_the_oldest_is_given_up_when_too_many_wait(monkeypatch):
-    monkeypatch.setattr(metrics_queue, "MOST_WAITING", 3)
-    monkeypatch.setattr(metrics_queue, "FIRST_PAUSE_SECONDS", 300)  # no second try before the end, however slow this is
+def test_the_oldest_is_given_up_when_too_many_wait():
+    patience = Patience(most_waiting=3, first_pause_seconds=300)  # no second try before the end, however slow this is
     place = _Place(lambda place, step: place.tries == 1)
-    _hand_over(place, range(1, 7), at_once=True)
+    _hand_over(place, range(1, 7), at_once=True, patience=patience)
     assert place.taken == [4, 5, 6]
 
 
-def test_one_that_never_answers_holds_nobody(monkeypatch, caplog):
-    monkeypatch.setattr(metrics_queue, "SECONDS_WITHOUT_PROGRESS", 0.05)
+def test_one_that_never_answers_holds_nobody(caplog):
     caplog.set_level(logging.INFO)
     before = set(threading.enumerate())
     asked, never = threading.Event(), threading.Event()
     place = _Place(lambda place, step: step == 2 and not asked.set() and never.wait())
-    figures, state = MetricsQueue("Place", place.write, at_once=False), _state(0)
+    patience = Patience(first_pause_seconds=0.01, seconds_without_progress=0.05)
+    figures, state = MetricsQueue("Place", place.write, at_once=False, patience=patience), _state(0)
     for state.train_state.step in range(1, 6):
         figures.hand_over(state, "train", {})
     assert asked.wait(60)  # step 2 is on its way

@@ -16,7 +16,7 @@ from typing import IO, Any, ClassVar
 
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.training.config import ConfigContainer
-from megatron.bridge.training.monitoring.metrics_queue import MetricsQueue
+from megatron.bridge.training.monitoring.metrics_queue import MetricsQueue, Patience
 from megatron.bridge.training.monitoring.preemption import Preempted
 from megatron.bridge.training.state import GlobalState
 from megatron.bridge.utils.device import peak_memory_bytes
@@ -89,6 +89,9 @@ class MetricsLogger(Callback):
 
     writes_at_once: ClassVar[bool] = False
     """Call `write` in the step itself, by the thread that trains: for a local file, or what bears no other thread."""
+
+    patience: Patience = Patience()
+    """How long lines wait for a destination that doesn't answer."""
 
     _queue: MetricsQueue | None = None
 
@@ -256,7 +259,9 @@ def open_loggers(loggers: Sequence[MetricsLogger], state: GlobalState) -> Iterat
     queues = []
     for logger in own:
         name = getattr(logger, "title", None) or type(logger).__name__
-        logger._queue = queue = MetricsQueue(name, logger.write, at_once=logger.writes_at_once)
+        logger._queue = queue = MetricsQueue(
+            name, logger.write, at_once=logger.writes_at_once, patience=logger.patience
+        )
         queues.append(queue)
     failed = True
     try:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -17,21 +18,26 @@ Line = tuple[GlobalState, str, dict[str, Any]]
 
 logger = logging.getLogger(__name__)
 
-MOST_WAITING = 10_000
-"""Most lines in the queue; beyond it the oldest line is dropped."""
-
-FIRST_PAUSE_SECONDS = 1.0
-LONGEST_PAUSE_SECONDS = 300.0
-"""Pause between two tries; each pause is twice the one before."""
-
-SECONDS_WITHOUT_PROGRESS = 10.0
-"""How long the end of a run waits while the destination accepts nothing."""
-
 _TRIES_FOR_ONE = 2
 """After this many failures of a line, the lines behind it are tried too. If one of them is accepted, the destination
 is available and refuses that line."""
 
 _MOST_TRIED = 4
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long lines wait for their destination, and the end of a run for it."""
+
+    most_waiting: int = 10_000
+    """Lines that wait at most; beyond it the oldest is dropped."""
+
+    first_pause_seconds: float = 1.0
+    longest_pause_seconds: float = 300.0
+    """Between two attempts; each pause is twice the one before."""
+
+    seconds_without_progress: float = 10.0
+    """How long the end of a run waits for a destination that accepts nothing."""
 
 
 class MetricsQueue:
@@ -41,10 +47,20 @@ class MetricsQueue:
         name: The destination, for the log.
         write: Writes a state, a split and its metrics. If it raises, the line counts as not written.
         at_once: Write in the calling thread, for a local file, which is fast. Otherwise write in a separate thread.
+        patience: How long lines wait.
+        clock: Gives seconds.
     """
 
-    def __init__(self, name: str, write: Callable[[GlobalState, str, dict[str, Any]], None], *, at_once: bool) -> None:
-        self._name, self._write = name, write
+    def __init__(
+        self,
+        name: str,
+        write: Callable[[GlobalState, str, dict[str, Any]], None],
+        *,
+        at_once: bool,
+        patience: Patience = Patience(),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._name, self._write, self._patience, self._clock = name, write, patience, clock
         self._waiting: deque[Line] = deque()
         self._news = threading.Condition()
         self._ends = False
@@ -60,12 +76,12 @@ class MetricsQueue:
         kept = copy.copy(state)
         kept.train_state = copy.copy(state.train_state)
         with self._news:
-            if len(self._waiting) >= MOST_WAITING:
+            if len(self._waiting) >= self._patience.most_waiting:
                 self._waiting.popleft()
                 self._num_lost += 1
             self._waiting.append((kept, split, values))
             self._news.notify()
-        if self._thread is None and time.monotonic() >= self._next_try:
+        if self._thread is None and self._clock() >= self._next_try:
             self._send()
 
     def finish(self, close: Callable[[], None]) -> None:
@@ -79,7 +95,7 @@ class MetricsQueue:
         closing = threading.Thread(target=self._close, args=(close,), name=f"closing {self._name}", daemon=True)
         if is_away:  # otherwise close in this thread, which opened it: MLflow's active run belongs to the thread
             closing.start()
-            closing.join(SECONDS_WITHOUT_PROGRESS)
+            closing.join(self._patience.seconds_without_progress)
         else:
             self._close(close)
         num_lost = self._num_lost + len(self._waiting)
@@ -96,7 +112,7 @@ class MetricsQueue:
         seen = -1
         while self._thread.is_alive() and seen != self._num_taken:
             seen = self._num_taken
-            self._thread.join(SECONDS_WITHOUT_PROGRESS)
+            self._thread.join(self._patience.seconds_without_progress)
 
     def _close(self, close: Callable[[], None]) -> None:
         try:
@@ -122,12 +138,12 @@ class MetricsQueue:
             self._send()
             if not self._waiting:
                 return
-            time.sleep(FIRST_PAUSE_SECONDS)
+            time.sleep(self._patience.first_pause_seconds)
         self._send()
 
     def _pause(self) -> float | None:
         """Seconds until the next try; None if the queue is empty."""
-        return max(0.0, self._next_try - time.monotonic()) if self._waiting else None
+        return max(0.0, self._next_try - self._clock()) if self._waiting else None
 
     def _send(self) -> None:
         """Write what is queued, until a write fails."""
@@ -164,8 +180,8 @@ class MetricsQueue:
             logger.info("%s accepts metrics again, from step %d on", self._name, line[0].train_state.step)
 
     def _note_failure(self, error: BaseException, line: Line) -> None:
-        pause = min(FIRST_PAUSE_SECONDS * 2**self._failures, LONGEST_PAUSE_SECONDS)
-        self._next_try = time.monotonic() + pause
+        pause = min(self._patience.first_pause_seconds * 2**self._failures, self._patience.longest_pause_seconds)
+        self._next_try = self._clock() + pause
         if not self._failures:
             logger.warning(
                 "%s did not accept the metrics of step %d (%s): the run continues, and they are sent again later",
