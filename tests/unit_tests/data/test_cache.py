@@ -23,18 +23,24 @@ def path(write_jsonl):
     return write_jsonl([*ROWS, {"input": "x", "output": ""}])
 
 
+class Watched:
+    """A tokenizer that keeps count of the batches that it was given, and may be slow or die of them."""
+
+    def __init__(self, tokenizer, meanwhile=lambda: None):
+        self._tokenizer, self._meanwhile, self.num_batches = tokenizer, meanwhile, 0
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+    def encode_batch(self, texts):
+        self.num_batches += 1
+        self._meanwhile()
+        return self._tokenizer.encode_batch(texts)
+
+
 @pytest.fixture
-def tokenised(monkeypatch):
-    """Counts how often rows were tokenised."""
-    calls = []
-    whole = sft.encode_all
-
-    def counted(*args, **kwargs):
-        calls.append(kwargs["where"])
-        return whole(*args, **kwargs)
-
-    monkeypatch.setattr(sft, "encode_all", counted)
-    return calls
+def watched(tokenizer):
+    return Watched(tokenizer)
 
 
 def load(path, tokenizer, *, seq_length=64, cache=None, num_processes=1, max_samples=None, **options):
@@ -55,9 +61,9 @@ def same(one, other):
     )
 
 
-def test_a_second_run_takes_the_tokens_of_the_first(path, tokenizer, tokenised):
-    first, second = load(path, tokenizer), load(path, tokenizer)
-    assert len(tokenised) == 1 and same(first, second)
+def test_a_second_run_takes_the_tokens_of_the_first(path, watched):
+    first, second = load(path, watched), load(path, watched)
+    assert watched.num_batches == 1 and same(first, second)
     assert second.report.first_dropped == 41 and second.arrays["ids"].dtype == np.int32
     assert [file.suffix for file in (path.parent / "cache").iterdir()] == [".npz"], "nothing half-written is left"
 
@@ -65,12 +71,12 @@ def test_a_second_run_takes_the_tokens_of_the_first(path, tokenizer, tokenised):
 @pytest.mark.parametrize(
     "change", [{"seq_length": 8}, {"max_samples": 5}, {"add_bos": True}, {"answer_only_loss": False}]
 )
-def test_another_way_to_tokenise_has_a_file_of_its_own(path, tokenizer, tokenised, change):
-    load(path, tokenizer)
-    load(path, tokenizer, **change)
-    load(path, tokenizer)
-    load(path, tokenizer, **change)
-    assert len(tokenised) == 2
+def test_another_way_to_tokenise_has_a_file_of_its_own(path, watched, change):
+    load(path, watched)
+    load(path, watched, **change)
+    load(path, watched)
+    load(path, watched, **change)
+    assert watched.num_batches == 2
 
 
 def test_another_template_or_vocabulary_is_another_tokenizer(tokenizer_directory, tokenizer):
@@ -84,14 +90,14 @@ def test_another_template_or_vocabulary_is_another_tokenizer(tokenizer_directory
     assert fingerprint(hf_tokenizer_kwargs=tokens) != tokenizer.fingerprint
 
 
-def test_changed_data_is_tokenised_anew_though_size_and_time_are_the_same(path, tokenizer, tokenised):
-    load(path, tokenizer)
+def test_changed_data_is_tokenised_anew_though_size_and_time_are_the_same(path, watched):
+    load(path, watched)
     times = path.stat()
     path.write_text(path.read_text().replace("cat 1", "dog 1"))
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    changed = load(path, tokenizer)
-    assert len(tokenised) == 2
-    assert "dog 1" in tokenizer.ids_to_text(changed[1]["tokens"].tolist())
+    changed = load(path, watched)
+    assert watched.num_batches == 2
+    assert "dog 1" in watched.ids_to_text(changed[1]["tokens"].tolist())
     assert len(list((path.parent / "cache").iterdir())) == 1
 
 
@@ -105,12 +111,12 @@ def _flip(content):
 
 
 @pytest.mark.parametrize("damage", [_cut, _flip, lambda content: b"", lambda content: b"not a cache"])
-def test_a_damaged_file_is_never_trusted(path, tokenizer, tokenised, damage):
-    first = load(path, tokenizer)
+def test_a_damaged_file_is_never_trusted(path, watched, damage):
+    first = load(path, watched)
     [file] = (path.parent / "cache").iterdir()
     file.write_bytes(damage(file.read_bytes()))
-    assert same(load(path, tokenizer), first) and len(tokenised) == 2
-    assert same(load(path, tokenizer), first) and len(tokenised) == 2, "and is replaced"
+    assert same(load(path, watched), first) and watched.num_batches == 2
+    assert same(load(path, watched), first) and watched.num_batches == 2, "and is replaced"
 
 
 @pytest.mark.parametrize(
@@ -122,19 +128,22 @@ def test_a_damaged_file_is_never_trusted(path, tokenizer, tokenised, damage):
         {"about": np.array([{"a": 1}], dtype=object)},
     ],
 )
-def test_a_foreign_file_is_never_trusted(path, tokenizer, tokenised, foreign):
-    first = load(path, tokenizer)
+def test_a_foreign_file_is_never_trusted(path, watched, foreign):
+    first = load(path, watched)
     [file] = (path.parent / "cache").iterdir()
     np.savez(file, **foreign)
-    assert same(load(path, tokenizer), first) and len(tokenised) == 2
+    assert same(load(path, watched), first) and watched.num_batches == 2
 
 
-def test_an_older_format_is_never_trusted(path, tokenizer, tokenised, monkeypatch):
-    monkeypatch.setattr("megatron.bridge.data.cache.FORMAT_VERSION", 0)
-    load(path, tokenizer)
-    monkeypatch.undo()
-    load(path, tokenizer)
-    assert len(list((path.parent / "cache").iterdir())) == 1
+def test_an_older_format_is_never_trusted(path, watched):
+    first = load(path, watched)
+    [file] = (path.parent / "cache").iterdir()
+    with np.load(file) as stored:
+        arrays = dict(stored)
+    about = json.loads(str(arrays["about"]))
+    np.savez(file, **{**arrays, "about": np.array(json.dumps({**about, "version": about["version"] - 1}))})
+    assert same(load(path, watched), first) and watched.num_batches == 2
+    assert same(load(path, watched), first) and watched.num_batches == 2, "and is replaced"
 
 
 def test_a_directory_that_cannot_be_written_costs_only_the_cache(path, tokenizer):
@@ -157,8 +166,8 @@ def test_a_bad_line_in_a_process_is_named(write_jsonl, tokenizer, monkeypatch):
         load(path, tokenizer, num_processes=2)
 
 
-def test_a_process_that_dies_ends_the_run(path, tokenizer, monkeypatch):
-    monkeypatch.setattr(encoding.SampleEncoder, "encode_rows", lambda *args: os._exit(9))
+def test_a_process_that_dies_ends_the_run(path, tokenizer):
+    tokenizer = Watched(tokenizer, lambda: os._exit(9))
     with pytest.raises(RuntimeError, match=r"a process that tokenises .*: lower dataset.memmap_workers=2"):
         load(path, tokenizer, num_processes=2)
 
@@ -168,26 +177,16 @@ def _load_on_ranks(path, tokenizer_directory, *, slow=False, own_disks=False):
     import time
 
     from megatron.bridge.utils import distributed
+    from megatron.bridge.utils.replaced import replaced
 
     tokenizer = build_tokenizer(TokenizerConfig(tokenizer_model=str(tokenizer_directory)))
-    calls, whole = [], sft.encode_all
-    rank, waited = distributed.rank(), distributed.SECONDS_BETWEEN_MEETINGS
-
-    def watched(*args, **kwargs):
-        calls.append(1)
-        time.sleep(1.0 if slow else 0)
-        return whole(*args, **kwargs)
-
-    try:
-        sft.encode_all = watched
-        distributed.SECONDS_BETWEEN_MEETINGS = 0.1
-        cache = path.parent / (f"cache{rank}" if own_disks else f"cache{slow}")
+    watched = Watched(tokenizer, lambda: time.sleep(1.0 if slow else 0))
+    cache = path.parent / (f"cache{distributed.rank()}" if own_disks else f"cache{slow}")
+    with replaced(distributed, SECONDS_BETWEEN_MEETINGS=0.1):
         try:
-            return len(load(path, tokenizer, cache=cache)), len(calls)
+            return len(load(path, watched, cache=cache)), watched.num_batches
         except (ValueError, RuntimeError) as error:
             return f"{type(error).__name__}: {error}"
-    finally:
-        sft.encode_all, distributed.SECONDS_BETWEEN_MEETINGS = whole, waited
 
 
 def test_the_first_process_of_a_machine_tokenises_and_the_others_wait(path, tokenizer_directory):
@@ -202,8 +201,8 @@ def test_a_rank_that_sees_no_cache_tokenises_for_itself(path, tokenizer_director
 
 
 def test_a_bad_line_ends_the_waiting_too(write_jsonl, tokenizer_directory):
-    path = write_jsonl([*ROWS, {"input": "a"}])
+    path = write_jsonl([*ROWS * 25, {"input": "a"}])  # behind a whole batch
     first, second = run_on_ranks(_load_on_ranks, 2, path, tokenizer_directory, slow=True)
-    assert first.startswith("ValueError: ") and ":41: no field 'output'" in first
+    assert first.startswith("ValueError: ") and ":1001: no field 'output'" in first
     assert second.startswith("RuntimeError: reading ") and "failed on rank 0: ValueError" in second
-    assert ":41: no field 'output'" in second
+    assert ":1001: no field 'output'" in second
