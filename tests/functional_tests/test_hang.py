@@ -47,29 +47,24 @@ def test_a_rank_that_hangs_and_the_one_that_waits_for_it_show_their_stacks_and_e
 
 
 class Clock:
-    """In the place of the module `time`: it moves when it is told to, however busy the machine is."""
+    """It moves when it is told to, however busy the machine is."""
 
-    def __init__(self) -> None:
-        self.now = 100.0
+    now = 100.0
 
-    def monotonic(self) -> float:
+    def __call__(self) -> float:
         return self.now
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    """The watchdog's, in one of two processes."""
-    found = Clock()
-    monkeypatch.setattr("megatron.bridge.training.monitoring.hang_watchdog.world_size", lambda: 2)
-    monkeypatch.setattr("megatron.bridge.training.monitoring.hang_watchdog.time", found)
-    return found
+def of_two_ranks() -> int:
+    return 2
 
 
 @pytest.mark.any_core
 @pytest.mark.parametrize(("sign_comes", "raised"), [(False, Hung), (True, RuntimeError)])
-def test_an_error_that_comes_after_the_stacks_is_a_hang_too(clock, caplog, sign_comes, raised):
+def test_an_error_that_comes_after_the_stacks_is_a_hang_too(caplog, sign_comes, raised):
     """A rank may be a moment later than the one whose end breaks its collective."""
-    watchdog, config = HangWatchdog(), DistributedInitConfig(distributed_timeout_minutes=1)
+    clock, config = Clock(), DistributedInitConfig(distributed_timeout_minutes=1)
+    watchdog = HangWatchdog(clock, num_ranks=of_two_ranks)
     with pytest.raises(raised) as caught, watched(watchdog, config):
         clock.now += 0.9 * 60
         while not watchdog.hangs:
@@ -83,11 +78,10 @@ def test_an_error_that_comes_after_the_stacks_is_a_hang_too(clock, caplog, sign_
 
 
 @pytest.mark.any_core
-def test_signs_of_life_pauses_and_the_end_keep_it_quiet(clock, capfd, monkeypatch):
+def test_signs_of_life_pauses_and_the_end_keep_it_quiet(capfd):
     """A thread of its own, so that what would end this process can be seen instead."""
-    ended = []
-    monkeypatch.setattr("megatron.bridge.training.monitoring.hang_watchdog.os._exit", ended.append)
-    watchdog = HangWatchdog()
+    clock, ended = Clock(), []
+    watchdog = HangWatchdog(clock, ended.append, of_two_ranks)
     watchdog.start(0.5)
 
     def pass_time(seconds):
@@ -104,7 +98,7 @@ def test_signs_of_life_pauses_and_the_end_keep_it_quiet(clock, capfd, monkeypatc
     pass_time(0.6)
     assert not ended and "hangs" not in capfd.readouterr().err
 
-    watchdog = HangWatchdog()
+    watchdog = HangWatchdog(clock, ended.append, of_two_ranks)
     watchdog.start(60)
     watchdog.heartbeat(7)
     watchdog.start(0.3)  # shortened after the first step

@@ -9,7 +9,8 @@ import pytest
 
 pytest.importorskip("nemo_run")
 
-from megatron.bridge.recipes import nemo_run_tasks
+from nemo_run.config import get_nemorun_home, set_nemorun_home
+
 from megatron.bridge.recipes.nemo_run_jobs import dry_run
 from megatron.bridge.recipes.nemo_run_tasks import SlurmOptions, local_executor, script_task, slurm_executor
 
@@ -49,9 +50,17 @@ def test_a_batch_script_quotes_script_and_workdir(script, tmp_path):
     assert script in words and f"--chdir={workdir}" in words and words[-1] == "x=1"
 
 
+@pytest.fixture
+def home(tmp_path):
+    """Sets NeMo-Run's home, as its command line does."""
+    before = get_nemorun_home()
+    yield lambda name: set_nemorun_home(str(tmp_path / name))
+    set_nemorun_home(before)
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_a_home_that_needs_quotes_is_refused(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(nemo_run_tasks, "nemo_run_home", lambda: str(tmp_path / name))
+def test_a_home_that_needs_quotes_is_refused(name, tmp_path, home):
+    home(name)
     with pytest.raises(ValueError, match="^--home .* has a space, a quote or a "):
         slurm_executor(SlurmOptions(account="A", workdir=str(tmp_path)), env={})
     with pytest.raises(ValueError, match="^--home .* has a space, a quote or a "):

@@ -13,8 +13,9 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import Any
 
 from megatron.bridge.training.config import DistributedInitConfig
 from megatron.bridge.utils.distributed import rank, world_size
@@ -40,9 +41,21 @@ class Hung(SystemExit):
 
 
 class HangWatchdog:
-    """A thread that expects heartbeats of the main thread."""
+    """A thread that expects heartbeats of the main thread.
 
-    def __init__(self) -> None:
+    Args:
+        clock: Gives seconds.
+        end_process: Ends this process with an exit code, at once.
+        num_ranks: Gives the number of ranks.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        end_process: Callable[[int], Any] = os._exit,
+        num_ranks: Callable[[], int] = world_size,
+    ) -> None:
+        self._clock, self._end_process, self._num_ranks = clock, end_process, num_ranks
         self._timeout_seconds = math.inf
         self._last_sign = math.inf
         self._step = 0
@@ -57,15 +70,15 @@ class HangWatchdog:
             timeout_seconds: The process groups' timeout; later calls change it.
         """
         self._timeout_seconds = timeout_seconds
-        if self._thread is None and world_size() > 1:
-            self._last_sign = time.monotonic()
+        if self._thread is None and self._num_ranks() > 1:
+            self._last_sign = self._clock()
             self._thread = threading.Thread(target=self._watch, name="hang watchdog", daemon=True)
             self._thread.start()
 
     def heartbeat(self, step: int) -> None:
         """Report that this rank is alive, after `step` steps."""
         self._step = step
-        self._last_sign = time.monotonic()
+        self._last_sign = self._clock()
 
     @property
     def hangs(self) -> bool:
@@ -79,7 +92,7 @@ class HangWatchdog:
         try:
             yield
         finally:
-            self._last_sign = time.monotonic()
+            self._last_sign = self._clock()
 
     def stop(self) -> None:
         """Expect no more heartbeats."""
@@ -97,10 +110,10 @@ class HangWatchdog:
             self._show()
             while last_sign == self._last_sign and not self._stopped.wait(0.01):
                 if self._seconds_until(_ENDED_AT) <= 0:
-                    os._exit(HUNG)  # the main thread is stuck, so it can't raise anything
+                    self._end_process(HUNG)  # the main thread is stuck, so it can't raise anything
 
     def _seconds_until(self, part: float) -> float:
-        return self._last_sign + part * self._timeout_seconds - time.monotonic()
+        return self._last_sign + part * self._timeout_seconds - self._clock()
 
     def _show(self) -> None:
         """Print all threads' stacks in one write, since ranks often share one standard error."""
@@ -108,7 +121,7 @@ class HangWatchdog:
             faulthandler.dump_traceback(file, all_threads=True)
             file.seek(0)
             stacks = file.read().decode(errors="replace").splitlines()
-        waited = time.monotonic() - self._last_sign
+        waited = self._clock() - self._last_sign
         head = (
             f"rank {rank()} hangs: no sign of life for {waited:.1f} s after step {self._step}; it ends after "
             f"{_ENDED_AT * self._timeout_seconds:.1f} s with exit code {HUNG} (dist.distributed_timeout_minutes)"
