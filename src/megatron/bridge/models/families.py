@@ -47,11 +47,27 @@ class ModelFamily:
     """Every weight that a model of the family may have; the built model says which ones it does."""
     ignored_tensors: tuple[str, ...] = ()
     """Patterns (fnmatch) of tensors that files may hold and the model has no place for."""
+    build_with: "Callable[[Mapping[str, Any]], GPTModelProvider] | None" = None
+    """Makes the provider of a Hugging Face configuration. None: the class, with its fields."""
+
+
+_registered: dict[str, ModelFamily] = {}
+
+
+def register_family(architecture: str, family: ModelFamily) -> None:
+    """Let an architecture be converted; a family registered for it goes before one of this package."""
+    _registered[architecture] = family
+
+
+def supported_architectures() -> list[str]:
+    """The architectures that can be converted."""
+    return sorted({*FAMILY_MODULES, *_registered})
 
 
 def architecture_of(hf_config: Mapping[str, Any]) -> str | None:
     """The first supported architecture that a Hugging Face configuration names, or None."""
-    return next((name for name in hf_config.get("architectures") or () if name in FAMILY_MODULES), None)
+    supported = {*FAMILY_MODULES, *_registered}
+    return next((name for name in hf_config.get("architectures") or () if name in supported), None)
 
 
 def _known_architecture(hf_config: Mapping[str, Any]) -> str:
@@ -74,12 +90,13 @@ def check_supported(hf_config: Mapping[str, Any], name: str) -> None:
         return
     found = hf_config.get("architectures")
     lacking = [f", which needs {REFUSED_ARCHITECTURES[one]}" for one in found or () if one in REFUSED_ARCHITECTURES]
-    raise ValueError(f"{name} names architectures {found}{''.join(lacking)}: supported are {sorted(FAMILY_MODULES)}")
+    raise ValueError(f"{name} names architectures {found}{''.join(lacking)}: supported are {supported_architectures()}")
 
 
 def family_of(hf_config: Mapping[str, Any]) -> ModelFamily:
     """The family of a Hugging Face configuration that `architecture_of` knows."""
-    return import_module(FAMILY_MODULES[_known_architecture(hf_config)]).FAMILY
+    architecture = _known_architecture(hf_config)
+    return _registered.get(architecture) or import_module(FAMILY_MODULES[architecture]).FAMILY
 
 
 def provider_fields(hf_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,3 +106,15 @@ def provider_fields(hf_config: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: transformers doesn't read it, or it asks for what can't be expressed.
     """
     return family_of(hf_config).provider_fields(as_read_by_transformers(hf_config, _known_architecture(hf_config)))
+
+
+def build_provider(hf_config: Mapping[str, Any]) -> "GPTModelProvider":
+    """The provider of a Hugging Face configuration.
+
+    Raises:
+        ValueError: As for `provider_fields`.
+    """
+    family = family_of(hf_config)
+    if family.build_with is None:
+        return family.provider_class(**provider_fields(hf_config))
+    return family.build_with(as_read_by_transformers(hf_config, _known_architecture(hf_config)))

@@ -21,14 +21,13 @@ from megatron.bridge.models.conversion.hf_config import (
 )
 from megatron.bridge.models.conversion.load_options import read_load_options
 from megatron.bridge.models.families import (
-    FAMILY_MODULES,
     ModelFamily,
     architecture_of,
+    build_provider,
     check_supported,
     family_of,
-    provider_fields,
+    supported_architectures,
 )
-from megatron.bridge.utils.set_fields import forget_set_fields
 
 if TYPE_CHECKING:
     import torch
@@ -101,7 +100,7 @@ class AutoBridge(CheckpointConversion, AdapterExport):
     @staticmethod
     def list_supported_models() -> list[str]:
         """The Hugging Face architectures that can be converted."""
-        return sorted(FAMILY_MODULES)
+        return supported_architectures()
 
     @property
     def family(self) -> ModelFamily:
@@ -133,7 +132,9 @@ class AutoBridge(CheckpointConversion, AdapterExport):
         Raises:
             ValueError: The configuration asks for what Megatron can't express, or there are no weights to load.
         """
-        provider = self.family.provider_class(**provider_fields(self.hf_config))
+        from megatron.bridge.utils.set_fields import forget_set_fields
+
+        provider = build_provider(self.hf_config)
         forget_set_fields(provider)  # the directory says it, and mixed_precision may say otherwise
         if self.directory is not None:
             provider.hf_model_id = str(self.directory.resolve() if Path(self.name).exists() else self.name)

@@ -2,6 +2,7 @@
 """A Megatron model's weights as Hugging Face tensors: one at a time, whole, on every rank."""
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,15 @@ from megatron.bridge.utils.device import current_device, host_view
 from megatron.bridge.utils.distributed import is_rank_0
 
 
+class HFWeightTuple(NamedTuple):
+    """One tensor of an export."""
+
+    param_name: str
+    """Its Hugging Face name."""
+    weight: torch.Tensor
+    """The whole tensor."""
+
+
 def export_weights(
     chunks: Sequence[MegatronModule],
     family: ModelFamily,
@@ -32,7 +42,7 @@ def export_weights(
     show_progress: bool = True,
     tasks: Sequence[ConversionTask] | None = None,
     copies: bool = True,
-) -> Iterator[tuple[str, torch.Tensor]]:
+) -> Iterator[HFWeightTuple]:
     """Yield (name, tensor) pairs in the order of the layers. Collective: every rank must take every pair.
 
     Args:
@@ -54,7 +64,7 @@ def export_weights(
         for place in bar:
             task = mine.get(place.mapping.megatron_name)
             for name, tensor in _hf_tensors(place, task, config, copies=copies):
-                yield name, (tensor.cpu() if copies else host_view(tensor)) if cpu else tensor
+                yield HFWeightTuple(name, (tensor.cpu() if copies else host_view(tensor)) if cpu else tensor)
 
 
 def exported_places(tasks: Sequence[Sequence[ConversionTask]]) -> list[WeightPlace]:

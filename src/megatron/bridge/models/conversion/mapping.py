@@ -103,6 +103,11 @@ def replicated(megatron_name: str, hf_name: str) -> WeightMapping:
     return WeightMapping(megatron_name, (hf_name,), _one_tensor, dim=None)
 
 
+def split_rows(megatron_name: str, hf_name: str) -> WeightMapping:
+    """A matrix, or a bias, whose output features are split (Core's column-parallel layers)."""
+    return WeightMapping(megatron_name, (hf_name,), _one_tensor, dim=0)
+
+
 def split_columns(megatron_name: str, hf_name: str) -> WeightMapping:
     """A matrix whose input features are split (Core's row-parallel layers)."""
     return WeightMapping(megatron_name, (hf_name,), _one_tensor, dim=1)

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from megatron.bridge.models.families import architecture_of, family_of, provider_fields
+from megatron.bridge.models.families import architecture_of, build_provider
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def changed_in_training(hf_config: Mapping[str, Any], trained: GPTModelProvider)
     Returns:
         By name: what the file says, and what was trained with.
     """
-    written = family_of(hf_config).provider_class(**provider_fields(hf_config))
+    written = build_provider(hf_config)
     names = [name for name in COMPUTED_WITH if hasattr(trained, name)]
     if not (written.rope_scaling or getattr(trained, "rope_scaling", False)):
         names = [name for name in names if name not in _SCALING]

@@ -27,11 +27,9 @@ def as_read_by_transformers(hf_config: Mapping[str, Any], architecture: str) -> 
             raise ValueError(
                 f"config.json lacks {key!r}, which {architecture} needs: restore the file from another copy"
             )
-    import transformers  # here, so that a look at a directory doesn't cost the import
-
-    config_class = getattr(transformers, architecture.removesuffix("ForCausalLM") + "Config")
+    config_class = config_class_of(architecture, hf_config)
     model_type = hf_config.get("model_type", config_class.model_type)
-    if model_type != config_class.model_type:
+    if model_type != (config_class.model_type or model_type):
         raise ValueError(
             f"config.json: model_type={model_type!r}, and architectures names {architecture}, whose model_type is "
             f"{config_class.model_type!r}: transformers goes by model_type; correct the one that is wrong"
@@ -40,7 +38,7 @@ def as_read_by_transformers(hf_config: Mapping[str, Any], architecture: str) -> 
     content = copy.deepcopy({key: value for key, value in hf_config.items() if key not in _OF_THE_FILE})
     try:
         config = config_class.from_dict(content)
-        if config.rope_parameters:
+        if getattr(config, "rope_parameters", None):
             config.standardize_rope_params()  # again, as its models do: by now it has keys that no field is for
         read = config.to_dict()
     except Exception as error:  # its checks raise several classes, some of them of huggingface_hub
@@ -62,9 +60,22 @@ def expect_value(hf: Mapping[str, Any], key: str, expected: Any) -> None:
         raise ValueError(f"config.json: {key}={found!r} is not supported for {hf['architectures']}: need {expected!r}")
 
 
+def config_class_of(architecture: str, hf_config: Mapping[str, Any]) -> Any:
+    """Transformers' configuration class of an architecture; of one that it doesn't know, that of its `model_type`.
+
+    Args:
+        architecture: Such as `LlamaForCausalLM`.
+        hf_config: Content of the `config.json` that names it.
+    """
+    import transformers  # here, so that a look at a directory doesn't cost the import
+
+    named = getattr(transformers, architecture.removesuffix("ForCausalLM") + "Config", None)
+    if named is not None:
+        return named
+    by_type, model_type = transformers.CONFIG_MAPPING, hf_config.get("model_type")
+    return by_type[model_type] if model_type in by_type else transformers.PretrainedConfig
+
+
 def config_object(hf_config: Mapping[str, Any]) -> Any:
     """Transformers' configuration object (`PretrainedConfig`) of the content of a `config.json`."""
-    import transformers
-
-    architecture = next(name for name in hf_config["architectures"])
-    return getattr(transformers, architecture).config_class.from_dict(dict(hf_config))
+    return config_class_of(hf_config["architectures"][0], hf_config).from_dict(dict(hf_config))
