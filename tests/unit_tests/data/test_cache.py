@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 
-from megatron.bridge.data import encoding, sft
+from megatron.bridge.data import sft
 from megatron.bridge.data.config import SFTOptions, TokenizerConfig
 from megatron.bridge.data.sft import load_sft_dataset
 from megatron.bridge.data.tokenizer import build_tokenizer
@@ -151,18 +151,17 @@ def test_a_directory_that_cannot_be_written_costs_only_the_cache(path, tokenizer
     assert len(load(path, tokenizer, cache=path.parent / "file" / "cache")) == 40
 
 
-def test_processes_give_what_one_gives(path, tokenizer, monkeypatch):
-    monkeypatch.setattr(encoding, "ROWS_PER_BATCH", 7)
+def test_processes_give_what_one_gives(write_jsonl, tokenizer):
+    path = write_jsonl(ROWS * 26)  # two batches
     one = load(path, tokenizer, cache=path.parent / "one")
     assert same(load(path, tokenizer, cache=path.parent / "two", num_processes=2), one)
     first = load(path, tokenizer, cache=path.parent / "three", num_processes=2, max_samples=3)
     assert len(first) == 3 and first[2]["tokens"].tolist() == one[2]["tokens"].tolist()
 
 
-def test_a_bad_line_in_a_process_is_named(write_jsonl, tokenizer, monkeypatch):
-    monkeypatch.setattr(encoding, "ROWS_PER_BATCH", 7)
-    path = write_jsonl([*ROWS, {"input": "a"}])
-    with pytest.raises(ValueError, match=r"training\.jsonl:41: no field 'output'"):
+def test_a_bad_line_in_a_process_is_named(write_jsonl, tokenizer):
+    path = write_jsonl([*ROWS * 25, {"input": "a"}])
+    with pytest.raises(ValueError, match=r"training\.jsonl:1001: no field 'output'"):
         load(path, tokenizer, num_processes=2)
 
 
