@@ -52,7 +52,7 @@ def test_roundtrip_says_what_it_found(tmp_path):
     assert lines[0].split() == ["tensor", "shape", "result"]
     assert lines[1].split() == ["model.embed_tokens.weight", "[96,", "32]", "equal"]
     assert len(lines) == 1 + 39 + 1
-    assert lines[-1].endswith("all 39 tensors are bit-equal after Hugging Face -> Megatron -> back")
+    assert lines[-1].endswith("all 39 tensors are bit-exact after Hugging Face -> Megatron -> back")
     assert "exporting weights" in errors
 
 

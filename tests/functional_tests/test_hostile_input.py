@@ -186,7 +186,7 @@ def test_arrays_beside_indexed_data(tmp_path):
     cached.parent.mkdir(parents=True)
     for content in (pickle.dumps(Payload(tmp_path / "it ran")), b"\x93NUMPY\x01\x00\x76\x00{"):
         cached.write_bytes(content)
-        with pytest.raises(ValueError, match=r"document_index.npy is no plain array .*remove it, and it is made anew"):
+        with pytest.raises(ValueError, match=r"document_index.npy is no plain array .*remove it, and it is made again"):
             _build(config)
     assert not (tmp_path / "it ran").exists()
 

@@ -90,7 +90,7 @@ def test_a_run_and_its_resume(tmp_path):
         "weights bf16, gradients reduced in fp32",
         "linear, offload fraction 1\n",
         "0.5 MB on the device (weights 0.1 MB, gradients 0.2 MB, masters 0.2 MB) and activations; on the host 0.7 MB",
-        "0 -> 3, 8 samples each: 4 micro-batches of 2 on each data rank",
+        "0 -> 3, 8 samples each: 4 micro-batches of 2 on each data-parallel rank",
         "training data    64 samples",
         f"{tmp_path}/checkpoints, every 2 steps and last; a new start resumes from there",
         f"{tmp_path}/checkpoints/metrics.jsonl",

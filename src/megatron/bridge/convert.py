@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--hf-path", type=expand_home, required=True, help="directory to write")
     merging.add_argument("--output", type=expand_home, required=True, help="directory of the checkpoint to write")
 
-    roundtrip = commands.add_parser("roundtrip", help="prove that a model survives both ways bit by bit")
+    roundtrip = commands.add_parser("roundtrip", help="prove that a model survives both ways, bit-exact")
     roundtrip.add_argument(
         "--hf-model", type=expand_home, required=True, help="directory, or name on the Hugging Face hub"
     )
@@ -145,7 +145,7 @@ def run_roundtrip(args: argparse.Namespace) -> str:
     differing = sum(not one.is_equal for one in results)
     if differing:
         raise TensorsDiffer(f"{table}\n{args.hf_model}: {differing} of {len(results)} tensors differ")
-    return f"{table}\n{args.hf_model}: all {len(results)} tensors are bit-equal after Hugging Face -> Megatron -> back"
+    return f"{table}\n{args.hf_model}: all {len(results)} tensors are bit-exact after Hugging Face -> Megatron -> back"
 
 
 class TensorsDiffer(Exception):

@@ -169,7 +169,7 @@ def newer_than_tracker(root: str | os.PathLike) -> list[Path]:
 def checkpoint_exists(root: str | os.PathLike | None) -> bool:
     """Whether a directory names a checkpoint to load: a root with a tracker file, or an iteration's own directory.
 
-    It may be incomplete: `resolve_checkpoint` refuses that, where a run would otherwise start anew without a word.
+    It may be incomplete: `resolve_checkpoint` refuses that, where a run would otherwise start over without a word.
     """
     if root is None:
         return False

@@ -40,7 +40,7 @@ class ChecksumWriter:
         self._checksum = 0
 
     def write(self, data: bytes | memoryview) -> int:
-        """Append; nothing that was written is written anew."""
+        """Append; nothing is written twice."""
         self._checksum = zlib.crc32(data, self._checksum)
         return self._file.write(data)
 

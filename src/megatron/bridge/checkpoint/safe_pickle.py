@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """What a checkpoint holds besides tensors is pickled. It is read here, and nothing that it names is run.
 
-A pickle names the classes and functions that make its objects anew, and pickle's own reader imports and calls them.
+A pickle names the classes and functions that rebuild its objects, and pickle's own reader imports and calls them.
 Here a name counts only if it is in one of the tables below: tensors and plain data are made as they were; what
 Megatron-LM and Megatron Bridge write besides becomes an `InertValue`, and nothing is imported for it. Their offloaded
 optimizers leave classes in the param groups (NVIDIA-NeMo/RL #1553): entries that are one of those classes are dropped.

@@ -119,7 +119,7 @@ class ShardedSave:
         """What kept this rank from writing."""
 
     def copy_tensors(self) -> None:
-        """Copy all that this rank writes into host memory of its own, so that the training may go on.
+        """Copy all that this rank writes into host memory of its own, so that training may continue.
 
         A tensor that lies on the host, as an offloaded optimizer's do, would be changed by the next step while it is
         being written; Core copies only what lies on a device or is a view.
@@ -218,7 +218,7 @@ def _one_checksum() -> Iterator[None]:
 
 
 def _no_process_for_results() -> contextlib.AbstractContextManager[None]:
-    """Core starts a process to hold a queue for its writers' results, which imports the script anew. None is needed."""
+    """Start no process for a queue of writers' results, as Core does: it would import the script a second time."""
     return replaced(filesystem_async, _results_queue=queue.SimpleQueue())
 
 

@@ -254,7 +254,7 @@ def read_common_state(directory: str | Path, reader: PlainReader | None = None) 
 
     Args:
         directory: An iteration's.
-        reader: Has read its description; None: one that reads it anew.
+        reader: Has read its description; None: one that reads it again.
 
     Raises:
         ValueError: A later Core wrote it than this one can read, it is damaged, or it holds more than plain data.

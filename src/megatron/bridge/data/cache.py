@@ -2,7 +2,7 @@
 """Tokenised data kept on disk, so that a run that starts again tokenises nothing.
 
 One file for a source and a way to tokenise it. It is believed only if it was made from the same content with the same
-tokenizer, template, options and format; torn, foreign and outdated ones are made anew. An .npz of plain arrays: nothing
+tokenizer, template, options and format; torn, foreign and outdated ones are made again. An .npz of plain arrays: nothing
 in it can run, and reading it checks its checksums.
 """
 
@@ -71,13 +71,13 @@ def read_cache(path: Path, names: tuple[str, ...], *, recipe: dict[str, Any]) ->
         with np.load(path, allow_pickle=False) as stored:
             about = json.loads(str(stored["about"]))
             if about["version"] != FORMAT_VERSION or _as_text(about["recipe"]) != _as_text(recipe):
-                logger.info("%s was made from other data or in another way: tokenising anew", path)
+                logger.info("%s was made from other data or in another way: tokenising again", path)
                 return None
             return {name: stored[name] for name in names}, about["report"]
     except FileNotFoundError:
         return None
     except Exception as error:  # damaged bytes make the readers of archives, arrays and JSON raise whatever they do
-        logger.warning("%s can't be read (%s): tokenising anew", path, " ".join(str(error).split()))
+        logger.warning("%s can't be read (%s): tokenising again", path, " ".join(str(error).split()))
         return None
 
 

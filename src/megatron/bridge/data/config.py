@@ -15,7 +15,7 @@ class DataloaderConfig(Section):
     """How samples reach the training loop; the base of every dataset configuration."""
 
     dataloader_type: Literal["single", "cyclic", "batch"] = "single"
-    """Order of the training samples: "single" as they are stored, "cyclic" and "batch" shuffled anew each epoch."""
+    """Order of the training samples: "single" as they are stored, "cyclic" and "batch" shuffled again each epoch."""
 
     num_workers: int = 0
     """Processes that read samples ahead. 0 reads in the training process: right for SFT data, tokenised up front."""
@@ -75,7 +75,7 @@ class GPTSFTDatasetConfig(DataloaderConfig):
     """Whether test.jsonl is read, if it exists."""
 
     dataloader_type: Literal["single", "cyclic", "batch"] = "batch"
-    """Order of the training samples: "batch" and "cyclic" shuffle anew each epoch, "single" keeps the file's order."""
+    """Order of the training samples: "batch" and "cyclic" shuffle again each epoch, "single" keeps the file's order."""
 
     memmap_workers: int = 1
     """Processes that tokenise. 1: the training process, whose tokenizer uses all threads; more pay for big chats."""

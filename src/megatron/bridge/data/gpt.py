@@ -114,5 +114,5 @@ def check_cached_indices(config: GPTDatasetConfig) -> None:
             reason = " ".join(str(error).split())
             raise ValueError(
                 f"{path} is no plain array ({reason}), and nothing of it was executed: expected an index that "
-                "Megatron-Core wrote; remove it, and it is made anew"
+                "Megatron-Core wrote; remove it, and it is made again"
             ) from error

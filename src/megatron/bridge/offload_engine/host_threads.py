@@ -107,7 +107,7 @@ def step_with(optimizer: torch.optim.Optimizer, threads: HostThreads) -> None:
     """Let each step of an optimizer run with these threads, and the rest of the process with those that it had.
 
     Args:
-        optimizer: A hybrid optimizer. Its hooks are used, so that it may set up its parts anew at any time.
+        optimizer: A hybrid optimizer. Its hooks are used, so that it may set up its parts again at any time.
         threads: From `plan_host_threads`.
     """
     before: dict[str, Any] = {}

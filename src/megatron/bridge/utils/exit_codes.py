@@ -17,7 +17,7 @@ HUNG = 124
 
 
 def exit_code_of(command: str, run: Callable[[], None]) -> int:
-    """Run a command: 0, or 1 after an error that a user can mend, which is one line on stderr."""
+    """Run a command: 0, or 1 after an error that a user can fix, which is one line on stderr."""
     try:
         run()
     except (ValueError, FileNotFoundError, RuntimeError) as error:

@@ -219,7 +219,7 @@ def _value(text: str, hint: Any, key: str, *, current: Any) -> Any:
     plain = plain_value(text)
     takes_text = any(member is str for member in members_of(hint))
     if takes_text and isinstance(plain, str | None) and not text.startswith(_QUOTES_AND_BRACKETS):
-        # As it stands: YAML would take `~` and `#1` for nothing, and cut `my run #1` off.
+        # Literally: YAML would take `~` and `#1` for nothing, and cut `my run #1` off.
         plain = text.strip()
     if plain in _NULLS and not text.startswith(_QUOTES_AND_BRACKETS) and type(None) in members_of(hint):
         plain = None

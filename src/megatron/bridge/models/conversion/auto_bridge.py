@@ -313,7 +313,7 @@ class AutoBridge(CheckpointConversion, AdapterExport):
         )
 
     def check_roundtrip(self, *, show_progress: bool = True, **sizes: int) -> "list[TensorResult]":
-        """Load the weights into a Megatron model, export them, and compare bit by bit with the files. Collective.
+        """Load the weights into a Megatron model, export them, and compare them with the files, bit-exact. Collective.
 
         Args:
             show_progress: Whether rank 0 shows bars.

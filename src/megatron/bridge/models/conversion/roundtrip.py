@@ -19,7 +19,7 @@ class TensorResult:
     name: str
     shape: tuple[int, ...]
     found: str
-    """`equal`: bit-equal; or what differs."""
+    """`equal`: bit-exact; or what differs."""
 
     @property
     def is_equal(self) -> bool:
@@ -30,7 +30,7 @@ class TensorResult:
 def compare_with_files(
     chunks: Sequence[MegatronModule], family: ModelFamily, weights: HFWeights, *, show_progress: bool = True
 ) -> list[TensorResult]:
-    """Export a model and compare each tensor with a Hugging Face directory, bit by bit. Collective.
+    """Export a model and compare each tensor with a Hugging Face directory, bit-exact. Collective.
 
     Args:
         chunks: The model, wrapped or not.

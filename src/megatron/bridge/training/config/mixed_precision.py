@@ -201,7 +201,7 @@ def fp32() -> MixedPrecisionConfig:
 
 @register
 def bf16_mixed() -> MixedPrecisionConfig:
-    """Weights and activations in BF16; master weights and gradient sums in FP32."""
+    """Weights and activations in BF16; masters and gradient sums in FP32."""
     return MixedPrecisionConfig(
         bf16=True,
         params_dtype=torch.bfloat16,
@@ -212,7 +212,7 @@ def bf16_mixed() -> MixedPrecisionConfig:
 
 @register
 def fp16_mixed() -> MixedPrecisionConfig:
-    """Weights and activations in FP16 with loss scaling; master weights in FP32."""
+    """Weights and activations in FP16 with loss scaling; masters in FP32."""
     return MixedPrecisionConfig(
         fp16=True,
         params_dtype=torch.float16,

@@ -23,7 +23,7 @@ class TrainingConfig(Section):
     """[start, increment, samples]: the global batch size grows. Not built yet. None: it is constant."""
 
     decrease_batch_size_if_needed: bool = False
-    """Round the global batch size down to what micro batch times data-parallel size divides (with a ramp-up)."""
+    """Round the global batch size down to what micro-batch times data-parallel size divides (with a ramp-up)."""
 
     empty_unused_memory_level: Literal[0, 1, 2] = 0
     """Return cached device memory each step: 0 never, 1 after the optimizer step, 2 before it too."""

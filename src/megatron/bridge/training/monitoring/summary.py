@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""One block of text at the start of a run, and one at its end: what runs where, and what came of it. On rank 0."""
+"""One block of text at the start of a run, and one at its end: what runs where, and the results. On rank 0."""
 
 import logging
 import time
@@ -73,7 +73,8 @@ def log_start(state: GlobalState, model: list[Any], optimizer: Any) -> None:
         "optimizer": _optimizer(cfg),
         "memory": _memory(count_state(model, optimizer, kind=cfg.optimizer.optimizer)),
         "steps": f"{state.train_state.step} -> {state.derived.train_iters}, {state.derived.global_batch_size} samples "
-        f"each: {state.derived.num_microbatches} micro-batches of {state.derived.micro_batch_size} on each data rank",
+        f"each: {state.derived.num_microbatches} micro-batches of {state.derived.micro_batch_size} on each "
+        "data-parallel rank",
         **_steps_left_out(state),
         **state.data_report,
         "checkpoints": _checkpoints(cfg),

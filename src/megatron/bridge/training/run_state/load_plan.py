@@ -43,7 +43,7 @@ class LoadPlan:
     scheduler: bool
     rng: bool
     train_state: bool
-    """Whether the step and the consumed samples go on; otherwise they start at 0."""
+    """Whether the step and the consumed samples continue; otherwise they start at 0."""
 
     reasons: tuple[str, ...] = ()
     """Why something is not restored."""
@@ -230,7 +230,7 @@ def _why_not_rng(cfg: ConfigContainer, saved: RunConfig) -> str | None:
 
 
 def _changed_layout(cfg: ConfigContainer, saved: RunConfig, sizes: tuple[str, ...] = ("TP", "PP")) -> str | None:
-    """How the parallel layout differs from the checkpoint's in one of `sizes`, or None where it is the same."""
+    """How the layout differs from the checkpoint's in one of `sizes`, or None where it is the same."""
     for short in sizes:
         size = PARALLEL_SIZES[short].field
         was, now = _entry(saved, "model", size, default=1), getattr(cfg.model, size)
@@ -240,7 +240,7 @@ def _changed_layout(cfg: ConfigContainer, saved: RunConfig, sizes: tuple[str, ..
 
 
 def _check_optimizer_layout(cfg: ConfigContainer, saved: RunConfig, directory: Path, sharding_type: str | None) -> None:
-    """State that is stored by bucket can be spread over other data ranks, not cut in another way.
+    """State that is stored by bucket can be spread over other data-parallel ranks, not cut in another way.
 
     Raises:
         ValueError: The checkpoint's format can't be read, or doesn't bear the change of the layout.

@@ -203,7 +203,7 @@ def _sharing_group() -> dist.ProcessGroup:
 def _skip_copies_on_the_host(state: Any) -> None:
     """Keep the package from copying what lies on the host: an offloaded optimizer would be there twice.
 
-    It copies so that training may go on while it writes; here training waits. A view is copied all the same: torch
+    It copies so that training may continue while it writes; here training waits. A view is copied all the same: torch
     writes the whole of what it is a view of.
     """
     for tensor in state._sharded_tensors:

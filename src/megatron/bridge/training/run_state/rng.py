@@ -2,7 +2,7 @@
 """The states of all random generators of this rank, as sharded state.
 
 The device's, `cuda_rng_state` and `rng_tracker_states`, go together: a checkpoint of another kind of device, a GPU's in
-a run without one or the other way about, has none that this device could take. Then both start anew, on all ranks.
+a run without one or the other way about, has none that this device could take. Then both start over, on all ranks.
 """
 
 import logging
@@ -32,7 +32,7 @@ HOST_STATES: dict[str, Callable[[Any], None]] = {
 def get_rng_state(
     data_parallel_random_init: bool = False, ckpt_format: str = "torch_dist", *, pg_collection: Any = None
 ) -> ShardedObject:
-    """This rank's random states: an entry for each tensor and pipeline position, and data rank if they differ.
+    """This rank's random states: an entry for each tensor and pipeline position, and data-parallel rank if they differ.
 
     They differ with expert parallelism too: Core has a generator that each expert-parallel rank seeds for itself.
 
@@ -101,7 +101,7 @@ def restore_rng_state(states: list[dict[str, Any]], *, data_parallel_random_init
             _restore_device_states(state)
     elif is_rank_0():
         logger.warning(
-            "random states: the device's generator and tracker, which dropout draws from, start anew from rng.seed: "
+            "random states: the device's generator and tracker, which dropout draws from, start over from rng.seed: "
             "%s; all else is as saved",
             foreign,
         )
