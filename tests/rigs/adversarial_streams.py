@@ -137,7 +137,7 @@ def _is_of_metadata(func: Any) -> bool:
 
 
 def _host_waits(func: Any, args: tuple) -> bool:
-    """Whether the host needs values to go on, or the simulation to keep the order of what isn't the device's."""
+    """Whether the host needs values to continue, or the simulation to keep the order of what isn't the device's."""
     if func.namespace == "c10d" or torch.Tag.nondeterministic_seeded in func.tags:
         return True
     if func._opname in _INDEXED:  # only masks make shapes of values

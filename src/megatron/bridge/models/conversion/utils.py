@@ -15,7 +15,7 @@ __all__ = ["weights_verification_table"]
 
 
 def weights_verification_table(bridge: AutoBridge, megatron_model: "Model") -> str:
-    """Export a model and compare each tensor bit by bit with the files of its Hugging Face directory. Collective.
+    """Export a model and compare each tensor, bit-exact, with the files of its Hugging Face directory. Collective.
 
     Args:
         bridge: Of the directory.
