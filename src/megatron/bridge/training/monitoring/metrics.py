@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Where a run's figures go: one small interface, and a file of JSON lines that is always written.
+"""Where a run's metrics go: one small interface, and a file of JSON lines that is always written.
 
-TensorBoard, Weights & Biases and MLflow stand behind the same interface in trackers.py.
+trackers.py implements the same interface for TensorBoard, Weights & Biases and MLflow.
 """
 
 import contextlib
@@ -29,11 +29,14 @@ RUNS_OWN = frozenset(
     "step split elapsed_seconds learning_rate grad_norm num_tokens step_seconds tokens_per_second peak_memory_bytes "
     "skipped loss_scale throughput runtime world_size params_norm".split()
 )
-"""Names that a loss function's figures can't have in a line: there they are `reported step` and so on."""
+"""Names that a loss function's metrics can't have in a line. Such a metric is written as `reported step` and so on."""
 
 
 def learning_rate(context: CallbackContext) -> float:
-    """What the optimizer holds now, after a step the next one's, of the first group that follows the plain schedule."""
+    """The optimizer's current learning rate, which after a step is the next one's.
+
+    It is that of the first param group that follows the plain schedule.
+    """
     groups = context.optimizer.param_groups
     if not groups:  # a rank on which nothing is trained
         return float(context.scheduler.get_lr({}))
@@ -41,13 +44,13 @@ def learning_rate(context: CallbackContext) -> float:
 
 
 def step_losses(context: CallbackContext) -> dict[str, float]:
-    """What the loss function reported of a step, and what routers added; of one name, the former."""
+    """The losses that the loss function reported for a step, and those that routers added. The former win."""
     losses = context.loss_dict or {}
     return losses | {name: value for name, value in context.router_losses.items() if name not in losses}
 
 
 def step_values(context: CallbackContext) -> dict[str, Any]:
-    """What is logged of a training step: losses by name, and figures of the step."""
+    """What is logged for a training step: its losses and other metrics, by name."""
     step = context.taken_step
     return {
         **context.router_losses_by_layer,
@@ -69,7 +72,7 @@ def _evaluation_values(context: CallbackContext) -> dict[str, Any]:
 
 
 def _numbers(losses: dict[str, float]) -> dict[str, float | None]:
-    """Of a step or an evaluation; None where no token counted, so that no curve falls to 0 there."""
+    """Losses as numbers; None where no token counted, so that no curve falls to 0."""
     return {
         f"reported {name}" if name in RUNS_OWN else name: None if math.isnan(value) else value
         for name, value in losses.items()
@@ -77,18 +80,18 @@ def _numbers(losses: dict[str, float]) -> dict[str, float | None]:
 
 
 class MetricsLogger(Callback):
-    """A place for figures. Override `write`, and `open` and `close` where there is something to; rank 0 calls them.
+    """A destination for metrics. Override `write`, and `open` and `close` if needed. Only rank 0 calls them.
 
-    An error of `write` or `close` is a warning, and the run continues: what wasn't taken waits and is offered again.
-    Only `open` can refuse a run. `write` is called by a thread of its own, so that a place that answers slowly holds
-    no step, unless `writes_at_once`.
+    Only `open` can refuse a run. An error of `write` or `close` is logged as a warning and the run continues; metrics
+    that couldn't be written are queued and retried. Unless `writes_at_once`, `write` is called in a separate thread, so
+    that a slow destination doesn't delay a step.
     """
 
     title: str | None = None
-    """The place, for the log. None: the class's name."""
+    """Name of the destination, for the log. None: the class's name."""
 
     writes_at_once: ClassVar[bool] = False
-    """Call `write` in the step itself, by the thread that trains: for a local file, or what bears no other thread."""
+    """Call `write` during the step, in the training thread: for a local file, or a library that isn't thread-safe."""
 
     patience: Patience = Patience()
     """How long lines wait for a destination that doesn't answer."""
@@ -96,23 +99,23 @@ class MetricsLogger(Callback):
     _queue: MetricsQueue | None = None
 
     def open(self, state: GlobalState) -> None:
-        """Get ready, before anything is built: what can't work must be said now."""
+        """Open the destination, before anything is built. Raise here if it can't work."""
 
     def write(self, state: GlobalState, split: str, values: dict[str, Any]) -> None:
-        """Take the figures of the step in `state.train_state`.
+        """Write the metrics of the step in `state.train_state`.
 
         Args:
             state: The run, as it was at that step.
             split: `train`, `validation` or `test`.
-            values: Numbers by name; None where there is none.
+            values: Numbers by name; None if a metric has no value.
         """
         raise NotImplementedError
 
     def close(self, *, failed: bool) -> None:
-        """The run ends."""
+        """Close the destination at the end of the run."""
 
     def deliver(self, state: GlobalState, split: str, values: dict[str, Any]) -> None:
-        """Have figures written: by the queue of an `open_loggers` logger, else here and now."""
+        """Queue metrics to be written; write them at once if the logger wasn't opened by `open_loggers`."""
         if self._queue is None:
             self.write(state, split, values)
         else:
@@ -133,13 +136,13 @@ class MetricsLogger(Callback):
 
 
 class MetricsFile(MetricsLogger):
-    """One JSON line for each logged step and each evaluation, flushed as it is written.
+    """One JSON line for each logged step and each evaluation, flushed at once.
 
-    A resumed run appends; the lines of steps that it takes again come again, and the last one counts.
+    A resumed run appends. Steps that it repeats are in the file again, and their last line counts.
 
     Args:
         path: The file.
-        option: The option that named it or its directory, for an error.
+        option: The option that named the file or its directory, for errors.
     """
 
     writes_at_once = True
@@ -151,7 +154,7 @@ class MetricsFile(MetricsLogger):
         self._started = time.monotonic()
 
     def open(self, state: GlobalState) -> None:
-        """Raises ValueError where the file can't be written."""
+        """Open the file. Raises ValueError if it can't be written."""
         self._file = self._opened()
 
     def _opened(self) -> IO[bytes]:
@@ -160,10 +163,10 @@ class MetricsFile(MetricsLogger):
         return self.path.open("ab", buffering=0)
 
     def write(self, state: GlobalState, split: str, values: dict[str, Any]) -> None:
-        """Append a line; a number that isn't finite becomes null, for which JSON has no other word.
+        """Append a line. JSON has no NaN and no infinity, so they become null.
 
         Raises:
-            OSError: The disk is full, say; then nothing of the line is in the file.
+            OSError: The line can't be written, e.g. because the disk is full. No part of it is in the file then.
         """
         if self._file is None:
             self._file = self._opened()
@@ -179,7 +182,7 @@ class MetricsFile(MetricsLogger):
             file.close()
 
     def _append(self, file: IO[bytes], line: bytes) -> None:
-        """All of a line or none of it. The system doesn't say which file it couldn't write.
+        """Append a whole line or nothing. The error names the file, which the system's error doesn't.
 
         Raises:
             OSError: It can't be written.
@@ -204,7 +207,7 @@ def _is_not_finite(value: Any) -> bool:
 
 
 def _cut_torn_line(path: Path) -> None:
-    """A process that was killed while it wrote leaves a line without an end."""
+    """Remove an incomplete last line, which a process leaves that was killed while writing."""
     if not path.exists():
         return
     with path.open("r+b") as file:
@@ -213,17 +216,17 @@ def _cut_torn_line(path: Path) -> None:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file in order of their steps: of each step and split the one written last.
+    """The lines of a metrics file, ordered by step; for each step and split the line that was written last.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: A line other than the last is no JSON.
+        ValueError: A line other than the last isn't valid JSON.
     """
     lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
     newest: dict[tuple[int, str], dict[str, Any]] = {}
     for number, line in enumerate(lines, start=1):
         if not line.endswith("\n"):
-            break  # torn, or being written
+            break  # incomplete, or being written
         try:
             values = json.loads(line)
         except json.JSONDecodeError as error:
@@ -233,7 +236,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def metrics_file_of(cfg: ConfigContainer) -> MetricsFile | None:
-    """The metrics file of a run; None where the run writes nothing anywhere."""
+    """The metrics file of a run; None if the run writes no files."""
     if cfg.logger.metrics_file is not None:
         return MetricsFile(cfg.logger.metrics_file, option="logger.metrics_file")
     for option, directory in (
@@ -247,10 +250,10 @@ def metrics_file_of(cfg: ConfigContainer) -> MetricsFile | None:
 
 @contextlib.contextmanager
 def open_loggers(loggers: Sequence[MetricsLogger], state: GlobalState) -> Iterator[None]:
-    """Loggers that take figures while the body runs. Call on all ranks; rank 0 opens and closes.
+    """Keep loggers open within the context. Call on all ranks; rank 0 opens and closes them.
 
     Raises:
-        ValueError: One can't be opened; on all ranks.
+        ValueError: On all ranks, if one can't be opened.
     """
     own = loggers if is_rank_0() else ()
     with raise_on_all_ranks("opening the loggers"):

@@ -20,9 +20,9 @@ logger = logging.getLogger(__name__)
 
 
 class Preempted(SystemExit):
-    """A signal stopped the run. A script that lets it pass ends with `exit_codes.PREEMPTED` and no traceback.
+    """A signal stopped the run. Raised on all ranks once the last checkpoint is complete.
 
-    It is raised on all ranks, when the last checkpoint is complete.
+    A script that doesn't catch it ends with `exit_codes.PREEMPTED` and without a traceback.
     """
 
     def __init__(self, step: int) -> None:
@@ -31,7 +31,7 @@ class Preempted(SystemExit):
 
 
 class ExitSignal:
-    """Whether a signal has asked the run to stop. It may come at any time, on any rank, and more than once."""
+    """Whether a signal has asked the run to stop. It may arrive at any time, on any rank, more than once."""
 
     def __init__(self, signal_number: signal.Signals) -> None:
         self.name = signal.Signals(signal_number).name
@@ -52,13 +52,13 @@ class ExitSignal:
 
 @contextlib.contextmanager
 def catch_exit_signal(train_config: TrainingConfig) -> Iterator[ExitSignal | None]:
-    """Catch `train.exit_signal` in the body, on all ranks; None where the option is off.
+    """Catch `train.exit_signal` within the context, on all ranks; yields None if the option is off.
 
-    A run that ends as `Preempted` leaves the signal caught: schedulers send it more than once, and none may cut the
-    way out short.
+    After a run that ends as `Preempted` the signal stays caught. Schedulers send it more than once, and a second one
+    must not interrupt the process while it ends.
 
     Raises:
-        ValueError: The run isn't in the main thread, where alone Python takes signals.
+        ValueError: The run isn't in the main thread. Python delivers signals only there.
     """
     if not train_config.exit_signal_handler:
         yield None

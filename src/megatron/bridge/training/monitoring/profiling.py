@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Some steps recorded with torch's profiler, as traces that TensorBoard, Perfetto and chrome://tracing show."""
+"""Record some steps with torch's profiler, as traces for TensorBoard, Perfetto and chrome://tracing."""
 
 import logging
 from pathlib import Path
@@ -50,7 +50,7 @@ class StepProfiler(Callback):
 
 
 def build_profilers(cfg: ConfigContainer) -> list[Callback]:
-    """This rank's profiler, if it is to have one."""
+    """This rank's profiler, if it is to be profiled."""
     config = cfg.profiling
     if config is None or not config.use_pytorch_profiler or rank() not in (config.profile_ranks or [0]):
         return []

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""What a run shows while it goes: a progress bar, and MetricsFile and learning_rate, which scripts import from here."""
+"""The progress bar of a run. Scripts also import `MetricsFile` and `learning_rate` from here."""
 
 import logging
 import sys
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 class ProgressBar(Callback):
     """A bar over the run's steps: loss, learning rate, gradient norm, tokens per second and time left.
 
-    Where standard error is no terminal (a batch job's log), it is a line every `logger.log_interval` steps instead.
+    If standard error isn't a terminal, as in a batch job, it logs a line every `logger.log_interval` steps instead.
     """
 
     _bar: tqdm

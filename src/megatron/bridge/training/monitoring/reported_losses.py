@@ -1,9 +1,9 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""What a loss function reports beside the loss that is trained on, in each form that scripts have, added up.
+"""Sum up what a loss function reports, in each form that scripts use.
 
-A pair (sum, count), as a tensor of two or a tuple, is summed and divided: a mean per token. What has one element, a
-tensor or a plain number, is averaged over micro-batches and data-parallel ranks. A figure may be reported by some of
-them only: the mean is theirs.
+A pair (sum, count), as a tensor of two elements or a tuple, is summed and divided, which gives a mean per token. A
+single number or a tensor of one element is averaged over micro-batches and data-parallel ranks. If only some of them
+report a metric, the mean is over those.
 """
 
 import hashlib
@@ -21,33 +21,33 @@ from megatron.bridge.utils.device import current_device
 
 
 class Total(NamedTuple):
-    """One figure's sum over the micro-batches of all data-parallel ranks."""
+    """One metric, summed over the micro-batches of all data-parallel ranks."""
 
     sum: float
     counted: float
-    """Tokens, or what else the loss function counted; of a plain figure the micro-batches that reported it."""
+    """Tokens, or whatever the loss function counted; for a single number, the micro-batches that reported it."""
 
     is_per_token: bool
-    """Whether the loss function gave the count."""
+    """Whether the loss function reported the count."""
 
     def plus(self, other: "Total") -> "Total":
-        """The total over both."""
+        """The sum of both totals."""
         return Total(self.sum + other.sum, self.counted + other.counted, self.is_per_token and other.is_per_token)
 
 
 def sum_and_count(name: str, value: Any, device: torch.device | str) -> tuple[torch.Tensor, bool]:
-    """One micro-batch's figure as [sum, count].
+    """One micro-batch's metric as [sum, count].
 
     Args:
-        name: Of the figure, for the error.
+        name: Name of the metric, for the error.
         value: What the loss function reported.
-        device: To add it up on.
+        device: Device of the result.
 
     Returns:
-        A tensor [2], float32, and whether the count is the loss function's.
+        A tensor [2], float32, and whether the loss function reported the count.
 
     Raises:
-        ValueError: The form is none of those above.
+        ValueError: The value has none of the forms above.
     """
     parts = list(value) if isinstance(value, tuple | list) else [value]
     if not all(isinstance(part, torch.Tensor | numbers.Real | np.ndarray) for part in parts):
@@ -65,7 +65,7 @@ def sum_and_count(name: str, value: Any, device: torch.device | str) -> tuple[to
 
 
 def _flat(part: Any, device: torch.device | str) -> torch.Tensor:
-    """Its elements, float32, on a device."""
+    """The elements of a tensor or number, flat, float32, on a device."""
     tensor = torch.as_tensor(part, device=device).detach()
     if tensor.is_complex():
         raise TypeError("it is complex")
@@ -83,17 +83,17 @@ def _unknown_form(name: str, value: Any, *, because: str | None = None) -> Value
 
 
 def sum_over_ranks(reported: list[dict[str, Any]]) -> dict[str, Total]:
-    """Add up each figure over micro-batches and data-parallel ranks. Collective.
+    """Sum each metric over micro-batches and data-parallel ranks. Collective.
 
     Args:
-        reported: Of each micro-batch of this rank, what its loss function reported; only the last pipeline stage has
-            any.
+        reported: What the loss function reported for each of this rank's micro-batches. Only the last pipeline stage
+            has any.
 
     Returns:
-        The same on every rank of a model-parallel group.
+        The totals by name, the same on every rank of a model-parallel group.
 
     Raises:
-        ValueError: On all ranks: a figure has a form that can't be added up, on any of them.
+        ValueError: On all ranks, if a metric on any rank has a form that can't be summed.
     """
     if mpu.get_pipeline_model_parallel_world_size() == 1:
         return _totals(reported)
@@ -101,7 +101,7 @@ def sum_over_ranks(reported: list[dict[str, Any]]) -> dict[str, Total]:
     if mpu.is_pipeline_last_stage(ignore_virtual=True):
         try:
             shared = [_totals(reported)]
-        except ValueError as error:  # the other stages wait for it
+        except ValueError as error:  # don't raise yet: the other stages wait for this one
             shared = [error]
     dist.broadcast_object_list(
         shared, src=mpu.get_pipeline_model_parallel_last_rank(), group=mpu.get_pipeline_model_parallel_group()
@@ -112,10 +112,10 @@ def sum_over_ranks(reported: list[dict[str, Any]]) -> dict[str, Total]:
 
 
 def _totals(reported: list[dict[str, Any]]) -> dict[str, Total]:
-    """Each figure's total, over the ranks of this stage.
+    """The total of each metric over the ranks of this stage.
 
     Raises:
-        ValueError: On all of them: a figure has a form that can't be added up.
+        ValueError: On all ranks of the stage, if a metric has a form that can't be summed.
     """
     sums: dict[str, torch.Tensor] = {}
     forms: dict[str, bool] = {}
@@ -137,7 +137,7 @@ def _totals(reported: list[dict[str, Any]]) -> dict[str, Total]:
 
 
 def _own_sums(reported: list[dict[str, Any]], device: torch.device) -> tuple[dict[str, torch.Tensor], dict[str, bool]]:
-    """Of this rank's micro-batches, by name: [sum, count], and whether the count is the loss function's."""
+    """For this rank's micro-batches, by name: [sum, count], and whether the loss function reported the count."""
     sums: dict[str, torch.Tensor] = {}
     forms: dict[str, bool] = {}
     for figures in reported:
@@ -157,14 +157,14 @@ def _own_sums(reported: list[dict[str, Any]], device: torch.device) -> tuple[dic
 
 
 def _agreed_forms(own: dict[str, bool], problem: str | None) -> dict[str, bool]:
-    """The figures of all data-parallel ranks, in one order, and whether each is per token.
+    """The metrics of all data-parallel ranks, in the same order on each, and whether each is per token.
 
     Args:
-        own: This rank's.
-        problem: What is wrong with this rank's.
+        own: This rank's metrics.
+        problem: What is wrong with them; None if nothing is.
 
     Raises:
-        ValueError: On all ranks of the stage: something is, on any of them.
+        ValueError: On all ranks of the stage, if something is wrong on any of them.
     """
     group = mpu.get_tensor_and_data_parallel_group(with_context_parallel=True)
     tensor_rank = mpu.get_tensor_model_parallel_rank()
@@ -184,7 +184,7 @@ def _agreed_forms(own: dict[str, bool], problem: str | None) -> dict[str, bool]:
 
 
 def _are_alike(text: str, group: dist.ProcessGroup) -> bool:
-    """Whether all ranks of a group have the same text: one small collective, where a gathering takes several."""
+    """Whether all ranks of a group have the same text. One small collective; gathering the texts takes several."""
     if group.size() == 1:
         return True
     number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
@@ -202,11 +202,11 @@ def _two_forms(name: str) -> ValueError:
 
 
 def means(totals: dict[str, Total]) -> dict[str, float]:
-    """The mean of each total; NaN where nothing was counted."""
+    """The mean of each total; NaN if nothing was counted."""
     return {name: total.sum / total.counted if total.counted else math.nan for name, total in totals.items()}
 
 
 def tokens_of(totals: Iterable[Total]) -> int | None:
-    """Tokens that counted in a loss; None where no loss function counted any."""
+    """Number of tokens in the loss; None if no loss function counts them."""
     counts = [total.counted for total in totals if total.is_per_token]
     return int(max(counts)) if counts else None

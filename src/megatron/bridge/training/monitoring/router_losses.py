@@ -1,8 +1,8 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""The losses that experts' routers add to the one that is trained on: read where Core keeps them, averaged, shown.
+"""Report the losses that the experts' routers add to the trained loss.
 
-Core adds up each router's loss over a step's micro-batches, layer by layer, and tells nobody. It does so in training
-alone, and of layers that are recomputed once. Shapes: N losses in force, L layers of the whole model.
+Core sums each router's loss over the micro-batches of a step, layer by layer, but doesn't report it. It does so only in
+training; a layer that is recomputed counts once. Shapes: N losses in use, L layers of the whole model.
 """
 
 from collections.abc import Sequence
@@ -23,23 +23,23 @@ LOAD_BALANCING = {
     "seq_aux_loss": "seq_load_balancing_loss",
     "global_aux_loss": "global_load_balancing_loss",
 }
-"""Kinds of `model.moe_router_load_balancing_type` that are losses, each with Core's name for what it gives."""
+"""Values of `model.moe_router_load_balancing_type` that are losses, with Core's name of each loss."""
 
 Z_LOSS = "z_loss"
 
 
 class RouterLosses(NamedTuple):
-    """Of one step, without their coefficients; empty where none is in force."""
+    """Router losses of one step, without their coefficients; empty if none is in use."""
 
     means: dict[str, float]
-    """Over layers with experts, micro-batches and data-parallel ranks, by Core's name."""
+    """Means over layers with experts, micro-batches and data-parallel ranks, by Core's name."""
 
     by_layer: dict[str, float]
-    """With `model.moe_per_layer_logging`, each of these layers', as Megatron-LM names them: `moe/z_loss_layer_0`."""
+    """With `model.moe_per_layer_logging`, the same for each layer, under Megatron-LM's names: `moe/z_loss_layer_0`."""
 
 
 def names_in_force(config: Any) -> list[str]:
-    """Which losses a model's routers add to the one that is trained on.
+    """The names of the losses that a model's routers add to the trained loss.
 
     Args:
         config: Transformer configuration.
@@ -53,12 +53,12 @@ def names_in_force(config: Any) -> list[str]:
 
 
 def is_router_loss(name: str) -> bool:
-    """Whether a figure is one of these, or a layer's part of one."""
+    """Whether a metric is a router loss, of the model or of one layer."""
     return name in (*LOAD_BALANCING.values(), Z_LOSS) or name.startswith("moe/")
 
 
 def forget_router_losses() -> None:
-    """Drop what is kept, and with it its size: another model may follow in this process."""
+    """Drop Core's record of router losses, and with it its size: the next model in this process may have another."""
     if moe_logging is not None:
         moe_logging.destroy_moe_metrics_tracker()
     else:
@@ -66,26 +66,27 @@ def forget_router_losses() -> None:
 
 
 def clear_router_losses() -> None:
-    """Begin a step: nothing of an earlier forward pass counts in it."""
+    """Reset the sums at the start of a step, so that no earlier forward pass counts."""
     for entry in _kept().values():
         _values(entry).zero_()
 
 
 def read_router_losses(config: Any, *, num_micro_batches: int) -> RouterLosses:
-    """What the routers added to the step that was just run forward and backward. Collective where any is in force.
+    """The router losses of the step that was just run forward and backward. Collective if any is in use.
 
     Args:
         config: Transformer configuration.
-        num_micro_batches: Of the step, on each data-parallel rank.
+        num_micro_batches: Micro-batches of the step, on each data-parallel rank.
 
     Returns:
-        The same on every rank.
+        The losses, the same on every rank.
     """
     names = names_in_force(config)
     if not names:
         return RouterLosses({}, {})
-    # Core's own reduction hangs on a stage without experts, needs an average that gloo hasn't got, and in 0.16 shows
-    # one rank's z loss. A layer lies on one stage, and each rank there holds its part: one sum over all ranks will do.
+    # Core's own reduction hangs on a stage without experts, needs an average that gloo lacks, and in 0.16 reports one
+    # rank's z loss. Each layer is on one stage, and each rank there has its part of it, so one sum over all ranks will
+    # do.
     num_layers = config.num_layers + (config.mtp_num_layers or 0)
     sums = torch.zeros(len(names), num_layers, device=current_device())  # [N, L] float32
     kept = _kept()
@@ -98,7 +99,7 @@ def read_router_losses(config: Any, *, num_micro_batches: int) -> RouterLosses:
 
 
 def _figures(sums: dict[str, list[float]], num_micro_batches: int) -> RouterLosses:
-    """From each loss's sums over micro-batches and ranks, by layer; a layer that added nothing has no router."""
+    """Means, from each loss's sums over micro-batches and ranks, by layer. A layer with sum 0 has no router."""
     means: dict[str, float] = {}
     by_layer: dict[str, float] = {}
     for name, values in sums.items():
@@ -111,7 +112,7 @@ def _figures(sums: dict[str, list[float]], num_micro_batches: int) -> RouterLoss
 
 
 def _num_repeats(name: str) -> int:
-    """How many ranks of a stage hold a whole loss, their own tokens' each; the others hold parts of one."""
+    """How many ranks of a stage have a complete loss of their own tokens; the others have parts of one."""
     data_parallel_size = mpu.get_data_parallel_world_size()
     if name == LOAD_BALANCING["global_aux_loss"]:
         return 1

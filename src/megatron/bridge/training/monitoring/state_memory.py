@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""How many bytes a model and its optimizer hold on the device and on the host, counted from the objects themselves."""
+"""The memory of a model and its optimizer on the device and on the host, counted from the objects themselves."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from megatron.core.utils import unwrap_model
 from megatron.bridge.utils.device import is_on_device
 
 MOMENTS = {"adam": 2, "sgd": 1}
-"""Tensors of its own that an optimizer keeps for each parameter."""
+"""How many tensors an optimizer keeps for each parameter, besides the master."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StateBytes:
-    """Bytes of one rank, from the first step on."""
+    """Memory of one rank in bytes, from the first step on."""
 
     weights: int
     """Trained and frozen weights and buffers, as the model computes with them."""
@@ -35,18 +35,18 @@ class StateBytes:
     num_parameters: int
     """Parameters of this rank."""
     num_trained: int
-    """Those of them that have a gradient."""
+    """Parameters of this rank that are trained."""
 
 
 def count_state(model: list[Any], optimizer: Any, *, kind: str = "adam") -> StateBytes:
-    """Count what a rank holds once it has taken a step.
+    """Count the memory of a rank after its first step.
 
-    Tensors are counted by their storages, so padding counts and views don't. Moments, which appear at the first step,
-    are counted from what they are made for. Works on meta tensors too, which have no memory.
+    Storages are counted, so padding counts and views don't. Moments, which are created at the first step, are counted
+    from the parameters that they belong to. Also works on meta tensors, which have no memory.
 
     Args:
         model: The chunks, wrapped for data parallelism.
-        optimizer: What `setup_optimizer` returned for them.
+        optimizer: From `setup_optimizer`.
         kind: The optimizer's name, see `MOMENTS`.
     """
     params = [param for chunk in model for param in chunk.parameters()]
@@ -80,7 +80,7 @@ def count_state(model: list[Any], optimizer: Any, *, kind: str = "adam") -> Stat
 
 
 class _Storages:
-    """The storages under some tensors, each once."""
+    """The storages of some tensors, each counted once."""
 
     def __init__(self, tensors: Iterable[torch.Tensor], known: "_Storages | None" = None) -> None:
         self._known = known._found if known else {}
@@ -107,7 +107,7 @@ def _gradient_buffers(model: list[Any]) -> Iterator[torch.Tensor]:
 
 
 def _torch_optimizers(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
-    """What steps, inside of Core's optimizers; nothing for a rank without trained parameters."""
+    """The torch optimizers inside Core's; none on a rank without trained parameters."""
     children = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else []
     for child in children:
         yield from _torch_optimizers(child)

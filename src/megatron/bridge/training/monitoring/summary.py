@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""One block of text at the start of a run, and one at its end: what runs where, and the results. On rank 0."""
+"""Log a summary at the start of a run (what runs where) and one at its end (its results), on rank 0."""
 
 import logging
 import time
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class RunSummary(Callback):
-    """Adds up the steps of this start, for the block at the end."""
+    """Collects the steps of this process for the summary at the end."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()
@@ -44,7 +44,7 @@ class RunSummary(Callback):
         self._losses = taken.losses
 
     def log_end(self, state: GlobalState) -> None:
-        """Say what came of the run, also where it ends with an error: how far it came, and what is saved."""
+        """Log the run's results, also after an error: how many steps it took, and what is saved."""
         step, last = state.train_state.step, state.derived.train_iters
         rows = {"steps": f"{step} of {last}, {self._steps} of them since this start"}
         if self._skipped:
@@ -63,7 +63,7 @@ class RunSummary(Callback):
 
 
 def log_start(state: GlobalState, model: list[Any], optimizer: Any) -> None:
-    """Say what runs where. Call on all ranks: they count parameters together."""
+    """Log what runs where. Call on all ranks, which count the parameters together."""
     cfg = state.cfg
     total, trained = count_parameters(model)
     rows = {
@@ -85,7 +85,7 @@ def log_start(state: GlobalState, model: list[Any], optimizer: Any) -> None:
 
 
 def _steps_left_out(state: GlobalState) -> dict[str, str]:
-    """A row for train.iterations_to_skip, where it says anything."""
+    """A row for train.iterations_to_skip, if it is set."""
     steps = sorted(set(state.cfg.train.iterations_to_skip))
     if not steps:
         return {}
@@ -102,7 +102,7 @@ def count_parameters(model: list[Any]) -> tuple[int, int]:
     """(all, trained) parameters of the whole model, each counted once. Collective."""
     dense, experts = [0, 0], [0, 0]
     for param in (param for chunk in model for param in chunk.parameters()):
-        if not getattr(param, "allreduce", True):  # how Core marks an expert's
+        if not getattr(param, "allreduce", True):  # Core's mark of an expert's parameter
             counts = experts
         elif param_is_not_shared(param) and param_is_not_tensor_parallel_duplicate(param):
             counts = dense
@@ -147,7 +147,7 @@ def _optimizer(cfg: ConfigContainer) -> str:
 
 
 def _memory(state: StateBytes) -> str:
-    """What rank 0 holds from the first step on; activations come on top."""
+    """Memory of rank 0 from the first step on, without activations."""
     on_device = {
         "weights": state.weights,
         "gradients": state.gradients,

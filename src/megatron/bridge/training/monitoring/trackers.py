@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""TensorBoard, Weights & Biases and MLflow. The last two are optional extras, imported where they are asked for."""
+"""TensorBoard, Weights & Biases and MLflow. The last two are optional extras, imported only if they are used."""
 
 import math
 import os
@@ -12,11 +12,11 @@ from megatron.bridge.training.monitoring.router_losses import is_router_loss
 from megatron.bridge.training.state import GlobalState
 
 _NO_NAME = re.compile(r"[^\w.\- :/]")
-"""What MLflow's names may not have. It refuses all figures of a step for one of them."""
+"""Characters that MLflow doesn't allow in names. One bad name makes it refuse all metrics of a step."""
 
 
 def curve_names(split: str, values: dict[str, Any]) -> dict[str, float]:
-    """Numbers under the names that Megatron's curves have: `lm loss`, `learning-rate`, `lm loss validation`."""
+    """Metrics under the names that Megatron-LM's curves have: `lm loss`, `learning-rate`, `lm loss validation`."""
     suffix = "" if split == "train" else f" {split}"
     numbers = {name: float(value) for name, value in values.items() if value is not None}
     curves = {name: name if is_router_loss(name) else name.replace("_", "-") for name in numbers}
@@ -29,10 +29,10 @@ def perplexity(loss: float) -> float:
 
 
 class TensorBoard(MetricsLogger):
-    """All figures against the step, in `logger.tensorboard_dir`."""
+    """Writes all metrics against the step to `logger.tensorboard_dir`."""
 
     def open(self, state: GlobalState) -> None:
-        """Begin a file there."""
+        """Create an event file there."""
         writer = state.tensorboard_logger
         assert writer is not None  # rank 0 has one where there is a directory
         self._writer = writer
@@ -51,17 +51,17 @@ class TensorBoard(MetricsLogger):
             self._writer.add_scalar(name, value, state.train_state.step)
 
     def close(self, *, failed: bool) -> None:
-        """Write what is in the queue, and close the file."""
+        """Flush and close the file."""
         self._writer.close()
 
 
 class WeightsAndBiases(MetricsLogger):
-    """All figures against the step, in `logger.wandb_project`; `WANDB_MODE=offline` needs no network and no account."""
+    """Writes all metrics against the step to `logger.wandb_project`; `WANDB_MODE=offline` needs no network or account."""
 
     title = "Weights & Biases"
 
     def open(self, state: GlobalState) -> None:
-        """Begin a run there. Raises ValueError where wandb refuses."""
+        """Start a run there. Raises ValueError if wandb refuses."""
         import wandb
 
         options = state.cfg.logger
@@ -91,17 +91,17 @@ class WeightsAndBiases(MetricsLogger):
 
 
 class MLflow(MetricsLogger):
-    """All figures against the step, in `logger.mlflow_experiment`; without a server, in a directory.
+    """Writes all metrics against the step to `logger.mlflow_experiment`, on a server or in a directory.
 
-    The directory is `logger.mlflow_tracking_uri`, e.g. file:///home/me/runs.
+    A directory is named by `logger.mlflow_tracking_uri`, e.g. file:///home/me/runs.
     """
 
     def open(self, state: GlobalState) -> None:
-        """Begin a run there. Raises ValueError where mlflow refuses."""
+        """Start a run there. Raises ValueError if mlflow refuses."""
         import mlflow
 
         options = state.cfg.logger
-        # Figures are offered again in any case, and MLflow's own eight tries take four minutes.
+        # Metrics are retried anyway, and MLflow's own eight tries take four minutes.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
         if options.mlflow_tracking_uri is not None:
             if options.mlflow_tracking_uri.startswith(("file:", "/", ".")):
@@ -118,11 +118,11 @@ class MLflow(MetricsLogger):
                 "logger.mlflow_tracking_uri to a server, or logger.mlflow_experiment=null"
             ) from error
         self._mlflow = state.mlflow_logger = mlflow
-        # By name: without one figures go to the active run of the calling thread, and another thread hands them over.
+        # By run id: without one, metrics go to the active run of the calling thread, and another thread writes them.
         self._run = {} if run is None else {"run_id": run.info.run_id}
 
     def write(self, state: GlobalState, split: str, values: dict[str, Any]) -> None:
-        """Add a point to each curve; MLflow takes no number that isn't finite, nor a name such as acc@1."""
+        """Add a point to each curve. MLflow accepts only finite numbers, and no name such as acc@1."""
         curves = curve_names(split, values)
         finite = {_NO_NAME.sub("_", name): value for name, value in curves.items() if math.isfinite(value)}
         self._mlflow.log_metrics(finite, step=state.train_state.step, **self._run)
@@ -133,7 +133,7 @@ class MLflow(MetricsLogger):
 
 
 def build_loggers(cfg: ConfigContainer) -> list[MetricsLogger]:
-    """Where the configuration sends figures."""
+    """The loggers for all destinations that the configuration names."""
     file = metrics_file_of(cfg)
     loggers: list[MetricsLogger] = [] if file is None else [file]
     loggers += [TensorBoard()] if cfg.logger.tensorboard_dir else []

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Whether a checkpoint's adapters are those of this run: what its `run_config.yaml` says of peft, compared."""
+"""Check that a checkpoint's adapters are those of this run, by the `peft` section of its `run_config.yaml`."""
 
 import logging
 from pathlib import Path
@@ -14,18 +14,18 @@ logger = logging.getLogger(__name__)
 
 
 def check_adapters(cfg: ConfigContainer, run_config: dict[str, Any], path: Path) -> None:
-    """Adapters resume adapters, the same ones, and whole weights resume whole weights.
+    """Check that a run with adapters resumes from the same adapters, and one without from a whole model.
 
-    Where they stand is compared once the model has been adapted: only then is it known what a pattern matches.
+    The adapted layers can only be compared once the model has been adapted: a target may be a pattern.
 
     Args:
-        cfg: The run's.
-        run_config: The checkpoint's, as plain data.
+        cfg: The run's configuration.
+        run_config: The checkpoint's configuration, as plain data.
         path: The checkpoint, for errors.
 
     Raises:
-        ValueError: One of them is wanted and the other there; the adapters are of another kind, rank or scale, or
-            beside other layers.
+        ValueError: The checkpoint holds a whole model and the run has adapters, or the other way round; or the
+            adapters have another kind, rank or scale, or are on other layers.
     """
     saved = run_config.get("peft")
     if saved is None and cfg.peft is None:
@@ -44,7 +44,7 @@ def check_adapters(cfg: ConfigContainer, run_config: dict[str, Any], path: Path)
     names_modules = isinstance(cfg.peft, ModuleMatcher)
     if names_modules and saved.get("target_modules") is not None:
         _check_targets(cfg.peft, saved, path)
-    if cfg.peft.module_names:  # this check is done before the model is built, too: warn once
+    if cfg.peft.module_names:  # empty before the model is built, when this check runs for the first time: warn once
         _warn_of_another_base(cfg, run_config, path)
 
 
@@ -64,7 +64,7 @@ def _check_kind(peft: Any, saved: dict[str, Any], path: Path) -> None:
 
 
 def _check_targets(peft: Any, saved: dict[str, Any], path: Path) -> None:
-    """Names may be given in another order, or by a pattern that matches the same layers."""
+    """Compare the adapted layers. Targets may have another order, or be a pattern that matches the same layers."""
     was = ModuleMatcher(saved["target_modules"], saved.get("exclude_modules") or [])
     for name in sorted(peft.module_names):
         is_there, is_here = (matcher.target_of(name) is not None for matcher in (was, peft))

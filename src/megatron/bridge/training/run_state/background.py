@@ -1,8 +1,8 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""A save whose files are written while training continues (`checkpoint.async_save`), one at a time.
+"""A save that is written while training continues (`checkpoint.async_save`). There is at most one at a time.
 
-What is saved is copied first; a thread of each rank writes the copies. The closing steps are those of any save, taken
-by all ranks together at the first step at which all have written.
+The state is copied first, and a thread on each rank writes the copies. After the first step at which all ranks have
+written, they complete the save together, in the same way as any other save.
 """
 
 import threading
@@ -17,18 +17,18 @@ from megatron.bridge.utils.device import current_device
 from megatron.bridge.utils.distributed import raise_on_all_ranks
 
 _FAILED, _WRITING, _WRITTEN = -1, 0, 1
-"""How far a rank is; the lowest of all ranks counts."""
+"""Progress of a rank's writing. The lowest of all ranks decides."""
 
 
 class BackgroundSave:
-    """This rank's part of a save in flight."""
+    """This rank's part of a save in the background."""
 
     def __init__(self, save: ShardedSave, close: Callable[[], Path]) -> None:
-        """Copy what this rank writes, and start to write it. Call on all ranks.
+        """Copy what this rank writes and start writing it. Call on all ranks.
 
         Args:
-            save: Planned, and not yet written.
-            close: What remains to be done when all is on disk, with all ranks; gives the iteration's directory.
+            save: A planned save that is not written yet.
+            close: Completes the save with all ranks once all files are on disk; returns the iteration's directory.
         """
         self._save = save
         self._close = close
@@ -38,16 +38,16 @@ class BackgroundSave:
         self._thread.start()
 
     def finish(self, *, wait: bool) -> Path | None:
-        """Take the closing steps if all ranks have written. Call on all ranks.
+        """Complete the save if all ranks have written. Call on all ranks.
 
         Args:
-            wait: Wait until they have.
+            wait: Wait until all ranks have written.
 
         Returns:
-            The iteration's directory; None while a rank still writes.
+            The iteration's directory; None while a rank is still writing.
 
         Raises:
-            OSError: This rank couldn't write; on the other ranks a RuntimeError that carries its text.
+            OSError: This rank couldn't write. The other ranks raise a RuntimeError with the same text.
         """
         if wait:
             self._thread.join()
@@ -67,6 +67,6 @@ class BackgroundSave:
         return _WRITING if self._thread.is_alive() else _WRITTEN
 
     def abandon(self) -> None:
-        """Stop writing; what is on disk stays a partial save. No other rank needs to take part."""
+        """Stop writing and leave a partial save on disk. Not collective."""
         self._save.cancel()
         self._thread.join()

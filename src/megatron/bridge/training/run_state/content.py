@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""What a run's checkpoints hold: which weights, how they are sharded, and the state of everything beside them.
+"""The content of a run's checkpoints: which weights, how they are sharded, and all other state.
 
 `checkpointing.py` writes and reads it.
 """
@@ -23,7 +23,7 @@ CHECKPOINT_VERSION = 3.0
 
 
 def sharding_metadata(cfg: ConfigContainer, *, is_local: bool = False) -> dict[str, Any]:
-    """How Core shards the state, stored with the checkpoint as `content_metadata`. Local checkpoints never reshard."""
+    """How Core shards the state; saved as `content_metadata`. Local checkpoints never use a reshardable format."""
     metadata: dict[str, Any] = {"chained_optim_avoid_prefix": True, "singleton_local_shards": False}
     if cfg.ddp.use_distributed_optimizer:
         fully = cfg.checkpoint.dist_ckpt_optim_fully_reshardable and not is_local
@@ -32,17 +32,17 @@ def sharding_metadata(cfg: ConfigContainer, *, is_local: bool = False) -> dict[s
 
 
 def apply_peft_adapter_filter_to_state_dict(state_dict: dict[str, Any], peft: PEFT) -> dict[str, Any]:
-    """A model's sharded state, by chunk key, without what is frozen. Collective.
+    """A model's sharded state, by chunk key, without frozen weights. Collective.
 
     Args:
         state_dict: From `model_sharded_state_dict`.
-        peft: Has been called with the model.
+        peft: The adapters; must have been applied to the model.
     """
     return wanted_weights(state_dict, peft.adapter_key_filter)
 
 
 def weights_to_store(cfg: ConfigContainer, model: list[Any], metadata: dict[str, Any]) -> dict[str, Any]:
-    """The part of a model's sharded state that this run's checkpoints hold: all of it, or its adapters. Collective."""
+    """The part of a model's sharded state that this run saves: the whole model or its adapters. Collective."""
     weights = model_sharded_state_dict(model, metadata)
     return weights if cfg.peft is None else apply_peft_adapter_filter_to_state_dict(weights, cfg.peft)
 
@@ -50,13 +50,13 @@ def weights_to_store(cfg: ConfigContainer, model: list[Any], metadata: dict[str,
 def optimizer_sharded_state(
     optimizer: Any, weights: dict[str, Any], metadata: dict[str, Any], *, is_loading: bool = False
 ) -> dict[str, Any]:
-    """The optimizer's sharded state, named after the weights that are trained. Collective.
+    """The optimizer's sharded state, under the names of the trained weights. Collective.
 
     Args:
         optimizer: Megatron optimizer.
         weights: From `weights_to_store`.
         metadata: From `sharding_metadata`.
-        is_loading: Whether it is a template to load into.
+        is_loading: Whether the result is a template to load into.
     """
     trained = split_partial_stacks(weights, counts=lambda tensor: tensor.requires_grad)
     return optimizer.sharded_state_dict(trained, is_loading=is_loading, metadata=metadata)
@@ -71,10 +71,10 @@ def state_to_save(
     *,
     metadata: dict[str, Any],
 ) -> dict[str, Any]:
-    """Everything that a checkpoint of this step holds, as Core shards it; its file of the train state is beside it.
+    """The sharded state of a whole checkpoint, except the train state, which has a file of its own.
 
     Args:
-        cfg: A checked configuration; says what to leave out.
+        cfg: A checked configuration, which says what not to save.
         model: This rank's chunks.
         optimizer: Megatron optimizer, or None.
         opt_param_scheduler: Its schedule, or None.
@@ -93,10 +93,10 @@ def state_to_save(
 
 
 def read_train_state(directory: Path) -> dict[str, Any]:
-    """An iteration's train state, on all ranks.
+    """Read an iteration's train state on all ranks.
 
     Raises:
-        FileNotFoundError: The checkpoint has none, as one of weights alone.
+        FileNotFoundError: The checkpoint has no train state: it holds only weights.
     """
     path = directory / layout.TRAIN_STATE_FILE
     with raise_on_all_ranks(f"reading {path}"):
@@ -109,7 +109,7 @@ def read_train_state(directory: Path) -> dict[str, Any]:
 
 
 def restored_train_state(saved: dict[str, Any]) -> TrainState:
-    """The checkpoint's train state; a new object each time, so that no two runs share one."""
+    """The checkpoint's train state as a new object, so that no two runs share one."""
     with raise_on_all_ranks("restoring the train state"):
         train_state = TrainState()
         train_state.load_state_dict(saved)

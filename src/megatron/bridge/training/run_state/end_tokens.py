@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Where a text of the trained model ends: as one of the weights that the run starts from, or as it learned to."""
+"""The end tokens of the trained model: those of the weights that it starts from, and those that it learns."""
 
 import logging
 from typing import Any
@@ -13,17 +13,17 @@ logger = logging.getLogger(__name__)
 
 
 def generation_config_to_save(cfg: ConfigContainer, tokenizer: Any, plan: LoadPlan | None) -> dict[str, Any] | None:
-    """What a save writes as `generation_config.json`.
+    """The content of the `generation_config.json` that a save writes.
 
-    The settings are those of what is loaded, or else of the pretrained model, with the run's own end tokens among them.
+    It is that of the loaded checkpoint, or else of the pretrained model, plus the end tokens of the run's tokenizer.
 
     Args:
         cfg: A checked configuration.
-        tokenizer: The run's.
-        plan: What is loaded; None: nothing is.
+        tokenizer: The run's tokenizer.
+        plan: The load plan; None if nothing is loaded.
 
     Returns:
-        None where the tokenizer knows no text.
+        The content; None if the tokenizer is one of numbers, not text.
 
     Raises:
         ValueError: A `generation_config.json` is damaged.

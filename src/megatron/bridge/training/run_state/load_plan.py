@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""What a load restores, and why: decided once, from the configuration and what is on disk, before anything is read.
+"""What a load restores, and why. It is decided once, before anything is read, from the configuration and the files.
 
-`load_checkpoint` follows the plan; no flag of the configuration is changed on the way.
+`load_checkpoint` follows the plan. No option of the configuration is changed to carry a decision.
 """
 
 from dataclasses import dataclass, field, replace
@@ -43,16 +43,16 @@ class LoadPlan:
     scheduler: bool
     rng: bool
     train_state: bool
-    """Whether the step and the consumed samples continue; otherwise they start at 0."""
+    """Whether step and consumed samples are restored; otherwise they start at 0."""
 
     reasons: tuple[str, ...] = ()
     """Why something is not restored."""
 
     adapters_only: bool = False
-    """Whether the weights are those of adapters, and the others come from elsewhere."""
+    """Whether the weights are adapters; the weights under them come from elsewhere."""
 
     content_metadata: dict[str, Any] = field(default_factory=dict)
-    """How the checkpoint says that its state is sharded; what it doesn't say is as this run would save it."""
+    """How the checkpoint's state is sharded, as it says itself. Missing entries are as this run would save them."""
 
     def __str__(self) -> str:
         parts = {"optimizer": self.optimizer, "schedule": self.scheduler, "rng": self.rng, "step": self.train_state}
@@ -68,8 +68,8 @@ def plan_load(
 ) -> LoadPlan | None:
     """Decide what a run loads.
 
-    `checkpoint.load` wins over `checkpoint.pretrained_checkpoint`, so that a restarted finetune resumes; a
-    non-persistent checkpoint as new as its newest iteration, or newer, wins over both.
+    `checkpoint.load` wins over `checkpoint.pretrained_checkpoint`, so that a restarted finetune resumes. A
+    non-persistent checkpoint wins over both if it is at least as new as the newest iteration.
 
     Args:
         cfg: A checked configuration; only read.
@@ -118,19 +118,19 @@ def plan_base(cfg: ConfigContainer) -> LoadPlan:
 
 
 def _names_its_start(checkpoint: CheckpointConfig) -> bool:
-    """Whether the configuration asks for one start and no other, so that a newer checkpoint doesn't count."""
+    """Whether the configuration names the checkpoint to start from, so that a newer one doesn't win."""
     is_iteration = checkpoint.load is not None and layout.is_iteration_directory(checkpoint.load)
     return checkpoint.finetune or checkpoint.ckpt_step is not None or is_iteration
 
 
 def _step_of(root: str | None) -> int:
-    """The newest step that a directory holds; -1 where it holds none."""
+    """The newest step in a directory; -1 if it has none."""
     tracker = None if root is None else layout.read_tracker(root)
     return -1 if tracker is None else tracker.iteration
 
 
 def _newer_global_root(checkpoint: CheckpointConfig) -> str | None:
-    """The directory of non-persistent checkpoints of type global, where its newest counts; else None."""
+    """The directory of global non-persistent checkpoints, if its newest one is to be loaded; else None."""
     if checkpoint.non_persistent_ckpt_type != "global" or _names_its_start(checkpoint):
         return None
     root = checkpoint.non_persistent_root(checkpoint.load)
@@ -171,7 +171,7 @@ def _plan_local(cfg: ConfigContainer, local: LocalCheckpoint) -> LoadPlan:
 def _whole_resume(
     cfg: ConfigContainer, path: Path, source: Source, *, saved: RunConfig, holds_optimizer: bool
 ) -> LoadPlan:
-    """All that a checkpoint holds, but for what the configuration leaves out or the layout no longer fits."""
+    """A plan for all state in a checkpoint, except what the configuration excludes or the layout doesn't fit."""
     reasons = []
     if not cfg.checkpoint.load_optim:
         reasons.append("optimizer: checkpoint.load_optim=false")
@@ -221,7 +221,7 @@ def _weights_only(
 
 
 def _why_not_rng(cfg: ConfigContainer, saved: RunConfig) -> str | None:
-    """Why the random states can't be restored, or None where they can."""
+    """Why the random states can't be restored; None if they can."""
     if not cfg.checkpoint.load_rng:
         return "checkpoint.load_rng=false"
     if not _entry(saved, "checkpoint", "save_rng", default=True):
@@ -230,7 +230,7 @@ def _why_not_rng(cfg: ConfigContainer, saved: RunConfig) -> str | None:
 
 
 def _changed_layout(cfg: ConfigContainer, saved: RunConfig, sizes: tuple[str, ...] = ("TP", "PP")) -> str | None:
-    """How the layout differs from the checkpoint's in one of `sizes`, or None where it is the same."""
+    """How the layout differs from the checkpoint's in one of `sizes`; None if it is the same."""
     for short in sizes:
         size = PARALLEL_SIZES[short].field
         was, now = _entry(saved, "model", size, default=1), getattr(cfg.model, size)
@@ -240,10 +240,10 @@ def _changed_layout(cfg: ConfigContainer, saved: RunConfig, sizes: tuple[str, ..
 
 
 def _check_optimizer_layout(cfg: ConfigContainer, saved: RunConfig, directory: Path, sharding_type: str | None) -> None:
-    """State that is stored by bucket can be spread over other data-parallel ranks, not cut in another way.
+    """Refuse state that is stored by bucket at another layout. Only the data-parallel size may differ.
 
     Raises:
-        ValueError: The checkpoint's format can't be read, or doesn't bear the change of the layout.
+        ValueError: The checkpoint's format can't be read, or can't be loaded at this layout.
     """
     weights_alone = "load its weights alone with checkpoint.load_optim=false"
     if sharding_type not in (None, "dp_reshardable", "fully_reshardable"):
@@ -263,7 +263,7 @@ def _check_optimizer_layout(cfg: ConfigContainer, saved: RunConfig, directory: P
 
 
 def _check_local_layout(cfg: ConfigContainer, local: LocalCheckpoint) -> None:
-    """Each rank reads back its own file, so the ranks must stand as they stood.
+    """Check that a local checkpoint has this run's layout: each rank reads back its own file.
 
     Raises:
         ValueError: The number of ranks or a parallel size changed, or Core's version did.

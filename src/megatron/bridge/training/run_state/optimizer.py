@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Whether a checkpoint's optimizer state is of the kind that this run has, and what to do where it isn't."""
+"""Check that a checkpoint's optimizer state is of the kind that this run has."""
 
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -19,16 +19,16 @@ _MOMENT = re.compile(r"^optimizer\.(.*\.)?(exp_avg|exp_avg_sq|momentum_buffer)(\
 def check_kind_of_optimizer(
     cfg: ConfigContainer, saved: dict[str, Any], directory: Path, content_metadata: dict[str, Any]
 ) -> None:
-    """What an optimizer saves, only one of its kind can load.
+    """Check that the checkpoint was saved by the same kind of optimizer, which alone can load its state.
 
     Args:
         cfg: A checked configuration.
-        saved: The checkpoint's `run_config.yaml`; what it doesn't say is taken to be as here.
+        saved: The checkpoint's `run_config.yaml`; missing options count as equal to this run's.
         directory: The checkpoint, for errors.
-        content_metadata: What the checkpoint says of its format.
+        content_metadata: The checkpoint's description of its format.
 
     Raises:
-        ValueError: The checkpoint's was another: distributed or not, Adam or SGD, of weights in another precision.
+        ValueError: The kinds differ: distributed or not, Adam or SGD, or the precision of the weights.
     """
     was, now = "distrib_optim_sharding_type" in content_metadata, bool(cfg.ddp.use_distributed_optimizer)
     if content_metadata and was != now:
@@ -49,7 +49,7 @@ def check_kind_of_optimizer(
 
 
 def _check_precision(cfg: ConfigContainer, saved: dict[str, Any], directory: Path, sharding_type: str) -> None:
-    """State by bucket is named after the buckets' formats, and that of 16-bit weights has masters beside it."""
+    """Compare the precision of the weights: 16-bit weights have masters, and buckets are named after their dtypes."""
     model, ddp = _section(saved, "model"), _section(saved, "ddp")
     if sharding_type == "fully_reshardable" or not {"bf16", "fp16"} <= model.keys():
         return
@@ -71,7 +71,7 @@ def _check_precision(cfg: ConfigContainer, saved: dict[str, Any], directory: Pat
 
 
 def advice_on(model: Sequence[Any]) -> Advice:
-    """What to do where a checkpoint's tensors aren't those that a run of this model needs.
+    """A function that advises what to do if a checkpoint lacks tensors that a run of this model needs.
 
     Args:
         model: This rank's chunks.

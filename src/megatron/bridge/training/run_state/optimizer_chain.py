@@ -1,10 +1,10 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""A checkpoint's optimizer state, in as many optimizers as this run has.
+"""Load a checkpoint's optimizer state into a run with another number of optimizers.
 
-Where experts are spread over ranks, Core gives them an optimizer of their own, and a checkpoint then lists several.
-In the fully_reshardable format tensors are found by the parameters' names whichever optimizer steps on them; the rest
-(param groups, loss scaler) is found by the optimizer's number, and dies with KeyError or "Expected 2 entries" where a
-run has another number of them.
+With expert parallelism, Core uses a separate optimizer for the experts, and a checkpoint has the state of several. In
+the fully_reshardable format, tensors are found by the parameters' names, whichever optimizer steps on them. All else
+(param groups, loss scaler) is found by the optimizer's number. If a run has another number of optimizers, Core fails
+with KeyError or "Expected 2 entries".
 """
 
 from typing import Any
@@ -14,19 +14,19 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer, Float16Optimizer
 ParamGroup = dict[str, Any]
 
 GROUP_KEYS = ("max_lr", "min_lr", "start_wd", "end_wd")
-"""A group's own rates."""
+"""The options of a param group that its learning rate and weight decay depend on."""
 
 
 def match_optimizer_chain(optimizer: Any, saved: dict[Any, Any]) -> dict[Any, Any]:
-    """What was read of a checkpoint's optimizer, for the optimizers of this run.
+    """Rearrange loaded optimizer state for the optimizers of this run.
 
     Args:
         optimizer: This run's Megatron optimizer.
-        saved: Core's load of its template and the checkpoint, put together: the tensors as in this run's optimizers,
-            all else as in the checkpoint's. Of one optimizer its state, of several their states by number.
+        saved: What Core loaded: the tensors are arranged as in this run's optimizers, all else as in the checkpoint.
+            The state of a single optimizer, or the states of several by number.
 
     Raises:
-        ValueError: The checkpoint has no param group like one of this run's.
+        ValueError: The checkpoint has no param group that matches one of this run's.
     """
     chain = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
     if any(isinstance(one, (FP32Optimizer, Float16OptimizerWithFloat16Params)) for one in chain):
@@ -44,7 +44,7 @@ def match_optimizer_chain(optimizer: Any, saved: dict[Any, Any]) -> dict[Any, An
                 **common["optimizer"],
                 "param_groups": [_closest_group(groups, own) for own in one.param_groups],
             },
-            # Absent where this rank trains nothing that the optimizer steps on.
+            # Missing if this rank trains no parameter of the optimizer.
             "param_state": (saved if len(chain) == 1 else saved.get(number, {})).get("param_state", {}),
         }
         for number, one in enumerate(chain)
@@ -53,10 +53,10 @@ def match_optimizer_chain(optimizer: Any, saved: dict[Any, Any]) -> dict[Any, An
 
 
 def _check_num_optimizers(saved: dict[Any, Any], num_optimizers: int) -> None:
-    """State that isn't distributed stands by parameter in each optimizer: it fits as many as saved it.
+    """Refuse state that is not distributed if the number of optimizers differs: it is stored by optimizer.
 
     Raises:
-        ValueError: There are more or fewer.
+        ValueError: The numbers differ.
     """
     is_one = _has_settings(saved)
     num_saved = 1 if is_one else sum(_has_settings(saved[key]) for key in _numbers(saved))
@@ -70,7 +70,7 @@ def _check_num_optimizers(saved: dict[Any, Any], num_optimizers: int) -> None:
 
 
 def _has_settings(state: dict[Any, Any]) -> bool:
-    """Whether param groups with their options are in it, not only the numbers of their parameters."""
+    """Whether a state has param groups with their options, not only the numbers of their parameters."""
     groups = state.get("optimizer", state).get("param_groups", ())
     return any("wd_mult" in group or "pre_wd_mult" in group for group in groups)
 
@@ -80,13 +80,13 @@ def _numbers(saved: dict[Any, Any]) -> list[int]:
 
 
 def identity(group: ParamGroup) -> tuple:
-    """What a group is, whatever its rates and its parameters; Core's earlier names begin with `pre_`."""
+    """The key by which param groups are matched, without rates and parameters. Older names of Core's begin with `pre_`."""
     multipliers = tuple(group.get(key, group.get(f"pre_{key}")) for key in ("wd_mult", "lr_mult"))
     return (*multipliers, bool(group.get("is_decoupled_lr")))
 
 
 def _closest_group(groups: list[ParamGroup], own: ParamGroup) -> ParamGroup:
-    """The saved group that this run's is most like; whether its parameters are spread over ranks is this run's."""
+    """The saved group that matches this run's best, with this run's value of `is_expert_parallel`."""
     alike = [group for group in groups if identity(group) == identity(own)]
     if not alike:
         raise ValueError(

@@ -1,8 +1,9 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""The states of all random generators of this rank, as sharded state.
+"""The random states of this rank, as sharded state.
 
-The device's, `cuda_rng_state` and `rng_tracker_states`, go together: a checkpoint of another kind of device, a GPU's in
-a run without one or the other way about, has none that this device could take. Then both start over, on all ranks.
+The device's random states, `cuda_rng_state` and `rng_tracker_states`, are restored together or not at all. If the
+checkpoint was saved on another kind of device (a GPU's checkpoint on a CPU, or the other way round), this device can't
+use them. Then both are reseeded, on all ranks.
 """
 
 import logging
@@ -26,20 +27,21 @@ HOST_STATES: dict[str, Callable[[Any], None]] = {
     "np_rng_state": np.random.set_state,
     "torch_rng_state": torch.set_rng_state,
 }
-"""What puts each of the host's states back."""
+"""The function that restores each of the host's random states."""
 
 
 def get_rng_state(
     data_parallel_random_init: bool = False, ckpt_format: str = "torch_dist", *, pg_collection: Any = None
 ) -> ShardedObject:
-    """This rank's random states: an entry for each tensor and pipeline position, and data-parallel rank if they differ.
+    """This rank's random states: one entry for each tensor- and pipeline-parallel rank.
 
-    They differ with expert parallelism too: Core has a generator that each expert-parallel rank seeds for itself.
+    If the random states of the data-parallel ranks differ, there is one for each of those, too. They also differ with
+    expert parallelism: Core has a generator that each expert-parallel rank seeds differently.
 
     Args:
-        data_parallel_random_init: Data-parallel ranks have states of their own: keep them all.
+        data_parallel_random_init: Whether each data-parallel rank has its own random states; all are saved then.
         ckpt_format: `torch_dist`.
-        pg_collection: Not used; Core's global groups are.
+        pg_collection: Not used; Core's global groups are used instead.
 
     Raises:
         ValueError: Another format is asked for.
@@ -60,9 +62,9 @@ def get_rng_state(
 
 
 def current_states() -> dict[str, Any]:
-    """Each generator's state, by the key that Megatron-LM uses.
+    """The state of each generator, by the key that Megatron-LM uses.
 
-    NumPy's as a list: torch reads no array unless Core has told it to.
+    NumPy's state is a list, because torch doesn't read arrays with `weights_only` unless Core has allowed them.
     """
     of_numpy: Any = np.random.get_state()
     name, keys, *rest = of_numpy
@@ -76,20 +78,20 @@ def current_states() -> dict[str, Any]:
 
 
 def restore_rng_state(states: list[dict[str, Any]], *, data_parallel_random_init: bool = False) -> None:
-    """Put loaded states into the generators. Collective.
+    """Restore loaded random states. Collective.
 
-    The device's are all put back, or, where any rank's are another kind of device's, none: what they have from this
-    run's seed stays, one warning says so, and the host's are put back all the same. (A simulated device draws from the
-    host's generator, and so continues from its state.)
+    The host's are always restored. If any rank has device states of another kind of device, no rank restores its
+    device states: they keep this run's seed, and a warning says so. (A simulated device draws from the host's
+    generator, and so is restored with it.)
 
     Args:
-        states: One entry, or one per data-parallel rank.
-        data_parallel_random_init: Take this data-parallel rank's own entry; with expert parallelism too, where there
-            is one for each.
+        states: One entry, or one for each data-parallel rank.
+        data_parallel_random_init: Use this data-parallel rank's own entry. The same is done if expert parallelism
+            saved one for each.
 
     Raises:
         ValueError: There is no entry for this rank, or a state in it is damaged.
-        RuntimeError: So it is on another rank.
+        RuntimeError: Another rank failed.
     """
     with raise_on_all_ranks("restoring the random states"):
         state = _entry_of_this_rank(states, data_parallel_random_init)
@@ -126,10 +128,10 @@ def _entry_of_this_rank(states: list[dict[str, Any]], data_parallel_random_init:
 
 
 def _of_another_device(state: dict[str, Any]) -> str | None:
-    """What is of another kind of device, and of which; None: all fits this one.
+    """Which state belongs to another kind of device, as text; None if all fit this device.
 
     Raises:
-        ValueError: A state is no kind of device's.
+        ValueError: A state fits no kind of device.
     """
     own_size = device_rng_state().numel()
     found = {"cuda_rng_state": state["cuda_rng_state"]}
@@ -161,7 +163,7 @@ def _restore_host_states(state: dict[str, Any]) -> None:
 
 
 def _restore_device_states(state: dict[str, Any]) -> None:
-    for name, of_name in state["rng_tracker_states"].items():  # Core looks at them when they are used, steps later
+    for name, of_name in state["rng_tracker_states"].items():  # checked now; Core would only do so when it uses them
         if isinstance(of_name, torch.Tensor):
             _restore(f"rng_tracker_states[{name!r}]", set_device_rng_state, of_name)
     _restore("cuda_rng_state", set_device_rng_state, state["cuda_rng_state"])

@@ -1,9 +1,9 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""The schedule of a resumed run: the checkpoint's, or, where the configuration says so, this run's.
+"""The schedule of a resumed run: that of the checkpoint, or, if the configuration says so, that of this run.
 
-Core keeps a schedule in two places: in its scheduler, and in each param group (`max_lr`, `min_lr`, …), which win. On a
-load up to 0.16.1 the checkpoint's groups replace the run's, so that an override changes nothing; later versions find no
-partner for a group whose rates differ and end with a KeyError; and all refuse a run that only got longer.
+Core keeps a schedule in its scheduler and in each param group (`max_lr`, `min_lr`, …), and the group's values win. Up
+to 0.16.1 a load replaces the run's groups by the checkpoint's, so that an override has no effect. Later versions can't
+match a group whose rates differ, and fail with KeyError. All versions refuse a run that was merely made longer.
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ OPTIONS = {
     "wd_incr_steps": "the weight decay's samples (train.train_iters)",
     "wd_incr_style": "scheduler.weight_decay_incr_style",
 }
-"""What Core's names are called here."""
+"""The options behind Core's names, for errors."""
 
 
 def load_optimizer(
@@ -35,7 +35,7 @@ def load_optimizer(
     Args:
         optimizer: Megatron optimizer.
         scheduler: Its schedule, or None.
-        loaded: What was read, with `optimizer` and `opt_param_scheduler`.
+        loaded: The loaded state, with `optimizer` and `opt_param_scheduler`.
         path: The checkpoint, for errors.
 
     Raises:
@@ -73,7 +73,7 @@ def _check_schedule_is_decided(scheduler: OptimizerParamScheduler, saved: dict[s
 
 
 def _without_what_has_no_effect(saved: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
-    """The saved schedule, where a length that changes nothing is this run's: a constant rate may last longer."""
+    """The saved schedule with this run's lengths where a length has no effect, as for a constant learning rate."""
     saved = dict(saved)
     if saved.get("start_wd") == saved.get("end_wd") == ours["start_wd"] == ours["end_wd"]:
         saved["wd_incr_steps"] = ours["wd_incr_steps"]
@@ -92,12 +92,12 @@ def _param_groups(optimizer_state: Any) -> list[ParamGroup]:
 
 
 def _identity(group: ParamGroup) -> tuple:
-    """What a group is, whatever its rates."""
+    """The key of a param group without its rates."""
     return (*identity(group), bool(group.get("is_expert_parallel")))
 
 
 def _rates(groups: list[ParamGroup]) -> dict[tuple, dict[str, float]]:
-    """Each group's own rates, by what the group is; without the groups that only their rates tell apart."""
+    """The rates of each group, by `_identity`; without groups that differ only in their rates."""
     rates: dict[tuple, dict[str, float]] = {}
     ambiguous = set()
     for group in groups:
@@ -108,7 +108,7 @@ def _rates(groups: list[ParamGroup]) -> dict[tuple, dict[str, float]]:
 
 
 def _set_rates(groups: list[ParamGroup], rates: dict[tuple, dict[str, float]]) -> None:
-    """Give each group the rates of its counterpart; groups that only their rates tell apart keep theirs."""
+    """Give each group the rates of its counterpart. Groups that differ only in their rates keep them."""
     alike = rates.keys() & _rates(groups).keys()
     for group in groups:
         if _identity(group) in alike:

@@ -24,7 +24,7 @@ class TrainState:
     """Validation samples evaluated."""
 
     floating_point_operations_so_far: float = 0.0
-    """Floating point operations of all steps, by formula, taking each data-parallel rank's share for equal."""
+    """Floating point operations of all steps, by formula; assumes that each data-parallel rank does the same work."""
 
     do_train: bool = False
     """Whether the run has training data."""
@@ -36,7 +36,7 @@ class TrainState:
     """Whether the run has test data."""
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The fields as tensors: int64 counts, bool flags, operations as float64 (a resume must add up alike)."""
+        """The fields as tensors: int64 counts, bool flags, float64 operations (a resume must give the same sum)."""
         dtypes = {"floating_point_operations_so_far": torch.float64, "do_train": torch.bool}
         dtypes |= {"do_valid": torch.bool, "do_test": torch.bool}
         return {
@@ -45,7 +45,7 @@ class TrainState:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the fields from tensors or numbers.
+        """Set the fields from tensors or numbers.
 
         Raises:
             ValueError: A field is missing, or no number.
