@@ -7,8 +7,8 @@
     python -m megatron.bridge.convert merge          --megatron-path ADAPTERS --output CKPT
     python -m megatron.bridge.convert roundtrip      --hf-model DIR
 
-Models larger than one process's memory convert under torchrun, shared out by --tp, --pp and --ep. The result doesn't
-depend on how: a checkpoint can be loaded at any other layout.
+Models larger than one process's memory are converted under torchrun, split by --tp, --pp and --ep. The result doesn't
+depend on the split: a checkpoint can be loaded at any layout.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--hf-path", type=expand_home, required=True, help="directory to write")
     merging.add_argument("--output", type=expand_home, required=True, help="directory of the checkpoint to write")
 
-    roundtrip = commands.add_parser("roundtrip", help="prove that a model survives both ways, bit-exact")
+    roundtrip = commands.add_parser("roundtrip", help="prove that converting a model both ways is bit-exact")
     roundtrip.add_argument(
         "--hf-model", type=expand_home, required=True, help="directory, or name on the Hugging Face hub"
     )
@@ -131,10 +131,10 @@ def _bridge_of(args: argparse.Namespace) -> "AutoBridge":
 
 
 def run_roundtrip(args: argparse.Namespace) -> str:
-    """Load and export in memory, comparing every tensor with the files; returns the table of what was found.
+    """Import and export in memory, and compare every tensor with the files. Returns a table of the results.
 
     Raises:
-        TensorsDiffer: At least one did not survive.
+        TensorsDiffer: At least one tensor differs.
     """
     from megatron.bridge.models.conversion.auto_bridge import AutoBridge
     from megatron.bridge.models.conversion.roundtrip import as_table
@@ -149,7 +149,7 @@ def run_roundtrip(args: argparse.Namespace) -> str:
 
 
 class TensorsDiffer(Exception):
-    """A round trip that lost something; the text is its table."""
+    """A round trip was not bit-exact. The text is the table of results."""
 
 
 COMMANDS = {

@@ -4,8 +4,8 @@
     python -m megatron.bridge.generate --megatron-path CKPT --prompt "The capital of France is"
     python -m megatron.bridge.generate --megatron-path CKPT --prompt "What is the capital of France?" --chat
 
-The text is written as it comes. Models larger than one process's memory run under torchrun, shared out by --tp, --pp
-and --ep. A checkpoint of adapters is read with the model that they were trained on.
+The text is printed while it is generated. Models larger than one process's memory run under torchrun, split by --tp,
+--pp and --ep. A checkpoint of adapters is loaded together with the model that they were trained on.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def read_tokenizer_files(args: argparse.Namespace) -> "tuple[HuggingFaceTokenize
 
 
 def warn_of_settings(generation: "dict[str, Any]") -> None:
-    """Say which settings transformers would heed with greedy tokens that are not heeded here."""
+    """Warn of settings that transformers' greedy `generate` applies and this command doesn't."""
     from megatron.bridge.models.conversion.generation_config import not_applied
 
     settings = ", ".join(f"{name}={value!r}" for name, value in not_applied(generation).items())
@@ -108,7 +108,7 @@ def encode_prompt(args: argparse.Namespace, tokenizer: "HuggingFaceTokenizer") -
 
 
 def as_text(tokens: Iterator[int], tokenizer: "HuggingFaceTokenizer", *, before: Sequence[int]) -> Iterator[str]:
-    """Yield the text of tokens as it becomes known: a character may take several.
+    """Yield the text of tokens as soon as it is known. A character may take several tokens.
 
     Args:
         tokens: What was generated; all of them are taken.

@@ -1,10 +1,10 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""How much memory a recipe needs on each rank, with and without offload, and how much offload makes it fit.
+"""Estimate the memory of a recipe on each rank, with and without offload, and the offload fraction that makes it fit.
 
     python -m megatron.bridge.memory llama31_8b_sft_config model.tensor_model_parallel_size=1 --world-size 1
     python -m megatron.bridge.memory llama31_405b_sft_config --world-size 1024 --rank 700 --gpu-gib 141
 
-No GPU is needed: the rank's model and optimizer are built on tensors that have no memory.
+No GPU is needed: the rank's model and optimizer are built from tensors without memory.
 """
 
 import argparse

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Look into a checkpoint, or see whether it is whole.
+"""Show the content of a checkpoint, or verify it.
 
     python -m megatron.bridge.checkpoint inspect DIR    what is in it
     python -m megatron.bridge.checkpoint verify  DIR    each file against its checksum

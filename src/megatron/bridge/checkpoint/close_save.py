@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""What every save ends with, at once or in the background: it counts from now on, and older ones can go."""
+"""The last step of every save, in the foreground or background: commit it, then remove older checkpoints."""
 
 import logging
 import time
@@ -50,7 +50,7 @@ def close_save(
                 logger.info("saved step %d to %s (%.1f MB in %.1f s)", step, directory, _megabytes(directory), seconds)
                 for old in layout.prune(directory.parent, keep, retain_interval=retain_interval):
                     logger.info("removed %s (the newest %d are kept)", old, keep)
-            except OSError as error:  # the checkpoint is complete: nothing that comes after it ends the run
+            except OSError as error:  # the checkpoint is complete, so nothing after it may end the run
                 logger.warning("looking for older checkpoints in %s failed: %s", directory.parent, error)
     afterwards()
     return directory

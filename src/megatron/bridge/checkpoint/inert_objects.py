@@ -1,9 +1,9 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""What is put in a name's place as a pickle is read: records without behaviour, and enumerations that only look up.
+"""Replacements for the classes and functions that a pickle names: objects without behaviour, and enumerations.
 
-Interpreters write a member of an enumeration in three ways: `Class(value)`; `getattr(Class, "NAME")` (CPython 3.11.0 to
-3.11.3, Debian 12's among them); and, of enumerations made from a module's constants, `module.NAME` (until 3.11.3). All
-mean the same member, whichever interpreter reads.
+Interpreters pickle a member of an enumeration in three ways: `Class(value)`; `getattr(Class, "NAME")` (CPython 3.11.0
+to 3.11.3, which Debian 12 has); and `module.NAME` for enumerations made from a module's constants (until 3.11.3). All
+three are read as the same member by any interpreter.
 """
 
 import enum
@@ -11,11 +11,11 @@ from typing import Any
 
 
 class ForeignNameError(ValueError):
-    """A pickle names something that is not plain data. No `UnpicklingError`, which torch would replace."""
+    """A pickle names something that is not plain data. Not an `UnpicklingError`, which torch would replace."""
 
 
 class InertValue:
-    """Stands for an object whose class is known by name only: its arguments and state, and no behaviour."""
+    """Replaces an object whose class is known only by name. Keeps its arguments and state, and has no behaviour."""
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
@@ -28,19 +28,19 @@ class InertValue:
 
 
 class InertMember(InertValue):
-    """Base of what stands for an enumeration's members: the argument is the value, or the name if that was stored."""
+    """Base of the replacements of enumeration members. The argument is the value, or the name if that was stored."""
 
 
 def inert(full_name: str, base: type[InertValue] = InertValue) -> type[InertValue]:
-    """A class that stands for the one of this name."""
+    """Make a class that replaces the one of this name."""
     module, _, name = full_name.rpartition(".")
     return type(name, (base,), {"__module__": module})
 
 
 class Enumeration:
-    """Stands for an enumeration of this process: gives its members and nothing else of it.
+    """Replaces an enumeration of this process, and gives access to its members only.
 
-    Unlike a function or a class it can't be given attributes, which a pickle may try.
+    A pickle may try to set attributes. That fails here, unlike for a function or a class.
     """
 
     __slots__ = ("_members", "_values")
@@ -50,7 +50,7 @@ class Enumeration:
         self._values = {member.value: member for member in members}
 
     def __call__(self, value: Any) -> enum.Enum:
-        """The member of this value."""
+        """The member with this value."""
         if value not in self._values:
             raise ValueError(f"{value!r} in it is no member of an enumeration")
         return self._values[value]
@@ -59,12 +59,12 @@ class Enumeration:
         raise ForeignNameError("an enumeration's state")
 
     def named(self, name: str) -> enum.Enum | None:
-        """The member of this name, an alias too; None where there is none."""
+        """The member or alias with this name; None if there is none."""
         return self._members.get(name)
 
 
 class MemberLookup:
-    """Stands for `builtins.getattr`: gives a member of an enumeration that is on the list, and no other attribute."""
+    """Replaces `builtins.getattr`: returns members of listed enumerations, and no other attribute."""
 
     __slots__ = ()
 
@@ -89,6 +89,6 @@ class MemberLookup:
 
 
 def _can_be_a_members_name(name: str) -> bool:
-    """Whether an enumeration that isn't here may have such a member; `mro` and what each has besides are none."""
+    """Whether an unknown enumeration may have a member with this name: not if all classes have such an attribute."""
     taken = name in vars(enum.Enum) or hasattr(type, name)
     return name.isidentifier() and not name.startswith("_") and not taken

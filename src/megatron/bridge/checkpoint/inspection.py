@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""What a checkpoint holds and whether it is whole, in lines of text. No model is built, nothing of it is executed."""
+"""Describe and verify a checkpoint, as lines of text. No model is built, and nothing in the checkpoint is executed."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -44,7 +44,7 @@ def inspect(path: str | Path, ckpt_step: int | None = None) -> list[str]:
 
 
 def _stored(directory: Path) -> list[str]:
-    """Tensors by what they are: weights, and the optimizer's masters and moments; then objects."""
+    """Numbers and sizes of the tensors, by kind (weights, masters, moments), and the number of objects."""
     sizes: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     counts: dict[str, int] = defaultdict(int)
     for key, stored in read_dcp_metadata(directory / layout.DCP_METADATA_FILE).state_dict_metadata.items():
@@ -75,7 +75,7 @@ def _train_state(directory: Path) -> list[str]:
 
 
 def _run(directory: Path) -> list[str]:
-    """What `run_config.yaml` says of the run; it is another's file, so anything may be missing."""
+    """The run as described by `run_config.yaml`. The file may be someone else's, so anything may be missing."""
     if not (directory / layout.CONFIG_FILE).is_file():
         return [f"  no {layout.CONFIG_FILE}"]
     model = _mapping(read_run_config(directory).get("model"))

@@ -1,12 +1,12 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Names and places in a checkpoint directory: which iterations are there, which one is the latest, which can go.
+"""File names in a checkpoint directory: which iterations it has, which is the latest, which can be removed.
 
     <root>/latest_checkpointed_iteration.txt    the iteration, or "release": written last, it commits a save
     <root>/latest_train_state.pt                copy of that iteration's train state
     <root>/iter_0000010/                        .metadata, metadata.json, __*_*.distcp, run_config.yaml, train_state.pt,
                                                 manifest.json (see `manifest`)
 
-The same layout as Megatron Bridge's and Megatron-LM's. Nothing here touches a tensor.
+Megatron Bridge and Megatron-LM use the same names. Nothing here touches a tensor.
 """
 
 import json
@@ -28,7 +28,7 @@ DCP_METADATA_FILE = ".metadata"
 TOKENIZER_DIRECTORY = "tokenizer"
 
 OPTIMIZER_KEY = re.compile(r"(chained_\d+\.)?optimizer\.")
-"""How the names of optimizer state begin; in a model with experts, it has several optimizers."""
+"""Start of the keys of optimizer state. A model with experts has a chain of several optimizers."""
 
 _MOST_DIGITS = 18
 _ITERATION_NAME = re.compile(r"iter_(\d{7,})")
@@ -36,7 +36,7 @@ _ITERATION_NAME = re.compile(r"iter_(\d{7,})")
 
 @dataclass(frozen=True)
 class Tracker:
-    """What the tracker file says is the latest complete checkpoint."""
+    """The latest complete checkpoint, as named by the tracker file."""
 
     iteration: int
     release: bool = False
@@ -48,24 +48,24 @@ def checkpoint_name(root: str | os.PathLike, iteration: int, *, release: bool = 
 
 
 def unfinished_name(root: str | os.PathLike, iteration: int) -> Path:
-    """Where a save puts its files until it is complete: `<root>/.iter_0000010.saving`."""
+    """Directory of a save that is not complete yet: `<root>/.iter_0000010.saving`."""
     return Path(root) / f".{checkpoint_name(root, iteration).name}.saving"
 
 
 def replaced_name(root: str | os.PathLike, iteration: int) -> Path:
-    """Where an iteration stands while another takes its name: `<root>/.iter_0000010.old`."""
+    """Directory of an iteration while a new save takes its name: `<root>/.iter_0000010.old`."""
     return unfinished_name(root, iteration).with_suffix(".old")
 
 
 def leftovers(root: str | os.PathLike) -> list[Path]:
-    """What processes that were killed left behind: partial saves, replaced iterations, half-removed ones."""
+    """Directories that killed processes left behind: partial saves, replaced iterations, partly removed ones."""
     return sorted(path for end in ("saving", "old", "removed") for path in Path(root).glob(f".iter_*.{end}"))
 
 
 def clear_leftovers(root: str | os.PathLike) -> None:
-    """Remove what killed processes left behind; an iteration that was only taken aside gets its name back.
+    """Remove what killed processes left behind. An iteration that was only renamed gets its name back.
 
-    What can't be removed stays, with a warning.
+    Logs a warning for what can't be removed.
     """
     for path in leftovers(root):
         directory = path.with_name(path.name[1:].rpartition(".")[0])
@@ -105,7 +105,7 @@ def write_tracker(root: str | os.PathLike, iteration: int, *, release: bool = Fa
 
 
 def iteration_of(path: str | os.PathLike) -> int | None:
-    """The iteration that a directory's name says, or None where it is no iteration's directory."""
+    """The iteration in a directory's name; None if it isn't the directory of an iteration."""
     match = _ITERATION_NAME.fullmatch(Path(path).name)
     return int(match.group(1)) if match else None
 
@@ -113,7 +113,7 @@ def iteration_of(path: str | os.PathLike) -> int | None:
 def is_iteration_directory(path: str | os.PathLike) -> bool:
     """Whether `path` is one iteration's directory (`iter_N` or `release`), rather than the root of many."""
     path = Path(path)
-    is_release = path.name == "release" and not (path / TRACKER_FILE).exists()  # a root may be called so too
+    is_release = path.name == "release" and not (path / TRACKER_FILE).exists()  # a root may have that name, too
     return path.is_dir() and (iteration_of(path) is not None or is_release)
 
 
@@ -124,7 +124,7 @@ def is_hf_directory(path: str | os.PathLike) -> bool:
 
 
 def why_incomplete(directory: str | os.PathLike) -> str | None:
-    """What keeps an iteration's directory from being a complete checkpoint, in words; None where it is complete."""
+    """The reason why an iteration's directory is not a complete checkpoint, as text; None if it is complete."""
     directory = Path(directory)
     if not directory.is_dir():
         return "there is no such directory"
@@ -159,7 +159,7 @@ def _complete_iterations(root: str | os.PathLike) -> list[int]:
 
 
 def newer_than_tracker(root: str | os.PathLike) -> list[Path]:
-    """Complete iterations that the tracker passes over: a save was killed before it moved, or it was changed."""
+    """Complete iterations newer than the tracker's, e.g. because a save was killed before it moved the tracker."""
     tracker = read_tracker(root)
     if tracker is None or tracker.release:
         return []
@@ -169,7 +169,7 @@ def newer_than_tracker(root: str | os.PathLike) -> list[Path]:
 def checkpoint_exists(root: str | os.PathLike | None) -> bool:
     """Whether a directory names a checkpoint to load: a root with a tracker file, or an iteration's own directory.
 
-    It may be incomplete: `resolve_checkpoint` refuses that, where a run would otherwise start over without a word.
+    An incomplete one counts: `resolve_checkpoint` refuses it. Otherwise a run would silently start from scratch.
     """
     if root is None:
         return False
@@ -177,18 +177,18 @@ def checkpoint_exists(root: str | os.PathLike | None) -> bool:
 
 
 def resolve_checkpoint(path: str | os.PathLike, ckpt_step: int | None = None, *, option: str = "path") -> Path:
-    """Find the one iteration that a path means, and see that it can be read: `find_checkpoint`, then its small files.
+    """Find an iteration as `find_checkpoint` does, and verify its small files.
 
-    The tokenizer's directory may be gone as a whole: a checkpoint is complete without it.
+    The tokenizer's directory may be missing as a whole. A checkpoint is complete without it.
 
     Args:
-        path: See `find_checkpoint`; so are the others.
-        ckpt_step: An iteration.
-        option: What named the path.
+        path: See `find_checkpoint`.
+        ckpt_step: See `find_checkpoint`.
+        option: See `find_checkpoint`.
 
     Raises:
         FileNotFoundError: There is no checkpoint, or not that iteration.
-        ValueError: There is one, but it is not complete, or a file of it other than the tensors' is damaged.
+        ValueError: The checkpoint is not complete, or a file other than the tensors' is damaged.
     """
     directory = find_checkpoint(path, ckpt_step, option=option)
     removed = () if (directory / TOKENIZER_DIRECTORY).exists() else (f"{TOKENIZER_DIRECTORY}/",)
@@ -197,7 +197,7 @@ def resolve_checkpoint(path: str | os.PathLike, ckpt_step: int | None = None, *,
 
 
 def find_checkpoint(path: str | os.PathLike, ckpt_step: int | None = None, *, option: str = "path") -> Path:
-    """Find the directory of the one iteration that a path means.
+    """Find the directory of the iteration that a path stands for.
 
     Args:
         path: A root with a tracker file, or an `iter_N` or `release` directory itself.
@@ -206,7 +206,7 @@ def find_checkpoint(path: str | os.PathLike, ckpt_step: int | None = None, *, op
 
     Raises:
         FileNotFoundError: There is no checkpoint, or not that iteration.
-        ValueError: There is one, but it is not complete.
+        ValueError: The checkpoint is not complete.
     """
     root = Path(path).expanduser()
     named = f"{option}={str(path)!r}"
@@ -237,7 +237,7 @@ def find_checkpoint(path: str | os.PathLike, ckpt_step: int | None = None, *, op
 
 
 def _standing(root: str | os.PathLike, iteration: int, *, release: bool = False) -> Path:
-    """An iteration's directory; the one taken aside for it, where a save was killed before the new one got the name."""
+    """An iteration's directory, or the `.old` one if a save was killed before the new directory got its name."""
     directory = checkpoint_name(root, iteration, release=release)
     taken_aside = replaced_name(root, iteration)
     return taken_aside if not release and not directory.exists() and taken_aside.is_dir() else directory
@@ -249,12 +249,12 @@ def prune(root: str | os.PathLike, keep: int, *, retain_interval: int | None = N
     Args:
         root: Directory of iterations.
         keep: How many to keep; 0 or less keeps all.
-        retain_interval: Keep each iteration that this divides, too; None: no such rule.
+        retain_interval: Also keep each iteration that is a multiple of this. None: no such rule.
 
-    Of an iteration that is a link, the link is removed; so is one that leads nowhere, if it is older than those kept.
+    If an iteration is a link, only the link is removed. A dangling link is removed if it is older than those kept.
 
     Returns:
-        The directories and links that were removed; a warning names what could not be.
+        The directories and links that were removed. A warning names what could not be removed.
     """
     if keep <= 0:
         return []
@@ -272,13 +272,13 @@ def prune(root: str | os.PathLike, keep: int, *, retain_interval: int | None = N
 
 
 def _dangling(root: str | os.PathLike) -> list[tuple[int, Path]]:
-    """The (iteration, link) pairs of iterations whose directory is gone, or on a disk that isn't there."""
+    """(iteration, link) pairs of links whose directory is missing, perhaps because its disk is not mounted."""
     found = [(iteration_of(path), path) for path in Path(root).iterdir() if path.is_symlink() and not path.exists()]
     return [(iteration, path) for iteration, path in found if iteration is not None]
 
 
 def remove_from_step(root: str | os.PathLike, step: int) -> None:
-    """Remove the iterations of a step and of later ones, and the tracker where it names one of them."""
+    """Remove the iterations of `step` and later steps, and the tracker if it names one of them."""
     tracker = read_tracker(root)
     if tracker is not None and tracker.iteration >= step:
         (Path(root) / TRACKER_FILE).unlink()

@@ -1,10 +1,10 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""The list of a checkpoint's files with their sizes and checksums: what tells a damaged file from a whole one.
+"""The manifest of a checkpoint: the size and checksum of each file, by which damaged files are found.
 
     iter_0000010/manifest.json    {"algorithm": "crc32", "files": {"__0_0.distcp": [4096, "9ae0daaf"], ...}}
 
-It is written before the tracker moves. CRC-32 finds every flipped bit and every cut; it is no protection against
-someone who changes files on purpose. Checkpoints of others have none, and are read without it.
+It is written before the tracker moves. CRC-32 detects flipped bits and truncation, but is no protection against someone
+who changes files on purpose. Checkpoints of other programs have no manifest and are read without one.
 """
 
 import json
@@ -26,21 +26,21 @@ ALGORITHM = "crc32"
 TENSOR_FILES = ".distcp"
 
 Checksums = dict[str, tuple[int, str]]
-"""Size in bytes and checksum of each file, by its path below the iteration's directory."""
+"""Size in bytes and checksum of each file, by its path relative to the iteration's directory."""
 
 _READ_AT_ONCE = 1 << 18
-"""Bytes that stay in a core's own cache between being read and being summed."""
+"""Bytes to read at once: few enough to stay in a core's cache until they are summed."""
 
 
 class ChecksumWriter:
-    """A binary file that knows the checksum of what was written to it, from beginning to end."""
+    """A binary file for sequential writing that computes the checksum of its content."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._checksum = 0
 
     def write(self, data: bytes | memoryview) -> int:
-        """Append; nothing is written twice."""
+        """Append bytes. Written bytes can't be overwritten."""
         self._checksum = zlib.crc32(data, self._checksum)
         return self._file.write(data)
 
@@ -49,7 +49,7 @@ class ChecksumWriter:
         return self._file.tell()
 
     def flush(self) -> None:
-        """Hand everything to the system."""
+        """Flush Python's buffer to the operating system."""
         self._file.flush()
 
     @property
@@ -59,12 +59,12 @@ class ChecksumWriter:
 
 
 def write_manifest(directory: str | os.PathLike, known: Checksums | None = None) -> None:
-    """List every file of a directory that is complete but for its manifest.
+    """Write the manifest of a directory that is otherwise complete.
 
     Args:
-        directory: An iteration's, before it gets its name.
-        known: Files whose checksums were taken as they were written; the others are read. Files that an earlier list
-            holds count as known.
+        directory: An iteration's directory, before it gets its final name.
+        known: Files whose checksums were computed while writing; all others are read. Entries of an existing manifest
+            are kept, too.
     """
     directory = Path(directory)
     listed = {**(read_manifest(directory) or {}), **(known or {})}
@@ -109,15 +109,15 @@ def check_files_of(
 
     Args:
         directory: An iteration's.
-        is_wanted: Which files, by their path below it.
-        share: Look at each `shares`-th file only, from this one on: ranks share the work.
-        shares: Number of ranks among which it is shared.
+        is_wanted: Which files to check, by relative path.
+        share: Check only each `shares`-th file, from this one on, to divide the work among ranks.
+        shares: Number of ranks that divide the work.
 
     Returns:
-        Bytes that were read; 0 where there is no manifest.
+        Bytes that were read; 0 if there is no manifest.
 
     Raises:
-        ValueError: A file is missing, cut off, or changed; the message names it.
+        ValueError: A file is missing, truncated, or changed. Names the file.
     """
     listed = read_manifest(directory)
     if listed is None:
@@ -135,12 +135,12 @@ def check_files_of(
 
 
 def damage_of(path: Path, entry: tuple[int, str], *, progress: Callable[[int], Any] = lambda _: None) -> str | None:
-    """What is wrong with a file, in words; None where it is what the manifest says.
+    """What is wrong with a file, as text; None if it matches the manifest.
 
     Args:
         path: The file.
         entry: The size and the checksum that it should have.
-        progress: Told of the bytes that are read.
+        progress: Called with the number of bytes after each read.
     """
     size, checksum = entry
     if not path.is_file():
@@ -152,7 +152,7 @@ def damage_of(path: Path, entry: tuple[int, str], *, progress: Callable[[int], A
 
 
 def is_tensor_file(name: str) -> bool:
-    """Whether a file holds tensors: all but a few megabytes of a checkpoint are in those."""
+    """Whether a file holds tensors. These files are all but a few megabytes of a checkpoint."""
     return name.endswith(TENSOR_FILES)
 
 

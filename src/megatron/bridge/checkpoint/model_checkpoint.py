@@ -28,11 +28,11 @@ from megatron.bridge.utils.yaml_io import parse_yaml
 
 _SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _SafeDumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-"""libyaml's, where PyYAML was built with it: ten times as fast."""
+"""libyaml's dumper if PyYAML was built with it: ten times as fast."""
 
 
 _SECTIONS_READ = ("model", "checkpoint", "optimizer", "ddp", "rng", "peft")
-"""Of another run's configuration, what a load may look into."""
+"""The sections of another run's configuration that a load may use."""
 
 
 def chunk_keys(num_chunks: int) -> list[str]:
@@ -57,7 +57,7 @@ def model_sharded_state_dict(
 
 
 def wanted_weights(state_dict: dict[str, Any], is_wanted: Callable[[str], bool]) -> dict[str, Any]:
-    """A part of a model's sharded state, without the holes that what is left out leaves in it. Collective.
+    """A part of a model's sharded state. Stacked tensors of which only some elements are kept are split. Collective.
 
     Args:
         state_dict: From `model_sharded_state_dict`.
@@ -72,10 +72,10 @@ def wanted_weights(state_dict: dict[str, Any], is_wanted: Callable[[str], bool])
 
 
 def read_in_fp32(sharded_state_dict: Any) -> None:
-    """Let a template receive FP32 values, in tensors of their own: a 16-bit template would round what is stored.
+    """Give a template new FP32 tensors to load into. A 16-bit template would round the stored values.
 
     Args:
-        sharded_state_dict: From `model_sharded_state_dict`; changed in place. The model's own tensors are not.
+        sharded_state_dict: From `model_sharded_state_dict`; changed in place. The model's tensors are not changed.
     """
     if isinstance(sharded_state_dict, dict):
         for value in sharded_state_dict.values():
@@ -99,14 +99,15 @@ def load_model_state_dict(
     Args:
         model: This rank's chunks.
         state_dict: From `load_sharded`, by chunk key.
-        strict: Every key of the model must be there and no other; Transformer Engine's `_extra_state` may be absent.
+        strict: The keys must be exactly those of the model, except that Transformer Engine's `_extra_state` may be
+            missing.
         is_wanted: Which of the model's keys must be there.
 
     Raises:
         ValueError: Names the first key that differs.
     """
     for key, chunk in zip(chunk_keys(len(model)), model, strict=True):
-        # Core leaves out a chunk of which nothing is wanted, such as a stage without adapters.
+        # Core drops a chunk from which nothing is wanted, such as a stage without adapters.
         missing, unexpected = unwrap_model(chunk).load_state_dict(state_dict.get(key, {}), strict=False)
         missing = [name for name in missing if is_wanted(name) and not name.endswith("_extra_state")]
         unexpected = [name for name in unexpected if not name.endswith("_extra_state")]
@@ -135,7 +136,7 @@ def save_model_checkpoint(
         run_config: Plain data for `run_config.yaml`; `run_config["model"]` describes the model.
         train_state: Tensors for `train_state.pt`; None writes none.
         iteration: The iteration to save as.
-        write_beside: Called on rank 0 to write what stands beside the tensors into the iteration's directory.
+        write_beside: Called on rank 0 to write other files into the iteration's directory.
 
     Returns:
         The iteration's directory.
@@ -152,15 +153,15 @@ def save_model_checkpoint(
 
 
 def prepare_save(root: str | Path, iteration: int, *, option: str) -> Path:
-    """Make the directory that a save fills, and put right what killed saves left behind. Call on all ranks.
+    """Create the directory for a save, and clean up what killed saves left behind. Call on all ranks.
 
     Args:
-        root: Where the iteration's directory will stand.
+        root: Parent of the iteration's directory.
         iteration: The iteration to save as.
         option: What named the root, for the error.
 
     Returns:
-        A directory beside the iteration's, under another name until `commit_checkpoint`.
+        An empty directory, which `commit_checkpoint` renames to the iteration's.
 
     Raises:
         ValueError: `root` can't be written.
@@ -175,7 +176,7 @@ def prepare_save(root: str | Path, iteration: int, *, option: str) -> Path:
 
 
 def _make_empty(unfinished: Path) -> None:
-    """Raises ValueError where a part of an earlier save stands there, which could not be removed."""
+    """Create a directory. Raises ValueError if a partial save is there that can't be removed."""
     try:
         unfinished.mkdir()
     except FileExistsError as error:
@@ -188,10 +189,10 @@ def _make_empty(unfinished: Path) -> None:
 def commit_checkpoint(
     unfinished: Path, iteration: int, *, run_config: dict[str, Any], train_state: dict[str, torch.Tensor] | None
 ) -> Path:
-    """Complete a save: write what belongs beside the tensors, give the directory its name, move the tracker.
+    """Complete a save: write all files besides the tensors, rename the directory, move the tracker.
 
-    The tracker is the commit: until it moves, the checkpoint before is the latest. Call on all ranks after the tensors
-    are complete; rank 0 writes.
+    Moving the tracker is the commit. Until then the previous checkpoint is the latest. Call on all ranks after the
+    tensors are complete; rank 0 writes.
 
     Returns:
         The iteration's directory.
@@ -228,7 +229,7 @@ def load_model_weights(
     is_wanted: Callable[[str], bool] = lambda name: True,
     verify: bool = True,
 ) -> Path:
-    """Load the weights of a checkpoint into a model, at any tensor, pipeline or data layout.
+    """Load the weights of a checkpoint into a model, at any layout.
 
     Args:
         model: This rank's chunks.

@@ -1,10 +1,10 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Stacks with holes: tensors that only some layers, or some experts, have.
+"""Store parameters that only some layers, or some experts, have.
 
-Core stores a parameter of all layers as one tensor, stacked along an axis in front, and one of all experts with a
-second axis. Such a tensor must be whole: where adapters stand in some layers only, or some layers alone are trained,
-Core refuses to store what there is. Here the elements of a stack with holes are tensors of their own, `KEY[layer]` or
-`KEY[layer, expert]`; a stack without holes stays one tensor.
+Core stores a parameter of all layers as one tensor, stacked along an additional first axis, and one of all experts with
+a second such axis. The stack must be complete. If only some layers have adapters, or only some layers are trained, Core
+refuses to store it. Here the elements of an incomplete stack are stored as separate tensors, `KEY[layer]` or
+`KEY[layer, expert]`. A complete stack remains one tensor.
 """
 
 import math
@@ -19,20 +19,20 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTe
 from megatron.bridge.utils.distributed import all_gathered
 
 Element = tuple[int, ...]
-"""Where in a stack a tensor stands: its layer, or its layer and its expert."""
+"""Index of a tensor in a stack: its layer, or its layer and expert."""
 
 
 def split_partial_stacks(
     state: ShardedStateDict, counts: Callable[[torch.Tensor], bool] = lambda tensor: True
 ) -> ShardedStateDict:
-    """A model's sharded state in which no stack has holes. Collective.
+    """Split the incomplete stacks in a model's sharded state. Collective.
 
     Args:
-        state: This rank's part of what is to be stored or read, at any depth of dicts and lists. Not changed.
-        counts: Which of its tensors, by their data, will be stored; the others are handed back as they are.
+        state: This rank's part of the state to store or read: nested dicts and lists. Not changed.
+        counts: Whether a tensor, given its data, will be stored. All others are returned unchanged.
 
     Returns:
-        The same structure, with each element of a stack with holes under a key of its own.
+        The same structure, with each element of an incomplete stack under a key of its own.
     """
     ours: dict[str, tuple[Element, set[Element]]] = {}
     for value in nested_values(state):
@@ -58,9 +58,9 @@ def _is_stored(value: Any, counts: Callable[[torch.Tensor], bool]) -> bool:
 
 
 def _stacked(value: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:
-    """The elements of stacks that a value is stored as."""
+    """The elements of stacks that make up a stored value."""
     if isinstance(value, ShardedTensorFactory):
-        # Only what it describes is wanted: a tensor without memory does.
+        # Only the description is needed, so a tensor without memory will do.
         value = replace(value, data=torch.empty(value.data.shape, dtype=value.data.dtype, device="meta")).build()
     return [tensor for tensor in nested_values({0: value}) if tensor.prepend_axis_num]
 
@@ -70,7 +70,7 @@ def _first_axes(tensor: ShardedTensor, numbers: tuple[int, ...]) -> Element:
 
 
 def _by_itself(value: ShardedTensor | ShardedTensorFactory) -> Any:
-    """An element, out of its stack."""
+    """An element of a stack as a separate tensor."""
     if isinstance(value, ShardedTensorFactory):
 
         def build(*args: Any) -> Any:

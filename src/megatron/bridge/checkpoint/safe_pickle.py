@@ -1,10 +1,13 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""What a checkpoint holds besides tensors is pickled. It is read here, and nothing that it names is run.
+"""Read the pickled objects of a checkpoint without executing anything.
 
-A pickle names the classes and functions that rebuild its objects, and pickle's own reader imports and calls them.
-Here a name counts only if it is in one of the tables below: tensors and plain data are made as they were; what
-Megatron-LM and Megatron Bridge write besides becomes an `InertValue`, and nothing is imported for it. Their offloaded
-optimizers leave classes in the param groups (NVIDIA-NeMo/RL #1553): entries that are one of those classes are dropped.
+A pickle names the classes and functions that rebuild its objects, and pickle's own reader imports and calls them. Here
+a name is accepted only if it is in one of the tables below:
+
+* Tensors and plain data are rebuilt.
+* Other objects that Megatron-LM and Megatron Bridge write become an `InertValue`. Nothing is imported for them.
+* Optimizer classes, which their offloaded optimizers leave in the param groups (NVIDIA-NeMo/RL #1553), are dropped.
+
 Any other name is refused.
 """
 
@@ -62,7 +65,7 @@ PLAIN_DATA: dict[str, Any] = {
         for name in ("_reconstruct", "scalar")
     },
 }
-"""What holds data and does nothing as it is made, beyond what torch's `weights_only` lets pass by itself."""
+"""Types that hold data and execute nothing when built, in addition to those that torch's `weights_only` accepts."""
 
 OPTIMIZER_CLASSES = (
     *(f"torch.optim.{name}" for name in ("adam.Adam", "adamw.AdamW", "sgd.SGD")),
@@ -73,7 +76,7 @@ OPTIMIZER_CLASSES = (
     ),
     "megatron.core.optimizer.cpu_offloading.hybrid_optimizer.HybridDeviceOptimizer",
 )
-"""What `HybridDeviceOptimizer` leaves in its param groups as `cpu_optimizer_cls` and `gpu_optimizer_cls`."""
+"""Classes that `HybridDeviceOptimizer` stores in its param groups (`cpu_optimizer_cls` and `gpu_optimizer_cls`)."""
 
 MEGATRON_ENUMERATIONS = (
     *(f"megatron.core.enums.{name}" for name in ("ModelType", "Fp4Recipe", "Fp8Recipe")),
@@ -91,11 +94,11 @@ MEGATRON_CLASSES = (
     "megatron.core.optimizer.optimizer_config.OptimizerConfig",
     "megatron.core.transformer.pipeline_parallel_layer_layout.PipelineParallelLayerLayout",
 )
-"""Enumerations and records among the arguments that Megatron-LM stores, and in the state of its rerun machine."""
+"""Enumerations and dataclasses in the arguments and in the rerun state machine's state that Megatron-LM saves."""
 
 
 class _OptimizerClass(InertValue):
-    """Base of what stands for an optimizer's class."""
+    """Base of the replacements of optimizer classes."""
 
 
 _KNOWN: dict[str, Any] = {
@@ -116,7 +119,7 @@ _OF_DCP = {
         (dcp_planner.__name__, name): getattr(dcp_planner, name)
         for name in ("SavePlan", "TensorWriteData", "WriteItem")
     },
-    # Not in torch 2.6; a file that a newer torch wrote is read by an older one too.
+    # Missing in torch 2.6, which can read files that a newer torch has written.
     (dcp_planner.__name__, "BytesIOWriteData"): getattr(dcp_planner, "BytesIOWriteData", None)
     or inert(f"{dcp_planner.__name__}.BytesIOWriteData"),
     (dcp_metadata.__name__, "_MEM_FORMAT_ENCODING"): Enumeration(dcp_metadata._MEM_FORMAT_ENCODING),
@@ -128,14 +131,14 @@ _OF_DCP = {
     ("collections", "OrderedDict"): dict,
     ("pathlib", "PosixPath"): pathlib.PosixPath,
     ("pathlib._local", "PosixPath"): pathlib.PosixPath,
-    # Core 0.15's; without content.
+    # Of Core 0.15; it has no content.
     **{
         (module, name): inert(f"{module}.{name}")
         for module in ("megatron.core.dist_checkpointing.strategies.torch",)
         for name in ("MCoreMetadata", "MCoreSavePlan")
     },
 }
-"""What torch's description of a distributed checkpoint is made of, by module and name."""
+"""The classes in torch's metadata of a distributed checkpoint, by module and name."""
 
 
 def read_blob(
@@ -145,20 +148,20 @@ def read_blob(
     classes: tuple[Callable[..., Any], ...] = (),
     mmap: bool | None = None,
 ) -> Any:
-    """Read what `torch.save` wrote, executing nothing; tensors come to host memory.
+    """Read a file of `torch.save` without executing anything in it. Tensors are loaded into host memory.
 
     Args:
-        source: A file's path, or the open file.
-        named: The file, for errors; None: `source` is its path.
-        classes: Classes of this process that may stand in this file too; they hold data and run nothing.
-        mmap: Leave the tensors on disk; None reads them.
+        source: Path of the file, or the open file.
+        named: Name of the file for errors. None: `source` is its path.
+        classes: Further classes of this process that the file may name. They must only hold data.
+        mmap: Map the tensors instead of reading them. None: read them.
 
     Returns:
-        The content. Entries of dicts that are an optimizer's class are left out.
+        The content. Entries of dicts that are optimizer classes are dropped.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, or names anything that is not plain data.
+        ValueError: The file is damaged, or names something that is not plain data.
     """
     file = source if named is None else named
     try:
@@ -188,10 +191,10 @@ PLAIN_MEMORY = (torch.strided, torch.contiguous_format)
 
 
 def read_dcp_metadata(path: Path) -> dcp_metadata.Metadata:
-    """Read torch's description of a distributed checkpoint, which is no archive but a bare pickle.
+    """Read torch's metadata of a distributed checkpoint, which is a bare pickle instead of an archive.
 
     Raises:
-        ValueError: The file is damaged, or names anything but what such a description is made of.
+        ValueError: The file is damaged, or names a class that doesn't belong into such metadata.
     """
     way_out = "restore it from another copy, or load another iteration (checkpoint.ckpt_step)"
     expected = "expected torch's description of a distributed checkpoint"
@@ -206,7 +209,7 @@ def read_dcp_metadata(path: Path) -> dcp_metadata.Metadata:
         raise ValueError(_refusal(path, str(error))) from None
     except OSError:
         raise
-    except Exception as error:  # bytes that are no pickle raise whatever they make the reader do
+    except Exception as error:  # damaged bytes may raise anything in pickle's reader
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path} is damaged ({reason}): {expected}; {way_out}") from error
     if not isinstance(content, dcp_metadata.Metadata):
@@ -214,11 +217,11 @@ def read_dcp_metadata(path: Path) -> dcp_metadata.Metadata:
     return content
 
 
-@functools.lru_cache(maxsize=2)  # a load reads the same description several times
+@functools.lru_cache(maxsize=2)  # a load reads the same metadata several times
 def _check_memo(stored: bytes) -> None:
-    """Refuse a pickle that numbers an object beyond its own length: the reader makes room for all numbers below.
+    """Refuse a pickle with a memo index beyond its own length: the reader allocates memory for all lower indices.
 
-    Ten bytes could ask for 64 GB so.
+    Otherwise a pickle of ten bytes could allocate 64 GB.
     """
     for opcode, argument, _ in pickletools.genops(stored):
         if opcode.name in ("PUT", "LONG_BINPUT") and (argument or 0) > len(stored):
@@ -226,7 +229,7 @@ def _check_memo(stored: bytes) -> None:
 
 
 def _check_description(content: dcp_metadata.Metadata) -> None:
-    """Refuse a description whose parts are of another kind, or that leads out of its directory.
+    """Refuse metadata whose parts have wrong types, or that names a file outside its directory.
 
     Raises:
         ValueError: Names the part.
@@ -272,7 +275,7 @@ def _refusal(named: str | Path | BinaryIO, foreign: str) -> str:
 
 @contextlib.contextmanager
 def _known_only(classes: tuple[Callable[..., Any], ...]) -> Iterator[None]:
-    """Inside, `weights_only` reading knows the tables' names, whatever else this process has registered with torch."""
+    """Within the context, `weights_only` accepts only the tables' names, not what else is registered with torch."""
     before = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     torch.serialization.add_safe_globals([*classes, *((made, name) for name, made in _KNOWN.items())])

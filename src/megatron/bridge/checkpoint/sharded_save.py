@@ -1,9 +1,9 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Write sharded state: planned by Megatron-Core, written by this process, complete on all ranks or failed on all.
+"""Write sharded state: planned by Megatron-Core, written by this process, and complete on all ranks or on none.
 
-Core 0.16 forks a process for each file and waits for it for ever, also when it was killed; in 0.16 and 0.19 rank 0
-leaves the others waiting when the disk is full as it says what lies where. So Core only plans (who writes which tensor
-where), and the rest is done here: a save starts no process, and each step that can fail on one rank ends them all.
+Core 0.16 forks a process for each file and waits for it forever, even if it was killed. In 0.16 and 0.19, if the disk
+is full when rank 0 writes the metadata, rank 0 leaves the others waiting. So Core only plans which rank writes which
+tensor where. The rest is done here: no process is started, and an error on one rank ends all ranks.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ def save_sharded(
         parallel_group: Spread replicated tensors' writing over this group's ranks (the data-parallel group).
 
     Raises:
-        OSError: This rank can't write; on the other ranks a RuntimeError that carries its text.
+        OSError: This rank can't write. The other ranks raise a RuntimeError with the same text.
     """
     save = plan_save(sharded_state_dict, directory, content_metadata=content_metadata, parallel_group=parallel_group)
     save.write(show_progress=True)
@@ -69,16 +69,16 @@ def plan_save(
     content_metadata: dict[str, Any] | None = None,
     parallel_group: dist.ProcessGroup | None = None,
 ) -> "ShardedSave":
-    """Agree with all ranks on who writes what; what is common to all ranks is taken as it is now.
+    """Agree with all ranks on which rank writes what. The common state is written, or copied, now.
 
     Args:
-        sharded_state_dict: See `save_sharded`; so are the others.
-        directory: Exists and is empty.
-        content_metadata: Plain data.
-        parallel_group: The data-parallel group.
+        sharded_state_dict: See `save_sharded`.
+        directory: See `save_sharded`.
+        content_metadata: See `save_sharded`.
+        parallel_group: See `save_sharded`.
 
     Returns:
-        This rank's part, with nothing but the common state written.
+        This rank's part of the save.
 
     Raises:
         OSError: See `save_sharded`.
@@ -106,7 +106,7 @@ def plan_save(
 
 
 class ShardedSave:
-    """One rank's part of a planned save. `write` may run in a thread of its own; the rest is called on all ranks."""
+    """One rank's part of a planned save. `write` may run in a thread; `complete` must be called on all ranks."""
 
     def __init__(self, writer: filesystem_async.FileSystemWriterAsync, metadata: Metadata | None) -> None:
         self._writer = writer
@@ -116,23 +116,23 @@ class ShardedSave:
         self._cancelled = threading.Event()
         self.directory = Path(writer.checkpoint_dir)
         self.error: Exception | None = None
-        """What kept this rank from writing."""
+        """The error that kept this rank from writing; None if there is none."""
 
     def copy_tensors(self) -> None:
-        """Copy all that this rank writes into host memory of its own, so that training may continue.
+        """Copy everything that this rank writes to new host memory, so that training can continue.
 
-        A tensor that lies on the host, as an offloaded optimizer's do, would be changed by the next step while it is
-        being written; Core copies only what lies on a device or is a view.
+        Core copies only tensors on a device, and views. The host tensors of an offloaded optimizer would be changed by
+        the next step while they are written.
         """
         for _, _, (_, tensors) in self._writer.write_buckets:
             for index, (item, tensor) in enumerate(tensors):
                 tensors[index] = (item, tensor.to("cpu", copy=True))
 
     def write(self, *, show_progress: bool = False) -> None:
-        """Write this rank's files and flush them to disk. Doesn't raise: see `error`.
+        """Write this rank's files and flush them to disk. Doesn't raise, but sets `error`.
 
         Args:
-            show_progress: Show a bar, on rank 0 and a terminal.
+            show_progress: Show a progress bar, on rank 0 in a terminal.
         """
         count = sum(len(blobs) + len(tensors) for _, _, (blobs, tensors) in self._writer.write_buckets)
         is_hidden = None if show_progress and is_rank_0() else True  # None: where there is no terminal
@@ -143,7 +143,7 @@ class ShardedSave:
         except Exception as error:
             self.error = error
         finally:
-            self._writer.write_buckets = []  # let go of the copies
+            self._writer.write_buckets = []  # free the copies
 
     def _write_files(self, bar: tqdm) -> None:
         for path, name, (blobs, tensors) in self._writer.write_buckets:
@@ -160,7 +160,7 @@ class ShardedSave:
                 os.fsync(file.fileno())
 
     def _write_item(self, file: ChecksumWriter, data: Any, item: Any, name: str) -> Any:
-        """Torch's own way to put one tensor or blob into a file; 2.6 knows no transforms and no second format."""
+        """Write one tensor or blob with torch's own function. Torch 2.6 has no transforms and no second format."""
         arguments = inspect.signature(torch_filesystem._write_item).parameters
         transforms: list[Any] = [self._writer.transforms] if "transforms" in arguments else []
         options: dict[str, Any] = {}
@@ -170,14 +170,14 @@ class ShardedSave:
         return write(*transforms, file, data, item, name, **options)
 
     def cancel(self) -> None:
-        """Let `write` end before its next tensor. No other rank needs to take part."""
+        """Let `write` stop before its next tensor. Not collective."""
         self._cancelled.set()
 
     def complete(self) -> None:
-        """Say, when all ranks have written, what lies where. Without it the files are no checkpoint.
+        """Write the metadata once all ranks have written. Without it the files are not a checkpoint. Collective.
 
         Raises:
-            OSError: This rank couldn't write; on the other ranks a RuntimeError that carries its text.
+            OSError: This rank couldn't write. The other ranks raise a RuntimeError with the same text.
         """
         with raise_on_all_ranks(f"writing {self.directory}"):
             if self.error is not None:
@@ -198,7 +198,7 @@ class _PlanningStrategy(TorchDistSaveShardedStrategy):
 
     @property
     def of_this_core(self) -> tuple[str, ...]:
-        """What this Core's `async_save` wants to know besides: later ones have a second implementation."""
+        """Further arguments of this Core's `async_save`: later versions have a second implementation."""
         return ("mcore",) if "async_strategy" in inspect.signature(self.async_save).parameters else ()
 
     def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any, *_: Any) -> ShardedSave:
@@ -208,7 +208,7 @@ class _PlanningStrategy(TorchDistSaveShardedStrategy):
 
 @contextlib.contextmanager
 def _one_checksum() -> Iterator[None]:
-    """Each tensor is an archive, whose own checksum takes twice as long as the file's and which torch never reads."""
+    """Don't compute the checksum of each tensor's archive: it is twice as slow as the file's, and never checked."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -218,16 +218,16 @@ def _one_checksum() -> Iterator[None]:
 
 
 def _no_process_for_results() -> contextlib.AbstractContextManager[None]:
-    """Start no process for a queue of writers' results, as Core does: it would import the script a second time."""
+    """Don't let Core start a process for its writers' results: it would import the script again, and isn't needed."""
     return replaced(filesystem_async, _results_queue=queue.SimpleQueue())
 
 
 @contextlib.contextmanager
 def _errors_of_the_disk(directory: str | Path) -> Iterator[None]:
-    """Say in one line what the disk said: torch's archive writer fails once more while it closes, and says that.
+    """Raise the disk's own error, in one line. Torch's archive writer fails again while closing, and reports only that.
 
     Raises:
-        OSError: The body wrote and couldn't.
+        OSError: The body couldn't write.
     """
     try:
         yield

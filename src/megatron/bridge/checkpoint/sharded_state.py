@@ -1,8 +1,8 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Read sharded state: Megatron-Core's `dist_checkpointing` in the `torch_dist` format, errors that say where.
+"""Read sharded state in the `torch_dist` format with Megatron-Core's `dist_checkpointing`, with errors that name files.
 
-Core reads descriptions and objects by pickle's own reader, which runs what a file asks for. So while Core loads, it is
-handed readers of ours, which let plain data pass and nothing else (`safe_pickle`).
+Core reads metadata and objects with pickle's own reader, which executes what a file asks for. So while Core loads, its
+readers are replaced by ours, which accept only plain data (`safe_pickle`).
 """
 
 import contextlib
@@ -44,14 +44,14 @@ from megatron.bridge.utils.distributed import raise_on_all_ranks, rank, world_si
 from megatron.bridge.utils.replaced import replaced
 
 COMMON_STATE = ShardedObject("common_state", None, (1,), (0,)).unique_key
-"""Under this key later versions of Core keep, among the tensors, what is common to all ranks."""
+"""Key under which later versions of Core store the common state among the tensors."""
 
 Advice = Callable[[list[str], Collection[str]], str]
-"""Says what to do, given the keys of the tensors that don't fit and of all that are stored."""
+"""Returns the advice for an error, given the keys of the tensors that don't fit and of all stored ones."""
 
 
 def default_advice(keys: list[str], stored: Collection[str]) -> str:
-    """The advice where all that is known are the keys."""
+    """The advice if nothing but the keys is known."""
     return "load a checkpoint of this model, or set the model's sizes to the checkpoint's"
 
 
@@ -71,19 +71,19 @@ def load_sharded(
     Args:
         sharded_state_dict: The template; its tensors are filled in place where the format allows.
         directory: A complete iteration's directory.
-        strict: Core's `StrictHandling` name, for keys that are in one of the two and not the other.
+        strict: Name of Core's `StrictHandling` for keys that are only in the template or only in the checkpoint.
         parallel_group: Read each replicated tensor once in this group and exchange.
-        exchange: Core's name of the way in which the group does so.
+        exchange: Core's name of the exchange algorithm.
         check_sharding: Check that the template's parts, over all ranks, cover each tensor once.
-        verify: Compare the tensors' files with the checksums in the manifest first, shared out among the ranks.
+        verify: First compare the tensors' files with the manifest's checksums; the ranks divide the files.
         advice: Says what to do where tensors don't fit.
 
     Returns:
         The template's structure with tensors in place of their descriptions, and the common state.
 
     Raises:
-        ValueError: A file is missing, cut off or damaged, or holds more than plain data, or a tensor is missing or has
-            another shape; the message names it.
+        ValueError: A file is missing, truncated or damaged, or holds more than plain data; or a tensor is missing or
+            has another shape. Names the file or tensor.
     """
     with raise_on_all_ranks(f"matching the model with {directory}"):
         reader = PlainReader(directory)
@@ -107,7 +107,7 @@ def load_sharded(
                 validate_access_integrity=check_sharding,
                 strict=strict,
             )
-        except CheckpointException as error:  # torch's, on all ranks: every failing rank's error with its traceback
+        except CheckpointException as error:  # raised by torch on all ranks, with each failing rank's traceback
             cause, _ = next(iter(error.failures.values()))
             raise ValueError(" ".join(str(cause).split())) from error
         except CheckpointingException as error:
@@ -128,7 +128,7 @@ def _check_config(directory: Path) -> None:
 
 
 class PlainReader(FileSystemReader):
-    """Torch's reader of a distributed checkpoint, for plain data alone. Its description is read once."""
+    """Torch's reader of a distributed checkpoint, restricted to plain data. Reads the metadata only once."""
 
     def __init__(self, directory: str | Path) -> None:
         super().__init__(directory)
@@ -141,10 +141,10 @@ class PlainReader(FileSystemReader):
         return super()._slice_file(file, part)
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        """What is stored in which file.
+        """The metadata: what is stored in which file.
 
         Raises:
-            ValueError: The file is damaged, or holds anything else.
+            ValueError: The file is damaged, or holds something else.
         """
         if self._metadata is None:
             self._metadata = read_dcp_metadata(self.directory / DCP_METADATA_FILE)
@@ -153,17 +153,17 @@ class PlainReader(FileSystemReader):
         return self._metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read what a rank needs: a tensor straight into its place where that is possible, else as torch does.
+        """Read what a rank needs, directly into the target tensor if possible, else as torch does.
 
-        Torch reads the whole of each stored tensor into memory of its own, and copies from there what is needed.
+        Torch reads each stored tensor as a whole into new memory and copies the needed part.
 
         Raises:
-            ValueError: Names the file that holds something else.
+            ValueError: A file is damaged or holds something else. Names the file.
         """
         try:
             left = [item for item in plan.items if not self._read_in_place(item, planner)]
             return super().read_data(dataclasses.replace(plan, items=left), planner)
-        except Exception as error:  # whatever damaged bytes make torch's reader do
+        except Exception as error:  # damaged bytes may raise anything in torch's reader
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(
                 f"{self.directory / self._last_file} can't be read: {reason}; restore it from another copy, or load "
@@ -171,7 +171,7 @@ class PlainReader(FileSystemReader):
             ) from error
 
     def _read_in_place(self, item: ReadItem, planner: LoadPlanner) -> bool:
-        """Whether what is wanted of a stored tensor lies in one piece, and so does its place, in host memory."""
+        """Read a tensor into its target in host memory. Returns False if either side of the copy isn't contiguous."""
         if item.type is LoadItemType.BYTE_IO or not _torch_tells_offsets():
             return False
         place = planner.resolve_tensor(item).detach()
@@ -195,7 +195,7 @@ class PlainReader(FileSystemReader):
         """Read an object that is stored among the tensors.
 
         Returns:
-            None where there is no such object.
+            The object; None if there is no such object.
 
         Raises:
             ValueError: It is damaged, or holds more than plain data.
@@ -211,7 +211,7 @@ class PlainReader(FileSystemReader):
 
 @functools.cache
 def _torch_tells_offsets() -> bool:
-    """Whether this torch reads an archive without its tensors' data and says where that lies; early ones don't."""
+    """Whether this torch can read an archive without its tensors' data and report their offsets. Older ones can't."""
     file = io.BytesIO()
     torch.save(torch.zeros(1), file)
     file.seek(0)
@@ -220,7 +220,7 @@ def _torch_tells_offsets() -> bool:
 
 @contextlib.contextmanager
 def _core_reads_plain_data(reader: PlainReader, common_state: dict[str, Any]) -> Iterator[None]:
-    """Inside, Core reads descriptions and objects through `reader`, and finds the common state already read."""
+    """Within the context, Core reads metadata and objects through `reader`, and gets the common state already read."""
 
     class PlainPlanner(torch_strategies.MCoreLoadPlanner):
         def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
@@ -238,23 +238,23 @@ def _core_reads_plain_data(reader: PlainReader, common_state: dict[str, Any]) ->
 
 
 def _reader_of_the_common_state() -> tuple[Any, str]:
-    """Where Core's load looks up what reads the common state: a method, later a function, now one that knows both."""
+    """(owner, name) of what Core's load calls to read the common state; it differs between versions."""
     if hasattr(common_strategies, "TorchCommonLoadStrategy"):
         return common_strategies.TorchCommonLoadStrategy, "load_common"
     return serialization, "load_common" if _keeps_common_state_apart() else "load_common_state_dict"
 
 
 def _keeps_common_state_apart() -> bool:
-    """Whether this Core keeps the common state in a file of its own; from 0.19 on it is among the tensors."""
+    """Whether this Core keeps the common state in a separate file. From 0.19 on it is among the tensors."""
     return "common_strategy" in inspect.signature(dist_checkpointing.load).parameters
 
 
 def read_common_state(directory: str | Path, reader: PlainReader | None = None) -> dict[str, Any]:
-    """Read what a checkpoint holds for all ranks: everything but tensors and single ranks' objects.
+    """Read the common state of a checkpoint: everything but tensors and objects of single ranks.
 
     Args:
-        directory: An iteration's.
-        reader: Has read its description; None: one that reads it again.
+        directory: An iteration's directory.
+        reader: A reader of this directory, whose metadata is reused. None: a new one.
 
     Raises:
         ValueError: A later Core wrote it than this one can read, it is damaged, or it holds more than plain data.
@@ -283,18 +283,18 @@ def stored_shapes(directory: str | Path) -> dict[str, tuple[int, ...]]:
 
 
 def stored_content_metadata(directory: str | Path) -> dict[str, Any]:
-    """What a checkpoint says of its content (`save_sharded`'s `content_metadata`); empty where it says nothing.
+    """The `content_metadata` that a checkpoint was saved with (`save_sharded`); empty if there is none.
 
     Raises:
         ValueError: A later Core wrote it than this one can read, a file is missing or cut off, or holds more than
             plain data.
     """
-    check_files(directory)  # later versions keep it among the tensors
+    check_files(directory)  # later versions of Core keep the metadata among the tensors
     return read_common_state(directory).get("content_metadata") or {}
 
 
 def check_files(directory: str | Path, reader: PlainReader | None = None) -> None:
-    """Refuse a checkpoint of which a file is missing or cut off, before anything is read from the others.
+    """Refuse a checkpoint with a missing or truncated file, before anything is read.
 
     Args:
         directory: An iteration's.
@@ -323,7 +323,7 @@ def check_shapes(
     reader: PlainReader | None = None,
     advice: Advice = default_advice,
 ) -> None:
-    """Refuse a checkpoint whose tensors are not the ones the template asks for, before anything is read.
+    """Refuse a checkpoint whose tensors don't match the template, before anything is read.
 
     Args:
         sharded_state_dict: The template.

@@ -1,2 +1,2 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""A run planned without running it: memory, activations, and the shards of a checkpoint."""
+"""Plan a run without running it: its memory, and each rank's shards of the weights."""

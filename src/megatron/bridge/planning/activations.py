@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""How much memory a forward pass keeps for its backward pass: a formula, not a measurement.
+"""The memory of activations, which the forward pass keeps for the backward pass. A formula, not a measurement.
 
 After Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (2022, section 4), which
 counts what each layer of a GPT keeps in 16 bits: 34 bytes a token and hidden channel without the attention scores. The

@@ -1,9 +1,9 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""The memory that a configuration needs on a number of ranks, known before there are any.
+"""Estimate the memory of a run on any number of ranks, in one process.
 
-One rank's model, data-parallel buffers and optimizer are built by Core itself on tensors that have shapes and no
-memory, so shards, padding and what is offloaded are what a run would have. Activations are a formula
-(activation_memory.py). Not counted: CUDA's and NCCL's own memory, fragmentation, data on its way between ranks.
+Core builds one rank's model, data-parallel buffers and optimizer from tensors without memory, so shards, padding and
+the offloaded part are those of a real run. Activations are estimated by a formula (activations.py). Not counted: CUDA's
+and NCCL's own memory, fragmentation, and buffers of communication.
 """
 
 import copy
@@ -27,12 +27,12 @@ from megatron.bridge.utils.parallel_sizes import PARALLEL_SIZES
 
 GIB = 1 << 30
 _SOME_DIRECTORY = "."
-"""Stands for what only a run reads: the checks want one that is there."""
+"""Placeholder for directories that only a run reads. The checks of a configuration require existing ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
-    """Bytes of one rank at the peak of a step."""
+    """Memory of one rank at the peak of a step, in bytes."""
 
     state: StateBytes
     activations: int
@@ -48,13 +48,13 @@ class MemoryEstimate:
 
     @property
     def host_bytes(self) -> int:
-        """Everything that offload keeps on the host, in pinned memory but for the moments."""
+        """Everything that offload keeps on the host. All but the moments is pinned memory."""
         return self.state.host_masters + self.state.host_moments + self.state.host_gradients
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """What one rank of a run needs: as configured, and with other parts of the optimizer on the host."""
+    """The memory of one rank as configured, and with other offload fractions."""
 
     rank: int
     world_size: int
@@ -67,13 +67,13 @@ class MemoryPlan:
     budget_bytes: int
     """Device memory that a run may use."""
     smallest_fraction: float | None
-    """The least `optimizer_offload_fraction`, in hundredths, with which the rank fits; None: it never does."""
+    """The smallest `optimizer_offload_fraction`, in steps of 0.01, with which the rank fits; None if there is none."""
     is_precision_aware: bool
     """Whether `smallest_fraction` is for precision-aware mode."""
 
 
 def plan_memory(cfg: ConfigContainer, *, world_size: int, budget_bytes: int, rank: int | None = None) -> MemoryPlan:
-    """Plan one rank's memory. For a process of its own: nothing of a run may be up, and none on a GPU may follow.
+    """Plan one rank's memory. Use a separate process: none of a run may be set up before, nor trained on a GPU after.
 
     Args:
         cfg: What a recipe returns; data, tokenizer and checkpoint may be left open. It isn't changed.
@@ -115,7 +115,7 @@ def _plan_rank(cfg: ConfigContainer, world_size: int, rank: int, budget_bytes: i
 
 
 def resolve(cfg: ConfigContainer, *, world_size: int) -> tuple[ConfigContainer, list[str]]:
-    """What a run on a number of ranks would make of a configuration, and the options that it still needs.
+    """The configuration as a run on `world_size` ranks would complete it, and the options that still must be set.
 
     Args:
         cfg: What a recipe returns. It isn't changed.
@@ -125,7 +125,7 @@ def resolve(cfg: ConfigContainer, *, world_size: int) -> tuple[ConfigContainer, 
         ValueError: As for `runtime_config_update`.
     """
     resolved = copy.deepcopy(cfg)
-    resolved.env_vars = {}  # they are the run's, not this process's
+    resolved.env_vars = {}  # they are for the run, not for this process
     left_open = {
         "dataset.dataset_root": getattr(cfg.dataset, "dataset_root", "none needed")
         or getattr(cfg.dataset, "hf_dataset", None),
@@ -143,7 +143,7 @@ def resolve(cfg: ConfigContainer, *, world_size: int) -> tuple[ConfigContainer, 
 
 
 def as_plannable(cfg: ConfigContainer) -> ConfigContainer:
-    """A copy without what only a run needs: data, tokenizer, weights, and the process groups of the host."""
+    """A copy without everything that only a run needs: data, tokenizer, weights, and gloo process groups."""
     plan = copy.copy(cfg)
     for section in ("model", "optimizer", "ddp", "scheduler", "train", "validation", "checkpoint", "dist", "logger"):
         setattr(plan, section, copy.deepcopy(getattr(cfg, section)))
@@ -157,14 +157,14 @@ def as_plannable(cfg: ConfigContainer) -> ConfigContainer:
 
 
 class PlannedRun:
-    """A model on a planned rank, and as many optimizers for it as one likes to compare."""
+    """The model of a planned rank, for which several optimizers can be compared."""
 
     def __init__(self, cfg: ConfigContainer, model: list[Any]) -> None:
         self.cfg = cfg
         self.model = model
 
     def estimate(self, **optimizer_options: Any) -> MemoryEstimate:
-        """Bytes, as configured or with other options of the optimizer."""
+        """The memory as configured, or with other options of the optimizer."""
         options = dataclasses.replace(self.cfg.optimizer, **optimizer_options)
         options.finalize()
         optimizer, _ = setup_optimizer(options, self.cfg.scheduler, self.model, derived=self.cfg.derive())
@@ -184,7 +184,7 @@ class PlannedRun:
         )
 
     def _micro_batches_in_flight(self) -> int:
-        """One forward, one backward: a stage is ahead by as many micro-batches as stages follow it, and one."""
+        """In the 1F1B schedule a stage has one micro-batch in flight, and one more for each stage behind it."""
         from megatron.core import parallel_state
 
         stages = self.cfg.model.pipeline_model_parallel_size
@@ -192,7 +192,7 @@ class PlannedRun:
         return min(stages - parallel_state.get_pipeline_model_parallel_rank(), derived.num_microbatches)
 
     def smallest_fraction(self, budget_bytes: int, without: MemoryEstimate) -> tuple[float | None, bool]:
-        """The least offloaded part with which the device's bytes fit, and whether precision-aware mode is needed."""
+        """The smallest offload fraction that fits the budget, and whether it needs precision-aware mode."""
         if without.device_bytes <= budget_bytes:
             return 0.0, False
         for aware in sorted({self.cfg.optimizer.use_precision_aware_optimizer, True}):
@@ -225,7 +225,7 @@ class PlannedRun:
 
 @contextmanager
 def planned_run(cfg: ConfigContainer, world_size: int, rank: int) -> Iterator[PlannedRun]:
-    """The rank's model, wrapped for data parallelism, with shapes and no memory."""
+    """The rank's model, wrapped for data parallelism, built from tensors without memory."""
     plan = as_plannable(cfg)
     with planned_world(world_size, rank), _quiet():
         runtime_config_update(plan)
@@ -241,7 +241,7 @@ def planned_run(cfg: ConfigContainer, world_size: int, rank: int) -> Iterator[Pl
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """A plan builds many optimizers; their lines are the run's, not the plan's."""
+    """Silence the log lines of the many optimizers that a plan builds."""
     before = logging.root.manager.disable
     logging.disable(logging.INFO)
     try:
@@ -251,7 +251,7 @@ def _quiet() -> Iterator[None]:
 
 
 def as_table(plan: MemoryPlan) -> str:
-    """A plan in GiB, with what to do about it."""
+    """A plan as text, in GiB, with advice."""
     columns = {"as configured": plan.as_configured, "without offload": plan.without_offload}
     if plan.all_offloaded is not None:
         columns["all offloaded"] = plan.all_offloaded

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Which part of each weight a rank holds, known before there are any ranks."""
+"""Which part of each weight a rank of a planned run holds."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class WeightShard:
 
 
 def plan_shards(cfg: ConfigContainer, *, world_size: int, rank: int = 0) -> list[WeightShard]:
-    """The weights of one rank, as a run would hold them. For a process of its own, as `plan_memory` is.
+    """The weights of one rank, as in a run. Use a separate process, as for `plan_memory`.
 
     Args:
         cfg: What a recipe returns. It isn't changed.
@@ -45,7 +45,7 @@ def plan_shards(cfg: ConfigContainer, *, world_size: int, rank: int = 0) -> list
 def _shards_in(state_dict: object) -> Iterator[WeightShard]:
     for stored in nested_values(state_dict):
         parts = [stored]
-        if isinstance(stored, ShardedTensorFactory):  # gate and up, which are one weight in the model
+        if isinstance(stored, ShardedTensorFactory):  # gate and up: one weight in the model, two in a checkpoint
             parts = list(nested_values([stored.build()]))
         for part in parts:
             if isinstance(part, ShardedTensor):

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""One rank of a run with any number of ranks, in one process and without memory: to plan what no one has at hand."""
+"""Pose as one rank of a run with any number of ranks, in one process and without memory, to plan large runs."""
 
 import contextlib
 from collections.abc import Iterator
@@ -16,10 +16,10 @@ from megatron.bridge.utils.simulated_accelerator import without_data
 
 @contextlib.contextmanager
 def planned_world(world_size: int, rank: int = 0) -> Iterator[None]:
-    """Inside, this process is one of `world_size` ranks, whose tensors have shapes and no memory.
+    """Within the context, this process is one of `world_size` ranks, and its tensors have shapes but no memory.
 
-    Collectives return at once (torch's fake process group); gathered objects are this rank's own. Process groups are
-    gone at the end. The process computes on the simulated accelerator from here on, so it must not train on a GPU.
+    Collectives return at once (torch's fake process group), and gathered objects are this rank's own. Process groups
+    are destroyed at the end. The process stays on the simulated accelerator, so it must not train on a GPU later.
 
     Args:
         world_size: Number of ranks.

@@ -19,11 +19,11 @@ def local_path(text: str) -> Path:
 
 
 def add_checkpoint_options(parser: argparse.ArgumentParser, *, with_base: bool) -> None:
-    """Which checkpoint is read, and where the model is that it came from.
+    """Add the options for the checkpoint to read and for the model that it came from.
 
     Args:
-        parser: Of the command.
-        with_base: Whether the weights under adapters are read, too.
+        parser: The command's parser.
+        with_base: Add an option for the weights under adapters.
     """
     parser.add_argument(
         "--megatron-path", type=expand_home, required=True, help="directory of checkpoints, or one iter_N in it"

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""A Megatron-Core newer than any that was tested: said once, and the run continues.
+"""Warn once of a Megatron-Core that is newer than any tested one. The run continues.
 
-Nothing here is refused by its version. Where a later Core has lost what is used of it, the place that needs it says so.
+No Core is refused by its version. If a later Core lacks something that we use, the code that needs it raises.
 """
 
 import logging
@@ -15,7 +15,7 @@ NEWEST_TESTED_CORE = "0.19.2"
 
 
 def warn_of_an_untested_core(installed: str | None = None) -> bool:
-    """Log one warning where a Core (by default the installed one) is newer than the newest tested; whether it is."""
+    """Log a warning if a Core (by default the installed one) is newer than the newest tested. Returns whether it is."""
     installed = installed or core_version
     newer = _numbers(installed) > _numbers(NEWEST_TESTED_CORE)
     if newer:
@@ -29,6 +29,6 @@ def warn_of_an_untested_core(installed: str | None = None) -> bool:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """The release: "0.20.0rc1+abc" is (0, 20, 0). Empty where there is none."""
+    """The numbers of a release: "0.20.0rc1+abc" is (0, 20, 0). Empty if there are none."""
     release = re.match(r"\d+(\.\d+)*", version)
     return tuple(int(part) for part in release[0].split(".")) if release else ()

@@ -1,10 +1,10 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""What Megatron-Core says on every machine, each time, and nobody can act on: left out.
+"""Silence warnings of Megatron-Core that appear in every run and that no user can act on.
 
-At its import Core warns, once in each of some five files, that Transformer Engine and Apex are not there and what it
-does instead; and logs that what it is asked for is about to change, which is this package's to follow. That stands
-before the first line of every command, on each rank. When an optimizer is built it logs all of its configuration in one
-line, defaults too; `run_config.yaml` has it. Other warnings of Core's stay.
+When it is imported, Core warns in several files that Transformer Engine and Apex are missing and what it does instead.
+It also logs deprecations of its interface, which concern this package and not its user. All that would precede the
+output of every command, on each rank. When an optimizer is built, Core logs its whole configuration in one line;
+`run_config.yaml` has it anyway. Other warnings of Core's are not changed.
 """
 
 import logging
@@ -12,7 +12,7 @@ import warnings
 
 _NOT_INSTALLED = r"(Transformer Engine and Apex are|Transformer Engine is|Apex is) not installed\. Falling back to "
 _OWN_DEFAULT = r"full scope is deprecated\. Use empty cuda_graph_"
-"""Core warns so of its own default value."""
+"""Core warns of its own default value."""
 
 _EXPERIMENTAL = r"MimoModelConfig is experimental "
 _LOGGED = {
@@ -21,11 +21,11 @@ _LOGGED = {
     "megatron.core.optimizer": "Setting up optimizer with config ",
     "megatron.core.distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not provided",
 }
-"""By logger: how a record starts that is left out."""
+"""By logger: the start of the records to drop."""
 
 
 def silence_import_warnings() -> None:
-    """Add the filters; what a user's `-W`, PYTHONWARNINGS or own filters of warnings say goes first."""
+    """Add the filters. A user's own filters (`-W`, PYTHONWARNINGS, `warnings.filterwarnings`) take precedence."""
     for message in (_NOT_INSTALLED, _OWN_DEFAULT, _EXPERIMENTAL):
         warnings.filterwarnings("ignore", message, UserWarning, r"megatron\.core\.", append=True)
     for name, start in _LOGGED.items():
@@ -35,7 +35,7 @@ def silence_import_warnings() -> None:
 
 
 class _DropStartingWith(logging.Filter):
-    """Drops records that start with a text."""
+    """Drops records whose message starts with a given text."""
 
     def __init__(self, start: str) -> None:
         super().__init__()

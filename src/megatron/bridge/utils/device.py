@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""The device a process computes on: the one place that chooses between CUDA and a host without it."""
+"""The device that a process computes on: the only place that chooses between CUDA and a host without it."""
 
 import contextlib
 import logging
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DeviceChoice:
-    """Where tensors live and what carries the collectives, with the reason it was chosen."""
+    """The device and the backend of the collectives, with the reason for the choice."""
 
     type: Literal["cuda", "cpu"]
     backend: Literal["nccl", "gloo"]
@@ -109,7 +109,7 @@ def is_on_device(tensor: torch.Tensor) -> bool:
 
 
 def host_view(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor in host memory: itself where it lies there, as a simulated device's do, else a copy."""
+    """A tensor in host memory: the tensor itself if it is there already, as under simulation, else a copy."""
     return tensor if tensor.device.type == "cpu" else tensor.cpu()
 
 
@@ -120,13 +120,17 @@ def synchronize() -> None:
 
 
 def wait_for_stream(stream: torch.cuda.Stream) -> None:
-    """Let what the current stream is given from now on wait for what `stream` was given so far."""
+    """Let later work on the current stream wait for all work that is queued on `stream` now."""
     torch.cuda.current_stream().wait_stream(stream)
 
 
 @contextlib.contextmanager
 def queued_on(stream: torch.cuda.Stream) -> Iterator[None]:
-    """Inside, work is given to `stream`, after all that the current one was given; afterwards that one waits for it."""
+    """Queue the work of the context on `stream`, in order with the current stream.
+
+    It starts after all work that is queued on the current stream now, and later work on the current stream waits for
+    it. The host doesn't wait.
+    """
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         yield
@@ -134,12 +138,15 @@ def queued_on(stream: torch.cuda.Stream) -> Iterator[None]:
 
 
 def bypass_simulation() -> contextlib.AbstractContextManager:
-    """Inside, the simulated accelerator doesn't look at torch calls: for loops over many tensors that only read."""
+    """Within the context the simulated accelerator doesn't intercept torch calls.
+
+    For speed, in loops over many tensors that only read or copy them.
+    """
     return torch._C.DisableTorchFunction()
 
 
 def host_tensor(memory: Any, place: int, size: int) -> torch.Tensor:
-    """A flat FP32 tensor in host memory that is there, with a storage of its own size. It keeps the memory alive.
+    """A flat FP32 tensor in existing host memory, with a storage of exactly its size. It keeps the memory alive.
 
     Args:
         memory: Anything with Python's buffer protocol.
@@ -151,15 +158,15 @@ def host_tensor(memory: Any, place: int, size: int) -> torch.Tensor:
 
 
 def lock_pages(memory: Any) -> int | None:
-    """Lock memory so that copies from and to the device need not wait for the host; None where it is simulated.
+    """Pin host memory, so that copies from and to the device are asynchronous.
 
-    Unlike torch's pinned tensors it keeps its size. Run on an H200 on 2026-11-27.
+    Unlike torch's pinned tensors the memory keeps its exact size. Tested on an H200 on 2026-11-27.
 
     Returns:
-        What `unlock_pages` takes.
+        The argument for `unlock_pages`; None if the device is simulated.
 
     Raises:
-        RuntimeError: The system doesn't lock as much.
+        RuntimeError: The system can't pin that much memory.
     """
     if is_simulated() or not torch.cuda.is_available():
         return None
@@ -180,7 +187,7 @@ def unlock_pages(address: int) -> None:
 
 
 RNG_STATE_BYTES = {16: "a GPU", 5056: "a simulated accelerator"}
-"""The size of a device's random state, and the kind of device whose it is: CUDA's generator has a seed and a place."""
+"""Kind of device by the size of its random state in bytes. CUDA's state is only a seed and an offset."""
 
 
 def numa_node() -> int | None:
@@ -197,19 +204,19 @@ def numa_node() -> int | None:
 
 
 def device_rng_state() -> torch.Tensor:
-    """The state of the device's generator, uint8 on the host; under simulation that of torch's only generator."""
+    """The device's random state, uint8 on the host. Under simulation it is that of torch's generator of the host."""
     enter_device()
     return torch.cuda.get_rng_state()
 
 
 def set_device_rng_state(state: torch.Tensor) -> None:
-    """Put a state from `device_rng_state` back."""
+    """Restore a state from `device_rng_state`."""
     enter_device()
     torch.cuda.set_rng_state(state)
 
 
 def profiled_activities() -> list[torch.profiler.ProfilerActivity]:
-    """What torch's profiler records here: the host's work, and the device's where there is a real one."""
+    """The activities that torch's profiler records: the host's, and those of a real device."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     return activities if is_simulated() else [*activities, torch.profiler.ProfilerActivity.CUDA]
 

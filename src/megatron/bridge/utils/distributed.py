@@ -23,21 +23,21 @@ from megatron.bridge.utils.rendezvous import is_shared_by_starts, store_of_this_
 T = TypeVar("T")
 
 SECONDS_BETWEEN_MEETINGS = 10.0
-"""How long a rank works by itself in `run_while_others_wait`: well below any timeout of a process group."""
+"""Time between two collectives in `run_while_others_wait`: well below any timeout of a process group."""
 
 
 def rank() -> int:
-    """This process's global rank; 0 before the process group is up and outside torchrun."""
+    """This process's global rank. Before the process group exists, torchrun's number, or 0."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    """The number of processes; before the process group is up, torchrun's, or 1."""
+    """The number of processes. Before the process group exists, torchrun's number, or 1."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_rank() -> int:
-    """This process's number on its machine, as torchrun says; its rank where nobody does."""
+    """This process's number on its machine, as set by torchrun; else its global rank."""
     return int(os.environ.get("LOCAL_RANK", rank()))
 
 
@@ -47,7 +47,7 @@ def is_rank_0() -> bool:
 
 
 def barrier() -> None:
-    """Wait for all ranks; nothing to wait for in a process without a group."""
+    """Wait for all ranks. Does nothing in a process without a process group."""
     if dist.is_initialized():
         if dist.get_backend() == "nccl":
             dist.barrier(device_ids=[current_device().index])
@@ -62,13 +62,13 @@ def init_process_group(choice: DeviceChoice, timeout_minutes: float = 10) -> boo
 
     Args:
         choice: Device and backend.
-        timeout_minutes: After this long a collective that another rank never joins raises.
+        timeout_minutes: Time after which a collective raises if another rank doesn't join it.
 
     Returns:
         Whether this call created the group (False: the caller's own group is used and stays the caller's).
 
     Raises:
-        RuntimeError: Not all ranks came within the timeout.
+        RuntimeError: Not all ranks joined within the timeout.
     """
     enter_device(choice)
     if dist.is_initialized():
@@ -126,7 +126,7 @@ def initialize_model_parallel(
 def destroy_model_parallel() -> None:
     """Take down Megatron-Core's process groups, if there are any.
 
-    Core only forgets them; their sockets and threads (one a group on gloo) would stay until the process ends.
+    Core only drops its references. The groups' sockets and threads would stay until the process ends.
     """
     from megatron.core import parallel_state
 
@@ -142,7 +142,7 @@ def model_parallel_groups(
 ) -> Iterator[None]:
     """A process group and model-parallel state for work outside a training run, such as a conversion.
 
-    What already exists is used as it is; what this call creates is taken down at the end.
+    Existing ones are used. What this call creates is destroyed at the end.
 
     Args:
         tensor_model_parallel_size: Ranks that share each layer's matrices.
@@ -167,7 +167,7 @@ def model_parallel_groups(
 
 
 def seed_everything(seed: int, *, data_parallel_random_init: bool = False, **tracker_options: Any) -> None:
-    """Seed python, numpy, torch and Megatron-Core's tracker, so that ranks that must differ do.
+    """Seed Python, NumPy, torch and Megatron-Core's tracker, differently on ranks that need different random numbers.
 
     Pipeline stages differ by 100 (and data-parallel ranks by 10 with `data_parallel_random_init`), as in
     Megatron-LM's `_set_random_seed`, so that runs with the same seed initialise alike.
@@ -194,7 +194,7 @@ def seed_everything(seed: int, *, data_parallel_random_init: bool = False, **tra
 
 
 def all_gathered(value: Any) -> list[Any]:
-    """What each rank gives, in order of the ranks. Collective; the value alone where there is one process."""
+    """The values of all ranks, in order of the ranks. Collective. In a single process, a list of its value."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -203,21 +203,23 @@ def all_gathered(value: Any) -> list[Any]:
 
 
 def format_ranks(ranks: list[int]) -> str:
-    """Ranks in an error's text: "rank 3", "ranks 0, 2"; the first eight."""
+    """Ranks for the text of an error: "rank 3", "ranks 0, 2"; at most the first eight."""
     shown = ", ".join(map(str, ranks[:8])) + (", …" if len(ranks) > 8 else "")
     return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
 
 
 @contextlib.contextmanager
 def raise_on_all_ranks(doing: str) -> Iterator[None]:
-    """Run a body that holds no collective; if it raises on any rank, raise on every rank.
+    """If the body raises on any rank, raise on all ranks. Collective; the body itself must not run collectives.
+
+    Without it, a rank that raises leaves the others waiting in their next collective until the timeout.
 
     Args:
-        doing: What the body does, for the message on the ranks that did not fail.
+        doing: What the body does, for the message on ranks that did not fail.
 
     Raises:
-        RuntimeError: On ranks where the body succeeded while it failed elsewhere; it carries the first error's text.
         Exception: On ranks where the body failed, its own error.
+        RuntimeError: On all other ranks, with the text of the first error.
     """
     error: Exception | None = None
     try:
@@ -233,21 +235,21 @@ def raise_on_all_ranks(doing: str) -> Iterator[None]:
 
 
 def run_while_others_wait(work: Callable[[], T] | None, *, doing: str) -> T | None:
-    """Do something on some of the ranks that may take longer than a collective waits. Collective.
+    """Do work on some ranks that may take longer than the timeout of collectives. Collective.
 
-    The ranks meet every few seconds until all are done, so nobody runs into the process group's timeout, and an error
-    anywhere ends all of them.
+    The ranks meet in a short collective every few seconds until all are done. So no rank runs into the process group's
+    timeout, and an error on one rank ends all.
 
     Args:
-        work: This rank's part, which runs in a thread and holds no collective; None: only wait.
-        doing: What the work does, for the message on the ranks that did not fail.
+        work: This rank's part. It runs in a thread and must not run collectives. None: only wait.
+        doing: What the work does, for the message on ranks that did not fail.
 
     Returns:
-        What this rank's work returned.
+        The result of this rank's work.
 
     Raises:
-        RuntimeError: Another rank failed; it carries the first error's text.
         Exception: This rank's own error.
+        RuntimeError: Another rank failed; has the text of the first error.
     """
     if not dist.is_initialized():
         return work() if work else None
@@ -272,5 +274,5 @@ def run_while_others_wait(work: Callable[[], T] | None, *, doing: str) -> T | No
 def _settle(outcome: Future, work: Callable[[], Any]) -> None:
     try:
         outcome.set_result(work())
-    except BaseException as error:  # whatever ends the thread must end the waiting
+    except BaseException as error:  # anything that ends the thread must also end the wait for it
         outcome.set_exception(error)

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""What a rank's exit code says beside 0 (done) and 1 (an error, in the last line of its traceback)."""
+"""Exit codes of a rank besides 0 (done) and 1 (an error, in the last line of its traceback)."""
 
 import os
 import sys
@@ -7,17 +7,18 @@ from collections.abc import Callable
 from typing import NoReturn
 
 PREEMPTED = 75
-"""A signal stopped the run, and what it learned is saved: start it again (EX_TEMPFAIL of sysexits.h).
+"""A signal stopped the run after its checkpoint was saved: start it again (EX_TEMPFAIL of sysexits.h).
 
-Megatron-LM ends with 0 here, which a script that starts it again can't tell from a run that is done.
+Megatron-LM ends with 0 in this case, which a script can't tell from a finished run.
 """
 
 HUNG = 124
-"""A rank took no step and no part of one within the timeout; its stacks are in its log (as `timeout` of coreutils)."""
+"""A rank made no progress within the timeout. Its stacks are in its log. The same code as that of coreutils' `timeout`.
+"""
 
 
 def exit_code_of(command: str, run: Callable[[], None]) -> int:
-    """Run a command: 0, or 1 after an error that a user can fix, which is one line on stderr."""
+    """Run a command and return 0, or 1 after an error that a user can fix, which is written to stderr as one line."""
     try:
         run()
     except (ValueError, FileNotFoundError, RuntimeError) as error:
@@ -27,12 +28,12 @@ def exit_code_of(command: str, run: Callable[[], None]) -> int:
 
 
 def exit_with(main: Callable[[], int | None]) -> NoReturn:
-    """End the process with a command's exit status; in silence where whoever read its output went away (`| head`).
+    """End the process with a command's exit status. Ends silently if the reader of its output is gone (`| head`).
 
     Where its output can't be written for another reason, such as a full disk, one line on stderr says so.
 
     Args:
-        main: Runs the command, and returns its exit status.
+        main: Runs the command and returns its exit status.
 
     Raises:
         SystemExit: Always; as a shell would say it, 128 + SIGPIPE, where nobody reads any more; 1 where the output
@@ -59,7 +60,7 @@ def exit_with(main: Callable[[], int | None]) -> NoReturn:
 
 
 def _refusal_of_output() -> OSError | None:
-    """Why standard output takes nothing; it still holds what it couldn't write. None: it does."""
+    """The error of writing to standard output, which still buffers what it couldn't write; None if writing works."""
     if sys.stdout is None:
         return None
     try:

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Small files that become huge as they are read: archives that inflate, YAML and pickles that name parts many times."""
+"""Refuse small files that become huge when read: compressed archives, and YAML or pickles with repeated references."""
 
 import math
 import zipfile
@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 LARGEST_EXPANSION = 1_000_000
-"""Values and characters that any file may stand for; a longer file may stand for four times its own bytes."""
+"""Values and characters that any file may expand to. A longer file may expand to four times its size in bytes."""
 
 DEEPEST = 100
 """Levels of nested values that a file may have."""
 
 Containers = Mapping[type, Callable[[Any], Collection[Any]]]
-"""Types that hold values, and what gives the values; the others hold none."""
+"""Container types, with a function that returns the values in one. All other types count as leaves."""
 
 PLAIN_CONTAINERS: Containers = {
     **dict.fromkeys((list, tuple, set, frozenset), lambda value: value),
@@ -24,17 +24,17 @@ PLAIN_CONTAINERS: Containers = {
 
 
 def check_expansion(value: Any, num_bytes: int, containers: Containers = PLAIN_CONTAINERS) -> None:
-    """Refuse a value that is larger than its file because its parts share parts, or that is nested too deep.
+    """Refuse a value that is much larger than its file because parts are shared, or that is nested too deep.
 
-    Whatever walks through such a value, or prints it, would never end. This looks at each part once.
+    Walking through such a value, or printing it, would take forever. This function visits each part once.
 
     Args:
-        value: What was read.
-        num_bytes: Of the file.
+        value: The value that was read.
+        num_bytes: Size of the file.
         containers: See `Containers`.
 
     Raises:
-        ValueError: Says how large or how deep it is.
+        ValueError: Names the size or the depth.
     """
     size, depth = _expanded(value, containers)
     if depth > DEEPEST:
@@ -45,7 +45,7 @@ def check_expansion(value: Any, num_bytes: int, containers: Containers = PLAIN_C
 
 
 def _expanded(root: Any, containers: Containers) -> tuple[float, float]:
-    """(size, depth) of a value with its shared parts counted wherever they stand; without recursion."""
+    """(size, depth) of a value, with shared parts counted at each occurrence. Not recursive."""
     known: dict[int, tuple[float, float]] = {}
     entered: set[int] = set()
     waiting = [root]
@@ -77,15 +77,15 @@ def _weight(leaf: Any) -> int:
 
 
 def check_archive(source: str | Path | BinaryIO, *, sums: bool = True) -> None:
-    """Refuse an archive (what torch and NumPy write) that inflates, is damaged, or is none.
+    """Refuse a zip archive, as torch and NumPy write them, that is compressed or damaged.
 
     Args:
-        source: A path, or an open file, which is left at its beginning.
-        sums: Read all of it and compare its checksums, where it has any, which torch doesn't.
+        source: A path, or an open file, which is rewound.
+        sums: Read the whole archive and compare its checksums, if it has any. Torch doesn't do that.
 
     Raises:
-        zipfile.BadZipFile: Says what is wrong.
-        OSError: It can't be read.
+        zipfile.BadZipFile: The file is compressed, damaged, or not an archive.
+        OSError: The file can't be read.
     """
     with zipfile.ZipFile(source) as archive:
         entries = archive.infolist()

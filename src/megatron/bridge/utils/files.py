@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Files and directories that are either there in full or not at all, with the permissions that the umask gives."""
+"""Write files and directories atomically, with the permissions of the umask."""
 
 import contextlib
 import logging
@@ -15,11 +15,11 @@ from typing import IO, Any
 logger = logging.getLogger(__name__)
 
 _LONGEST_NAME = 255
-"""Bytes of a file's name, on the file systems that are in use."""
+"""Longest file name in bytes on common file systems."""
 
 
 def is_below(name: str) -> bool:
-    """Whether a name that a file gives leads to a file below the file's directory, on any system's disk."""
+    """Whether a relative path stays below its directory, on any operating system."""
     path = PurePosixPath(name)
     is_short = all(len(part.encode("utf-8", errors="replace")) <= _LONGEST_NAME for part in path.parts)
     return is_short and name.isprintable() and not path.is_absolute() and ".." not in path.parts and name != ""
@@ -73,15 +73,15 @@ def replaced_directory(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def _name_beside(path: Path) -> Path:
-    """A name that nothing has, in the same directory, for what becomes `path`."""
+    """An unused name in the same directory for a file that will become `path`."""
     short = path.name.encode()[: _LONGEST_NAME - 42].decode(errors="ignore")
     return path.with_name(f".{short}.{uuid.uuid4().hex[:8]}.partial")
 
 
 def use_umask(path: str | os.PathLike) -> None:
-    """Give a new file the permissions that it would have had, had its writer left them to the umask.
+    """Give a new file the permissions of the umask, which its writer has ignored.
 
-    A file made on the way shows them: asking for the umask would change it for other threads.
+    They are taken from a temporary file, since reading the umask would change it for other threads.
 
     Args:
         path: The file.
@@ -96,9 +96,10 @@ def use_umask(path: str | os.PathLike) -> None:
 
 
 def move_directory(source: str | os.PathLike, target: str | os.PathLike) -> None:
-    """Give a complete directory its name. What stood there goes after it is replaced; its permissions stay.
+    """Rename a complete directory, replacing what has its new name. The permissions of a replaced directory are kept.
 
-    No directory can be replaced in one step: killed between two, the old one stands beside `source` as `.old`.
+    A directory can't be replaced atomically. If the process is killed in between, the old one is left beside `source`
+    as `.old`.
 
     Args:
         source: On the same file system as `target`.
@@ -118,13 +119,15 @@ def move_directory(source: str | os.PathLike, target: str | os.PathLike) -> None
 
 
 def remove_directory(path: str | os.PathLike) -> bool:
-    """Remove a directory so that no one ever sees a part of it under its name; of a link, the link alone.
+    """Remove a directory so that a partial one is never visible under its name. Of a link, only the link is removed.
+
+    If the process is killed in between, the rest is left beside it as `.<name>.removed`.
 
     Args:
-        path: Killed on the way, its rest stands beside it as `.<name>.removed`.
+        path: The directory or link.
 
     Returns:
-        Whether nothing stands under that name any more. If not, a warning says why; so it does where a rest stays.
+        Whether the name is free now. A warning says why it isn't, or if a rest is left.
     """
     path = Path(path)
     if path.is_symlink():
@@ -142,12 +145,12 @@ def remove_directory(path: str | os.PathLike) -> bool:
 
 
 def clean_up(path: str | os.PathLike) -> bool:
-    """Remove what isn't needed any more: a directory, a file, or a link and not what it points to.
+    """Remove a directory, a file, or a link (not its target) that isn't needed any more.
 
-    Nothing is lost where it stays, so that it fails with a warning.
+    Failing to remove it does no harm, so it only logs a warning.
 
     Returns:
-        Whether it is gone.
+        Whether it is removed.
     """
     path = Path(path)
     try:
@@ -170,7 +173,7 @@ def _warn_of_rest(path: Path, error: OSError) -> None:
 
 
 def fsync_directory(path: str | os.PathLike) -> None:
-    """Flush a directory's entries, so that a rename in it survives a crash."""
+    """Flush a directory's entries to disk, so that a rename in it survives a crash."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,8 +1,8 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""What a shell or OmegaConf would have put into a configuration's texts: `~`, `${oc.env:NAME}`, `${section.option}`.
+"""Expand `~`, `${oc.env:NAME}` and `${section.option}` in the strings of a configuration.
 
-A shell doesn't expand `checkpoint.save=~/run`, and YAML never does: left as they are, they become directories of that
-name.
+A shell doesn't expand `checkpoint.save=~/run`, and YAML never does. Unexpanded, a directory of that name would be
+created.
 """
 
 import argparse
@@ -15,18 +15,18 @@ from typing import Any
 
 _REFERENCE = re.compile(r"\$\{([^${}]*)\}")
 _MOST_REFERENCES = 100
-"""In one text, one after the other: more are a circle."""
+"""Most references to replace in one string; more mean that they refer to each other in a circle."""
 
 _TEMPLATES = ("dataset_kwargs", "chat_template")
-"""Options whose text may hold such marks of its own; a path to a template has none."""
+"""Options that may hold Jinja text, which has such marks of its own."""
 
 
 class NoHomeError(argparse.ArgumentTypeError, ValueError):
-    """A home of nobody; a command line shows its text."""
+    """There is no such user. On a command line argparse shows the message."""
 
 
 def expand_home(text: str, *, where: str = "path") -> str:
-    """A path with `~` or `~user` at its start replaced by the home directory; `~` elsewhere is an ordinary character.
+    """Replace `~` or `~user` at the start of a path by the home directory. Elsewhere `~` is an ordinary character.
 
     Raises:
         ValueError: There is no such user.
@@ -43,13 +43,13 @@ def expand_home(text: str, *, where: str = "path") -> str:
 
 
 def resolve_interpolations(config: Any) -> None:
-    """Resolve all texts of a configuration in place. A second call changes nothing.
+    """Expand all strings of a configuration in place. Idempotent.
 
     Args:
         config: A dataclass of sections.
 
     Raises:
-        ValueError: A `${...}` that names nothing, or a home of nobody; it names the option.
+        ValueError: A `${...}` refers to nothing, or there is no such user. Names the option.
     """
 
     def look_up(option: str) -> Any:
@@ -63,7 +63,7 @@ def resolve_interpolations(config: Any) -> None:
 
 
 def _resolved(value: Any, where: str, look_up: Callable[[str], Any]) -> Any:
-    """The value with its texts resolved; sections are changed in place."""
+    """The value with its strings expanded; sections are changed in place."""
     if type(value) is str:
         is_template = where.rpartition(".")[2] in _TEMPLATES and re.search(r"\n|\{[{%#]", value)
         return value if is_template else expand_home(_without_references(value, where, look_up), where=where)
@@ -82,7 +82,7 @@ def _resolved(value: Any, where: str, look_up: Callable[[str], Any]) -> Any:
 
 
 def _fields_of(value: Any) -> list[str]:
-    """Fields of a configuration of ours, or of a script's own that extends one; none of anything else."""
+    """The fields of one of our configuration classes or of a subclass in a script; no fields for anything else."""
     cls: Any = type(value)
     is_ours = any(base.__module__.startswith("megatron.bridge.") for base in cls.__mro__)
     if not (is_ours and dataclasses.is_dataclass(value)) or cls.__dataclass_params__.frozen:
@@ -91,7 +91,7 @@ def _fields_of(value: Any) -> list[str]:
 
 
 def _without_references(text: str, where: str, look_up: Callable[[str], Any]) -> str:
-    """The text with each `${...}` replaced by what it names, inner ones first."""
+    """The string with each `${...}` replaced by what it refers to, innermost first."""
     resolved = text
     for _ in range(_MOST_REFERENCES):
         found = _REFERENCE.search(resolved)
@@ -110,7 +110,7 @@ def _without_references(text: str, where: str, look_up: Callable[[str], Any]) ->
 
 
 def _named(name: str, look_up: Callable[[str], Any]) -> str | None:
-    """What stands for `${name}`; None: nothing."""
+    """The value of `${name}`; None if it refers to nothing."""
     kind, _, rest = name.partition(":")
     if kind.strip() == "oc.env":
         variable, comma, default = rest.partition(",")

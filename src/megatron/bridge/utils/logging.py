@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Logging for a run of many ranks: one voice by default, and a file for each rank where it is asked for."""
+"""Logging for a run of many ranks: rank 0 by default, and optionally a file for each rank."""
 
 import logging
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ _RANK_FILE = "rank file"
 
 
 class _RankFilter(logging.Filter):
-    """Lets rank 0 speak; other ranks only warn, unless all ranks are asked to log."""
+    """Passes all records of rank 0 and only warnings of other ranks, unless all ranks are to log."""
 
     def __init__(self, *, all_ranks: bool) -> None:
         super().__init__()
@@ -78,10 +78,10 @@ def setup_logging(level: int = logging.INFO, *, all_ranks: bool = False) -> None
 
 
 def log_to_rank_file(directory: str | Path | None) -> None:
-    """Write all of this rank's records to a file of its own too, whatever else shows them; a new run appends.
+    """Also write all of this rank's records to a file of its own. A new run appends.
 
     Args:
-        directory: Gets `rank_00000.log` and so on. None: no file, nor an earlier run's any more.
+        directory: Directory of `rank_00000.log` and so on. None: write no file, and stop writing an earlier run's.
 
     Raises:
         ValueError: It can't be written.

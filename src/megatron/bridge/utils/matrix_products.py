@@ -1,12 +1,16 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Products of 16-bit matrices in FP32, rounded once, where the CPU has no arithmetic of its own for them.
+"""Compute products of 16-bit matrices in FP32 and round once, on CPUs without 16-bit arithmetic.
 
-Without AVX-512 or AMX torch multiplies bf16 matrices 10 to 30 times slower than FP32 ones, and so it does FP16 almost
-everywhere. Here the CPU's kernels of `mm`, `bmm`, `addmm` and `baddbmm`, which every other form ends in (`linear`,
-`matmul`, `einsum`, the backward of each), convert their arguments, multiply in FP32 and round the result. They lie
-below autograd, so its engine runs through them too.
+Without AVX-512 or AMX, torch multiplies bf16 matrices 10 to 30 times slower than FP32 ones; FP16 is slow on almost all
+CPUs. Here torch's CPU kernels of `mm`, `bmm`, `addmm` and `baddbmm` convert their arguments, multiply in FP32 and round
+the result. All other products (`linear`, `matmul`, `einsum`, and their backward passes) end in these four. The
+overrides are below autograd, so the backward pass uses them too.
 
-The simulated accelerator installs it. Tensors on CUDA never come here.
+The result has the same error as that of a 16-bit unit, which also accumulates in FP32, but not always the same bits:
+the order of the sums differs. A run is bit-exact only with runs that make the same choice, so all ranks, and every
+resume, must make it alike.
+
+The simulated accelerator installs the overrides. They don't affect CUDA tensors.
 """
 
 import functools
@@ -23,9 +27,9 @@ logger = logging.getLogger(__name__)
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 SLOW = 3.0
-"""Times as long as FP32. In 1,800 measurements under a load of 16 a CPU with 16-bit arithmetic was seen at 0.5 to 1.1,
-one without at 10 to 22. The choice must be the same on all ranks and in each start: where one rank of two chose
-otherwise, all losses were equal and the moments were not."""
+"""A 16-bit product that takes more than this many times as long as in FP32 is slow. In 1,800 measurements on a busy
+machine (load 16), CPUs with 16-bit arithmetic took 0.5 to 1.1 times as long, one without it 10 to 22 times. All ranks
+and all starts must choose alike: with two choices on two ranks all losses were equal, but the moments were not."""
 
 FORMS = ("mm", "bmm", "addmm", "baddbmm")
 OTHER_OVERLOADS = ("mm.out", "bmm.out", "addmm.out", "baddbmm.out", "addmm_", "baddbmm_")
@@ -60,7 +64,7 @@ def install(slowdown_of: Callable[[torch.dtype], float] | None = None) -> tuple[
 
 @functools.cache
 def slowdown(dtype: torch.dtype) -> float:
-    """How many times as long as in FP32 this CPU takes for a product, over all layouts of its factors; about 0.1 s."""
+    """How many times slower than in FP32 this CPU multiplies, over all memory layouts of the factors. Takes 0.1 s."""
     return _seconds(dtype) / _seconds(torch.float32)
 
 
@@ -84,7 +88,7 @@ def override(dtypes: Iterable[torch.dtype]) -> None:
     """Replace torch's CPU kernels of matrix products by ones that compute these types in FP32.
 
     Args:
-        dtypes: Of `SIXTEEN_BIT`. Products of other types stay torch's own.
+        dtypes: Some of `SIXTEEN_BIT`. Products of other types still use torch's kernels.
     """
     global _library
     restore()
@@ -98,7 +102,7 @@ def override(dtypes: Iterable[torch.dtype]) -> None:
 
 
 def restore() -> None:
-    """Put torch's own kernels back."""
+    """Restore torch's own kernels."""
     global _library
     if _library is not None:
         _library._destroy()
@@ -106,16 +110,16 @@ def restore() -> None:
 
 
 def _originals() -> dict[str, Callable[..., Any]]:
-    """Torch's kernels by name, each to call with a dispatch key set first."""
+    """Torch's kernels by name. Each takes a dispatch key set as its first argument."""
     if _hands_kernels_out():
         kernels = {name: torch.library.get_kernel(f"aten::{name}", "CPU") for name in (*FORMS, *OTHER_OVERLOADS)}
         return {name: kernel.call_boxed for name, kernel in kernels.items()}
-    # The out= overloads stay as they are, and compute for the others.
+    # The out= overloads are not overridden, so the others can be computed with them.
     return {name: functools.partial(_by_out, getattr(torch.ops.aten, name).out) for name in FORMS}
 
 
 def _hands_kernels_out() -> bool:
-    """Whether torch gives its own kernels to who overrides them: from 2.9 on."""
+    """Whether torch can return the kernel that an override replaces: from 2.9 on."""
     return hasattr(torch.library, "get_kernel")
 
 
@@ -130,7 +134,7 @@ def _product(name: str, original: Callable[..., Any], converted: frozenset[torch
     def product(keys: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         dtype = args[0].dtype
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-        # Mixed types are the original's to refuse.
+        # The original refuses mixed types.
         if dtype not in converted or any(tensor.dtype != dtype for tensor in tensors):
             return original(keys, *args, **kwargs)
         with torch._C.DisableTorchFunction():

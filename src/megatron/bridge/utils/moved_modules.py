@@ -62,11 +62,11 @@ class _OtherNames(MetaPathFinder, Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Do nothing: it ran under its name, which the import machinery has just written the old one over."""
+        """Restore the module's name, which the import machinery has just overwritten. The module has already run."""
         assert module.__spec__ is not None
         module.__spec__ = module.__spec__.loader_state
 
 
 def import_by_old_names() -> None:
-    """Let those names be imported from now on; a second call changes nothing."""
+    """Make those names importable from now on. Idempotent."""
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _OtherNames)] + [_OtherNames()]

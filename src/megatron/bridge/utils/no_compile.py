@@ -6,10 +6,9 @@ from typing import Any
 
 
 def import_core_without_compiling() -> None:
-    """Import megatron-core without torch's compiler, which Core's decorators bring in: a third of the time it takes.
+    """Import megatron-core without torch's compiler, which Core's decorators import: it takes a third of the time.
 
-    What they decorate stays as it is written, for as long as the process lives. Where Core was imported before,
-    nothing changes.
+    The decorated functions are never compiled in this process. Does nothing if Core is already imported.
     """
     import torch
 

@@ -1,10 +1,9 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Let the ranks of one start meet each other, and nobody of an earlier start.
+"""Let the ranks of one start find each other, and not those of an earlier start.
 
-torchrun keeps one store through all restarts (`--max-restarts`), and in torch 2.13 no start has a part of it for
-itself: the rank that looks for another first finds the address of a process that is dead, and the restart fails ("Gloo
-connectFullMesh failed ... Connection refused"). The number of the restart doesn't help, because each machine counts its
-own.
+torchrun keeps one store through all restarts (`--max-restarts`), and in torch 2.13 all starts use the same keys. A
+fast rank finds the address of a dead process, and the restart fails ("Gloo connectFullMesh failed ... Connection
+refused"). The restart number doesn't help, because each machine has its own count.
 """
 
 import os
@@ -23,10 +22,10 @@ def is_shared_by_starts() -> bool:
 
 
 def store_of_this_start(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> dist.Store:
-    """A part of the store in which only the ranks of this start are. Call on all ranks.
+    """A part of the store that only the ranks of this start use. Call on all ranks.
 
-    Rank 0 draws a name; each other rank answers to it with a word of its own, and rank 0 shows all words. A rank that
-    read the name of an earlier start doesn't find its word there, and looks again.
+    Rank 0 draws a random name. Each other rank answers under that name with a random word of its own, and rank 0
+    publishes all words. A rank that has read the name of an earlier start doesn't find its word and tries again.
 
     Args:
         store: Shared by all starts.

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""A simulated accelerator: host memory that answers as CUDA memory, for machines without a GPU.
+"""A simulated accelerator: host memory that poses as CUDA memory, for machines without a GPU.
 
 Megatron-Core asks its tensors `is_cuda` and hard-codes `torch.cuda` calls, and its `HybridDeviceOptimizer` splits
 parameters by where they live. `install()` lets all of that run unchanged on a laptop or in CI:
@@ -32,7 +32,7 @@ _HOST_MARK = "_simulated_host"
 
 
 class _Event:
-    """An event on a machine where work is done when the call returns."""
+    """A CUDA event on a machine where all calls are synchronous."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._time_seconds = 0.0
@@ -52,7 +52,7 @@ class _Event:
 
 
 class _Stream:
-    """A stream on a machine with one queue: the calling thread."""
+    """A CUDA stream on a machine with a single queue, the calling thread."""
 
     cuda_stream = 0
 
@@ -142,7 +142,7 @@ class _SimulatedDevice(TorchFunctionMode):
 
     enabled = True
     holds_data = True
-    """False: tensors of both sides are torch's meta tensors, which have a shape and no memory."""
+    """False: tensors on both sides are meta tensors, which have a shape and no memory."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -178,10 +178,10 @@ class _SimulatedDevice(TorchFunctionMode):
 
 
 def _run_backward(*args: Any, **kwargs: Any) -> Any:
-    """The autograd engine with the device in force: Core's own autograd functions make device tensors in it.
+    """Run the autograd engine with the mode active, because Core's autograd functions create device tensors.
 
-    `Tensor.backward` and, in newer torch, `torch.autograd.backward` are torch calls themselves, and a mode is out of
-    force within the call that it answers. In force twice, it would take what it made itself for host memory.
+    A mode is inactive within a call that it handles. `Tensor.backward` and, in newer torch, `torch.autograd.backward`
+    are such calls. If the mode were active twice, it would take its own tensors for host memory.
     """
     is_in_force = any(mode is _mode for mode in torch.overrides._get_current_function_mode_stack())
     mode = contextlib.nullcontext() if is_in_force or _mode is None else _mode
@@ -190,7 +190,7 @@ def _run_backward(*args: Any, **kwargs: Any) -> Any:
 
 
 def _replacements() -> list[tuple[Any, str, Any]]:
-    """(owner, attribute, stand-in) for each `torch.cuda` name that Megatron-Core calls on its training path."""
+    """(owner, attribute, replacement) for each name of `torch.cuda` that Megatron-Core calls during training."""
 
     def returning(value: Any) -> Callable[..., Any]:
         # A new function for each name: dynamo indexes torch.cuda's functions by identity.
@@ -230,7 +230,7 @@ def _replacements() -> list[tuple[Any, str, Any]]:
     listed += [(cuda.random, name, inert_objects[name]) for name in ("get_rng_state", "set_rng_state")]
     listed += [(cuda.nvtx, name, returning(None)) for name in ("range_push", "range_pop")]
     listed += [(torch.autograd, "_engine_run_backward", _run_backward)]
-    # Its C signature wants a real stream before a mode is asked.
+    # Its C function requires a real stream before a mode is called.
     listed += [(torch.Tensor, "record_stream", returning(None))]
     return listed
 
@@ -245,7 +245,7 @@ def is_installed() -> bool:
 
 
 def install() -> None:
-    """Make host memory answer as CUDA memory from here on, in this process and thread. Later calls do nothing.
+    """Make host memory pose as CUDA memory from now on in this process and thread. Idempotent.
 
     Raises:
         RuntimeError: CUDA was already initialised in this process: tensors on the real device may exist.
@@ -278,15 +278,15 @@ def _replace() -> None:
 
 
 def on_host(tensor: torch.Tensor) -> torch.Tensor:
-    """Say of a tensor, made of memory that torch didn't allocate, that it lies on the host."""
+    """Mark a tensor as a host tensor. Needed for memory that torch didn't allocate."""
     return _mark_host(tensor)
 
 
 @contextlib.contextmanager
 def without_data() -> Iterator[None]:
-    """Inside, the tensors of the device and of the host have shape, dtype and side, and no memory.
+    """Within the context, tensors of device and host have shape, dtype and side, but no memory.
 
-    For plans of runs that are larger than this machine. The simulated accelerator must be installed.
+    For planning runs that are larger than this machine. The simulated accelerator must be installed.
     """
     mode = _mode
     assert mode is not None, "the simulated accelerator is not installed"
@@ -300,15 +300,15 @@ def without_data() -> Iterator[None]:
 
 @contextlib.contextmanager
 def suspended() -> Iterator[None]:
-    """Stock torch inside: for code that must not see a simulated device, such as a Hugging Face model's forward.
+    """Stock torch within the context, for code that must not see the simulated device, such as a Hugging Face model.
 
-    Products of 16-bit matrices stay as they are: they have no side.
+    The overrides of matrix products stay active.
     """
     if _mode is None or not _mode.enabled:
         yield
         return
     _mode.enabled = False
-    # A mode that only passes calls on costs each of them some microseconds. Under another mode it has to stay.
+    # Leave the mode if possible: one that only forwards calls costs microseconds for each. Under another mode it stays.
     is_on_top = torch.overrides._get_current_function_mode() is _mode
     if is_on_top:
         _mode.__exit__(None, None, None)

@@ -1,8 +1,8 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""The names that a configuration file may use for classes, functions and number formats, and nothing else.
+"""The names of classes, functions and dtypes that a configuration file may use.
 
-A file only ever names things; this module decides which names are taken. What is not listed here is neither imported
-nor called, so that reading the configuration of a stranger's checkpoint can't run code.
+This is an allowlist. Nothing else is imported or called, so that reading the configuration of an untrusted checkpoint
+can't run code.
 """
 
 import dataclasses

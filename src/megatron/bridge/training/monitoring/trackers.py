@@ -56,7 +56,7 @@ class TensorBoard(MetricsLogger):
 
 
 class WeightsAndBiases(MetricsLogger):
-    """Writes all metrics against the step to `logger.wandb_project`; `WANDB_MODE=offline` needs no network or account."""
+    """Writes all metrics against the step to `logger.wandb_project`. `WANDB_MODE=offline` needs no network."""
 
     title = "Weights & Biases"
 

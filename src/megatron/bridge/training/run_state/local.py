@@ -1,8 +1,8 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Local checkpoints: each rank keeps its own state on its own machine's disk, for a restart on the same machines.
 
-What is in them is what a persistent checkpoint holds; the plan of a load says which of the two is newer. They can't be
-resharded: a run resumes from them in the layout that wrote them.
+They hold the same state as persistent checkpoints, and the load plan takes the newer of the two. They can't be
+resharded: a run resumes from them only at the layout that wrote them.
 """
 
 import logging
@@ -25,10 +25,10 @@ from megatron.bridge.utils.files import check_writable_directory
 logger = logging.getLogger(__name__)
 
 CORE_RELEASE = core_version.partition("+")[0]
-"""Without the commit of whatever repository the process was started in, which Core 0.19 appends to its version."""
+"""Core's version, without the commit that Core 0.19 appends: that of any repository the process was started in."""
 
 CONTEXT_KEY = "local_checkpoint_manager"
-"""Where a checkpointing context keeps the files; Megatron Bridge's name."""
+"""Megatron Bridge's key for the local checkpoints in a checkpointing context."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,10 @@ def find_local(context: dict[str, Any]) -> LocalCheckpoint | None:
         context: From `open_local_checkpoints`.
 
     Returns:
-        None where there is none, or local checkpoints are off.
+        None if there is none or local checkpoints are off.
 
     Raises:
-        ValueError: A rank's file is damaged; it is named.
+        ValueError: A rank's file is damaged. Names the file.
     """
     files = context.get(CONTEXT_KEY)
     if files is None:
@@ -95,13 +95,13 @@ def find_local(context: dict[str, Any]) -> LocalCheckpoint | None:
             run_config=common["run_config"],
             num_ranks=common["num_ranks"],
             core_version=common["core_version"],
-            # All ranks must say the same: one that trains nothing has param groups, and no tensors.
+            # All ranks must agree. One that trains nothing has param groups, but no tensors.
             holds_optimizer="optimizer" in stored.sharded_state_dict or "optimizer" in common,
         )
 
 
 def _log_what_is_incomplete(files: Any, step: int) -> None:
-    """A newer step that some ranks lack is passed over, and the log says so."""
+    """Warn of a newer local checkpoint that is skipped because some ranks lack it."""
     there = files.steps_by_rank()
     newest = max((own for steps in there for own in steps), default=-1)
     if newest > step and is_rank_0():
@@ -123,11 +123,11 @@ def save_local(
     run_config: dict[str, Any],
     train_state: dict[str, torch.Tensor],
 ) -> Path:
-    """Write each rank's state to its file; the file of the step before goes when all ranks have the new one.
+    """Write each rank's state to its file. The previous file is removed once all ranks have the new one.
 
     Args:
         context: From `open_local_checkpoints`.
-        content: What a persistent checkpoint would hold. Used up: tensors that another rank writes are taken out.
+        content: The state, as for a persistent checkpoint. Changed: tensors that another rank writes are removed.
         step: The step to save as.
         algorithm: `checkpoint.non_persistent_local_ckpt_algo`.
         run_config: The run's configuration as plain data.
@@ -137,7 +137,7 @@ def save_local(
         This rank's file.
 
     Raises:
-        OSError: A rank can't write its file; on the other ranks a RuntimeError that carries its text.
+        OSError: This rank can't write its file. The other ranks raise a RuntimeError with the same text.
     """
     from megatron.core.dist_checkpointing.tensor_aware_state_dict import MCoreTensorAwareStateDict
 
@@ -164,31 +164,30 @@ def save_local(
 
 
 def remove_local_from_step(context: dict[str, Any], step: int) -> None:
-    """Remove local checkpoints of a step that is now saved elsewhere, and of later ones. Call on all ranks."""
+    """Remove the local checkpoints of `step`, which is now saved elsewhere, and of later steps. Call on all ranks."""
     if CONTEXT_KEY in context:
         context[CONTEXT_KEY].remove_from(step)
 
 
 def read_local(context: dict[str, Any], template: ShardedStateDict, *, path: Path) -> dict[str, Any]:
-    """Read what a template describes from the local checkpoint that `find_local` found. Call on all ranks.
+    """Read the state that a template describes from the local checkpoint of `find_local`. Call on all ranks.
 
     Args:
         context: From `open_local_checkpoints`.
-        template: As for `load_sharded`; its tensors are not written.
+        template: As for `load_sharded`; its tensors are not changed.
         path: This rank's file, for errors.
 
     Returns:
-        The template's structure with tensors (on the host, no one else's) in place of their descriptions, and the
-        common state.
+        The template's structure with new host tensors in place of their descriptions, and the common state.
 
     Raises:
-        ValueError: A file is damaged, or doesn't hold what the template asks for.
+        ValueError: A file is damaged, or lacks something that the template asks for.
     """
     with raise_on_all_ranks(f"reading {path}"):
         stored, _ = context[CONTEXT_KEY].load()
         _check_fits(template, stored.sharded_state_dict, path)
     algorithm = stored.common["run_config"]["checkpoint"]["non_persistent_local_ckpt_algo"]
-    # Who wrote a shared tensor follows from all tensors that were saved: the template must name the same.
+    # Core derives which rank wrote a shared tensor from all saved tensors, so the template must name all of them.
     rest = {key: part for key, part in stored.sharded_state_dict.items() if key not in template}
     described = {**template, **dict_list_map_outplace(lambda part: part.without_data(), rest)}
     loaded = stored.to_state_dict(described, algo=algorithm, parallelization_group=_sharing_group())
@@ -196,15 +195,15 @@ def read_local(context: dict[str, Any], template: ShardedStateDict, *, path: Pat
 
 
 def _sharing_group() -> dist.ProcessGroup:
-    """The ranks that hold the same weights and write one part of them each."""
+    """The ranks that hold the same weights; each writes a part of them."""
     return mpu.get_data_parallel_group(with_context_parallel=True)
 
 
 def _skip_copies_on_the_host(state: Any) -> None:
-    """Keep the package from copying what lies on the host: an offloaded optimizer would be there twice.
+    """Keep nvidia-resiliency-ext from copying host tensors, which would double an offloaded optimizer's memory.
 
-    It copies so that training may continue while it writes; here training waits. A view is copied all the same: torch
-    writes the whole of what it is a view of.
+    It copies so that training can continue while it writes. Here training waits, so no copy is needed. Views are still
+    copied, because torch writes the whole storage of a view.
     """
     for tensor in state._sharded_tensors:
         data = tensor.data
@@ -213,10 +212,10 @@ def _skip_copies_on_the_host(state: Any) -> None:
 
 
 def _check_fits(template: ShardedStateDict, stored: ShardedStateDict, path: Path) -> None:
-    """Refuse a file that lacks something, before ranks exchange what they have.
+    """Refuse a file that lacks a part of the template, before ranks exchange tensors.
 
     Raises:
-        ValueError: Names the first tensor that is not there as asked for.
+        ValueError: Names the first tensor that is missing or differs.
     """
     there = {_identity(part): part for part in nested_values(stored)}
     wanted, _, _ = load_preprocess(template)
@@ -232,7 +231,7 @@ def _check_fits(template: ShardedStateDict, stored: ShardedStateDict, path: Path
 
 
 def _identity(part: Any) -> tuple:
-    """What makes two parts the same part of the same tensor."""
+    """The key by which two parts are the same part of the same tensor."""
     if isinstance(part, ShardedTensor):
         return (part.key, tuple(part.global_shape), tuple(part.global_offset), tuple(part.local_shape))
     return (part.key, tuple(part.global_shape), tuple(part.global_offset))

@@ -1,11 +1,11 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""The files of local checkpoints, one a rank: `<dir>/<rank>/iter_0000010_<rank>_local.pt`.
+"""The files of local checkpoints, one for each rank: `<dir>/<rank>/iter_0000010_<rank>_local.pt`.
 
-Written by nvidia-resiliency-ext's `LocalCheckpointManager`, which knows which steps all ranks have and keeps the newest
-alone. What it lacks is added here: files are read without executing anything, a rank that fails doesn't leave the
-others waiting, and what a killed save or an abandoned course of the run left behind doesn't stand in the way.
+nvidia-resiliency-ext's `LocalCheckpointManager` writes them, finds the steps that all ranks have, and keeps only the
+newest. This module adds what it lacks: files are read without executing anything, a failing rank doesn't leave the
+others waiting, and files of a killed save, or of steps that the run has abandoned, don't get in the way.
 
-Import it only where `local_checkpoint` says that the package is there.
+Import it only if nvidia-resiliency-ext is installed.
 """
 
 import zipfile
@@ -22,23 +22,23 @@ from megatron.bridge.utils.distributed import raise_on_all_ranks
 
 
 class LocalCheckpointFiles(LocalCheckpointManager):
-    """This rank's local checkpoints. Its methods are called on all ranks together, but for `path_of` and `read`."""
+    """This rank's local checkpoints. All methods but `path_of` and `read` must be called on all ranks."""
 
     distribution: Any = None
-    """Which rank writes what, from the first save: Core works it out once a run."""
+    """Which rank writes what. Core determines it at the first save of a run."""
 
     def path_of(self, step: int) -> Path:
         """This rank's file of a step."""
         return self._local_ckpt_path_from_id(self._ckpt_id(step))
 
     def steps_by_rank(self) -> list[set[int]]:
-        """The steps that each rank has a file of, as `find_latest` saw them."""
+        """The steps for which each rank has a file, as found by `find_latest`."""
         return [{step for step, _, _ in ids} for ids in self.globally_available_ids]
 
     def remove_from(self, step: int) -> None:
-        """Remove this rank's files of a step and of later ones, and those that a killed save left.
+        """Remove this rank's files of `step` and later steps, and those of a killed save.
 
-        A run that went back to an earlier step abandons what came after it.
+        A run that resumes from an earlier step abandons the later ones.
         """
         with raise_on_all_ranks("removing abandoned local checkpoints"):
             self._ensure_dir()
@@ -48,11 +48,11 @@ class LocalCheckpointFiles(LocalCheckpointManager):
         self.latest_iteration = -1
 
     def read(self, path: Path, *, mmap: bool = False) -> MCoreTensorAwareStateDict:
-        """Read a file, executing nothing.
+        """Read a file without executing anything in it.
 
         Args:
             path: The file.
-            mmap: Leave the tensors on disk, to look at the rest; only then are their checksums not compared.
+            mmap: Map the tensors instead of reading them, to look at the rest. Their checksums are not compared then.
 
         Raises:
             ValueError: The file is damaged, or holds anything but a local checkpoint.
@@ -80,7 +80,7 @@ class LocalCheckpointFiles(LocalCheckpointManager):
 
 
 def _check_sums(path: Path) -> None:
-    """Compare the content with the checksums that torch wrote and doesn't look at.
+    """Compare the content with the checksums that torch writes but never checks.
 
     Raises:
         zipfile.BadZipFile: A byte changed, or the file is cut off.

@@ -80,7 +80,7 @@ def _numbers(saved: dict[Any, Any]) -> list[int]:
 
 
 def identity(group: ParamGroup) -> tuple:
-    """The key by which param groups are matched, without rates and parameters. Older names of Core's begin with `pre_`."""
+    """The key by which param groups are matched, without rates and parameters. Core's older names begin with `pre_`."""
     multipliers = tuple(group.get(key, group.get(f"pre_{key}")) for key in ("wd_mult", "lr_mult"))
     return (*multipliers, bool(group.get("is_decoupled_lr")))
 
