@@ -38,13 +38,13 @@ _library: torch.library.Library | None = None
 
 
 def install(slowdown_of: Callable[[torch.dtype], float] | None = None) -> tuple[torch.dtype, ...]:
-    """Compute the products of slow 16-bit types in FP32 from here on, in this process. Later calls do nothing.
+    """Compute products of slow 16-bit types in FP32 from now on in this process. Idempotent.
 
     Args:
-        slowdown_of: How many times as long as in FP32 a type's products take here; None measures it.
+        slowdown_of: Returns how many times slower than FP32 a type's products are. None: measure it.
 
     Returns:
-        The types that this call has replaced the products of.
+        The types whose products this call has replaced.
     """
     if _library is not None:
         return ()
