@@ -1,9 +1,9 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Where the answers of a conversation stand in its rendering.
+"""Find the answers of a conversation in the text that the chat template renders.
 
-A template with `{% generation %}` marks says so itself. Of another, what it renders for the first messages tells where
-the next turn begins and ends, as long as that stays as it is when more messages follow. Where it doesn't (Qwen3 takes
-the thoughts out of earlier turns), an answer is what changes in the whole rendering when another is put in its place.
+A template with `{% generation %}` marks them itself. For other templates, the rendering of the first messages shows
+where the next turn starts and ends, provided that it doesn't change when more messages follow. Where it does (Qwen3
+removes the thoughts of earlier turns), an answer is the part of the whole rendering that changes with its text.
 """
 
 import os
@@ -19,7 +19,7 @@ Messages = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Rendering:
-    """A conversation and its text."""
+    """A conversation and its rendered text."""
 
     tokenizer: HuggingFaceTokenizer
     messages: Messages
@@ -27,10 +27,10 @@ class Rendering:
     text: str
 
     unasked: str = ""
-    """The generation prompt, where the template writes it behind each conversation without being asked."""
+    """The generation prompt, if the template writes it after each conversation even when it isn't asked to."""
 
     def of(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
-        """The text of other messages with the same tools, without a generation prompt that wasn't asked for."""
+        """Render other messages with the same tools, without a generation prompt that wasn't asked for."""
         text = self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=add_generation_prompt, tools=self.tools
         )
@@ -54,9 +54,9 @@ def find_answers(rendering: Rendering, turns: Sequence[int]) -> list[Span]:
 
 
 def _unasked_prompt(rendering: Rendering, turn: int | None) -> str:
-    """The generation prompt of a template that writes it behind every conversation, as Llama 3's first one does.
+    """The generation prompt of a template that writes it after every conversation, as Llama 3's first one does.
 
-    It stands before an answer, which then has no header of its own, and again behind the answer's end.
+    It precedes an answer, which then has no header of its own, and follows the end of the answer.
     """
     if turn is None or rendering.tokenizer.heeds_generation_prompt(rendering.tools):
         return ""
@@ -83,11 +83,11 @@ def _common_suffix(left: str, right: str) -> str:
 
 
 def _between_prefixes(rendering: Rendering, turns: Sequence[int]) -> list[Span] | None:
-    """The spans, if what is rendered for the first messages stays as it is; None if it doesn't."""
+    """The spans, from renderings of the first messages; None if these aren't prefixes of the whole text."""
     messages, text = rendering.messages, rendering.text
     spans = []
     for turn in turns:
-        if turn == 0:  # nothing to prompt with
+        if turn == 0:  # there is no prompt
             return None
         before = rendering.of(messages[:turn], add_generation_prompt=True)
         until = text if turn == len(messages) - 1 else rendering.of(messages[: turn + 1])
@@ -98,7 +98,7 @@ def _between_prefixes(rendering: Rendering, turns: Sequence[int]) -> list[Span] 
 
 
 def _located(rendering: Rendering, turns: Sequence[int]) -> list[Span]:
-    """The spans, by what changes with each answer."""
+    """The spans, as the parts of the text that change with each answer."""
     text = rendering.text
     mark = next(_unused_characters(text))
     prompt = next((_generation_prompt(rendering, turn) for turn in turns if turn > 0), "")
@@ -106,7 +106,7 @@ def _located(rendering: Rendering, turns: Sequence[int]) -> list[Span]:
     after = 0
     for turn in turns:
         start, end = _changing_part(rendering, turn, mark)
-        # What stands between the prompt and the answer is generated too: an empty thought.
+        # Text between the prompt and the answer, such as an empty thought, is generated too.
         opening = text.rfind(prompt, after, start) if prompt else -1
         if opening >= 0:
             start = opening + len(prompt)
@@ -118,7 +118,7 @@ def _located(rendering: Rendering, turns: Sequence[int]) -> list[Span]:
 
 
 def _changing_part(rendering: Rendering, turn: int, mark: str) -> Span:
-    """The part of the text that message `turn` decides, and the end of its turn."""
+    """The part of the text that depends on message `turn`, and the end of its turn."""
     messages, text = rendering.messages, rendering.text
     other = {"role": messages[turn]["role"], "content": mark}
     try:
@@ -137,7 +137,7 @@ def _changing_part(rendering: Rendering, turn: int, mark: str) -> Span:
 
 
 def _whole_part(common: str, tail: str, tokenizer: Tokenizer) -> str:
-    """What a turn that is followed by another has of the text after a last one: all, or up to a special token."""
+    """The part of the text after a last turn that also follows an earlier turn: all, or up to a special token."""
     if common == tail:
         return common
     ends = [common.rfind(token) + len(token) for token in tokenizer.special_texts if token in common]
@@ -152,14 +152,14 @@ def _generation_prompt(rendering: Rendering, turn: int) -> str:
 
 
 def up_to_end_tokens(rendering: Rendering, spans: Sequence[Span]) -> list[Span]:
-    """The spans without the space behind an end token, where generation has stopped and the next turn's word begins."""
+    """The spans without the white space after an end token, which is never generated."""
     said = [(start, rendering.text[start:end].rstrip(), end) for start, end in spans]
     ends = rendering.tokenizer.special_texts
     return [(start, start + len(text) if text.endswith(ends) else end) for start, text, end in said]
 
 
 def _over_eos(rendering: Rendering, start: int, end: int) -> int:
-    """The end of a turn, behind an EOS that follows it where the turn has no end token of its own."""
+    """The end of a turn. It includes a following EOS if the turn has no end token of its own."""
     text, eos = rendering.text, rendering.tokenizer.eos_text
     if end == len(text) or not eos or text[start:end].rstrip().endswith(rendering.tokenizer.special_texts):
         return end
@@ -168,7 +168,7 @@ def _over_eos(rendering: Rendering, start: int, end: int) -> int:
 
 
 def _unused_characters(text: str) -> Iterator[str]:
-    """Characters for private use that `text` doesn't hold."""
+    """Private-use characters that don't occur in `text`."""
     return (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text)
 
 

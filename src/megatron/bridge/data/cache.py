@@ -1,9 +1,9 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Tokenised data kept on disk, so that a run that starts again tokenises nothing.
+"""Cache tokenised data on disk, so that a restarted run doesn't tokenise again.
 
-One file for a source and a way to tokenise it. It is believed only if it was made from the same content with the same
-tokenizer, template, options and format; torn, foreign and outdated ones are made again. An .npz of plain arrays: nothing
-in it can run, and reading it checks its checksums.
+There is one file for each source and way to tokenise it. It is used only if it was made from the same content with the
+same tokenizer, template, options and format. Damaged, foreign and outdated files are written again. The file is an .npz
+of plain arrays: nothing in it can be executed, and reading it verifies its checksums.
 """
 
 import hashlib
@@ -20,32 +20,32 @@ from megatron.bridge.utils.files import atomic_write
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 3
-"""To be raised when the same data would be tokenised otherwise than before, or the file's layout changes."""
+"""Increase it when the same data would be tokenised differently, or the content of the file changes."""
 
 
 def cache_file(directory: str | Path, label: str, recipe: dict[str, Any]) -> Path:
-    """Returns the file for a source tokenised in one way.
+    """Returns the cache file of a source.
 
     Args:
-        directory: Where such files lie.
+        directory: The cache directory.
         label: The source's short name.
-        recipe: Everything but the content that the tokens depend on, as plain data.
+        recipe: All that the tokens depend on besides the content, as plain data.
     """
     digest = hashlib.sha256(_as_text(recipe).encode()).hexdigest()
     return Path(directory) / f"{label}-{digest[:16]}.npz"
 
 
 def write_cache(path: Path, arrays: dict[str, np.ndarray], *, recipe: dict[str, Any], report: dict[str, Any]) -> bool:
-    """Writes a cache file beside its name and gives it the name when it is complete.
+    """Writes a cache file atomically.
 
     Args:
         path: From `cache_file`.
-        arrays: What to keep.
-        recipe: What must be the same for the file to be believed, the content's hash included.
-        report: Figures to keep with it.
+        arrays: The arrays to keep.
+        recipe: What must match for the file to be used, including a hash of the content.
+        report: The report to keep with the arrays.
 
     Returns:
-        Whether it could be written; the log says why not.
+        Whether it could be written. If not, a warning says why.
     """
     about = {"version": FORMAT_VERSION, "recipe": recipe, "report": report}
     content: dict[str, Any] = {"about": np.array(_as_text(about)), **arrays}
@@ -59,15 +59,15 @@ def write_cache(path: Path, arrays: dict[str, np.ndarray], *, recipe: dict[str, 
 
 
 def read_cache(path: Path, names: tuple[str, ...], *, recipe: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict] | None:
-    """Returns the arrays and the report of a cache file; None if there is none that can be believed.
+    """Returns the arrays and the report of a cache file; None if there is no valid one.
 
     Args:
         path: From `cache_file`.
-        names: The arrays.
-        recipe: As when it was written.
+        names: Names of the arrays.
+        recipe: As for `write_cache`.
     """
     try:
-        check_archive(path, sums=False)  # what is read of it is compared as it is read
+        check_archive(path, sums=False)  # NumPy verifies the checksums of what it reads
         with np.load(path, allow_pickle=False) as stored:
             about = json.loads(str(stored["about"]))
             if about["version"] != FORMAT_VERSION or _as_text(about["recipe"]) != _as_text(recipe):

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Conversations to samples: read, rendered by the tokenizer's chat template, and marked where the assistant speaks."""
+"""Turn conversations into samples: read them, render them with the chat template, find the assistant's turns."""
 
 from bisect import bisect_right
 from typing import Any
@@ -19,7 +19,7 @@ UNMARKED = Note(
 
 
 class ChatFormat:
-    """Conversations, rendered by the tokenizer's chat template; the assistant's turns are learned."""
+    """Renders conversations with the tokenizer's chat template. The assistant's turns are learned."""
 
     adds_bos = False
     adds_eos = False
@@ -62,9 +62,9 @@ class ChatFormat:
         return RenderedSample(text, tuple(learned), should_end=True, notes=notes)
 
     def _render(self, said: Conversation) -> Rendering:
-        """The text, of the messages in the first form that the template takes.
+        """Render the messages in the first form that the template accepts.
 
-        Some templates want a call's arguments as text, as the row may hold them, or content beside a call.
+        Some templates need a tool call's arguments as text, as the row may have them, or content beside a call.
         """
         forms = [said.messages] if said.messages_as_written is None else [said.messages, said.messages_as_written]
         forms += [filled for form in forms if (filled := _with_content(form)) != form]
@@ -85,7 +85,7 @@ class ChatFormat:
         return Rendering(self.tokenizer, messages, said.tools, text)
 
     def _as_marked(self, rendering: Rendering, said: Conversation, notes: tuple[Note, ...]) -> RenderedSample:
-        """What the template's own marks say, as transformers reads them."""
+        """The sample according to the template's own generation marks, as transformers reads them."""
         ids, offsets, marks = self.tokenizer.apply_marked_chat_template(rendering.messages, tools=said.tools)
         if said.unlearned:
             turns = sorted((*said.answers, *said.unlearned))
@@ -111,12 +111,12 @@ class ChatFormat:
 
 
 def _with_content(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with empty content where there is none."""
+    """The messages, with empty content added where there is none."""
     return [message if message.get("content") is not None else {**message, "content": ""} for message in messages]
 
 
 def _objects(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The arguments of all tool calls that are objects and not empty."""
+    """The arguments of all tool calls, if they are non-empty objects."""
     calls = [call for message in messages for call in message.get("tool_calls") or () if isinstance(call, dict)]
     found = [(call.get("function") or call).get("arguments") for call in calls]
     return [arguments for arguments in found if arguments and isinstance(arguments, dict)]
@@ -136,7 +136,7 @@ def _runs(offsets: list[Span], marks: list[int]) -> list[Span]:
 
 
 def _around(spans: list[Span], length: int) -> list[Span]:
-    """The text without `spans`."""
+    """The spans of the text outside `spans`."""
     ends = [0, *(end for _, end in spans)]
     starts = [*(start for start, _ in spans), length]
     return [(end, start) for end, start in zip(ends, starts, strict=True) if start > end]

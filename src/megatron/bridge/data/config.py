@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""What the user says about data and tokenizer: plain dataclasses, checked by `finalize()`, without heavy imports."""
+"""Configuration of data and tokenizer: plain dataclasses, checked by `finalize()`, without heavy imports."""
 
 from abc import ABC, abstractmethod
 from dataclasses import KW_ONLY, dataclass, field
@@ -21,7 +21,7 @@ class DataloaderConfig(Section):
     """Processes that read samples ahead. 0 reads in the training process: right for SFT data, tokenised up front."""
 
     pin_memory: bool = True
-    """Whether to put batches in page-locked memory; without effect where there is no GPU."""
+    """Whether to put batches in page-locked memory; has no effect without a GPU."""
 
     persistent_workers: bool = False
     """Accepted: the workers always live as long as the iterator."""
@@ -78,10 +78,10 @@ class GPTSFTDatasetConfig(DataloaderConfig):
     """Order of the training samples: "batch" and "cyclic" shuffle again each epoch, "single" keeps the file's order."""
 
     memmap_workers: int = 1
-    """Processes that tokenise. 1: the training process, whose tokenizer uses all threads; more pay for big chats."""
+    """Processes that tokenise. 1: the training process, whose tokenizer uses all threads. More help with big chats."""
 
     path_to_cache: str | None = None
-    """Directory that keeps the tokens for later runs. None: `.tokens` beside the data."""
+    """Directory of the token cache. None: `.tokens` beside the data."""
 
     split: str | None = None
     """Shares of training, validation and test, such as "90,10,0", that training.jsonl is cut into, by `seed`. None:

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Rows to tokens: rendered, tokenised, marked where they are learned, and shortened to the length limit."""
+"""Turn rows into tokens: render, tokenise, mark the learned tokens, and shorten to the length limit."""
 
 import contextlib
 import os
@@ -33,10 +33,10 @@ class TokenisedSample:
 
 
 Encoded = tuple[int, TokenisedSample | None, tuple[Note, ...]]
-"""A row's number, its sample, None for a row without a learned token, and what of the row is ignored or lost."""
+"""A row's number, its sample (None if the row has no learned token), and notes on what is ignored or lost."""
 
 NO_LEARNED_TOKEN = "no answer token within {limit}"
-"""Why a sample is dropped whose answers lie beyond the limit."""
+"""The reason for dropping a sample whose answers are all beyond the limit."""
 
 NO_END = Note(
     "a learned answer ends in no special token",
@@ -56,7 +56,7 @@ class SampleEncoder:
         options: SFTOptions,
         limit: str = "seq_length",
     ) -> None:
-        """Keeps what a file's samples have in common.
+        """Keeps what all samples of a file have in common.
 
         Args:
             tokenizer: As made by `build_tokenizer`.
@@ -126,7 +126,7 @@ class SampleEncoder:
         """Returns the tokens of each sample, None where nothing is learned, and notes on it."""
         present = [sample for sample in rendered if not sample.dropped]
         encoded = self._tokens(present)
-        # Laid end to end, as numpy takes longer to begin than a short sample takes.
+        # Samples are concatenated: a NumPy call has more overhead than a short sample takes.
         bounds = np.cumsum([0, *(len(ids) for ids, _ in encoded)])
         ids = np.fromiter(chain.from_iterable(ids for ids, _ in encoded), dtype=np.int32, count=bounds[-1])
         numbers = chain.from_iterable(chain.from_iterable(offsets for _, offsets in encoded))
@@ -172,10 +172,10 @@ class SampleEncoder:
     def _learned_tokens(
         self, samples: list[RenderedSample], ids: np.ndarray, spans: np.ndarray, bounds: np.ndarray
     ) -> tuple[np.ndarray, set[int]]:
-        """Marks the tokens that stand for at least one learned character, each turn up to its end token.
+        """Marks the tokens that contain at least one learned character, in each turn up to its end token.
 
-        A token across a learned span's start counts: its last characters would otherwise never be learned. A token of
-        no characters counts where it stands.
+        A token that crosses the start of a learned span counts, since its last characters would otherwise never be
+        learned. A token without characters counts if it is inside a span.
 
         Args:
             samples: N of them.
@@ -187,7 +187,7 @@ class SampleEncoder:
             Which tokens are learned, bool [T], and the samples of which a learned span should end in a special token
             and doesn't.
         """
-        # Characters are counted through all texts, with a place after each for a token of no characters.
+        # Characters are counted through all texts, with one position after each text for tokens without characters.
         texts = np.cumsum([0, *(len(sample.text) + 1 for sample in samples)])
         shifts = np.repeat(texts[:-1], np.diff(bounds))
         starts = spans[:, 0] + shifts
@@ -248,7 +248,7 @@ def encode_all(
         for batch in batches:
             yield from encoder.encode_rows(batch, where)
         return
-    # Forked, not spawned: a spawned process would import the user's script. They touch no device and no group.
+    # Forked, not spawned: a spawned process would import the user's script. They use neither device nor process group.
     pool = ProcessPoolExecutor(num_processes, mp_context=get_context("fork"), initializer=_enter, initargs=(encoder,))
     with pool:
         pending: deque = deque()
@@ -269,11 +269,11 @@ def encode_all(
 
 
 _encoder: SampleEncoder
-"""In a process of `encode_all`'s pool: what it encodes with."""
+"""The encoder of a process in `encode_all`'s pool."""
 
 
 def _enter(encoder: SampleEncoder) -> None:
-    """A process's first act: keep the encoder, and one thread for its tokenizer, as there are other processes."""
+    """Initialise a process of the pool: keep the encoder, and give its tokenizer a single thread."""
     global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _encoder = encoder

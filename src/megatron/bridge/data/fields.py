@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Fields of rows and keys of messages: which are no part of a sample's text, and what is said of those that are lost."""
+"""Fields of rows and keys of messages that aren't part of a sample's text, and the notes on those that are lost."""
 
 from collections.abc import Collection
 from typing import Any
@@ -16,19 +16,19 @@ ABOUT_THE_ROW = frozenset(
     "generator metadata meta info score scores rating quality difficulty length num_turns turns num_tokens "
     "tool_call_id".split()
 )
-"""Names of what tells about a row or a message and is no part of its text: counted in the report, not warned of."""
+"""Names of metadata of a row or message. They are counted in the report, without a warning."""
 
 MOST_WORDS_OF_A_NAME = 4
-"""A text of more words says something, whatever its field is called: a `task` may be the instruction."""
+"""A longer text is content, whatever its field is called: a `task` may be the instruction."""
 
 ANSWERS = ("label", "labels", "answer", "answers", "output", "outputs", "target", "response", "completion")
-"""Names of what a model is to say, as text or as the number of a class."""
+"""Names of answers, as text or as the number of a class."""
 
 
 def ignored_fields(row: dict[str, Any], used: Collection[str], advice: str) -> tuple[Note, ...]:
-    """Notes on the fields of a row that no part of a sample takes.
+    """Notes on the fields of a row that aren't used in a sample.
 
-    A field that holds text, a list or an object is warned of, unless it is about the row by its name and short.
+    A field with text, a list or an object gets a warning, unless its name is that of metadata and it is short.
 
     Args:
         row: A JSONL object.

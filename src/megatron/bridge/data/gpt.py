@@ -59,7 +59,7 @@ def build_gpt_datasets(config: GPTDatasetConfig, context: DatasetBuildContext) -
 
 
 def check_blend_files(config: GPTDatasetConfig) -> None:
-    """Look at the files of a blend before Core does, which ends at bare assertions.
+    """Check the files of a blend before Core reads them, which fails with bare assertions.
 
     Raises:
         FileNotFoundError: Names the first .bin or .idx file that does not exist.
@@ -82,7 +82,7 @@ _INDEX_HEADER = struct.Struct("<9sQBQQ")
 
 
 def _check_index(path: Path) -> None:
-    """Refuse an index whose header is none, or that is shorter than the header says."""
+    """Refuse an index file with an invalid header, or one that is shorter than its header says."""
     from megatron.core.datasets.indexed_dataset import DType
 
     with open(path, "rb") as stream:
@@ -101,7 +101,7 @@ def _check_index(path: Path) -> None:
 
 
 def check_cached_indices(config: GPTDatasetConfig) -> None:
-    """Refuse arrays beside the data that hold pickled objects: Core 0.16 would run what they ask for.
+    """Refuse cached arrays that hold pickled objects, since Core 0.16 would execute them.
 
     Raises:
         ValueError: Names the first such file.

@@ -333,9 +333,10 @@ def _stack_rows(rows: list[dict[str, torch.Tensor]]) -> MicroBatch:
 
 
 def _take_signals_as_the_run_does(_: int) -> None:
-    """In a worker: live on at SIGTERM where the run catches it; torch's own answer ends worker and run.
+    """In a worker: ignore SIGTERM if the run catches it. By default torch ends the worker, and with it the run.
 
-    torchrun and schedulers send it to a run's workers too, whose batch the last step before the save still needs.
+    torchrun and schedulers also send the signal to the workers, whose batch is needed for the last step before the
+    save.
     """
     handler = signal.getsignal(signal.SIGTERM)  # forked: the run's
     if callable(handler):

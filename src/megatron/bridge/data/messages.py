@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""A row of `messages` or `conversations` to a conversation: the one place that reads it, and notes what it ignored."""
+"""Read a row of `messages` or `conversations` as a conversation, with notes on what is ignored."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +36,7 @@ EMPTY_ANSWER = Note(
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a row says."""
+    """The conversation in a row."""
 
     messages: list[dict[str, Any]]
     """As transformers takes them; the arguments of tool calls are objects."""

@@ -1,8 +1,8 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Several samples in one row, so that little of it is padding.
 
-Which samples share a row follows from their lengths and the seed alone, so a resumed run finds the rows it began with;
-the order of the rows is the sampler's, as that of samples is.
+Which samples share a row depends only on their lengths and the seed, so a resumed run has the same rows. The sampler
+determines the order of the rows, as it does for samples.
 
 A row says where its samples lie in `cu_seqlens`: 0 and the end of each sample, int32, as Transformer Engine names it.
 """

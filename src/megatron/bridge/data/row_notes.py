@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""What of a row is ignored or lost: noted row by row, counted by file, said in the report and in warnings."""
+"""Notes on what is ignored or lost of a row. They are counted by file, and shown in its report and as warnings."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ SHOWN_IN_REPORT = 8
 
 @dataclass(frozen=True)
 class Note:
-    """One thing that becomes of rows otherwise than their author may think; equal notes of a file are counted."""
+    """Something that happens to a row and that its author may not expect. Equal notes of a file are counted."""
 
     what: str
     """What happens, without the row's own values: "field 'instruction' is ignored"."""
 
     advice: str = ""
-    """Why, and what to do. With it the note is a warning; without it stands in the report alone."""
+    """The reason, and what to do. A note with advice is a warning. Without, it is only in the report."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""What a chat template leaves out of a conversation, seen in what it renders."""
+"""Find what a chat template omits from a conversation, by comparing renderings."""
 
 import json
 from collections.abc import Iterator
@@ -17,10 +17,10 @@ ADVICE = "set a tokenizer.chat_template that writes it, or take it out of the da
 
 
 def find_omissions(rendering: Rendering) -> Iterator[Note]:
-    """Yields a note for what the text doesn't depend on: keys of messages, tools, text of messages.
+    """Yields a note for each input that the text doesn't depend on: keys of messages, tools, text of messages.
 
     Raises:
-        ValueError: Of a turn of the assistant, all that it holds is left out.
+        ValueError: The template omits everything in a turn of the assistant.
     """
     if rendering.tools and _is_same_without(rendering, rendering.messages, tools=None):
         yield Note("'tools' are left out by the chat template", ADVICE)
@@ -61,7 +61,7 @@ def _without(message: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _texts(rendering: Rendering) -> Iterator[Note]:
-    """Notes on text of messages that isn't in the rendering: thoughts of earlier turns, mostly."""
+    """Notes on text of messages that isn't in the rendering, mostly thoughts of earlier turns."""
     text, place = rendering.text, 0
     for message in rendering.messages:
         content = message.get("content")

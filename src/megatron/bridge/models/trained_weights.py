@@ -1,9 +1,9 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Which weights are trained, and whether the ranks agree about it.
+"""Check which weights are trained, and that the ranks agree.
 
-Core reduces gradients over the ranks that hold the same weight, or parts of it: where one of them has frozen it, all
-wait for ever or add up what doesn't belong together. Ranks that hold other experts may train others, or none; they
-still take part in the backward exchange of tokens.
+Core reduces gradients over the ranks that hold the same weight or parts of it. If one of them has frozen the weight,
+they wait forever, or sum gradients of different weights. Ranks with different experts may train different ones, or
+none, but must still take part in the backward exchange of tokens.
 """
 
 import hashlib
@@ -18,19 +18,20 @@ from megatron.bridge.models.input_gradients import enable_input_gradients_always
 from megatron.bridge.utils.distributed import all_gathered, format_ranks, raise_on_all_ranks
 
 Holders = tuple[Any, ...]
-"""Which ranks hold the same weights, or parts of them: those of a stage, or of an expert-parallel rank in a stage."""
+"""Key of the ranks that hold the same weights or parts of them: a stage, or an expert-parallel rank in a stage."""
 
 _TIED = ("tied embedding",)
 
 
 def check_trained_weights(model: list[Any]) -> None:
-    """See that there is something to train, and that the ranks can train it together. Collective.
+    """Check that some weights are trained, and that all ranks that share a weight train it. Collective.
 
     Args:
-        model: This rank's chunks, wrapped; where experts are trained on some ranks only, gradients enter all of them.
+        model: This rank's chunks, wrapped. If only some ranks train experts, all get gradients at their inputs.
 
     Raises:
-        ValueError: All weights are frozen; one is frozen on a part of the ranks that share it, or since it was wrapped.
+        ValueError: All weights are frozen, or a weight is frozen only on some of its ranks, or was frozen after it was
+            wrapped.
     """
     check_trained_as_wrapped(model)
     own = _trained_names(model)
@@ -75,7 +76,7 @@ def _check_chunk_as_wrapped(chunk: DistributedDataParallel) -> None:
 
 
 def _trained_names(model: list[Any]) -> dict[Holders, list[str]]:
-    """What this rank trains of all that it holds."""
+    """The names of the weights that this rank trains, by the ranks that share them."""
     stage = mpu.get_pipeline_model_parallel_rank()
     names: dict[Holders, list[str]] = {}
     holders: Holders
@@ -94,12 +95,12 @@ def _trained_names(model: list[Any]) -> dict[Holders, list[str]]:
 
 
 def _digest(names: list[str]) -> str:
-    """What stands for the names among ranks: there may be thousands of both."""
+    """A digest of the names, to be compared between ranks: there may be thousands of names and of ranks."""
     return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()
 
 
 def _check_agreement(differing: dict[Holders, list[str] | None]) -> None:
-    """Name the first weight that is frozen on a part of its ranks. Collective where there is one."""
+    """Raise for the first weight that is frozen only on some of its ranks. Collective if there is one."""
     if not differing:
         return
     by_rank = all_gathered(differing)

@@ -1,11 +1,12 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""How many threads the host's part of an optimizer steps with, and where they run.
+"""The number of threads of the optimizer's step on the host, and the cores on which they run.
 
-torchrun starts each rank with one thread. Adam on the host is bound by memory, and one core moves a small part of what
-the machine can. So an offloaded step takes this rank's share of the cores, those near its GPU where the machine says
-which they are, and gives them back; everything else keeps the number of threads that the process has.
+torchrun starts each rank with one thread. Adam on the host is limited by memory bandwidth, and one core uses only a
+small part of it. So an offloaded step uses this rank's share of the machine's cores, if possible those near its GPU.
+Everything else in the process keeps its number of threads.
 
-The bits don't depend on it: torch's Adam cuts its work at cache lines, wherever the cuts fall.
+The result is bit-exact for any number of threads: torch's Adam splits its work at cache lines, so no element changes
+between its vector and scalar code.
 """
 
 import math

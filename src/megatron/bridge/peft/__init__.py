@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Floor 3: adapters, small trainable layers beside the frozen ones of a pretrained model."""
+"""Floor 3: adapters, which are small trainable layers beside the frozen layers of a pretrained model."""
 
 from importlib import import_module
 from typing import Any

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""What every kind of adapter does to a model: freeze it, add the adapters, say what is to be saved."""
+"""What every kind of adapter does to a model: freeze it, add the adapters, determine what is saved."""
 
 import abc
 import contextlib

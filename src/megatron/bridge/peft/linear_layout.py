@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""How one of Core's linear layers is cut over the tensor-parallel ranks: what an adapter beside it must know."""
+"""How a linear layer of Core's is split over the tensor-parallel ranks, which an adapter beside it must know."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Floor 5: functions that return a ready configuration, `<model>_{pretrain,sft,peft}_config`.
+"""Floor 7: functions that return a ready configuration, `<model>_{pretrain,sft,peft}_config`.
 
 All names are known without importing torch; a recipe imports what it needs when it is called.
 """

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""From what a command line says to a configuration: the recipe, a Hugging Face directory, options, overrides."""
+"""Build a configuration from command-line options: a recipe, a Hugging Face directory, options, overrides."""
 
 import dataclasses
 import inspect

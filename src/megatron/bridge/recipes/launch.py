@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""A recipe by its name, as a function of plain values: what a `run.Partial` carries to the workers."""
+"""Run a recipe by name, as a function of plain values that a `run.Partial` can send to the workers."""
 
 import importlib
 from collections.abc import Callable, Sequence

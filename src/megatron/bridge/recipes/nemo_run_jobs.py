@@ -1,8 +1,8 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""A NeMo-Run job from start to end: waited for, stopped with its launcher, and its failure shown.
+"""Run a NeMo-Run job from start to end: wait for it, stop it with its launcher, and show why it failed.
 
-NeMo-Run leaves three things to its caller: a failed job is no error, a launcher that is told to stop leaves torchrun
-and its workers running, and the reason of a failure is in one of many files.
+NeMo-Run leaves three things to its caller. A failed job raises no error. A launcher that is stopped leaves torchrun and
+its workers running. And the reason for a failure is in one of many files.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""A family of recipes as a table: one row a size, three recipes a row.
+"""A family of recipes as a table with a row for each size, which gives three recipes.
 
-Nothing heavy is imported before a recipe is called, so that all names are known at once.
+Nothing heavy is imported before a recipe is called, so that listing all names is fast.
 """
 
 import importlib
@@ -25,10 +25,10 @@ _FIELDS = {short.lower(): PARALLEL_SIZES[short].field for short in ("TP", "PP", 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How ranks share a model, and how many of them a recipe is meant for."""
+    """The parallel sizes of a recipe, and the number of devices that it is meant for."""
 
     gpus: int = 1
-    """Devices of 80 GB, at least; a multiple of it trains on more data at a time."""
+    """Smallest number of devices of 80 GB. A multiple of it adds data parallelism."""
     tp: int = 1
     """Ranks that share each matrix."""
     pp: int = 1
@@ -62,13 +62,13 @@ class ModelSize:
     hf_name: str
     """Its name on the Hugging Face hub; nothing is fetched."""
     parameters: int
-    """How many it is known to have."""
+    """Published number of parameters."""
     fields: Mapping[str, Any]
-    """Fields of the provider that differ from its class's."""
+    """Fields of the provider that differ from the defaults of its class."""
     full: Layout = field(default_factory=Layout)
-    """To train all weights."""
+    """Layout for training all weights."""
     adapters: Layout = field(default_factory=Layout)
-    """To train adapters."""
+    """Layout for training adapters."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Family:
     provider: str
     """The provider's class, as `module.Class`."""
     sizes: Mapping[str, ModelSize]
-    """By the first part of the recipe's name."""
+    """The sizes, by the first part of the recipe's name."""
 
     def build_provider(self, size: str, layout: Layout) -> "GPTModelProvider":
         """The model of a size, shared by ranks as a layout says."""
@@ -90,19 +90,19 @@ class Family:
         return provider_class(**vocabulary_fields(fields["vocab_size"]), **fields, **layout.fields())
 
     def pretrain(self, size: str) -> "ConfigContainer":
-        """All weights, from random ones, on Core's mock data."""
+        """Train all weights from random initialisation, on Core's mock data."""
         from megatron.bridge.recipes.common import pretrain_common
 
         return pretrain_common(self.build_provider(size, self.sizes[size].full), seq_length=4096)
 
     def sft(self, size: str) -> "ConfigContainer":
-        """All weights, from pretrained ones."""
+        """Train all weights, starting from pretrained ones."""
         from megatron.bridge.recipes.common import sft_common
 
         return sft_common(self.build_provider(size, self.sizes[size].full), seq_length=2048)
 
     def peft(self, size: str, peft_scheme: "str | PEFT" = "lora") -> "ConfigContainer":
-        """Adapters beside frozen pretrained weights."""
+        """Train adapters beside frozen pretrained weights."""
         from megatron.bridge.recipes.common import peft_common
 
         provider = self.build_provider(size, self.sizes[size].adapters)
@@ -119,7 +119,7 @@ class Family:
 
 
 def _bound(build: Recipe, size: str, module: str) -> Recipe:
-    """A function of the module, with a name and a text of its own, that builds one size."""
+    """A function of `module` that builds one size, with its own name and docstring."""
     mode = build.__name__
 
     def build_size(*args: Any, **kwargs: Any) -> "ConfigContainer":

@@ -63,8 +63,8 @@ class CallbackContext:
     """Wall-clock time of the step just taken."""
 
     tokens_per_second: float | None = None
-    """All tokens of the step just taken, prompts and padding included, per second of its time. Estimated as this rank's
-    tokens times the data-parallel size."""
+    """All tokens of the step just taken per second, prompts and padding included. Estimated as this rank's tokens times
+    the data-parallel size."""
 
     @property
     def taken_step(self) -> TakenStep:

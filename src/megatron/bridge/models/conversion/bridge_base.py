@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""What each part of `AutoBridge` uses of the whole. Cheap to import, as `auto_bridge` is."""
+"""The base of the mixins that make up `AutoBridge`. Cheap to import, as `auto_bridge` is."""
 
 import abc
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class BridgeBase(abc.ABC):
-    """A part of `AutoBridge`, which documents what is abstract here."""
+    """Base of the mixins of `AutoBridge`, which implements and documents the abstract methods."""
 
     hf_config: dict[str, Any]
     directory: Path | None

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Proof that a conversion loses nothing: what a model exports, compared with the files it was loaded from."""
+"""Check that a conversion loses nothing: compare a model's export with the files from which it was loaded."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from megatron.bridge.models.families import ModelFamily
 
 @dataclass(frozen=True)
 class TensorResult:
-    """What became of one tensor."""
+    """Result of the comparison of one tensor."""
 
     name: str
     shape: tuple[int, ...]
@@ -39,7 +39,7 @@ def compare_with_files(
         show_progress: Whether rank 0 shows a bar.
 
     Returns:
-        What became of each exported tensor, in the order of the model.
+        The result for each exported tensor, in the order of the model.
     """
     exported = export_weights(chunks, family, cpu=True, show_progress=show_progress, copies=False)
     return [TensorResult(name, tuple(tensor.shape), _compared(name, tensor, weights)) for name, tensor in exported]

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""What turns a model's tokens into text and ends it: the tokenizer's files, and `generation_config.json`.
+"""The tokenizer's files and `generation_config.json`, which says at which tokens a text ends.
 
-They go together, from a Hugging Face directory into each checkpoint, and from there into what is exported.
+They are copied together from a Hugging Face directory to each checkpoint, and from a checkpoint to an export.
 """
 
 import logging
@@ -48,7 +48,7 @@ def has_tokenizer(directory: Path) -> bool:
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """A tokenizer and the settings of generation that belong to it."""
+    """A tokenizer and its generation settings."""
 
     tokenizer: Path | None
     """Directory that holds the tokenizer's files; None: there are none."""
@@ -60,7 +60,7 @@ class TokenizerFiles:
     def of(
         cls, model: Path | None, *, checkpoint: str | Path | None = None, tokenizer: str | Path | None = None
     ) -> "TokenizerFiles":
-        """Those of a checkpoint, or else of a model.
+        """The files of a checkpoint, or else of a model.
 
         Args:
             model: Directory of a Hugging Face model; None: there is none.
@@ -78,10 +78,10 @@ class TokenizerFiles:
 
     @classmethod
     def of_checkpoint(cls, path: str | Path, model: Path | None = None) -> "TokenizerFiles":
-        """Those that a Megatron checkpoint was saved with, and of its Hugging Face model what it doesn't hold.
+        """The files of a Megatron checkpoint. What it lacks is taken from its Hugging Face model.
 
-        Where the settings of generation are missing, as in checkpoints of others, they are the model's. To those of a
-        trained checkpoint the tokens are added that its tokenizer says were learned.
+        Checkpoints of other programs have no generation settings. For a trained checkpoint, the end tokens of its
+        tokenizer, which were learned, are added to those of the model.
 
         Args:
             path: Root, or `iter_N` directory.
@@ -114,7 +114,7 @@ class TokenizerFiles:
 
 
 def find_generation_config(place: str | Path | None) -> dict[str, Any] | None:
-    """The settings of generation of the weights that a run starts from; nothing is fetched.
+    """The generation settings of the weights that a run starts from. Nothing is downloaded.
 
     Args:
         place: A Megatron checkpoint, the directory of a Hugging Face model, or the name of one on the hub.

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""The `config.json` of a model as it was trained, where a run changed what its model's own says."""
+"""The `config.json` of a trained model, with the values that the run has changed."""
 
 import copy
 import logging
@@ -38,14 +38,14 @@ COMPUTED_WITH = (
 
 
 def changed_in_training(hf_config: Mapping[str, Any], trained: GPTModelProvider) -> dict[str, tuple[Any, Any]]:
-    """The fields of a trained model that its logits depend on and that a Hugging Face configuration says otherwise.
+    """The fields that the logits depend on and that differ between a trained model and a Hugging Face configuration.
 
     Args:
         hf_config: Content of `config.json`.
         trained: The model's configuration.
 
     Returns:
-        By name: what the file says, and what was trained with.
+        By name: the value in the file, and the value in training.
     """
     written = build_provider(hf_config)
     names = [name for name in COMPUTED_WITH if hasattr(trained, name)]

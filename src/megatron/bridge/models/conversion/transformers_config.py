@@ -1,14 +1,14 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""A `config.json` as transformers reads it: that library's own configuration classes say what an absent key means."""
+"""Read a `config.json` as transformers does: its configuration classes have the defaults of missing keys."""
 
 import copy
 from collections.abc import Mapping
 from typing import Any
 
 _SIZES = ("num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
-"""What a file must say: the default of a class is the size of one model of the family."""
+"""Keys that a file must have. The default in transformers' class is only the size of one model of the family."""
 _OF_THE_FILE = ("dtype", "torch_dtype", "quantization_config")
-"""Keys about the files of weights rather than the model: kept as they are written."""
+"""Keys about the weights' files instead of the model. They are kept unchanged."""
 
 
 def as_read_by_transformers(hf_config: Mapping[str, Any], architecture: str) -> dict[str, Any]:
