@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Estimate the memory of a recipe on each rank, with and without offload, and the offload fraction that makes it fit.
 
-    python -m megatron.bridge.memory llama31_8b_sft_config model.tensor_model_parallel_size=1 --world-size 1
+    python -m megatron.bridge.memory llama31_8b_sft_config optimizer.optimizer_offload_fraction=0.5 --world-size 4
     python -m megatron.bridge.memory llama31_405b_sft_config --world-size 1024 --rank 700 --gpu-gib 141
 
 No GPU is needed: the rank's model and optimizer are built from tensors without memory.

@@ -66,7 +66,7 @@ def curves(path: str | Path, wanted: list[str] | None = None) -> dict[tuple[str,
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m megatron.bridge.plot", description=__doc__.splitlines()[0])
     parser.add_argument("metrics", type=expand_home, nargs="+", help="metrics.jsonl of a run, or of several")
     parser.add_argument("--output", type=expand_home, default="loss.png", help="the picture (default: loss.png)")
     parser.add_argument("--name", action="append", help="draw this instead of the losses, e.g. grad_norm")
@@ -79,6 +79,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if importlib.util.find_spec("matplotlib") is None:
         parser.error("matplotlib is not installed: pip install matplotlib")
+    missing = [path for path in arguments.metrics if not Path(path).is_file()]
+    if missing:
+        parser.error(f"{missing[0]}: no such file; name the metrics.jsonl of a run")
     try:
         number = draw(arguments.metrics, arguments.output, wanted=arguments.name)
     except (ValueError, FileNotFoundError) as error:

@@ -167,10 +167,11 @@ def test_a_run_on_1024_ranks_is_planned(recipe, layout, parameters, capsys):
 
 
 def documented_commands() -> list[str]:
-    """The plans that docs/recipes.md shows."""
-    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    plans = r"^python (?:-m megatron\.bridge\.memory|scripts/training/run_recipe\.py .*--dry-run).*$"
-    return re.findall(plans, text, re.MULTILINE)
+    """The plans that docs/recipes.md and the commands' own descriptions show."""
+    files = ("docs/recipes.md", "src/megatron/bridge/memory.py", "scripts/training/run_recipe.py")
+    text = "\n".join((ROOT / file).read_text(encoding="utf-8") for file in files)
+    plans = r"^ *python (?:-m megatron\.bridge\.memory|scripts/training/run_recipe\.py .*--dry-run).*$"
+    return sorted({command.strip() for command in re.findall(plans, text, re.MULTILINE)})
 
 
 @pytest.mark.parametrize("command", documented_commands())

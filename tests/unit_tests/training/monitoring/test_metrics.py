@@ -244,3 +244,13 @@ def test_a_picture_of_the_losses(tmp_path):
     assert draw([path], tmp_path / "loss.png") == 2 and (tmp_path / "loss.png").stat().st_size > 1000
     with pytest.raises(ValueError, match=r"no numbers named \['grad_norm'\]: nothing to draw"):
         draw([path], tmp_path / "none.png", wanted=["grad_norm"])
+
+
+def test_a_metrics_file_that_is_not_there_is_named(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib, of the extra demo, is not installed")
+    from megatron.bridge.plot import main
+
+    monkeypatch.setattr(sys, "argv", ["plot", f"{tmp_path}/none.jsonl"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert f"plot: error: {tmp_path}/none.jsonl: no such file; name the metrics.jsonl" in capsys.readouterr().err
