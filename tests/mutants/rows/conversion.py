@@ -149,4 +149,25 @@ THE_CONVERSION = (
         several(without_operand("is_below"), without_operand("Path", "name")),
         "tests/unit_tests/models/conversion/test_hf_weights.py::test_wrong_index_is_named",
     ),
+    _converted_wrongly(
+        "dtype asked for",
+        "weights have the file's",
+        "conversion.load_options:LoadOptions.apply",
+        returning("dict(hf_config)"),
+        "tests/unit_tests/models/hf_pretrained/test_causal_lm.py::test_a_bridge_takes_the_dtype_that_is_asked_for",
+    ),
+    _converted_wrongly(
+        "a registered bridge's provider",
+        "is built as another class",
+        "families:build_provider",
+        condition("build_with", becomes="True"),
+        f"{_UNIT}model_bridge.py::test_a_family_of_a_script_is_converted_bit_for_bit",
+    ),
+    Mutant(
+        name="conversion: weights under adapters",
+        breaks="a model of a checkpoint with adapters is returned without them",
+        where="megatron.bridge.training.utils.model_load_save:_load",
+        change=without_call("load_adapters"),
+        tests=("tests/unit_tests/training/utils/test_model_load_save.py::test_adapters_are_loaded_over_their_weights",),
+    ),
 )

@@ -98,3 +98,12 @@ def test_a_chat_template_may_be_a_files_path(tokenizer_directory, tmp_path):
     directory = write_tokenizer(tmp_path / "path", chat_template=str(tmp_path / "my.jinja"))
     with pytest.raises(ValueError, match="the chat_template of tokenizer.tokenizer_model=.* is a path in place"):
         build_tokenizer(TokenizerConfig(tokenizer_model=str(directory)))
+
+
+@pytest.mark.parametrize("said", [False, None])
+def test_code_that_is_not_trusted_is_what_there_is(tokenizer_directory, said):
+    options = {"trust_remote_code": said}
+    assert build_tokenizer(TokenizerConfig(tokenizer_model=str(tokenizer_directory), hf_tokenizer_kwargs=options))
+    options["trust_remote_code"] = True
+    with pytest.raises(ValueError, match="code in a model's directory is never run"):
+        TokenizerConfig(tokenizer_model=str(tokenizer_directory), hf_tokenizer_kwargs=options).finalize()

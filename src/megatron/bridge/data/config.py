@@ -284,7 +284,7 @@ class TokenizerConfig(Section):
     tokenizer's own."""
 
     hf_tokenizer_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Further arguments for `AutoTokenizer.from_pretrained`; `trust_remote_code` is refused."""
+    """Further arguments for `AutoTokenizer.from_pretrained`; `trust_remote_code: true` is refused."""
 
     def finalize(self) -> None:
         """Checks the fields.
@@ -297,7 +297,7 @@ class TokenizerConfig(Section):
             raise ValueError(f"tokenizer.tokenizer_type={self.tokenizer_type!r} is not supported: {expected}")
         if self.tokenizer_type == "HuggingFaceTokenizer" and not self.tokenizer_model:
             raise ValueError("tokenizer.tokenizer_model is not set: expected a directory with tokenizer.json")
-        if "trust_remote_code" in self.hf_tokenizer_kwargs:
+        if self.hf_tokenizer_kwargs.get("trust_remote_code"):
             raise ValueError(
                 "tokenizer.hf_tokenizer_kwargs has trust_remote_code: code in a model's directory is never run; take it "
                 "out, and save the tokenizer as a tokenizer.json if it has none"

@@ -280,7 +280,7 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
     if is_path and not Path(name).exists():
         raise FileNotFoundError(f"tokenizer.tokenizer_model={name!r} does not exist: expected a tokenizer's directory")
     try:
-        hf_tokenizer = AutoTokenizer.from_pretrained(name, **config.hf_tokenizer_kwargs, trust_remote_code=False)
+        hf_tokenizer = AutoTokenizer.from_pretrained(name, **{**config.hf_tokenizer_kwargs, "trust_remote_code": False})
     except Exception as error:  # the tokenizers library raises bare ones
         reason = " ".join(str(error).split())
         raise ValueError(

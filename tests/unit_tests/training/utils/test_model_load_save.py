@@ -16,8 +16,11 @@ from megatron.core import parallel_state
 from safetensors.torch import load_file
 
 from megatron.bridge import AutoBridge
+from megatron.bridge.checkpoint.model_checkpoint import save_model_checkpoint
 from megatron.bridge.models.conversion import weights_verification_table
 from megatron.bridge.models.gpt_provider import GPTModelProvider
+from megatron.bridge.peft.lora import LoRA
+from megatron.bridge.utils.yaml_io import to_yaml_dict
 
 from ...models.tiny_llama import save_tiny_llama
 
@@ -158,3 +161,24 @@ def test_a_table_says_which_tensors_are_the_files(hf):
         with torch.no_grad():
             chunks[0].decoder.final_layernorm.weight.add_(1)
         assert "max difference 1" in weights_verification_table(bridge, chunks)
+
+
+def test_adapters_are_loaded_over_their_weights(checkpoint, tmp_path):
+    """The checkpoint names what they were trained on: a Megatron checkpoint here."""
+    adapters = LoRA(target_modules=["linear_proj"], dim=2)
+    with temporary_distributed_context():
+        chunks = load_megatron_model(checkpoint)
+        adapters(chunks, training=False)
+        wanted = {name: weight for name, weight in chunks[0].named_parameters() if ".adapter." in name}
+        with torch.no_grad():
+            for weight in wanted.values():
+                weight.fill_(0.5)
+        run_config = {
+            "model": to_yaml_dict(load_model_config(checkpoint)[0]),
+            "peft": to_yaml_dict(adapters),
+            "checkpoint": {"pretrained_checkpoint": str(checkpoint)},
+        }
+        save_model_checkpoint(chunks, tmp_path / "adapted", run_config=run_config)
+    state = load_megatron_model(tmp_path / "adapted", return_state_dict=True)
+    assert wanted and all(torch.equal(state[name], weight) for name, weight in wanted.items())
+    assert torch.equal(state[NORM], load_megatron_model(checkpoint, return_state_dict=True)[NORM])
