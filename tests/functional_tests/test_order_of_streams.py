@@ -5,6 +5,7 @@ import functools
 import inspect
 import sys
 import textwrap
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -12,9 +13,11 @@ import pytest
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
 from tests.rigs.adversarial_streams import adversarial_streams
-from tests.rigs.device_queues import DEFAULT_FIRST, ORDERS
+from tests.rigs.device_queues import DEFAULT_FIRST, HOST_FIRST, ORDERS, SIDES_FIRST
 from tests.rigs.hybrid_runs import RUNS, differing_states, states_after_steps
 from tests.rigs.ranks import run_on_ranks
+from tests.rigs.sync import Cell, Model, Rig, offload_options
+from tests.rigs.sync_matrix import copies_apart, run_way, traces_apart
 
 
 def _class_of_runs(*, in_buckets: bool, waits: bool) -> type:
@@ -91,3 +94,28 @@ def test_what_core_waits_for_and_does_not_is_seen():
     assert apart.pop("repaired") == {}
     assert list(apart.pop("as it is")) == [DEFAULT_FIRST]  # its device's part doesn't wait for its gradients
     assert len(apart) == len(CORES_WAITS) and all(apart.values()), apart
+
+
+def _runs_apart(directory: Path, cell: Cell, ways: list[str]) -> dict[tuple[str, Any], str]:
+    """In what whole runs differ from those on the ordinary accelerator, by way of the weights and order."""
+    rig, apart = Rig(directory, cell.model), {}
+    for way in ways:
+        expected = run_way(way, rig, offload_options(cell))[1]
+        for order in (HOST_FIRST, DEFAULT_FIRST, SIDES_FIRST):
+            with adversarial_streams(order):
+                copies, found = run_way(way, rig, offload_options(cell))
+            apart[way, order] = copies_apart(way, copies) or traces_apart(found, expected, tolerance=0.0)
+    rig.close()
+    return {of: difference for of, difference in apart.items() if difference}
+
+
+CELLS = [
+    Cell(Model("bf16", "dense"), precision_aware=False, fraction=1.0, overlap=False),
+    Cell(Model("bf16", "experts"), precision_aware=True, fraction=0.5, overlap=True),
+]
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+def test_runs_load_sync_and_step_the_same(cell, written_model):
+    ways = ["running process", "pretrained checkpoint"]
+    assert run_on_ranks(_runs_apart, 2, written_model(cell.model, 2), cell, ways) == [{}, {}]

@@ -6,9 +6,9 @@ Inside `adversarial_streams(order)`, work on device tensors is queued on the cur
 (`synchronize`, `.item()`, `.cpu()`, …), and in between as the order says. Until then its outputs hold what they held
 before; new ones NaN, or -1. Work on host tensors runs at once, on the bytes that are there.
 
-What waits here and needs not on a GPU: collectives and random numbers wait for the current stream, a result whose
-shape depends on values for that as well. What is legal there too, so no wait is missed that isn't missing; but some
-that are missing may not be seen around these.
+Some waits here are stricter than CUDA's: collectives, random numbers, and results whose shape depends on values wait
+for the current stream. So no alarm is false, but a missing wait may go unseen around these. Not simulated: memory that
+is freed before queued work reads it (the queue keeps it alive), and work of other threads.
 """
 
 import contextlib
@@ -33,6 +33,7 @@ _INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}
 _READ_BY_THE_HOST = (
     *(torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__, torch.Tensor.__repr__, torch.Tensor.storage),
     *(torch.Tensor.untyped_storage, torch.Tensor.__reduce_ex__, torch.Tensor.__deepcopy__),
+    *(torch.tensor, torch.as_tensor),
 )
 """They read memory past torch's dispatcher."""
 
@@ -210,7 +211,7 @@ class _HostReads(TorchFunctionMode):
             return subject is not None and _is_host(subject)
         if func is torch.Tensor.record_stream:
             return None
-        if subject is not None and func in _READ_BY_THE_HOST and not _is_host(subject):
+        if func in _READ_BY_THE_HOST and not all(map(_is_host, _tensors(args))):
             self._device.synchronize()
         waits = func is torch.Tensor.cpu or (func is torch.Tensor.to and not _is_non_blocking(args, kwargs))
         if not waits:
@@ -236,11 +237,35 @@ def _goes_to_host(func: Any, args: tuple, kwargs: dict) -> bool:
     )
 
 
+_MADE_OUTSIDE: dict[type, tuple[str, ...]] = {
+    simulated_accelerator._Stream: ("wait_stream", "wait_event", "synchronize", "query", "record_event"),
+    simulated_accelerator._Event: ("record", "wait", "synchronize", "query"),
+}
+"""What Core keeps in a class, as its token dispatchers do, may have been made before, and is used later."""
+
+
+def adopted(made_outside: Any) -> Any:
+    """The stream or event that stands for one that was made outside."""
+    if isinstance(made_outside, Stream):
+        made_outside.move_to_device_in_force()
+    if not isinstance(made_outside, tuple(_MADE_OUTSIDE)):
+        return made_outside
+    stand_in = vars(made_outside).get("_adversarial")
+    if stand_in is None:
+        kind = Stream if isinstance(made_outside, simulated_accelerator._Stream) else Event
+        stand_in = made_outside._adversarial = kind()
+    return adopted(stand_in)
+
+
+def _as_if_made_inside(name: str) -> Callable[..., Any]:
+    return lambda self, *args: getattr(adopted(self), name)(*map(adopted, args))
+
+
 @contextlib.contextmanager
 def adversarial_streams(order: str | int) -> Iterator[Device]:
     """Inside, streams and events order only what they promise to. At the end all work is done.
 
-    Objects that hold streams, such as `HybridDeviceOptimizer`, must be made inside.
+    What holds the default stream, such as a `HybridDeviceOptimizer`, must be made inside.
 
     Args:
         order: One of `device_queues.ORDERS`, or another seed.
@@ -256,8 +281,8 @@ def adversarial_streams(order: str | int) -> Iterator[Device]:
     run_backward = torch.autograd._engine_run_backward
 
     @contextlib.contextmanager
-    def stream_context(stream: Stream | None) -> Iterator[None]:
-        before, device.current = device.current, stream or device.current
+    def stream_context(stream: Any) -> Iterator[None]:
+        before, device.current = device.current, device.current if stream is None else adopted(stream)
         try:
             yield
         finally:
@@ -273,12 +298,15 @@ def adversarial_streams(order: str | int) -> Iterator[Device]:
         "current_stream": lambda *_: device.current,
         "default_stream": lambda *_: device.default,
         "stream": stream_context,
-        "set_stream": lambda stream: setattr(device, "current", stream),
+        "set_stream": lambda stream: setattr(device, "current", adopted(stream)),
         "synchronize": lambda *_: device.synchronize(),
     }
     with contextlib.ExitStack() as stack:
         for name, stand_in in stand_ins.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
+        for kind, methods in _MADE_OUTSIDE.items():
+            for name in methods:
+                stack.enter_context(mock.patch.object(kind, name, _as_if_made_inside(name)))
         stack.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", backward))
         stack.enter_context(mock.patch.object(Stream, "device_in_force", device))
         stack.enter_context(queueing)

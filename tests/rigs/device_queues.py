@@ -42,10 +42,18 @@ class Stream:
 
     def issue(self, task: Point | Callable[[], None]) -> None:
         """Queue work, or a wait for a place in another stream."""
+        self.move_to_device_in_force()
         self.tasks.append(task)
         self.num_issued += 1
         if self.owner is not None:
             self.owner.run_ahead()
+
+    def move_to_device_in_force(self) -> None:
+        """Belong to it, though made for an earlier one, which has run all that it was given."""
+        device = Stream.device_in_force
+        if device is not None and self.owner is not device:
+            self.owner = device
+            device.streams.append(self)
 
     @property
     def here(self) -> Point:
@@ -81,7 +89,7 @@ class Stream:
     def wait_stream(self, other: "Stream") -> None:
         self.issue(other.here)
 
-    def wait_event(self, event: "Event") -> None:
+    def wait_event(self, event: Any) -> None:
         event.wait(self)
 
     def record_event(self, event: "Event | None" = None) -> "Event":

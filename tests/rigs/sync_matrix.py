@@ -152,21 +152,21 @@ def _verdicts(rig: Rig, cell: Cell, ways: list[str], plain: dict[str, Trace]) ->
 
     offload, tolerance = offload_options(cell), 0.0 if is_simulated() else ADAMS_APART
     in_place = run_way("in place", rig, offload)[1]
-    verdicts = {"in place": _apart(in_place, plain["in place"], tolerance=tolerance)}
+    verdicts = {"in place": traces_apart(in_place, plain["in place"], tolerance=tolerance)}
     for way in ways:
         if way in plain:  # on CUDA these have no bit-exact reference, and train on gradients of their own
             found, traced = run_way(way, rig, offload, plain[way].gradients if is_simulated() else None)
-            apart = _apart(traced, plain[way], tolerance=tolerance)
+            apart = traces_apart(traced, plain[way], tolerance=tolerance)
         else:
             found, traced = run_way(way, rig, offload, in_place.gradients)
-            apart = _apart(traced, in_place, tolerance=0.0)
-        verdicts[way] = _copies(way, found) or apart
+            apart = traces_apart(traced, in_place, tolerance=0.0)
+        verdicts[way] = copies_apart(way, found) or apart
     if not differing(in_place.weights[0], in_place.weights[-1]):
         verdicts["in place"] = "no step moved a weight"
     return {way: verdict or "passed" for way, verdict in verdicts.items()}
 
 
-def _copies(way: str, found: list[tuple[torch.Tensor, torch.Tensor]]) -> str:
+def copies_apart(way: str, found: list[tuple[torch.Tensor, torch.Tensor]]) -> str:
     """Which copy is not its weight; empty where all are."""
     for copy, weight in found:
         exact = weight.float() * (SCALED if way == "FP32 checkpoint" and weight.dtype != torch.float32 else 1)
@@ -175,7 +175,7 @@ def _copies(way: str, found: list[tuple[torch.Tensor, torch.Tensor]]) -> str:
     return ""
 
 
-def _apart(traced: Trace, reference: Trace, *, tolerance: float) -> str:
+def traces_apart(traced: Trace, reference: Trace, *, tolerance: float) -> str:
     """Where two runs differ by more than the tolerance; empty where they don't."""
     for step, (weights, wanted) in enumerate(zip(traced.weights, reference.weights, strict=True)):
         apart = {name: by for name, by in differing(weights, wanted).items() if by > tolerance}

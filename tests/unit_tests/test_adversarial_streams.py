@@ -89,6 +89,7 @@ def _in_program_order(reader: str) -> Any:
         "to": lambda: grown.to("cpu").sum().tolist(),
         "tolist": lambda: grown.tolist(),
         "numpy": lambda: grown.detach().numpy().sum().tolist(),
+        "tensor of tensors": lambda: torch.tensor([grown[1], grown[2]]).tolist(),
         "nonzero": lambda: len(grown.nonzero()),
         "equal": lambda: torch.equal(grown, grown.clone()),
         "mask": lambda: len(grown[grown > 3]),
@@ -103,6 +104,30 @@ def _backward() -> list[float]:
     weight = torch.ones(2, device="cuda", requires_grad=True)
     (weight * 3 * torch.cuda.Stream().cuda_stream + weight.sum() ** 2).sum().backward()
     return weight.grad.tolist()
+
+
+def _kept_stream() -> list[Any]:
+    """A stream and an event that are made before, and used in every order and between."""
+    side, event, found = torch.cuda.Stream(), torch.cuda.Event(), []
+    for order in ORDERS:
+        with adversarial_streams(order):
+            found.append(_fill_on(side, event))
+        found.append(_fill_on(side, event))
+    return found
+
+
+def _fill_on(side: Any, event: Any) -> float:
+    tensor = torch.zeros(1, device="cuda")
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        tensor.fill_(5.0)
+    event.record(side)
+    torch.cuda.current_stream().wait_event(event)
+    return (tensor + 1).item()
+
+
+def test_streams_may_be_older_than_the_mode():
+    assert run_on_ranks(_kept_stream, 1) == [[6.0] * 2 * len(ORDERS)]
 
 
 def test_right_waits_give_right_bits():
@@ -147,6 +172,7 @@ READ = {
     "to": 15,
     "tolist": [3, 5, 7, 0, 0, 0],
     "numpy": 15,
+    "tensor of tensors": [5, 7],
     "nonzero": 3,
     "equal": True,
     "mask": 2,
