@@ -69,7 +69,7 @@ def pack_in_order(lengths: np.ndarray, *, size: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class PackReport:
-    """What became of one set of samples."""
+    """Result of packing one set of samples."""
 
     packs: int
     samples: int

@@ -33,7 +33,7 @@ ARRAYS = ("ids", "learned", "starts")
 
 @dataclass(frozen=True)
 class DataReport:
-    """What became of one file; tokens count input positions, `first_...` are numbers of rows."""
+    """Result of tokenising one file. Tokens are counted as input positions; `first_...` are numbers of rows."""
 
     path: str
     samples: int

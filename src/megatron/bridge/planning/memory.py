@@ -59,7 +59,7 @@ class MemoryPlan:
     rank: int
     world_size: int
     layout: str
-    """How ranks share the model, in words."""
+    """The parallel sizes, as text."""
     as_configured: MemoryEstimate
     without_offload: MemoryEstimate
     all_offloaded: MemoryEstimate | None

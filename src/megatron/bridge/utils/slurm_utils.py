@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""What Slurm says of a job's processes in the environment: for scripts that `srun` starts without torchrun."""
+"""Read a job's processes from Slurm's environment variables, for scripts that `srun` starts without torchrun."""
 
 import os
 import re

@@ -320,7 +320,7 @@ class AutoBridge(CheckpointConversion, AdapterExport):
             sizes: Parallel sizes while converting, by their names in a provider.
 
         Returns:
-            What became of each tensor, in the order of the model.
+            The result for each tensor, in the order of the model.
         """
         from megatron.bridge.models.conversion.hf_weights import HFWeights
         from megatron.bridge.models.conversion.roundtrip import compare_with_files

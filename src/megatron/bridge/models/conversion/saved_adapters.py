@@ -31,7 +31,7 @@ class SavedAdapters:
 
 
 def find_saved_adapters(path: str | Path) -> SavedAdapters | None:
-    """What a checkpoint says of its adapters; None where it holds a whole model. Nothing in it is executed.
+    """The adapters of a checkpoint, as it describes them; None if it holds a whole model. Nothing in it is executed.
 
     Raises:
         FileNotFoundError: No checkpoint there.

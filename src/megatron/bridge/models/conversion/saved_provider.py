@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""What a Megatron checkpoint says of its model, and the parallel sizes that the model is built with here."""
+"""Rebuild the model that a Megatron checkpoint describes, at the parallel sizes of this process."""
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
