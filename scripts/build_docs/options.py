@@ -34,8 +34,8 @@ from megatron.bridge.training.config import (
     ValidationConfig,
 )
 from megatron.bridge.training.config.mixed_precision import MixedPrecisionConfig
-from megatron.bridge.training.config.unsupported import UNSUPPORTED
 from megatron.bridge.utils.field_types import describe, field_hints
+from megatron.bridge.utils.unbuilt_options import NOT_BUILT, OF_NO_USE, UNSUPPORTED
 
 SECTIONS: dict[str, tuple[type, ...]] = {
     "train": (TrainingConfig,),
@@ -64,12 +64,33 @@ def options_page() -> str:
         "# All options\n",
         f"{inspect.getdoc(ConfigContainer)} Each option can be set on the command line as `section.option=value`; "
         "[configuration](../configuration.md) says how values are written and checked. "
-        f"{len(UNSUPPORTED)} options of Megatron Bridge are refused, each with the way out; they are marked.\n",
+        f"{len(UNSUPPORTED)} options of Megatron Bridge are refused, each with the way out: they are marked, or "
+        "stand in [the last table](#options-of-megatron-bridge-that-arent-here).\n",
     ]
     for section, classes in SECTIONS.items():
         parts.append(f"## {section}\n")
         parts.extend(_table(section, cls) for cls in classes)
-    return "\n".join(parts)
+    return "\n".join([*parts, _absent_options()])
+
+
+def _absent_options() -> str:
+    """What Megatron Bridge has and no class here."""
+    fields = {
+        f"{section}.{name}" for section, classes in SECTIONS.items() for cls in classes for name in field_hints(cls)
+    }
+    rows = [
+        "## Options of Megatron Bridge that aren't here\n",
+        "They can be given, set and read like the others. What isn't neutral is refused when the configuration is "
+        "checked, or, where the table says so, accepted without effect and named in the log.\n",
+        "| option | neutral | instead |",
+        "|---|---|---|",
+    ]
+    absent = [(row.option, row.accepted[0], row.instead) for row in UNSUPPORTED if row.option not in fields]
+    absent += [(row.option, row.neutral, "accepted without effect") for row in (*NOT_BUILT, *OF_NO_USE)]
+    for option, neutral, instead in absent:
+        text = {None: "null", True: "true", False: "false"}[neutral] if _is_word(neutral) else str(neutral)
+        rows.append("| " + " | ".join(_cell(cell) for cell in (f"`{option}`", f"`{text}`", instead)) + " |")
+    return "\n".join(rows) + "\n"
 
 
 def _table(section: str, cls: type) -> str:

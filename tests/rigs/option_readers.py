@@ -11,7 +11,13 @@ import ast
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-NO_READERS = ("config/rules/*.py", "config/unsupported.py", "config/precedence.py", "monitoring/summary.py")
+NO_READERS = (
+    "config/rules/*.py",
+    "config/unsupported.py",
+    "config/precedence.py",
+    "monitoring/summary.py",
+    "utils/unbuilt_options.py",
+)
 """Files that refuse, log or show values."""
 
 

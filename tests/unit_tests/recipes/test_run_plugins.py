@@ -50,7 +50,7 @@ def as_flags(arguments) -> list[str]:
 def all_built(monkeypatch):
     """As if every option were built."""
     monkeypatch.setattr(unsupported, "UNSUPPORTED", ())
-    monkeypatch.setattr(unsupported, "_INERT", ())
+    monkeypatch.setattr(unsupported, "NOT_BUILT", ())
 
 
 def slurm(**options):
@@ -139,7 +139,7 @@ def test_a_converter_speaks_the_scripts_own_language(all_built):
 def test_what_is_not_built_is_refused_before_launch(monkeypatch, plugin, message):
     rows = (unsupported.Unsupported("profiling.use_nsys_profiler"),)
     monkeypatch.setattr(unsupported, "UNSUPPORTED", rows)
-    monkeypatch.setattr(unsupported, "_INERT", ("logger.wandb_project",))
+    monkeypatch.setattr(unsupported, "NOT_BUILT", (unsupported.WithoutEffect("logger.wandb_project"),))
     with pytest.raises(ValueError, match=f"^{re.escape(message)}") as error:
         dry_run(script(), slurm(), title="refused", plugins=[plugin])
     assert "\n" not in str(error.value)

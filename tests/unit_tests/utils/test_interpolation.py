@@ -14,8 +14,7 @@ PATHS = [
     *[f"checkpoint.{name}" for name in ("save", "load", "pretrained_checkpoint")],
     *[f"checkpoint.non_persistent_{name}_ckpt_dir" for name in ("global", "local")],
     *[f"logger.{name}" for name in ("tensorboard_dir", "metrics_file", "rank_log_dir", "wandb_save_dir")],
-    *["logger.save_config_filepath", "profiling.memory_snapshot_path"],
-    *["dataset.dataset_root", "dataset.path_to_cache", "dataset.hf_dataset"],
+    *["logger.save_config_filepath", "dataset.dataset_root", "dataset.path_to_cache", "dataset.hf_dataset"],
     *["tokenizer.tokenizer_model", "tokenizer.chat_template", "model.hf_model_id"],
 ]
 

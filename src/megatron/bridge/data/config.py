@@ -4,15 +4,17 @@
 from abc import ABC, abstractmethod
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, ClassVar
 
 from megatron.bridge.data.sft_options import PackedSequenceSpecs, SFTOptions, check_positive, read_shares
-from megatron.bridge.utils.section import Section
+from megatron.bridge.utils.section import BridgeSection, Section
 
 
 @dataclass(kw_only=True)
-class DataloaderConfig(Section):
+class DataloaderConfig(BridgeSection):
     """How samples reach the training loop; the base of every dataset configuration."""
+
+    _section = "dataset"
 
     dataloader_type: Literal["single", "cyclic", "batch"] = "single"
     """Order of the training samples: "single" as they are stored, "cyclic" and "batch" shuffled again each epoch."""
@@ -22,12 +24,6 @@ class DataloaderConfig(Section):
 
     pin_memory: bool = True
     """Whether to put batches in page-locked memory; has no effect without a GPU."""
-
-    persistent_workers: bool = False
-    """Accepted: the workers always live as long as the iterator."""
-
-    data_sharding: bool = True
-    """Accepted: each data-parallel rank reads its own slice of every global batch."""
 
     @property
     def is_shuffled(self) -> bool:

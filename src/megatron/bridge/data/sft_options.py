@@ -4,9 +4,9 @@
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, ClassVar
 
-from megatron.bridge.utils.section import Section
+from megatron.bridge.utils.section import BridgeSection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,14 +81,13 @@ class SFTOptions:
 
 
 @dataclass(kw_only=True)
-class PackedSequenceSpecs(Section):
+class PackedSequenceSpecs(BridgeSection):
     """Packing several samples in one row; each attends to itself alone, and its positions start at 0."""
+
+    _section = "dataset.offline_packing_specs"
 
     packed_sequence_size: int = -1
     """Positions of a row, at most `seq_length`; a longer sample is shortened to it. -1: see where it is set."""
-
-    tokenizer_model_name: str | None = None
-    """Accepted: samples are tokenised with the run's tokenizer."""
 
     packed_train_data_path: str | None = None
     """Not supported: packs are made from the tokenised samples when the run starts, which takes seconds."""

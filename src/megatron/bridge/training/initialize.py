@@ -69,7 +69,7 @@ def initialize_megatron(cfg: ConfigContainer) -> ProcessGroupCollection:
     destroy_num_microbatches_calculator()
     init_num_microbatches_calculator(
         distributed.rank(),
-        cfg.train.rampup_batch_size,
+        None,  # no ramp-up
         derived.global_batch_size,
         derived.micro_batch_size,
         derived.data_parallel_size,

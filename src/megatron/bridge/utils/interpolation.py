@@ -87,7 +87,8 @@ def _fields_of(value: Any) -> list[str]:
     is_ours = any(base.__module__.startswith("megatron.bridge.") for base in cls.__mro__)
     if not (is_ours and dataclasses.is_dataclass(value)) or cls.__dataclass_params__.frozen:
         return []
-    return [field.name for field in dataclasses.fields(value) if field.init and hasattr(value, field.name)]
+    names = [field.name for field in dataclasses.fields(value) if field.init and not field.name.startswith("_")]
+    return [name for name in names if hasattr(value, name)]
 
 
 def _without_references(text: str, where: str, look_up: Callable[[str], Any]) -> str:

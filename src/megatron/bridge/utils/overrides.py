@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from megatron.bridge.utils.field_types import dataclass_of, field_hints, fit, members_of, nearest
+from megatron.bridge.utils.section import option_of
 from megatron.bridge.utils.yaml_io import from_yaml_dict, parse_yaml
 
 __all__ = ["apply_mapping", "apply_overrides", "nearest", "plain_value", "split_override"]
@@ -185,6 +186,9 @@ def _hint(target: Any, name: str, key: str, *, root: Any) -> Any:
     hints = field_hints(type(target))
     if name in hints:
         return hints[name]
+    unbuilt = option_of(type(target), name)
+    if unbuilt is not None:
+        return unbuilt.hint
     attribute = getattr(type(target), name, None)
     if isinstance(attribute, property) and attribute.fset is not None:
         return attribute.fget.__annotations__.get("return", Any)

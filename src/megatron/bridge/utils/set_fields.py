@@ -7,27 +7,18 @@ Where one section writes into another, a value that the user gave must not be lo
 
 import contextlib
 import dataclasses
-import inspect
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from megatron.bridge.utils.section import Section
+from megatron.bridge.utils.section import ConstructorSignature, Section
 
 _RECORD = "_set_fields"
-
-
-class _ConstructorSignature:
-    """`inspect.signature(cls)` shows the constructor's fields; `__new__` alone would hide them."""
-
-    def __get__(self, instance: Any, owner: Any) -> inspect.Signature:
-        own = inspect.signature(owner.__init__)
-        return own.replace(parameters=list(own.parameters.values())[1:])
 
 
 class RemembersSetFields(Section):
     """Base of a dataclass that remembers which of its fields were set."""
 
-    __signature__ = _ConstructorSignature()
+    __signature__ = ConstructorSignature()  # `__new__` alone would hide the fields
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:

@@ -24,6 +24,7 @@ import yaml
 
 from megatron.bridge.utils.expansion_limits import check_expansion
 from megatron.bridge.utils.field_types import dataclass_of, field_hints, fit, members_of, nearest
+from megatron.bridge.utils.section import option_of, unbuilt_values
 from megatron.bridge.utils.targets import class_named, dtype_named, function_named, name_of
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def _dataclass_to_dict(config: Any) -> dict[str, Any]:
     saved: dict[str, Any] = {"_target_": name} if name else {_NOT_SAVED: _one_line(type(config))}
     for field in field_hints(type(config)):
         saved[field] = None if field in _RUNTIME_FIELDS else to_yaml_dict(getattr(config, field))
-    return saved
+    return saved | {name: to_yaml_dict(value) for name, value in unbuilt_values(config).items()}
 
 
 def _partial_to_dict(bound: functools.partial) -> dict[str, Any]:
@@ -188,6 +189,9 @@ class _Reader:
         """One dataclass from its fields."""
         hints, read = field_hints(cls), {}
         for key, item in arguments.items():
+            unbuilt = option_of(cls, str(key))
+            if unbuilt is not None:
+                hints[key] = unbuilt.hint
             if key not in hints:
                 self._leave_out(f"{where}.{key} is unknown: {nearest(str(key), hints)}{cls.__name__} has no such field")
                 continue

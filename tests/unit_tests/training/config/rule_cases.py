@@ -333,9 +333,6 @@ BAD = {
             "checkpoint.non_persistent_ckpt_type=in_memory is not built yet: set it to local or global",
         ),
     ],
-    "check_comm_overlap_is_off": [
-        (["comm_overlap.tp_comm_overlap=true"], 1, "comm_overlap.tp_comm_overlap=True is not built yet")
-    ],
     "check_pretrained_checkpoint_exists": [
         (
             ["checkpoint.pretrained_checkpoint=no/such/dir"],
@@ -408,6 +405,11 @@ BAD = {
             ["checkpoint.async_save=true", "checkpoint.save=run", "checkpoint.async_ckpt_use_cpu_shm=true"],
             1,
             "checkpoint.async_ckpt_use_cpu_shm=True with checkpoint.async_save=true: a thread of each rank writes",
+        ),
+        (
+            ["checkpoint.async_save=true", "checkpoint.save=run", "checkpoint.use_persistent_ckpt_worker=false"],
+            1,
+            "checkpoint.use_persistent_ckpt_worker=False with checkpoint.async_save=true: a thread",
         ),
     ],
 }

@@ -8,33 +8,20 @@ optimizer are rebuilt after a load follows from what was loaded; there is no fie
 from dataclasses import dataclass
 from typing import Literal, overload
 
-from megatron.bridge.utils.section import Section
+from megatron.bridge.utils.section import BridgeSection
 
 
 @dataclass(kw_only=True)
-class CheckpointConfig(Section):
+class CheckpointConfig(BridgeSection):
     """What is saved and loaded, when and where."""
+
+    _section = "checkpoint"
 
     save: str | None = None
     """Directory into which checkpoints are written. None: nothing is saved."""
 
     save_interval: int | None = None
     """Steps between checkpoints. None: only at the end of the run."""
-
-    save_params_interval: int | None = None
-    """Steps between dumps of single weights. None: never."""
-
-    save_activations_interval: int | None = None
-    """Steps between dumps of activations. None: never."""
-
-    save_tokens_per_expert_interval: int | None = None
-    """Steps between dumps of expert loads. None: never."""
-
-    save_wgrads_interval: int | None = None
-    """Steps between dumps of weight gradients. None: never."""
-
-    save_dgrads_interval: int | None = None
-    """Steps between dumps of activation gradients. None: never."""
 
     save_retain_interval: int | None = None
     """Keep each checkpoint whose step this divides, whatever most_recent_k says. None: no such rule."""
@@ -85,32 +72,8 @@ class CheckpointConfig(Section):
     ckpt_step: int | None = None
     """Step to load from `load`. None: the newest."""
 
-    use_checkpoint_args: bool = False
-    """Take the model's options from a Megatron-LM checkpoint."""
-
-    use_mp_args_from_checkpoint_args: bool = False
-    """Take the parallel sizes from a Megatron-LM checkpoint."""
-
-    use_tokenizer_model_from_checkpoint_args: bool = True
-    """Take the tokenizer's path from a Megatron-LM checkpoint (with use_checkpoint_args)."""
-
     exit_on_missing_checkpoint: bool = False
     """End with an error when `load` holds no checkpoint, instead of starting from scratch."""
-
-    ckpt_format: Literal["torch", "torch_dist", "torch_dcp", "zarr", "fsdp_dtensor"] = "torch_dist"
-    """Format that is written and read."""
-
-    auto_detect_ckpt_format: bool = False
-    """Find out the format of what is read."""
-
-    ckpt_convert_format: Literal["torch", "torch_dist"] | None = None
-    """Format to convert to, after which the run ends. None: don't convert."""
-
-    ckpt_convert_save: str | None = None
-    """Directory for the converted checkpoint. None: a folder in `save`."""
-
-    ckpt_convert_update_legacy_dist_opt_format: bool = False
-    """Convert the distributed optimizer's old format."""
 
     fully_parallel_save: bool = True
     """All data-parallel ranks share the writing of a checkpoint."""
@@ -118,44 +81,14 @@ class CheckpointConfig(Section):
     async_save: bool = False
     """Copy what is saved and write it while training continues; one checkpoint at a time."""
 
-    async_strategy: Literal["nvrx", "mcore"] = "nvrx"
-    """Megatron Bridge's choice of a background writer. Here a thread of each rank writes, whatever it says."""
-
-    use_persistent_ckpt_worker: bool = True
-    """Megatron Bridge needs it for async_save, so it must stay set; a thread needs nothing between checkpoints."""
-
-    async_ckpt_cpu_priority: int = 10
-    """Nice value of a writer process. A thread writes: with async_save only the default is accepted."""
-
-    async_ckpt_io_priority: int | None = 3
-    """I/O class of a writer process. A thread writes: with async_save only the default is accepted."""
-
-    async_ckpt_use_cpu_shm: bool = False
-    """Hand tensors to a writer process in shared memory. With async_save only the default is accepted."""
-
-    async_write_results_mp_mode: Literal["fork", "spawn"] = "fork"
-    """How a writer process starts others. A thread starts none, whatever it says."""
-
     fully_parallel_load: bool = False
     """Each data-parallel rank reads a part of the checkpoint and gives it to the others."""
 
     ckpt_fully_parallel_load_exchange_algo: Literal["broadcast", "gather_rounds", "gather_object"] = "broadcast"
     """How the ranks give each other their parts (with fully_parallel_load)."""
 
-    ckpt_fully_parallel_save_process_group: Literal["dp", "ep_dp"] = "dp"
-    """Group of ranks that share the writing."""
-
-    ckpt_fully_parallel_load_process_group: Literal["dp", "ep_dp"] = "dp"
-    """Group of ranks that share the reading."""
-
-    ckpt_assume_constant_structure: bool = False
-    """Plan the first checkpoint only, and write the next ones by the same plan."""
-
     ckpt_load_validate_sharding_integrity: bool = True
     """Check that the parts in a checkpoint cover each tensor exactly once."""
-
-    strict_fsdp_dtensor_load: bool = False
-    """Refuse missing or unexpected keys (with ckpt_format=fsdp_dtensor)."""
 
     dist_ckpt_strictness: Literal[
         "assume_ok_unexpected",
@@ -169,56 +102,14 @@ class CheckpointConfig(Section):
     ] = "assume_ok_unexpected"
     """What happens when model and checkpoint differ in names of tensors."""
 
-    dist_ckpt_save_pre_mcore_014: bool = False
-    """Write the optimizer in the format of Megatron-Core before 0.14."""
-
     dist_ckpt_optim_fully_reshardable: bool = False
     """Write the optimizer so that tensor and pipeline parallel sizes may change too, not only the data-parallel one."""
-
-    distrib_optim_fully_reshardable_mem_efficient: bool = False
-    """Gather the optimizer over gloo with less device memory (with dist_ckpt_optim_fully_reshardable)."""
 
     save_tokenizer_assets: bool = True
     """Write the tokenizer's files into each checkpoint."""
 
-    replication: bool = False
-    """Copy local checkpoints to other machines."""
-
-    replication_jump: int | None = None
-    """Distance between machines that hold each other's copies. None: with replication only."""
-
-    replication_factor: int = 2
-    """Machines that hold a copy."""
-
     verify_integrity: bool = True
     """Compare the files of tensors with their checksums before they are loaded. Checksums are always written."""
-
-    stream_ckpt_dequant: bool = True
-    """Dequantise tensor by tensor while a quantised checkpoint is read."""
-
-    storage_writers_per_rank: int = 1
-    """Files that each rank writes."""
-
-    custom_manager_class: str | None = None
-    """Import path of a class that saves and loads instead of ours. None: ours."""
-
-    dist_ckpt_workers: int = 1
-    """Processes that read or write on each rank."""
-
-    also_save_hf_checkpoint: bool = False
-    """Export a Hugging Face directory beside each checkpoint."""
-
-    hf_source_path: str | None = None
-    """Hugging Face directory whose configuration and tokenizer that export takes. None: the model's own."""
-
-    hf_trust_remote_code: bool = False
-    """Run code that comes with that directory."""
-
-    hf_distributed_save: bool = False
-    """All ranks share the writing of that export."""
-
-    hf_save_every_n_ranks: int = 1
-    """One in so many ranks writes (with hf_distributed_save)."""
 
     @overload
     def non_persistent_root(self, root: str) -> str: ...
@@ -264,8 +155,3 @@ class CheckpointConfig(Section):
             )
         if self.async_save and self.save is None:
             raise ValueError("checkpoint.async_save=true without checkpoint.save: set the directory to save into")
-        if self.async_save and not self.use_persistent_ckpt_worker:
-            raise ValueError(
-                "checkpoint.async_save=true with checkpoint.use_persistent_ckpt_worker=false: "
-                "set checkpoint.use_persistent_ckpt_worker=true"
-            )

@@ -68,7 +68,7 @@ class ConfigContainer(RunSections):
             ValueError: One line with the option, what it holds, what is expected, and the way out.
         """
         ranks = world_size or distributed.world_size()
-        for name in ("train", "validation", "scheduler", "rng", "dist", "rerun_state_machine", "logger", "checkpoint"):
+        for name in ("train", "validation", "scheduler", "rng", "dist", "logger", "checkpoint"):
             getattr(self, name).finalize()
         if self.profiling is not None:
             self.profiling.finalize()

@@ -4,12 +4,14 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron.bridge.utils.section import Section
+from megatron.bridge.utils.section import BridgeSection
 
 
 @dataclass(kw_only=True)
-class LoggerConfig(Section):
+class LoggerConfig(BridgeSection):
     """What is logged, how often and where."""
+
+    _section = "logger"
 
     log_interval: int = 100
     """Steps between log lines."""
@@ -29,12 +31,6 @@ class LoggerConfig(Section):
     log_progress: bool = False
     """Write a line to progress.txt in checkpoint.save at the start and at each checkpoint there."""
 
-    timing_log_level: Literal[0, 1, 2] = 0
-    """How fine the timers are: 0 the step, 1 its phases, 2 everything."""
-
-    timing_log_option: Literal["max", "minmax", "all"] = "minmax"
-    """Which ranks' times are logged."""
-
     tensorboard_dir: str | None = None
     """Directory for TensorBoard's files. None: no TensorBoard."""
 
@@ -44,44 +40,17 @@ class LoggerConfig(Section):
     tensorboard_queue_size: int = 1000
     """Points that may wait before they are written."""
 
-    log_timers_to_tensorboard: bool = False
-    """Write the timers to TensorBoard."""
-
     log_loss_scale_to_tensorboard: bool = True
     """Write the loss scale to TensorBoard."""
 
     log_validation_ppl_to_tensorboard: bool = False
     """Write the perplexity of each evaluation to TensorBoard."""
 
-    log_memory_to_tensorboard: bool = False
-    """Write memory use to TensorBoard."""
-
-    memory_keys: dict[str, str] | None = None
-    """Names in torch's memory statistics, each with its name in the log. None: the usual ones."""
-
-    log_memory_interval: int | None = None
-    """Steps between lines on memory use. None: never."""
-
-    log_device_memory_used: bool = False
-    """Log the memory in use on the whole device, other processes included."""
-
-    log_l2_norm_grad_to_tensorboard: bool = False
-    """Write the norm of each gradient to TensorBoard."""
-
-    log_num_zeros_in_grad: bool = False
-    """Log how many gradient elements are zero."""
-
-    log_max_attention_logit: bool = False
-    """Log the largest attention logit."""
-
     log_runtime_to_tensorboard: bool = False
     """Show the time since the first step of this start, wherever figures go."""
 
     runtime_time_unit: Literal["seconds", "minutes", "hours", "days"] = "hours"
     """Unit of the elapsed time."""
-
-    barrier_with_L1_time: bool = True
-    """Let all ranks meet before a level 1 timer starts."""
 
     log_world_size_to_tensorboard: bool = False
     """Show the number of ranks, wherever figures go."""
@@ -127,9 +96,6 @@ class LoggerConfig(Section):
 
     set_level_for_all_loggers: bool = False
     """Apply logging_level to every logger, not only to ours."""
-
-    log_energy: bool = False
-    """Log the energy used (NVML). Not built yet."""
 
     save_config_filepath: str | None = None
     """File to which the final configuration is written as YAML. None: only into checkpoints."""

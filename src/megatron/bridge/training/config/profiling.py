@@ -3,15 +3,14 @@
 
 from dataclasses import dataclass, field
 
-from megatron.bridge.utils.section import Section
+from megatron.bridge.utils.section import BridgeSection
 
 
 @dataclass(kw_only=True)
-class ProfilingConfig(Section):
+class ProfilingConfig(BridgeSection):
     """Which steps are profiled, with what, on which ranks."""
 
-    use_nsys_profiler: bool = False
-    """Mark the steps for Nsight Systems (start the run under nsys)."""
+    _section = "profiling"
 
     profile_step_start: int = 10
     """First step that is profiled; they count from 0."""
@@ -28,23 +27,11 @@ class ProfilingConfig(Section):
     pytorch_profiler_collect_callstack: bool = False
     """Record Python stacks (torch's profiler)."""
 
-    pytorch_profiler_collect_chakra: bool = False
-    """Write a Chakra execution trace (torch's profiler)."""
-
     profile_ranks: list[int] = field(default_factory=list)
     """Ranks that are profiled. Empty: rank 0."""
 
-    record_memory_history: bool = False
-    """Record each allocation on the device."""
-
-    memory_snapshot_path: str = "snapshot.pickle"
-    """File for the record of allocations."""
-
     record_shapes: bool = False
     """Record tensor shapes, with either profiler."""
-
-    nvtx_ranges: bool = False
-    """Mark Core's own phases (Nsight Systems)."""
 
     def finalize(self) -> None:
         """Check the section's own fields.
@@ -52,11 +39,6 @@ class ProfilingConfig(Section):
         Raises:
             ValueError: naming the field, what it holds and what it may hold.
         """
-        if self.use_nsys_profiler and self.use_pytorch_profiler:
-            raise ValueError(
-                "profiling.use_nsys_profiler and profiling.use_pytorch_profiler are both true: "
-                "one profiler can run at a time; set one of them to false"
-            )
         if not 0 <= self.profile_step_start <= self.profile_step_end:
             raise ValueError(
                 f"profiling.profile_step_start={self.profile_step_start} and profile_step_end={self.profile_step_end}: "

@@ -5,15 +5,17 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron.bridge.training.config.fields import require_not_negative, require_positive
-from megatron.bridge.utils.section import Section
+from megatron.bridge.utils.section import BridgeSection
 
 SCHEDULE_LENGTHS = ("lr_decay_steps", "lr_warmup_steps", "wd_incr_steps", "wsd_decay_steps")
 """Fields of `DerivedConfig` that runtime_config_update shows here for scripts; the run reads `DerivedConfig`."""
 
 
 @dataclass(kw_only=True)
-class SchedulerConfig(Section):
+class SchedulerConfig(BridgeSection):
     """How learning rate and weight decay move over a run."""
+
+    _section = "scheduler"
 
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "linear"
     """Shape of the learning rate from optimizer.lr down to optimizer.min_lr."""
@@ -62,9 +64,6 @@ class SchedulerConfig(Section):
 
     no_weight_decay_cond_type: Literal["qwen3_next"] | None = None
     """Which parameters get no weight decay. None: biases and one-dimensional parameters."""
-
-    max_steps: int | None = None
-    """Steps that the schedule may count. None: as many as the run takes. Not built yet."""
 
     lr_decay_steps: int | None = field(init=False, default=None)
     """Shown by runtime_config_update: decay length, in samples (the unit in which Core's scheduler counts)."""

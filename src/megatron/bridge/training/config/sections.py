@@ -22,11 +22,11 @@ from megatron.bridge.training.config.rng import RNGConfig
 from megatron.bridge.training.config.scheduler import SchedulerConfig
 from megatron.bridge.training.config.train import TrainingConfig
 from megatron.bridge.training.config.validation import ValidationConfig
-from megatron.bridge.utils.section import Section
+from megatron.bridge.utils.section import BridgeSection
 
 
 @dataclass(kw_only=True)
-class RunSections(Section):
+class RunSections(BridgeSection):
     """Everything that a run is told, section by section."""
 
     rng: RNGConfig = field(default_factory=RNGConfig)
@@ -85,18 +85,3 @@ class RunSections(Section):
 
     env_vars: dict[str, str] = field(default_factory=dict)
     """Environment variables set before the run starts, where they aren't set already."""
-
-    ft: Any | None = None
-    """Fault tolerance. Not built yet."""
-
-    straggler: Any | None = None
-    """Search for slow ranks. Not built yet."""
-
-    nvrx_straggler: Any | None = None
-    """The same by NVIDIA's resiliency extension. Not built yet."""
-
-    tensor_inspect: Any | None = None
-    """Statistics on tensors. Not built yet."""
-
-    inprocess_restart: Any | None = None
-    """Restart without leaving the process. Not built yet."""

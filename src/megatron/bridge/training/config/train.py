@@ -3,36 +3,22 @@
 
 import signal
 from dataclasses import dataclass, field
-from typing import Literal
 
 from megatron.bridge.training.config.fields import require_not_negative, require_positive
-from megatron.bridge.utils.section import Section
+from megatron.bridge.utils.section import BridgeSection
 
 
 @dataclass(kw_only=True)
-class TrainingConfig(Section):
+class TrainingConfig(BridgeSection):
     """How many samples a step takes, how many steps a run takes, and what ends it early."""
+
+    _section = "train"
 
     micro_batch_size: int | None = None
     """Samples in one forward pass of one data-parallel rank. Must be set."""
 
     global_batch_size: int | None = None
     """Samples in one optimizer step over all ranks. None: micro_batch_size times the data-parallel size."""
-
-    rampup_batch_size: list[int] | None = None
-    """[start, increment, samples]: the global batch size grows. Not built yet. None: it is constant."""
-
-    decrease_batch_size_if_needed: bool = False
-    """Round the global batch size down to what micro-batch times data-parallel size divides (with a ramp-up)."""
-
-    empty_unused_memory_level: Literal[0, 1, 2] = 0
-    """Return cached device memory each step: 0 never, 1 after the optimizer step, 2 before it too."""
-
-    check_weight_hash_across_dp_replicas_interval: int | None = None
-    """Steps between checks that all data-parallel ranks hold equal weights. None: never."""
-
-    train_sync_interval: int | None = None
-    """Steps between synchronisations of host and device. None: never."""
 
     train_iters: int | None = None
     """Optimizer steps of the whole run, those of earlier sessions included. None: train_samples says it."""
@@ -52,9 +38,6 @@ class TrainingConfig(Section):
     exit_signal: signal.Signals = signal.SIGTERM
     """The signal that asks for a save and a stop (with exit_signal_handler)."""
 
-    exit_signal_handler_for_dataloader: bool = False
-    """Accepted from Megatron Bridge: data loader workers always live on at the exit signal."""
-
     manual_gc: bool = False
     """Collect Python garbage at fixed steps instead of whenever Python likes, so that ranks don't wait."""
 
@@ -70,12 +53,6 @@ class TrainingConfig(Section):
     max_nonfinite_steps: int = 0
     """Steps in a row, whose loss or gradient is NaN or infinite, that are left out; one more stops the run.
     0: the first one does. FP16's loss scaling skips its steps whatever this says."""
-
-    num_epochs: int | None = None
-    """Passes over the training set. Not built yet: set train_iters or train_samples."""
-
-    check_optimizer_step_success: bool = False
-    """Stop when the optimizer skips a step. Not built yet."""
 
     skip_train: bool | None = None
     """Deprecated name of validation.skip_train. None: not set; a value here wins."""

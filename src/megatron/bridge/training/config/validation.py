@@ -4,12 +4,14 @@
 from dataclasses import dataclass
 
 from megatron.bridge.training.config.fields import require_not_negative, require_positive
-from megatron.bridge.utils.section import Section
+from megatron.bridge.utils.section import BridgeSection
 
 
 @dataclass(kw_only=True)
-class ValidationConfig(Section):
+class ValidationConfig(BridgeSection):
     """When the model is evaluated, and on how much."""
+
+    _section = "validation"
 
     eval_iters: int | None = 100
     """Global batches of one evaluation. None: the whole validation set. 0: no evaluation."""
@@ -20,9 +22,6 @@ class ValidationConfig(Section):
     eval_at_start: bool = False
     """Evaluate before the first step too, so that a run shows what its training changed."""
 
-    start_eval_at_iter: int | None = None
-    """First step at which an evaluation may happen. None: from the start."""
-
     eval_global_batch_size: int | None = None
     """Samples of one evaluation step. None: train.global_batch_size."""
 
@@ -32,17 +31,8 @@ class ValidationConfig(Section):
     skip_train: bool = False
     """Evaluate and stop, without training."""
 
-    test_mode: bool = False
-    """Reserved by Megatron-LM for its own tests."""
-
     full_validation: bool = False
     """Evaluate on the whole validation set each time."""
-
-    multiple_validation_sets: bool = False
-    """Evaluate on several validation sets, one by one. Not built yet."""
-
-    validation_set_names: list[str] | None = None
-    """Names of the validation sets in the logs. Not built yet. None: no names."""
 
     def finalize(self) -> None:
         """Check the section's own fields.
@@ -50,7 +40,7 @@ class ValidationConfig(Section):
         Raises:
             ValueError: naming the field, what it holds and what it may hold.
         """
-        require_not_negative("validation", eval_iters=self.eval_iters, start_eval_at_iter=self.start_eval_at_iter)
+        require_not_negative("validation", eval_iters=self.eval_iters)
         require_positive(
             "validation",
             eval_interval=self.eval_interval,

@@ -33,7 +33,7 @@ from megatron.bridge.training.config.rules.schedule import (
 )
 from megatron.bridge.training.config.rules.values import VALUE_RULES
 from megatron.bridge.training.config.sections import RunSections
-from megatron.bridge.training.config.unsupported import check_comm_overlap_is_off, check_options_are_built
+from megatron.bridge.training.config.unsupported import check_options_are_built
 
 RULES: tuple[Callable[[RunSections, int], None], ...] = (
     *VALUE_RULES,
@@ -48,7 +48,6 @@ RULES: tuple[Callable[[RunSections, int], None], ...] = (
     check_learning_rates_are_ordered,
     check_weight_decay_grows,
     check_options_are_built,
-    check_comm_overlap_is_off,
     check_pretrained_checkpoint_exists,
     check_peft,
     check_non_persistent_checkpoints_have_a_place,

@@ -8,6 +8,7 @@ from megatron.core.dist_checkpointing import tensor_aware_state_dict
 
 from megatron.bridge.peft.base import PEFT
 from megatron.bridge.training.config.sections import RunSections
+from megatron.bridge.utils.section import unbuilt_values
 
 
 def check_pretrained_checkpoint_exists(cfg: RunSections, world_size: int) -> None:
@@ -84,14 +85,14 @@ def check_non_persistent_checkpoints_have_a_place(cfg: RunSections, world_size: 
 
 def check_background_writer_is_a_thread(cfg: RunSections, world_size: int) -> None:
     """A thread of each rank writes in the background: what would set up a process of its own must be left as it is."""
-    defaults = type(cfg.checkpoint).__dataclass_fields__
-    for name in ("cpu_priority", "io_priority", "use_cpu_shm"):
-        option = f"async_ckpt_{name}"
-        value = getattr(cfg.checkpoint, option)
-        if cfg.checkpoint.async_save and value != defaults[option].default:
+    asked = unbuilt_values(cfg.checkpoint) if cfg.checkpoint.async_save else {}
+    for name in (
+        "async_ckpt_cpu_priority", "async_ckpt_io_priority", "async_ckpt_use_cpu_shm", "use_persistent_ckpt_worker"
+    ):  # fmt: skip
+        if name in asked:
             raise ValueError(
-                f"checkpoint.{option}={value} with checkpoint.async_save=true: a thread of each rank writes, which has "
-                f"no such option; leave it at {defaults[option].default}"
+                f"checkpoint.{name}={asked[name]} with checkpoint.async_save=true: a thread of each rank writes, which "
+                "has no such option; leave it out"
             )
 
 

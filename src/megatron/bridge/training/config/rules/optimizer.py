@@ -7,6 +7,7 @@ import logging
 import torch
 
 from megatron.bridge.training.config.sections import RunSections
+from megatron.bridge.utils.section import unbuilt_values
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +77,7 @@ def check_offload_has_no_fsdp(cfg: RunSections, world_size: int) -> None:
     options = {
         "ddp.use_megatron_fsdp": cfg.ddp.use_megatron_fsdp,
         "ddp.use_custom_fsdp": cfg.ddp.use_custom_fsdp,
-        "dist.use_megatron_fsdp": cfg.dist.use_megatron_fsdp,
-        "dist.use_torch_fsdp2": cfg.dist.use_torch_fsdp2,
+        **{f"dist.{name}": unbuilt_values(cfg.dist).get(name) for name in ("use_megatron_fsdp", "use_torch_fsdp2")},
     }
     for option, is_on in options.items():
         if is_on:

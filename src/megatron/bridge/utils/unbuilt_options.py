@@ -1,0 +1,204 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""The options that Megatron Bridge has and this package doesn't, in one table.
+
+`section.py` asks it where a section is made, set or read; files and command lines ask it too. When something is built,
+delete its row and add the field.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """One row: an option, the values that ask for nothing new, and the way out."""
+
+    option: str
+    """Section and field, e.g. checkpoint.async_save; or a section alone."""
+
+    accepted: tuple[Any, ...] = (None, False)
+    """Values that work."""
+
+    instead: str = ""
+    """What to do. Empty: set the first accepted value."""
+
+
+_NO_DUMPS = "write whole checkpoints (checkpoint.save_interval) instead"
+_NO_FSDP = "use the distributed optimizer (ddp.use_distributed_optimizer=true) instead"
+_FROM_LM = "convert the checkpoint first and set the options in the configuration"
+_NO_OVERLAP = "set comm_overlap=null; ddp.overlap_grad_reduce and ddp.overlap_param_gather do what they say"
+_OVERLAPS = (
+    "tp_comm_overlap tp_comm_overlap_cfg tp_comm_bootstrap_backend overlap_p2p_comm batch_p2p_comm overlap_grad_reduce "
+    "overlap_param_gather overlap_param_gather_with_optimizer_step align_param_gather bucket_size "
+    "defer_embedding_wgrad_compute wgrad_deferral_limit data_parallel_size"
+).split()
+_ONE_PROCESS_GROUP_STYLE = "leave it off: process groups are made at the start, in Core's global state"
+
+UNSUPPORTED = (
+    # whole sections
+    Unsupported("ft", (None,), "restart the job from its newest checkpoint instead"),
+    Unsupported("straggler", (None,)),
+    Unsupported("nvrx_straggler", (None,)),
+    Unsupported("tensor_inspect", (None,)),
+    Unsupported("inprocess_restart", (None,), "restart the job from its newest checkpoint instead"),
+    # length of the run and its checks
+    # Core from 0.17 ignores it, and the data is read in batches of one size
+    Unsupported("train.rampup_batch_size", (None,), "set train.global_batch_size alone"),
+    Unsupported("train.num_epochs", (None,), "set train.train_iters or train.train_samples instead"),
+    Unsupported("train.check_optimizer_step_success"),
+    Unsupported("train.check_weight_hash_across_dp_replicas_interval"),
+    Unsupported("train.train_sync_interval"),
+    Unsupported("train.empty_unused_memory_level", (0,)),
+    Unsupported("train.decrease_batch_size_if_needed"),
+    Unsupported("validation.multiple_validation_sets"),
+    Unsupported("validation.validation_set_names"),
+    Unsupported("validation.start_eval_at_iter"),
+    Unsupported("validation.test_mode"),
+    Unsupported("profiling.use_nsys_profiler", (False, None), "set profiling.use_pytorch_profiler=true"),
+    Unsupported("profiling.pytorch_profiler_collect_chakra"),
+    Unsupported("profiling.record_memory_history"),
+    Unsupported("profiling.nvtx_ranges", (False, None), "set profiling.use_pytorch_profiler=true"),
+    # the optimizer
+    Unsupported("scheduler.max_steps", (None,), "set scheduler.lr_decay_iters instead"),
+    Unsupported("rerun_state_machine.rerun_mode", ("disabled",)),
+    Unsupported("rerun_state_machine.error_injection_rate", (0,)),
+    # process groups
+    Unsupported("dist.align_grad_reduce", (True,)),
+    Unsupported("dist.disable_jit_fuser"),
+    Unsupported("dist.use_megatron_fsdp", (False,), _NO_FSDP),
+    Unsupported("dist.use_torch_fsdp2", (False,), _NO_FSDP),
+    Unsupported("ddp.use_megatron_fsdp", (False,), _NO_FSDP),
+    Unsupported("ddp.use_custom_fsdp", (False,), _NO_FSDP),
+    Unsupported("dist.lazy_mpu_init", (False,), _ONE_PROCESS_GROUP_STYLE),
+    Unsupported("dist.lazy_init", (False,), _ONE_PROCESS_GROUP_STYLE),
+    Unsupported("dist.use_decentralized_pg", (False,), _ONE_PROCESS_GROUP_STYLE),
+    Unsupported("dist.use_tp_pp_dp_mapping"),
+    Unsupported("dist.use_sharp"),
+    Unsupported("dist.sharp_enabled_group"),
+    Unsupported("dist.nccl_communicator_config_path"),
+    Unsupported("dist.high_priority_stream_groups", (None, [])),
+    # the model: what Core only knows the number of, and needs more of a run than its configuration
+    Unsupported("model.mtp_num_layers", (None, 0), "layers that predict further tokens aren't built; leave it unset"),
+    Unsupported("model.multi_latent_attention", (False,), "no supported family has it"),
+    Unsupported("model.heterogeneous_block_specs", (False,), "set model.transformer_layer_spec instead"),
+    Unsupported("model.qk_clip", (False,)),
+    Unsupported("model.use_mup"),  # Core from 0.18
+    Unsupported("model.external_cuda_graph", (False,)),
+    Unsupported("model.cuda_graph_impl", ("none", "local", None)),
+    Unsupported("model.context_parallel_size", (1,), "shorten model.seq_length or raise tensor parallelism instead"),
+    Unsupported("model.fp8_quantizer_factory", (None,), "choose a model.fp8_recipe of Transformer Engine's instead"),
+    Unsupported("model.fp4_quantizer_factory", (None,), "choose a model.fp4_recipe of Transformer Engine's instead"),
+    # overlap of communication and compute
+    *(Unsupported(f"comm_overlap.{name}", (None, False), _NO_OVERLAP) for name in _OVERLAPS),
+    # what is saved and loaded
+    Unsupported("checkpoint.ckpt_format", ("torch_dist",)),
+    Unsupported(
+        "checkpoint.ckpt_convert_format", (None,), "python -m megatron.bridge.convert converts to Hugging Face"
+    ),
+    Unsupported("checkpoint.ckpt_convert_save"),
+    Unsupported("checkpoint.ckpt_convert_update_legacy_dist_opt_format"),
+    Unsupported("checkpoint.save_params_interval", (None,), _NO_DUMPS),
+    Unsupported("checkpoint.save_activations_interval", (None,), _NO_DUMPS),
+    Unsupported("checkpoint.save_tokens_per_expert_interval", (None,), _NO_DUMPS),
+    Unsupported("checkpoint.save_wgrads_interval", (None,), _NO_DUMPS),
+    Unsupported("checkpoint.save_dgrads_interval", (None,), _NO_DUMPS),
+    Unsupported("checkpoint.non_persistent_ckpt_type", (None, "None", "local", "global"), "set it to local or global"),
+    Unsupported("checkpoint.replication"),
+    Unsupported("checkpoint.replication_jump"),
+    Unsupported("checkpoint.use_checkpoint_args", (False,), _FROM_LM),
+    Unsupported("checkpoint.use_mp_args_from_checkpoint_args", (False,), _FROM_LM),
+    Unsupported("checkpoint.auto_detect_ckpt_format", (False,), "the format is torch_dist"),
+    Unsupported("checkpoint.dist_ckpt_save_pre_mcore_014"),
+    Unsupported("checkpoint.distrib_optim_fully_reshardable_mem_efficient"),
+    Unsupported("checkpoint.ckpt_fully_parallel_save_process_group", ("dp",)),
+    Unsupported("checkpoint.ckpt_fully_parallel_load_process_group", ("dp",)),
+    Unsupported("checkpoint.ckpt_assume_constant_structure"),
+    Unsupported("checkpoint.storage_writers_per_rank", (1,)),
+    Unsupported("checkpoint.dist_ckpt_workers", (1,)),
+    Unsupported("checkpoint.custom_manager_class"),
+    Unsupported(
+        "checkpoint.also_save_hf_checkpoint", (False,), "export afterwards: python -m megatron.bridge.convert export"
+    ),
+    Unsupported("checkpoint.hf_distributed_save"),
+    Unsupported("checkpoint.hf_trust_remote_code"),
+)
+"""Options that are refused unless they hold an accepted value."""
+
+
+@dataclass(frozen=True)
+class WithoutEffect:
+    """One row: an option that is accepted with any value of its type, and changes nothing; the log says so."""
+
+    option: str
+    """Section and field."""
+
+    default: Any = False
+    """What it holds unless it is set; or a function that says it."""
+
+    hint: Any = bool
+    """Its type."""
+
+    @property
+    def neutral(self) -> Any:
+        """What it holds unless it is set."""
+        return self.default() if callable(self.default) else self.default
+
+
+NOT_BUILT = (
+    *(
+        WithoutEffect(f"logger.{name}")
+        for name in (
+            "log_timers_to_tensorboard log_memory_to_tensorboard log_device_memory_used "
+            "log_l2_norm_grad_to_tensorboard log_num_zeros_in_grad log_max_attention_logit log_energy"
+        ).split()
+    ),
+    WithoutEffect("logger.memory_keys", None, dict[str, str] | None),
+    WithoutEffect("logger.log_memory_interval", None, int | None),
+    WithoutEffect("logger.timing_log_level", 0, Literal[0, 1, 2]),
+)
+"""Options that only ask for more to be shown."""
+
+OF_NO_USE = (
+    WithoutEffect("train.exit_signal_handler_for_dataloader"),
+    WithoutEffect("dist.local_rank", lambda: int(os.getenv("LOCAL_RANK", "0")), int),
+    WithoutEffect(
+        "rerun_state_machine.error_injection_type",
+        "transient_error",
+        Literal["correct_result", "transient_error", "persistent_error"],
+    ),
+    WithoutEffect("logger.timing_log_option", "minmax", Literal["max", "minmax", "all"]),
+    WithoutEffect("logger.barrier_with_L1_time", True),
+    WithoutEffect("profiling.memory_snapshot_path", "snapshot.pickle", str),
+    WithoutEffect("checkpoint.use_tokenizer_model_from_checkpoint_args", True),
+    WithoutEffect("checkpoint.async_strategy", "nvrx", Literal["nvrx", "mcore"]),
+    WithoutEffect("checkpoint.use_persistent_ckpt_worker", True),
+    WithoutEffect("checkpoint.async_ckpt_cpu_priority", 10, int),
+    WithoutEffect("checkpoint.async_ckpt_io_priority", 3, int | None),
+    WithoutEffect("checkpoint.async_ckpt_use_cpu_shm"),
+    WithoutEffect("checkpoint.async_write_results_mp_mode", "fork", Literal["fork", "spawn"]),
+    WithoutEffect("checkpoint.strict_fsdp_dtensor_load"),
+    WithoutEffect("checkpoint.replication_factor", 2, int),
+    WithoutEffect("checkpoint.stream_ckpt_dequant", True),
+    WithoutEffect("checkpoint.hf_source_path", None, str | None),
+    WithoutEffect("checkpoint.hf_save_every_n_ranks", 1, int),
+    WithoutEffect("dataset.persistent_workers"),
+    WithoutEffect("dataset.data_sharding", True),
+    WithoutEffect("dataset.packed_sequence_specs.tokenizer_model_name", None, str | None),
+    WithoutEffect("dataset.offline_packing_specs.tokenizer_model_name", None, str | None),
+)
+"""Options about how something is done that is done otherwise here, or not at all."""
+
+_TABLE = {row.option: WithoutEffect(row.option, row.accepted[0], Any | None) for row in UNSUPPORTED} | {
+    row.option: row for row in (*NOT_BUILT, *OF_NO_USE)
+}
+
+
+def unbuilt_names(section: str) -> list[str]:
+    """The names of a section's rows; empty: the container's."""
+    return [option.rpartition(".")[2] for option in _TABLE if option.rpartition(".")[0] == section]
+
+
+def unbuilt_option(option: str) -> WithoutEffect | None:
+    """Default and type of an option that only Megatron Bridge has; None: it hasn't got it either, or both have it."""
+    return _TABLE.get(option)
