@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from megatron.bridge.checkpoint import layout
+from megatron.bridge.checkpoint import iterations
 from megatron.bridge.utils.replaced import replaced
 from tests.rigs.on_ranks import Recorder, differing, make_pretrained
 from tests.rigs.ranks import run_on_ranks
@@ -62,7 +62,7 @@ class _Watcher(Recorder):
 
 
 def _tracked(root):
-    tracker = layout.read_tracker(root)
+    tracker = iterations.read_tracker(root)
     return None if tracker is None else tracker.iteration
 
 
@@ -140,8 +140,8 @@ def test_without_the_copy_later_steps_are_in_it(directory, offload):
 
 def test_pruning_waits_for_the_new_one(directory):
     run_on_ranks(_run, 2, directory, save="kept", async_save=True, most_recent_k=1)
-    assert [iteration for iteration, _ in layout.iterations(directory / "kept")] == [7]
-    assert _tracked(directory / "kept") == 7 and layout.leftovers(directory / "kept") == []
+    assert [iteration for iteration, _ in iterations.iterations(directory / "kept")] == [7]
+    assert _tracked(directory / "kept") == 7 and iterations.leftovers(directory / "kept") == []
 
 
 def _run_that_cannot_write(directory, *, rank):
@@ -175,7 +175,7 @@ def test_an_error_of_the_writer_ends_all_ranks_at_a_following_step(directory, ra
         assert error.startswith("OSError" if own_rank == rank else "RuntimeError: writing") and "\n" not in error
         assert steps == answers[0][1] < STEPS
     assert _tracked(directory / "full") is None
-    assert [path.name for path in layout.leftovers(directory / "full")] == [".iter_0000002.saving"]
+    assert [path.name for path in iterations.leftovers(directory / "full")] == [".iter_0000002.saving"]
 
 
 class _Failing(Recorder):
@@ -207,4 +207,4 @@ def test_a_run_that_fails_gives_up_what_it_writes(directory):
     for error, writing in run_on_ranks(_run_that_fails_while_it_writes, 2, directory):
         assert "a callback's own error" in error and writing == []
     assert _tracked(directory / "given_up") is None
-    assert [path.name for path in layout.leftovers(directory / "given_up")] == [".iter_0000003.saving"]
+    assert [path.name for path in iterations.leftovers(directory / "given_up")] == [".iter_0000003.saving"]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from megatron.core import __version__ as core_version
 
-from megatron.bridge.checkpoint import layout
+from megatron.bridge.checkpoint import iterations
 from megatron.bridge.checkpoint.model_checkpoint import commit_checkpoint, prepare_save
 from tests.rigs.on_ranks import Recorder, differing, make_pretrained
 from tests.rigs.ranks import RankError, run_on_ranks
@@ -102,11 +102,11 @@ def test_a_full_disk_ends_all_ranks_and_the_run_goes_on_from_the_save_before(dir
         assert f".iter_0000004.saving can't be written on rank {failing_rank} (No space left on device)" in error
         assert error.startswith("OSError" if rank == failing_rank else "RuntimeError") and "\n" not in error
     root = directory / "checkpoints"
-    assert layout.resolve_checkpoint(root).name == "iter_0000002"
-    assert [path.name for path in layout.leftovers(root)] == [".iter_0000004.saving"]
+    assert iterations.resolve_checkpoint(root).name == "iter_0000002"
+    assert [path.name for path in iterations.leftovers(root)] == [".iter_0000004.saving"]
     resumed = run_on_ranks(_run, 2, directory)
     _ends_as(resumed, whole, losses_from=2)
-    assert layout.leftovers(root) == [] and layout.resolve_checkpoint(root).name == "iter_0000004"
+    assert iterations.leftovers(root) == [] and iterations.resolve_checkpoint(root).name == "iter_0000004"
 
 
 def _ends_as(resumed, whole, *, losses_from):
@@ -141,9 +141,9 @@ def test_a_save_starts_no_process_that_could_die_under_it(directory):
 
 def _fill(directory, mark):
     """What a save writes before its closing steps, in small."""
-    for name in ("__0_0.distcp", layout.DCP_METADATA_FILE):
+    for name in ("__0_0.distcp", iterations.DCP_METADATA_FILE):
         (directory / name).write_text(mark)
-    (directory / layout.METADATA_FILE).write_text(json.dumps({"sharded_backend": "torch_dist"}))
+    (directory / iterations.METADATA_FILE).write_text(json.dumps({"sharded_backend": "torch_dist"}))
 
 
 def _save(root, iteration, mark, *, keep=0):
@@ -154,7 +154,7 @@ def _save(root, iteration, mark, *, keep=0):
 
 def _close(unfinished, iteration, mark, *, keep):
     commit_checkpoint(unfinished, iteration, run_config={"mark": mark}, train_state={"step": torch.tensor(iteration)})
-    layout.prune(unfinished.parent, keep)
+    iterations.prune(unfinished.parent, keep)
 
 
 EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
@@ -195,15 +195,15 @@ def test_killed_between_any_two_closing_steps_a_complete_checkpoint_is_found(tmp
         unfinished = prepare_save(root, iteration, option="root")
         _fill(unfinished, "new")
         is_done = _close_until_event(number, unfinished, iteration, "new", keep=1)
-        directory = layout.resolve_checkpoint(root)
+        directory = iterations.resolve_checkpoint(root)
         mark = (directory / "__0_0.distcp").read_text()
-        assert (directory / layout.CONFIG_FILE).read_text() == f"mark: {mark}\n", number
-        step = int(torch.load(directory / layout.TRAIN_STATE_FILE)["step"])
+        assert (directory / iterations.CONFIG_FILE).read_text() == f"mark: {mark}\n", number
+        step = int(torch.load(directory / iterations.TRAIN_STATE_FILE)["step"])
         assert step == (iteration if mark == "new" else 2), number
         found.append(mark if directory.name.startswith("iter_") else "taken aside")
         _save(root, iteration, "next", keep=1)
-        assert layout.leftovers(root) == [] and [left for left, _ in layout.iterations(root)] == [iteration]
-        assert (layout.resolve_checkpoint(root) / "__0_0.distcp").read_text() == "next"
+        assert iterations.leftovers(root) == [] and [left for left, _ in iterations.iterations(root)] == [iteration]
+        assert (iterations.resolve_checkpoint(root) / "__0_0.distcp").read_text() == "next"
     assert number > 15 and found[0] == "old" and found[-1] == "new"
     assert ("taken aside" in found) == (iteration == 2)
 

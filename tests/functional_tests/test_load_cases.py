@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.bridge.checkpoint import layout
+from megatron.bridge.checkpoint import iterations
 from tests.rigs.load import (
     SAVED_SEED,
     STATE,
@@ -38,7 +38,7 @@ def directory(tmp_path_factory):
     path = tmp_path_factory.mktemp("load_cases")
     run_on_ranks(make_pretrained, 2, path / "pretrained")
     shutil.copytree(path / "pretrained" / "iter_0000000", path / "released" / "release")
-    layout.write_tracker(path / "released", 0, release=True)
+    iterations.write_tracker(path / "released", 0, release=True)
     (path / "empty").mkdir()
     return path
 
@@ -282,7 +282,7 @@ def _saved_below_a_newer_iteration(directory):
 
 
 def _what_is_left(root):
-    return [iteration for iteration, _ in layout.iterations(root)], layout.read_tracker(root).iteration
+    return [iteration for iteration, _ in iterations.iterations(root)], iterations.read_tracker(root).iteration
 
 
 def test_pruning_never_removes_the_trackers_iteration(directory, saved):

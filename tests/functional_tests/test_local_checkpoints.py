@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from megatron.bridge.checkpoint import layout
+from megatron.bridge.checkpoint import iterations
 from tests.rigs.load import refusal
 from tests.rigs.non_persistent import config_of, files_of, needs_the_package, run_saving
 from tests.rigs.on_ranks import make_pretrained
@@ -82,7 +82,7 @@ PLANS = {
 def test_the_newest_of_local_and_persistent_wins(both):
     if not (both / "two").exists():
         shutil.copytree(both / "full", both / "two")
-        layout.write_tracker(both / "two", 2)
+        iterations.write_tracker(both / "two", 2)
         for later in (3, 4):
             shutil.rmtree(both / "two" / f"iter_{later:07d}")
     cases = {name: {"checkpoint": checkpoint} for name, (checkpoint, _) in PLANS.items()}

@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 
-from megatron.bridge.checkpoint import layout
+from megatron.bridge.checkpoint import iterations
 from megatron.bridge.utils.replaced import replaced
 from tests.rigs.load import STATE, STILL, parts_equal, refusal
 from tests.rigs.non_persistent import (
@@ -179,12 +179,12 @@ def test_the_newest_of_persistent_and_global_wins(directory, named):
         )
 
     whole = run(5)
-    assert [step for step, _ in layout.iterations(directory / "full")] == [3, 5]
+    assert [step for step, _ in iterations.iterations(directory / "full")] == [3, 5]
     shutil.rmtree(directory / "full")
     shutil.rmtree(place, ignore_errors=True)
     run_on_ranks(_stop_at, 2, directory, 5, train_iters=5, checkpoint=checkpoint)
-    assert [step for step, _ in layout.iterations(directory / "full")] == [3]
-    assert [step for step, _ in layout.iterations(place)] == [4], "the newest alone is kept"
+    assert [step for step, _ in iterations.iterations(directory / "full")] == [3]
+    assert [step for step, _ in iterations.iterations(place)] == [4], "the newest alone is kept"
     resumed = run(5)
     for after, uninterrupted in zip(resumed, whole, strict=True):
         assert after["steps"] == [5] and after["losses"] == uninterrupted["losses"][4:]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.bridge.checkpoint import layout
+from megatron.bridge.checkpoint import iterations
 from megatron.bridge.training.config import TrainingConfig
 from megatron.bridge.training.monitoring.preemption import Preempted, catch_exit_signal
 from megatron.bridge.utils.exit_codes import PREEMPTED
@@ -52,7 +52,7 @@ def _assert_preempted(run, *, saved):
     """Both ranks ended in time, with the exit code, and the last step that was taken is saved."""
     assert run.join(SECONDS), run.errors()
     assert [process.exitcode for process in run.processes] == [PREEMPTED] * RANKS, run.errors()
-    tracker = layout.read_tracker(run.directory / "checkpoints")
+    tracker = iterations.read_tracker(run.directory / "checkpoints")
     assert (tracker is None) if saved is None else (tracker.iteration == max(run.losses()[0]) == saved)
 
 
@@ -112,7 +112,7 @@ def test_torchrun_starts_a_killed_rank_again_and_hands_the_signal_on(tmp_path, w
     said = (tmp_path / "torchrun.txt").read_text()
     assert (run.directory / "killed").exists() and "failed (exitcode: -9) local_rank: 1" in said
     assert "SIGTERM has arrived on rank 1" in said and "stopped by a signal after step" in said
-    tracker = layout.read_tracker(run.directory / "checkpoints")
+    tracker = iterations.read_tracker(run.directory / "checkpoints")
     assert KILLED_AT <= tracker.iteration == max(run.losses()[0]) < STEPS
 
     run.start()

@@ -20,7 +20,7 @@ def readers() -> list[Reader]:
 
 
 def _plain_files() -> list[Reader]:
-    from megatron.bridge.checkpoint import layout
+    from megatron.bridge.checkpoint import iterations
     from megatron.bridge.checkpoint.manifest import check_files_of, read_manifest
     from megatron.bridge.checkpoint.model_checkpoint import read_run_config
     from megatron.bridge.models.gpt_provider import GPTModelProvider
@@ -30,13 +30,13 @@ def _plain_files() -> list[Reader]:
     odd = (b"null", b"[]", b"{}", b'"', b"-", b"\n", b"release", b"\x00", b"\xd9\xa3", b"..", b"/", b"{" * 3000)
 
     def tracked(path: Path) -> Any:
-        return layout.resolve_checkpoint(path.parent)
+        return iterations.resolve_checkpoint(path.parent)
 
     def described(path: Path) -> Any:
-        return layout.why_incomplete(path.parent)
+        return iterations.why_incomplete(path.parent)
 
     def listed(path: Path) -> Any:
-        (path.parent / layout.METADATA_FILE).write_bytes(b"abc")
+        (path.parent / iterations.METADATA_FILE).write_bytes(b"abc")
         return read_manifest(path.parent), check_files_of(path.parent, lambda _: True)
 
     def configured(path: Path) -> Any:
@@ -46,11 +46,11 @@ def _plain_files() -> list[Reader]:
     words = (*odd, *NUMBERS, *NESTED)
     path_words = (b'"../../../etc/passwd"', b'"/dev/zero"', b'"/dev/stdin"', b'"."', b'""')
     return [
-        Reader(layout.TRACKER_FILE, tracked, (b"6", b"release", b"0000012"), words),
-        Reader(layout.METADATA_FILE, described, (b'{"sharded_backend": "torch_dist"}',), words),
+        Reader(iterations.TRACKER_FILE, tracked, (b"6", b"release", b"0000012"), words),
+        Reader(iterations.METADATA_FILE, described, (b'{"sharded_backend": "torch_dist"}',), words),
         Reader("manifest.json", listed, (json.dumps(manifest).encode(),), (*words, *path_words)),
         Reader(
-            layout.CONFIG_FILE,
+            iterations.CONFIG_FILE,
             configured,
             (b"model:\n  _target_: x.Y\n  num_layers: 2\ntrain: {train_iters: 3}\n",),
             (*words, b"&a ", b"*a", b"!!python/object/apply:os.system ['touch hacked']", TARGET, *TAGS, LAUGHS),

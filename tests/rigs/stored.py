@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron.bridge.checkpoint import layout
+from megatron.bridge.checkpoint import iterations
 
 
 def stored_content(root: str | Path, iteration: int) -> dict[tuple, Any]:
     """Every tensor and object that an iteration holds, by key and place in the whole tensor; nothing is executed."""
-    directory = layout.checkpoint_name(root, iteration)
+    directory = iterations.checkpoint_name(root, iteration)
     content = {}
     for index, part in FileSystemReader(directory).read_metadata().storage_data.items():
         stored = (directory / part.relative_path).read_bytes()[part.offset : part.offset + part.length]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.tensor_aware_state_dict import HAVE_NVRX
 
-from megatron.bridge.checkpoint import layout, model_checkpoint
+from megatron.bridge.checkpoint import iterations, model_checkpoint
 from tests.rigs.on_ranks import fill_weights
 from tests.rigs.sync import EXPERTS, SIZES, Model, Rig, config, start
 from tests.rigs.sync_matrix import SCALED, WAYS
@@ -34,7 +34,7 @@ def write_checkpoints(directory: Path, model: Model) -> None:
     model_checkpoint.save_model_checkpoint(chunks, directory / "pretrained", run_config=run_config)
     if is_rank_0():
         shutil.copytree(directory / "pretrained" / "iter_0000000", directory / "released" / "release")
-        layout.write_tracker(directory / "released", 0, release=True)
+        iterations.write_tracker(directory / "released", 0, release=True)
     barrier()
     exact = model_checkpoint.model_sharded_state_dict(chunks)
     model_checkpoint.read_in_fp32(exact)

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from megatron.core import __version__ as core_version
 
-from megatron.bridge.checkpoint import layout
+from megatron.bridge.checkpoint import iterations
 from megatron.bridge.training.monitoring.metrics import METRICS_FILE, read_metrics
 from tests.soak.faults import FAULTS, Fault, complete
 from tests.soak.run import RUN_SECONDS, Run, check_equal, wait_for, warm_up
@@ -102,7 +102,7 @@ def _strike_until_it_ends(
 
 def _next(run: Run, schedule: list[Fault]) -> Fault | None:
     """The next fault that can strike this run now."""
-    is_led_there = not run.is_set_back() and (run.checkpoints / layout.TRACKER_FILE).exists()
+    is_led_there = not run.is_set_back() and (run.checkpoints / iterations.TRACKER_FILE).exists()
     there = len(complete(run)) if is_led_there else 0
     return next((fault for fault in schedule if fault.needs <= there), None)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from megatron.bridge.checkpoint import layout
+from megatron.bridge.checkpoint import iterations
 from tests.soak.rank import RANKS, clock_jumps, disk_fills_up, export
 from tests.soak.run import ALONE_SECONDS, RUN_SECONDS, Run, context, sleep_while, wait_for, wait_for_saves
 
@@ -39,7 +39,7 @@ class Fault:
 
 def complete(run: Run) -> list[int]:
     """The complete iterations, oldest first."""
-    return [iteration for iteration, path in layout.iterations(run.checkpoints) if layout.is_complete(path)]
+    return [iteration for iteration, path in iterations.iterations(run.checkpoints) if iterations.is_complete(path)]
 
 
 # SIGKILL: one rank or all, at a moment.
@@ -142,12 +142,12 @@ def error_line(run: Run, rank: int) -> str:
 
 
 def _tear(run: Run, choose: random.Random, *, damage: Callable[[bytes, random.Random], bytes]) -> bool:
-    directory = layout.find_checkpoint(run.checkpoints)
+    directory = iterations.find_checkpoint(run.checkpoints)
     path = choose.choice(sorted(path for path in directory.rglob("*") if path.is_file()))
     path.write_bytes(damage(path.read_bytes(), choose))
     run.start()
     _is_refused(run, path.name)
-    steps = [step for step in complete(run) if layout.checkpoint_name(run.checkpoints, step) != directory]
+    steps = [step for step in complete(run) if iterations.checkpoint_name(run.checkpoints, step) != directory]
     run.go_back_to(steps[-1])
     return True
 
@@ -164,11 +164,11 @@ def _zeros_inside(content: bytes, choose: random.Random) -> bytes:
 
 
 def _tear_the_tracker(run: Run, choose: random.Random) -> bool:
-    tracker = run.checkpoints / layout.TRACKER_FILE
+    tracker = run.checkpoints / iterations.TRACKER_FILE
     text, newest = tracker.read_text(), complete(run)[-1]
     tracker.write_text(choose.choice([text[:-1], "", "\0" * len(text), f"{text}\0\0"]))
     run.start()
-    _is_refused(run, layout.TRACKER_FILE)
+    _is_refused(run, iterations.TRACKER_FILE)
     assert str(newest) in error_line(run, 0), "the refusal doesn't say what may be written into it"
     tracker.write_text(str(newest))
     return True

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron.bridge.checkpoint import layout
+from megatron.bridge.checkpoint import iterations
 from megatron.bridge.training.gpt_step import forward_step
 from tests.rigs.stored import stored_content, unequal
 from tests.soak.rank import RANKS, STEPS, train_one_rank
@@ -184,7 +184,7 @@ def check_equal(run: Run, whole: Run) -> None:
     first, second = (stored_content(each.checkpoints, STEPS) for each in (run, whole))
     differing = unequal(first, second)
     assert differing == set(), f"the last checkpoint differs from the uninterrupted run's: {sorted(differing)}"
-    there = [iteration for iteration, _ in layout.iterations(run.checkpoints)]
+    there = [iteration for iteration, _ in iterations.iterations(run.checkpoints)]
     # The one before goes when the next is complete: each start that is struck in between may leave one behind.
     most = 2 + run.attempt
     assert there[-2:] == [STEPS - 2, STEPS] and len(there) <= most, f"the newest two are kept, found {there}"

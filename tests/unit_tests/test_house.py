@@ -247,8 +247,8 @@ def test_unit_tests_stand_in_the_room_of_their_module_under_its_name():
     [
         ("utils/files.py", "from megatron.bridge.training.train import train"),
         ("utils/files.py", "from megatron.bridge import AutoBridge"),
-        ("checkpoint/layout.py", "import megatron.bridge.models.llama"),
-        ("checkpoint/layout.py", "from ..models import llama"),
+        ("checkpoint/iterations.py", "import megatron.bridge.models.llama"),
+        ("checkpoint/iterations.py", "from ..models import llama"),
         ("data/sft.py", "from megatron.bridge.models.llama import FAMILY"),
         ("data/sft.py", "def late():\n    from megatron.bridge import peft"),
         ("models/conversion/load.py", "from ...training import train"),

@@ -55,7 +55,7 @@ def read_tokenizer_files(args: argparse.Namespace) -> "tuple[HuggingFaceTokenize
     Raises:
         FileNotFoundError: There is no tokenizer.
     """
-    from megatron.bridge.checkpoint.layout import TOKENIZER_DIRECTORY, resolve_checkpoint
+    from megatron.bridge.checkpoint.iterations import TOKENIZER_DIRECTORY, resolve_checkpoint
     from megatron.bridge.data.config import TokenizerConfig
     from megatron.bridge.data.tokenizer import HuggingFaceTokenizer, build_tokenizer
     from megatron.bridge.models.conversion.hf_config import find_hf_directory

@@ -20,7 +20,7 @@ THE_FILES = (
     Mutant(
         name="small files not compared",
         breaks="a flipped bit in the configuration is believed",
-        where="megatron.bridge.checkpoint.layout:resolve_checkpoint",
+        where="megatron.bridge.checkpoint.iterations:resolve_checkpoint",
         change=without_call("check_files_of"),
         tests=(f"{_BAD_INPUT}a_damaged_checkpoint[configuration]",),
     ),

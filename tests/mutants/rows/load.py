@@ -127,7 +127,7 @@ THE_LOAD = (
     Mutant(
         name="experts' optimizer overlooked",
         breaks="a model with experts starts with a fresh optimizer",
-        where="megatron.bridge.checkpoint.layout:OPTIMIZER_KEY",
+        where="megatron.bridge.checkpoint.iterations:OPTIMIZER_KEY",
         change=value(0, r'r"optimizer\."', of="compile"),
         tests=(_FOUND_BY_NAME,),
     ),

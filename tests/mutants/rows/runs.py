@@ -144,6 +144,8 @@ RUNS = (
         breaks="a complete checkpoint's run dies of an old one that can't be removed",
         where="megatron.bridge.utils.files:clean_up",
         change=expression("OSError", "KeyError"),
-        tests=("tests/unit_tests/checkpoint/test_layout.py::test_what_cannot_be_removed_is_a_warning_and_tried_again",),
+        tests=(
+            "tests/unit_tests/checkpoint/test_iterations.py::test_what_cannot_be_removed_is_a_warning_and_tried_again",
+        ),
     ),
 )

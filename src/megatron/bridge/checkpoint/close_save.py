@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron.bridge.checkpoint import layout
+from megatron.bridge.checkpoint import iterations
 from megatron.bridge.checkpoint.model_checkpoint import commit_checkpoint
 from megatron.bridge.utils.distributed import is_rank_0, raise_on_all_ranks
 
@@ -48,7 +48,7 @@ def close_save(
             seconds = time.monotonic() - started
             try:
                 logger.info("saved step %d to %s (%.1f MB in %.1f s)", step, directory, _megabytes(directory), seconds)
-                for old in layout.prune(directory.parent, keep, retain_interval=retain_interval):
+                for old in iterations.prune(directory.parent, keep, retain_interval=retain_interval):
                     logger.info("removed %s (the newest %d are kept)", old, keep)
             except OSError as error:  # the checkpoint is complete, so nothing after it may end the run
                 logger.warning("looking for older checkpoints in %s failed: %s", directory.parent, error)

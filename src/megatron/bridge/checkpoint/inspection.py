@@ -8,7 +8,7 @@ from typing import Any
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from tqdm import tqdm
 
-from megatron.bridge.checkpoint import layout
+from megatron.bridge.checkpoint import iterations
 from megatron.bridge.checkpoint.manifest import ALGORITHM, MANIFEST_FILE, damage_of, read_manifest
 from megatron.bridge.checkpoint.model_checkpoint import read_run_config
 from megatron.bridge.checkpoint.safe_pickle import read_blob, read_dcp_metadata
@@ -27,7 +27,7 @@ def inspect(path: str | Path, ckpt_step: int | None = None) -> list[str]:
         FileNotFoundError: There is no checkpoint.
         ValueError: It is incomplete or damaged.
     """
-    directory = layout.resolve_checkpoint(path, ckpt_step)
+    directory = iterations.resolve_checkpoint(path, ckpt_step)
     files = [file for file in directory.rglob("*") if file.is_file()]
     manifest = "with checksums" if read_manifest(directory) is not None else f"no {MANIFEST_FILE}: can't be verified"
     sharding = stored_content_metadata(directory).get("distrib_optim_sharding_type")
@@ -39,7 +39,7 @@ def inspect(path: str | Path, ckpt_step: int | None = None) -> list[str]:
         *_train_state(directory),
         *_run(directory),
     ]
-    others = [str(iteration) for iteration, other in layout.iterations(directory.parent) if other != directory]
+    others = [str(iteration) for iteration, other in iterations.iterations(directory.parent) if other != directory]
     return [*lines, f"  beside it: {', '.join(others)}"] if others else lines
 
 
@@ -47,11 +47,11 @@ def _stored(directory: Path) -> list[str]:
     """Numbers and sizes of the tensors, by kind (weights, masters, moments), and the number of objects."""
     sizes: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     counts: dict[str, int] = defaultdict(int)
-    for key, stored in read_dcp_metadata(directory / layout.DCP_METADATA_FILE).state_dict_metadata.items():
+    for key, stored in read_dcp_metadata(directory / iterations.DCP_METADATA_FILE).state_dict_metadata.items():
         if not isinstance(stored, TensorStorageMetadata):
             counts["objects"] += 1
             continue
-        kind = "optimizer state" if layout.OPTIMIZER_KEY.match(key) else "weights"
+        kind = "optimizer state" if iterations.OPTIMIZER_KEY.match(key) else "weights"
         counts[kind] += 1
         dtype = stored.properties.dtype
         sizes[kind][str(dtype).removeprefix("torch.")] += stored.size.numel() * dtype.itemsize
@@ -64,7 +64,7 @@ def _stored(directory: Path) -> list[str]:
 
 
 def _train_state(directory: Path) -> list[str]:
-    path = directory / layout.TRAIN_STATE_FILE
+    path = directory / iterations.TRAIN_STATE_FILE
     if not path.is_file():
         return ["  no train state: weights alone"]
     state = read_blob(path)
@@ -76,8 +76,8 @@ def _train_state(directory: Path) -> list[str]:
 
 def _run(directory: Path) -> list[str]:
     """The run as described by `run_config.yaml`. The file may be someone else's, so anything may be missing."""
-    if not (directory / layout.CONFIG_FILE).is_file():
-        return [f"  no {layout.CONFIG_FILE}"]
+    if not (directory / iterations.CONFIG_FILE).is_file():
+        return [f"  no {iterations.CONFIG_FILE}"]
     model = _mapping(read_run_config(directory).get("model"))
     kind = str(model.get("_target_", "a model")).rpartition(".")[2]
     sizes = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size", "num_moe_experts")
@@ -105,7 +105,7 @@ def verify(path: str | Path, ckpt_step: int | None = None) -> tuple[list[str], i
         FileNotFoundError: There is no checkpoint.
         ValueError: It is incomplete, or has no manifest.
     """
-    directory = layout.find_checkpoint(path, ckpt_step)
+    directory = iterations.find_checkpoint(path, ckpt_step)
     listed = read_manifest(directory)
     if listed is None:
         raise ValueError(

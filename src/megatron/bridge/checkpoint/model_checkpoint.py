@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTe
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 
-from megatron.bridge.checkpoint import layout
+from megatron.bridge.checkpoint import iterations
 from megatron.bridge.checkpoint.manifest import write_manifest
 from megatron.bridge.checkpoint.partial_stacks import split_partial_stacks
 from megatron.bridge.checkpoint.sharded_save import save_sharded
@@ -166,11 +166,11 @@ def prepare_save(root: str | Path, iteration: int, *, option: str) -> Path:
     Raises:
         ValueError: `root` can't be written.
     """
-    unfinished = layout.unfinished_name(root, iteration)
+    unfinished = iterations.unfinished_name(root, iteration)
     with raise_on_all_ranks(f"preparing {root}"):
         if is_rank_0():
             check_writable_directory(root, option)
-            layout.clear_leftovers(root)
+            iterations.clear_leftovers(root)
             _make_empty(unfinished)
     return unfinished
 
@@ -198,19 +198,19 @@ def commit_checkpoint(
         The iteration's directory.
     """
     root = unfinished.parent
-    directory = layout.checkpoint_name(root, iteration)
+    directory = iterations.checkpoint_name(root, iteration)
     with raise_on_all_ranks(f"completing {directory}"):
         if is_rank_0():
-            with atomic_write(unfinished / layout.CONFIG_FILE) as file:
+            with atomic_write(unfinished / iterations.CONFIG_FILE) as file:
                 yaml.dump(run_config, file, Dumper=_SafeDumper, sort_keys=False)
             if train_state is not None:
-                _write_train_state(unfinished / layout.TRAIN_STATE_FILE, train_state)
+                _write_train_state(unfinished / iterations.TRAIN_STATE_FILE, train_state)
             write_manifest(unfinished)
             fsync_directory(unfinished)
             move_directory(unfinished, directory)
             if train_state is not None:
-                _write_train_state(root / f"{layout.TRACKER_PREFIX}_{layout.TRAIN_STATE_FILE}", train_state)
-            layout.write_tracker(root, iteration)
+                _write_train_state(root / f"{iterations.TRACKER_PREFIX}_{iterations.TRAIN_STATE_FILE}", train_state)
+            iterations.write_tracker(root, iteration)
     barrier()
     return directory
 
@@ -247,7 +247,7 @@ def load_model_weights(
         ValueError: Not complete, or for another model.
     """
     with raise_on_all_ranks(f"finding a checkpoint in {path}"):
-        directory = layout.resolve_checkpoint(path, ckpt_step)
+        directory = iterations.resolve_checkpoint(path, ckpt_step)
     template = wanted_weights(model_sharded_state_dict(model), is_wanted)
     load_model_state_dict(model, load_sharded(template, directory, strict=strict, verify=verify), is_wanted=is_wanted)
     return directory
@@ -260,7 +260,7 @@ def read_run_config(directory: str | Path) -> dict[str, Any]:
         FileNotFoundError: The directory has none.
         ValueError: It isn't YAML, or not a mapping of sections.
     """
-    path = Path(directory) / layout.CONFIG_FILE
+    path = Path(directory) / iterations.CONFIG_FILE
     try:
         content = parse_yaml(path.read_text(encoding="utf-8"), _SafeLoader)
     except FileNotFoundError:

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint import filesystem as torch_filesystem
 from torch.distributed.checkpoint.metadata import Metadata
 from tqdm import tqdm
 
-from megatron.bridge.checkpoint.layout import METADATA_FILE
+from megatron.bridge.checkpoint.iterations import METADATA_FILE
 from megatron.bridge.checkpoint.manifest import Checksums, ChecksumWriter, write_manifest
 from megatron.bridge.utils.distributed import is_rank_0, raise_on_all_ranks, rank, world_size
 from megatron.bridge.utils.files import atomic_write

@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Stora
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from megatron.bridge.checkpoint.layout import DCP_METADATA_FILE, METADATA_FILE
+from megatron.bridge.checkpoint.iterations import DCP_METADATA_FILE, METADATA_FILE
 from megatron.bridge.checkpoint.manifest import check_files_of, is_tensor_file
 from megatron.bridge.checkpoint.safe_pickle import read_blob, read_dcp_metadata
 from megatron.bridge.utils.distributed import raise_on_all_ranks, rank, world_size

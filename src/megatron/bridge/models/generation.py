@@ -91,7 +91,7 @@ def load_for_generation(
         FileNotFoundError: No checkpoint there, or no longer the model that adapters were trained on.
         ValueError: Not complete, or its model isn't one of Megatron Bridge's.
     """
-    from megatron.bridge.checkpoint.layout import resolve_checkpoint
+    from megatron.bridge.checkpoint.iterations import resolve_checkpoint
     from megatron.bridge.checkpoint.model_checkpoint import load_model_weights, read_run_config
     from megatron.bridge.models.conversion.auto_bridge import AutoBridge
     from megatron.bridge.models.conversion.hf_config import precision_fields

@@ -17,7 +17,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
-from megatron.bridge.checkpoint import layout
+from megatron.bridge.checkpoint import iterations
 from megatron.bridge.checkpoint.close_save import close_save
 from megatron.bridge.checkpoint.model_checkpoint import (
     load_model_state_dict,
@@ -174,9 +174,9 @@ def _save_iteration(
     )
     with raise_on_all_ranks(f"saving the tokenizer in {unfinished}"):
         if is_rank_0() and cfg.checkpoint.save_tokenizer_assets and state.tokenizer is not None:
-            state.tokenizer.save_pretrained(unfinished / layout.TOKENIZER_DIRECTORY)
+            state.tokenizer.save_pretrained(unfinished / iterations.TOKENIZER_DIRECTORY)
             if state.generation_config is not None:
-                write_generation_config(unfinished / layout.TOKENIZER_DIRECTORY, state.generation_config)
+                write_generation_config(unfinished / iterations.TOKENIZER_DIRECTORY, state.generation_config)
     close = partial(
         close_save,
         unfinished,
@@ -190,7 +190,7 @@ def _save_iteration(
     )
     if cfg.checkpoint.async_save:
         state.background_save = BackgroundSave(save, close)
-        return layout.checkpoint_name(root, step)
+        return iterations.checkpoint_name(root, step)
     save.write(show_progress=True)
     save.complete()
     return close()
@@ -226,7 +226,7 @@ def _remove_abandoned(cfg: ConfigContainer, context: dict[str, Any], step: int) 
         root = cfg.checkpoint.non_persistent_root(cfg.checkpoint.save)
         with raise_on_all_ranks("removing abandoned checkpoints"):
             if is_rank_0() and root is not None:
-                layout.remove_from_step(root, step)
+                iterations.remove_from_step(root, step)
     barrier()
 
 
@@ -242,10 +242,10 @@ def plan_on_all_ranks(cfg: ConfigContainer, context: dict[str, Any], *, load_req
     with raise_on_all_ranks("planning the load"):
         if is_rank_0() and cfg.checkpoint.load is not None:
             for root in (cfg.checkpoint.load, cfg.checkpoint.non_persistent_root(cfg.checkpoint.load)):
-                for path in layout.leftovers(root):
+                for path in iterations.leftovers(root):
                     logger.warning("%s is passed over: the process that wrote or removed it was killed", path)
-                for path in layout.newer_than_tracker(root):
-                    logger.warning("%s is passed over: %s names an earlier one", path, layout.TRACKER_FILE)
+                for path in iterations.newer_than_tracker(root):
+                    logger.warning("%s is passed over: %s names an earlier one", path, iterations.TRACKER_FILE)
         return plan_load(cfg, local, load_required=load_required)
 
 

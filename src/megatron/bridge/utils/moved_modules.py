@@ -32,17 +32,18 @@ PUBLIC_PATHS = {
 """Modules that scripts for Megatron Bridge import, and ours that hold what they take from them."""
 
 OLD_NAMES = {
-    f"megatron.bridge.training.{old}": f"megatron.bridge.{new}"
+    f"megatron.bridge.{old}": f"megatron.bridge.{new}"
     for old, new in {
-        "config_checkpoint": "training.config",
-        "config_derived": "training.config.derived",
-        "config_logging": "training.config",
-        "config_optimizer": "training.config",
-        "config_processes": "training.config",
-        "config_sections": "training.config",
-        "config_unsupported": "training.config.unsupported",
-        "memory_estimate": "planning.memory",
-        "metrics": "training.monitoring.metrics",
+        "checkpoint.layout": "checkpoint.iterations",
+        "training.config_checkpoint": "training.config",
+        "training.config_derived": "training.config.derived",
+        "training.config_logging": "training.config",
+        "training.config_optimizer": "training.config",
+        "training.config_processes": "training.config",
+        "training.config_sections": "training.config",
+        "training.config_unsupported": "training.config.unsupported",
+        "training.memory_estimate": "planning.memory",
+        "training.metrics": "training.monitoring.metrics",
     }.items()
 }
 """Modules of this package that were documented under another name."""

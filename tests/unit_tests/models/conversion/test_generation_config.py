@@ -6,7 +6,7 @@ import json
 import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
-from megatron.bridge.checkpoint import layout
+from megatron.bridge.checkpoint import iterations
 from megatron.bridge.models.conversion import generation_config as module
 from megatron.bridge.models.conversion.tokenizer_files import TokenizerFiles, find_generation_config
 from tests.unit_tests.data.conftest import CHATML, write_tokenizer
@@ -117,18 +117,18 @@ def checkpoint(tmp_path):
     directory = tmp_path / "ckpt" / "iter_0000003"
     directory.mkdir(parents=True)
     for name, content in (
-        (layout.METADATA_FILE, '{"sharded_backend": "torch_dist"}'),
-        (layout.DCP_METADATA_FILE, ""),
+        (iterations.METADATA_FILE, '{"sharded_backend": "torch_dist"}'),
+        (iterations.DCP_METADATA_FILE, ""),
         ("__0_0.distcp", ""),
-        (layout.TRAIN_STATE_FILE, ""),
-        (layout.CONFIG_FILE, f"model: {{hf_model_id: {model}}}"),
+        (iterations.TRAIN_STATE_FILE, ""),
+        (iterations.CONFIG_FILE, f"model: {{hf_model_id: {model}}}"),
     ):
         (directory / name).write_text(content)
     return directory
 
 
 def test_what_a_checkpoint_lacks_is_taken_from_its_model(checkpoint):
-    model, own = checkpoint.parents[1] / "model", checkpoint / layout.TOKENIZER_DIRECTORY
+    model, own = checkpoint.parents[1] / "model", checkpoint / iterations.TOKENIZER_DIRECTORY
     assert TokenizerFiles.of_checkpoint(checkpoint) == TokenizerFiles(model, {"eos_token_id": [5, END]})
     own.mkdir()  # as a run without a tokenizer leaves it
     assert TokenizerFiles.of_checkpoint(checkpoint).tokenizer == model
@@ -145,13 +145,13 @@ def test_what_a_checkpoint_lacks_is_taken_from_its_model(checkpoint):
 
 
 def test_an_import_of_before_has_the_end_tokens_of_its_model(checkpoint):
-    (checkpoint / layout.TRAIN_STATE_FILE).unlink()
-    write_tokenizer(checkpoint / layout.TOKENIZER_DIRECTORY)
+    (checkpoint / iterations.TRAIN_STATE_FILE).unlink()
+    write_tokenizer(checkpoint / iterations.TOKENIZER_DIRECTORY)
     assert TokenizerFiles.of_checkpoint(checkpoint).generation == {"eos_token_id": 5}
 
 
 def test_an_export_has_no_file_of_another_tokenizer(checkpoint, tmp_path):
-    model, own = checkpoint.parents[1] / "model", checkpoint / layout.TOKENIZER_DIRECTORY
+    model, own = checkpoint.parents[1] / "model", checkpoint / iterations.TOKENIZER_DIRECTORY
     (model / "tokenizer.model").write_text("another")
     write_tokenizer(own)
     (tmp_path / "out").mkdir()

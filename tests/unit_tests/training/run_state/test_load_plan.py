@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint
 
-from megatron.bridge.checkpoint import layout
+from megatron.bridge.checkpoint import iterations
 from megatron.bridge.checkpoint.sharded_state import read_common_state
 from megatron.bridge.training.run_state.local import CORE_RELEASE
 from tests.rigs.on_ranks import Recorder, make_pretrained, run_finetune
@@ -41,7 +41,7 @@ def on_disk(tmp_path_factory):
     run_on_ranks(_make_checkpoints, 1, directory)
     save_tiny_llama(directory / "hf")
     shutil.copytree(directory / "pretrained" / "iter_0000000", directory / "released" / "release")
-    layout.write_tracker(directory / "released", 0, release=True)
+    iterations.write_tracker(directory / "released", 0, release=True)
     for name, broken in (("half", "metadata.json"), ("no_config", "run_config.yaml"), ("damaged", "run_config.yaml")):
         shutil.copytree(directory / "full", directory / name)
         (directory / name / "iter_0000002" / broken).unlink()

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron.bridge.checkpoint.layout import is_hf_directory
+from megatron.bridge.checkpoint.iterations import is_hf_directory
 from megatron.bridge.models.conversion.bridge_base import BridgeBase, as_chunks
 from megatron.bridge.models.conversion.hf_config import check_tokenizer
 from megatron.bridge.models.families import provider_fields

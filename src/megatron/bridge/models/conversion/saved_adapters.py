@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 
 from megatron.core.transformer.module import MegatronModule
 
-from megatron.bridge.checkpoint import layout
+from megatron.bridge.checkpoint import iterations
 from megatron.bridge.checkpoint.model_checkpoint import load_model_weights, read_run_config
 from megatron.bridge.utils.yaml_io import from_yaml_dict
 
@@ -37,11 +37,11 @@ def find_saved_adapters(path: str | Path) -> SavedAdapters | None:
         FileNotFoundError: No checkpoint there.
         ValueError: The adapters are of a kind that isn't known.
     """
-    directory = layout.resolve_checkpoint(path)
+    directory = iterations.resolve_checkpoint(path)
     run_config = read_run_config(directory)
     if run_config.get("peft") is None:
         return None
-    where = f"{directory / layout.CONFIG_FILE}: peft"
+    where = f"{directory / iterations.CONFIG_FILE}: peft"
     peft = from_yaml_dict(run_config["peft"], where=where)
     if not callable(peft):
         raise ValueError(f"{where} is a {type(peft).__name__}: expected a kind of adapters such as LoRA")
@@ -74,7 +74,7 @@ def check_base(saved: SavedAdapters, base: str | Path | None, *, model: Path | N
 
 def _holds_weights(path: str | Path | None) -> TypeGuard[str | Path]:
     found = None if path is None else Path(path).expanduser()
-    return found is not None and (layout.is_hf_directory(found) or layout.checkpoint_exists(found))
+    return found is not None and (iterations.is_hf_directory(found) or iterations.checkpoint_exists(found))
 
 
 def _is_the_model(saved: SavedAdapters) -> bool:

@@ -10,7 +10,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 
-from megatron.bridge.checkpoint.layout import TOKENIZER_DIRECTORY, resolve_checkpoint
+from megatron.bridge.checkpoint.iterations import TOKENIZER_DIRECTORY, resolve_checkpoint
 from megatron.bridge.checkpoint.model_checkpoint import read_run_config, save_model_checkpoint
 from megatron.bridge.models.conversion.hf_config import precision_fields
 from megatron.bridge.models.conversion.tasks import model_config

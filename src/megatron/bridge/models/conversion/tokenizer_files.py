@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.bridge.checkpoint import layout
+from megatron.bridge.checkpoint import iterations
 from megatron.bridge.checkpoint.model_checkpoint import read_run_config
 from megatron.bridge.models.conversion.generation_config import (
     generation_config_of_model,
@@ -91,8 +91,8 @@ class TokenizerFiles:
             FileNotFoundError: No checkpoint there.
             ValueError: A file is damaged.
         """
-        directory = layout.resolve_checkpoint(path)
-        own = directory / layout.TOKENIZER_DIRECTORY
+        directory = iterations.resolve_checkpoint(path)
+        own = directory / iterations.TOKENIZER_DIRECTORY
         model = _model_of(directory) if model is None else model
         tokenizer = own if has_tokenizer(own) else model
         if tokenizer is not own:
@@ -100,7 +100,7 @@ class TokenizerFiles:
         generation = read_generation_config(own)
         if generation is None:
             generation = {} if model is None else generation_config_of_model(model)
-            is_trained = (directory / layout.TRAIN_STATE_FILE).exists()
+            is_trained = (directory / iterations.TRAIN_STATE_FILE).exists()
             if (is_trained or model is None) and tokenizer is not None and has_tokenizer(tokenizer):
                 generation = with_end_ids(generation, learned_end_ids(_load_tokenizer(tokenizer)))
         return cls(tokenizer, generation)
@@ -127,21 +127,21 @@ def find_generation_config(place: str | Path | None) -> dict[str, Any] | None:
     """
     if place is None:
         return None
-    if not layout.checkpoint_exists(Path(place).expanduser()):
+    if not iterations.checkpoint_exists(Path(place).expanduser()):
         model = _local_model(place)
         return None if model is None else generation_config_of_model(model)
     try:
-        directory = layout.find_checkpoint(place)
+        directory = iterations.find_checkpoint(place)
     except (FileNotFoundError, ValueError):  # not complete: the load says so where it needs it
         return None
-    found = read_generation_config(directory / layout.TOKENIZER_DIRECTORY)
+    found = read_generation_config(directory / iterations.TOKENIZER_DIRECTORY)
     model = _model_of(directory) if found is None else None
     return found if model is None else generation_config_of_model(model)
 
 
 def _model_of(directory: Path) -> Path | None:
     """The directory of the model that an iteration says it came from."""
-    if not (directory / layout.CONFIG_FILE).is_file():
+    if not (directory / iterations.CONFIG_FILE).is_file():
         return None
     section = read_run_config(directory).get("model")
     return _local_model(section.get("hf_model_id") if isinstance(section, dict) else None)

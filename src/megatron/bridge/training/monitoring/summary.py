@@ -12,7 +12,7 @@ from megatron.core import mpu
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
-from megatron.bridge.checkpoint import layout
+from megatron.bridge.checkpoint import iterations
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.training.monitoring.finite_steps import reasons_to_skip
@@ -57,7 +57,7 @@ class RunSummary(Callback):
         rows["time"] = f"{time.monotonic() - self._began:.1f} s since the start, set-up and saves included"
         rows["peak memory"] = f"{_size(peak_memory_bytes())} (rank 0)"
         if state.cfg.checkpoint.save is not None:
-            tracker = layout.read_tracker(state.cfg.checkpoint.save)
+            tracker = iterations.read_tracker(state.cfg.checkpoint.save)
             rows["checkpoint"] = "none" if tracker is None else f"{state.cfg.checkpoint.save}, step {tracker.iteration}"
         _log_block("run ended" if step >= last else "run stopped", rows)
 

@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from megatron.bridge.checkpoint import layout
+from megatron.bridge.checkpoint import iterations
 from megatron.bridge.peft.matcher import ModuleMatcher
 from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.utils.distributed import is_rank_0
@@ -38,7 +38,7 @@ def check_adapters(cfg: ConfigContainer, run_config: dict[str, Any], path: Path)
     if cfg.peft is None:
         raise ValueError(
             f"{path} (checkpoint.load) holds adapters only, and peft is not set: set peft as in its "
-            f"{layout.CONFIG_FILE}, and checkpoint.pretrained_checkpoint to the weights that they adapt"
+            f"{iterations.CONFIG_FILE}, and checkpoint.pretrained_checkpoint to the weights that they adapt"
         )
     _check_kind(cfg.peft, saved, path)
     names_modules = isinstance(cfg.peft, ModuleMatcher)

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron.core.num_microbatches_calculator import update_num_microbatches
 
-from megatron.bridge.checkpoint import layout
+from megatron.bridge.checkpoint import iterations
 from megatron.bridge.checkpoint.model_checkpoint import model_sharded_state_dict, wanted_weights
 from megatron.bridge.checkpoint.partial_stacks import split_partial_stacks
 from megatron.bridge.checkpoint.safe_pickle import read_blob
@@ -98,7 +98,7 @@ def read_train_state(directory: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: The checkpoint has no train state: it holds only weights.
     """
-    path = directory / layout.TRAIN_STATE_FILE
+    path = directory / iterations.TRAIN_STATE_FILE
     with raise_on_all_ranks(f"reading {path}"):
         if not path.is_file():
             raise FileNotFoundError(

@@ -9,7 +9,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from megatron.bridge.checkpoint import layout
+from megatron.bridge.checkpoint import iterations
 from megatron.bridge.checkpoint.model_checkpoint import read_run_config
 from megatron.bridge.checkpoint.sharded_state import read_common_state, stored_content_metadata, stored_shapes
 from megatron.bridge.training.config import CheckpointConfig, ConfigContainer
@@ -87,7 +87,7 @@ def plan_load(
     """
     checkpoint = cfg.checkpoint
     if checkpoint.load is not None:
-        if layout.is_hf_directory(checkpoint.load):
+        if iterations.is_hf_directory(checkpoint.load):
             raise ValueError(
                 f"checkpoint.load={checkpoint.load!r} is a Hugging Face directory, which holds nothing to resume: "
                 "set checkpoint.pretrained_checkpoint to it"
@@ -97,7 +97,7 @@ def plan_load(
     if (root := _newer_global_root(checkpoint)) is not None:
         return _plan_resume(cfg, root, option="checkpoint.non_persistent_global_ckpt_dir")
     if checkpoint.load is not None:
-        if layout.checkpoint_exists(checkpoint.load) or checkpoint.ckpt_step is not None:
+        if iterations.checkpoint_exists(checkpoint.load) or checkpoint.ckpt_step is not None:
             return _plan_resume(cfg, checkpoint.load, option="checkpoint.load")
     if cfg.peft is not None:
         return None
@@ -119,13 +119,13 @@ def plan_base(cfg: ConfigContainer) -> LoadPlan:
 
 def _names_its_start(checkpoint: CheckpointConfig) -> bool:
     """Whether the configuration names the checkpoint to start from, so that a newer one doesn't win."""
-    is_iteration = checkpoint.load is not None and layout.is_iteration_directory(checkpoint.load)
+    is_iteration = checkpoint.load is not None and iterations.is_iteration_directory(checkpoint.load)
     return checkpoint.finetune or checkpoint.ckpt_step is not None or is_iteration
 
 
 def _step_of(root: str | None) -> int:
     """The newest step in a directory; -1 if it has none."""
-    tracker = None if root is None else layout.read_tracker(root)
+    tracker = None if root is None else iterations.read_tracker(root)
     return -1 if tracker is None else tracker.iteration
 
 
@@ -139,7 +139,7 @@ def _newer_global_root(checkpoint: CheckpointConfig) -> str | None:
 
 def _plan_resume(cfg: ConfigContainer, root: str, *, option: str) -> LoadPlan:
     checkpoint = cfg.checkpoint
-    directory = layout.resolve_checkpoint(root, checkpoint.ckpt_step, option=option)
+    directory = iterations.resolve_checkpoint(root, checkpoint.ckpt_step, option=option)
     saved = read_run_config(directory)
     check_vocabulary(cfg, saved, directory)
     check_adapters(cfg, saved, directory)
@@ -151,7 +151,7 @@ def _plan_resume(cfg: ConfigContainer, root: str, *, option: str) -> LoadPlan:
     content_metadata = stored_content_metadata(directory)
     # SGD without momentum has its param groups alone.
     holds_optimizer = "optimizer" in read_common_state(directory) or any(
-        layout.OPTIMIZER_KEY.match(key) for key in stored_shapes(directory)
+        iterations.OPTIMIZER_KEY.match(key) for key in stored_shapes(directory)
     )
     if checkpoint.load_optim and holds_optimizer:
         check_kind_of_optimizer(cfg, saved, directory, content_metadata)
@@ -194,7 +194,7 @@ def _whole_resume(
 
 
 def _plan_pretrained(cfg: ConfigContainer, path: str) -> LoadPlan:
-    if layout.is_hf_directory(path):
+    if iterations.is_hf_directory(path):
         if cfg.checkpoint.load_main_params_from_ckpt:
             raise ValueError(
                 f"checkpoint.load_main_params_from_ckpt=true with checkpoint.pretrained_checkpoint={path!r}, a Hugging "
@@ -202,7 +202,7 @@ def _plan_pretrained(cfg: ConfigContainer, path: str) -> LoadPlan:
                 "(python -m megatron.bridge.convert import), or set load_main_params_from_ckpt=false"
             )
         return _weights_only(Path(path), "pretrained weights", source=Source.HUGGING_FACE)
-    directory = layout.resolve_checkpoint(path, option="checkpoint.pretrained_checkpoint")
+    directory = iterations.resolve_checkpoint(path, option="checkpoint.pretrained_checkpoint")
     saved = read_run_config(directory)
     check_vocabulary(cfg, saved, directory)
     if saved.get("peft") is not None:
@@ -318,7 +318,7 @@ def _check_may_start_from_scratch(cfg: ConfigContainer, *, load_required: bool) 
                 "checkpoint.pretrained_checkpoint is set: set one of them"
             )
         return
-    missing = f"checkpoint.load={load!r} holds no checkpoint ({layout.TRACKER_FILE} is missing)"
+    missing = f"checkpoint.load={load!r} holds no checkpoint ({iterations.TRACKER_FILE} is missing)"
     if load_required:
         raise FileNotFoundError(
             f"{missing}, and checkpoint.pretrained_checkpoint is not set: "

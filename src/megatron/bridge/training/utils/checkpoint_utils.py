@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Public import path of file names in a checkpoint directory; `megatron.bridge.checkpoint.layout` defines them.
+"""Public import path of file names in a checkpoint directory; `megatron.bridge.checkpoint.iterations` defines them.
 
 Paths are returned as strings, as scripts expect.
 """
@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-from megatron.bridge.checkpoint import layout
-from megatron.bridge.checkpoint.layout import CONFIG_FILE, TRACKER_PREFIX, TRAIN_STATE_FILE, checkpoint_exists
-from megatron.bridge.checkpoint.layout import is_hf_directory as is_hf_checkpoint_dir
-from megatron.bridge.checkpoint.layout import is_iteration_directory as is_checkpoint_iteration_directory
+from megatron.bridge.checkpoint import iterations
+from megatron.bridge.checkpoint.iterations import CONFIG_FILE, TRACKER_PREFIX, TRAIN_STATE_FILE, checkpoint_exists
+from megatron.bridge.checkpoint.iterations import is_hf_directory as is_hf_checkpoint_dir
+from megatron.bridge.checkpoint.iterations import is_iteration_directory as is_checkpoint_iteration_directory
 from megatron.bridge.training.state import TrainState
 from megatron.bridge.utils.yaml_io import ConfigFileError, load_yaml
 
@@ -57,7 +57,7 @@ def ensure_directory_exists(filename: StrPath, check_parent: bool = True) -> Non
 
 def get_checkpoint_name(checkpoints_path: StrPath, iteration: int, release: bool = False) -> str:
     """The directory of one iteration: `<root>/iter_0000010`, or `<root>/release`."""
-    return str(layout.checkpoint_name(checkpoints_path, iteration, release=release))
+    return str(iterations.checkpoint_name(checkpoints_path, iteration, release=release))
 
 
 def get_checkpoint_train_state_filename(checkpoints_path: StrPath, prefix: str | None = None) -> str:
@@ -72,7 +72,7 @@ def get_checkpoint_run_config_filename(checkpoints_path: StrPath) -> str:
 
 def get_checkpoint_tracker_filename(checkpoints_path: StrPath) -> str:
     """The file in the root that says which iteration is the latest complete one."""
-    return str(Path(checkpoints_path) / layout.TRACKER_FILE)
+    return str(Path(checkpoints_path) / iterations.TRACKER_FILE)
 
 
 def get_hf_model_id_from_checkpoint(path: StrPath) -> str | None:

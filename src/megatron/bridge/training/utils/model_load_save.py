@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 
-from megatron.bridge.checkpoint.layout import is_hf_directory
+from megatron.bridge.checkpoint.iterations import is_hf_directory
 from megatron.bridge.checkpoint.model_checkpoint import chunk_keys, load_model_weights
 from megatron.bridge.data.config import TokenizerConfig
 from megatron.bridge.data.tokenizer import Tokenizer, build_tokenizer
