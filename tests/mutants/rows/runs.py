@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """The mutants of how a run stops, restarts and hangs."""
 
-from tests.mutants.changes import condition, expression, value, without_call, without_operand
+from tests.mutants.changes import condition, expression, returning, value, without_call, without_operand
 from tests.mutants.rows.mutant import Mutant
 
 _PREEMPTION = "tests/functional_tests/test_preemption.py::test_"
@@ -146,6 +146,50 @@ RUNS = (
         change=expression("OSError", "KeyError"),
         tests=(
             "tests/unit_tests/checkpoint/test_iterations.py::test_what_cannot_be_removed_is_a_warning_and_tried_again",
+        ),
+    ),
+    Mutant(
+        name="the host's step on the process's threads",
+        breaks="under torchrun Adam runs on one core, however many the machine has",
+        where="megatron.bridge.training.optim:setup_optimizer",
+        change=without_call("_give_host_threads"),
+        tests=(
+            "tests/functional_tests/test_options_in_a_run.py::test_an_offloaded_step_runs_with_the_threads_asked_for",
+        ),
+    ),
+    Mutant(
+        name="the threads of the step kept after it",
+        breaks="all else runs with the threads of the offloaded step",
+        where="megatron.bridge.offload_engine.host_threads:step_with",
+        change=without_call("register_step_post_hook"),
+        tests=("tests/unit_tests/offload_engine/test_host_threads.py::test_the_step_alone_has_them",),
+    ),
+    Mutant(
+        name="norm of the weights: experts counted once a stage",
+        breaks="the norm shown depends on the layout",
+        where="megatron.bridge.training.monitoring.step_figures:params_norm",
+        change=expression(
+            "mpu.get_expert_tensor_model_pipeline_parallel_group()", "mpu.get_pipeline_model_parallel_group()"
+        ),
+        tests=(
+            "tests/functional_tests/test_step_figures.py::test_the_norm_is_that_of_the_whole_model_whatever_the_layout",
+        ),
+    ),
+    Mutant(
+        name="configuration: a name that nobody knows is set",
+        breaks="a script's typo changes nothing, and nothing says so",
+        where="megatron.bridge.utils.section:_is_known",
+        change=returning("True"),
+        tests=("tests/unit_tests/utils/test_section.py::test_a_name_that_nobody_knows_is_refused_at_once",),
+    ),
+    Mutant(
+        name="configuration: an option that isn't built is forgotten",
+        breaks="train.rampup_batch_size=[...] trains with one batch size, and nothing says so",
+        where="megatron.bridge.utils.section:unbuilt_values",
+        change=returning("{}"),
+        tests=(
+            "tests/unit_tests/training/config/test_unsupported.py::"
+            "test_an_option_that_is_not_built_is_refused_and_its_accepted_values_are_not",
         ),
     ),
 )
