@@ -3,11 +3,13 @@
 
     torchrun --nproc-per-node 8 scripts/training/run_recipe.py --recipe llama32_1b_sft_config \
         --hf-path models/Llama-3.2-1B dataset.dataset_root=data/mine
+    torchrun --nproc-per-node 8 scripts/training/run_recipe.py --model llama32_1b --mode lora \
+        --hf-path models/Llama-3.2-1B --dataset data/mine -ms 500 -gb 64 -tp 2 --lr 1e-4 --save-dir results/mine
     python scripts/training/run_recipe.py --list
     python scripts/training/run_recipe.py --recipe llama31_405b_sft_config --dry-run --world-size 1024
 
 The recipe comes first, then the Hugging Face directory, the options, the YAML file, and key=value, which has the last
-word.
+word. What stands for a key=value counts as one.
 """
 
 import argparse
@@ -18,6 +20,7 @@ from typing import Any
 from megatron.bridge.recipes import all_recipes
 from megatron.bridge.recipes.build import MODES, PEFT_SCHEMES, RecipeRequest
 from megatron.bridge.recipes.launch import train_recipe
+from megatron.bridge.recipes.shorthands import add_shorthands, overrides_of
 from megatron.bridge.utils.exit_codes import exit_code_of, exit_with
 from megatron.bridge.utils.interpolation import expand_home
 
@@ -26,7 +29,9 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line; options are taken with underscores too, as in Megatron Bridge 0.3."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="show all recipes and end")
-    parser.add_argument("--recipe", help="a name from --list, its first part with --mode, or module:function")
+    parser.add_argument(
+        "--recipe", "--model", help="a name from --list, its first part with --mode, or module:function"
+    )
     parser.add_argument("--mode", choices=tuple(MODES), help="default: as the recipe's name says")
     _add(parser, "--peft-scheme", choices=PEFT_SCHEMES, help="kind of adapters (default: lora)")
     _add(
@@ -35,8 +40,11 @@ def build_parser() -> argparse.ArgumentParser:
         type=expand_home,
         help="take sizes, weights and tokenizer from this Hugging Face directory",
     )
-    _add(parser, "--seq-length", type=int, help="longest sample in tokens (default: the recipe's)")
+    parser.add_argument(
+        "-sl", "--seq-length", "--seq_length", type=int, help="longest sample in tokens (default: the recipe's)"
+    )
     _add(parser, "--packed-sequence", action="store_true", help="pack several samples into each row")
+    parser.add_argument("--deterministic", action="store_true", help="add in one order, whatever it costs on a GPU")
     _add(parser, "--step-func", default="gpt_step", help="gpt_step, or module:function (default: %(default)s)")
     _add(parser, "--config-file", type=expand_home, help="YAML with options to set before the overrides")
     _add(parser, "--dry-run", action="store_true", help="show the resolved configuration and its memory, and end")
@@ -44,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rank", type=int, help="with --dry-run: plan this rank (default: the one that needs most)")
     _add(parser, "--gpu-gib", type=float, default=80.0, help="with --dry-run: memory of a device (default: 80)")
     _add(parser, "--reserve-gib", type=float, default=4.0, help="of it, for CUDA and NCCL (default: 4)")
+    add_shorthands(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options, e.g. train.train_iters=50")
     return parser
 
@@ -61,8 +70,9 @@ def run(arguments: argparse.Namespace) -> None:
         hf_path=arguments.hf_path,
         seq_length=arguments.seq_length,
         packed_sequence=arguments.packed_sequence,
+        deterministic=arguments.deterministic,
         config_file=arguments.config_file,
-        overrides=arguments.overrides,
+        overrides=[*overrides_of(arguments), *arguments.overrides],
     )
     request.resolve()  # a wrong name is said before torch is imported
     if not arguments.dry_run:

@@ -55,6 +55,8 @@ class RecipeRequest:
     """Longest sample in tokens. None: the recipe's."""
     packed_sequence: bool = False
     """Whether to pack several samples into rows of `seq_length`."""
+    deterministic: bool = False
+    """Whether kernels and collectives add in one order, so that a repeated run gives the same bits."""
     config_file: str | None = None
     """YAML with options to set. None: no file."""
     overrides: Sequence[str] = ()
@@ -110,6 +112,10 @@ class RecipeRequest:
             if not hasattr(cfg.dataset, "enable_offline_packing"):
                 raise ValueError(f"--packed-sequence: recipe {name} trains on whole rows already; leave it out")
             cfg.dataset.enable_offline_packing = True
+        if self.deterministic:
+            from megatron.bridge.recipes.utils.determinism_utils import apply_determinism_overrides
+
+            apply_determinism_overrides(cfg)
         return process_config_with_overrides(cfg, self.config_file, list(self.overrides))
 
 
