@@ -85,11 +85,7 @@ def setup(
     pg_collection = initialize_megatron(cfg)
     state.derived = cfg.derive(world_size())
     _check_directories(cfg)
-    with raise_on_all_ranks("loading the tokenizer"):
-        state.tokenizer = build_tokenizer(cfg.tokenizer)
-        if cfg.model.vocab_size is None:
-            cfg.model.vocab_size = state.tokenizer.vocab_size
-        check_tokenizer_fits(state.tokenizer, cfg.model.vocab_size)
+    _load_tokenizer(state)
     data = _build_data(state, train_valid_test_datasets_provider)
     # Too few samples or a wrong checkpoint should fail now, not after minutes of building. The iterator is made again
     # below, from the loaded train state.
@@ -100,12 +96,7 @@ def setup(
     with raise_on_all_ranks("reading where a text ends"):
         state.generation_config = generation_config_to_save(cfg, state.tokenizer, plan) if is_rank_0() else None
 
-    model = cfg.model.provide_distributed_model(
-        ddp_config=_without_core_nan_check(cfg.ddp),
-        data_parallel_random_init=cfg.rng.data_parallel_random_init,
-        pg_collection=pg_collection,
-        pre_wrap_hook=None if base_plan is None else partial(_add_adapters, cfg, base_plan),
-    )
+    model = _build_model(cfg, pg_collection, base_plan)
     _check_attention(state, data, model)
     if state.derived.train_iters > 0 and not state.derived.skip_train:
         check_trained_weights(model)
@@ -121,10 +112,7 @@ def setup(
     if plan is not None:
         load_checkpoint(state, model, optimizer, scheduler, checkpointing_context=context, plan=plan)
 
-    train_state = state.train_state
-    train_state.do_train = data.train is not None and state.derived.train_iters > 0 and not state.derived.skip_train
-    train_state.do_valid = data.valid is not None and state.derived.eval_iters != 0
-    train_state.do_test = data.test is not None and state.derived.eval_iters != 0
+    _note_what_there_is_to_do(state, data)
     return SetupOutput(
         state,
         model,
@@ -136,6 +124,34 @@ def setup(
         context,
         pg_collection,
     )
+
+
+def _load_tokenizer(state: GlobalState) -> None:
+    """Load the run's tokenizer; a model without a vocabulary size gets the tokenizer's."""
+    cfg = state.cfg
+    with raise_on_all_ranks("loading the tokenizer"):
+        state.tokenizer = build_tokenizer(cfg.tokenizer)
+        if cfg.model.vocab_size is None:
+            cfg.model.vocab_size = state.tokenizer.vocab_size
+        check_tokenizer_fits(state.tokenizer, cfg.model.vocab_size)
+
+
+def _build_model(cfg: ConfigContainer, pg_collection: ProcessGroupCollection, base_plan: LoadPlan | None) -> list[Any]:
+    """This rank's chunks, wrapped for data parallelism; with a plan of the weights under them, adapters in them."""
+    return cfg.model.provide_distributed_model(
+        ddp_config=_without_core_nan_check(cfg.ddp),
+        data_parallel_random_init=cfg.rng.data_parallel_random_init,
+        pg_collection=pg_collection,
+        pre_wrap_hook=None if base_plan is None else partial(_add_adapters, cfg, base_plan),
+    )
+
+
+def _note_what_there_is_to_do(state: GlobalState, data: _Data) -> None:
+    """Say in the train state what the run trains and evaluates on."""
+    derived, train_state = state.derived, state.train_state
+    train_state.do_train = data.train is not None and derived.train_iters > 0 and not derived.skip_train
+    train_state.do_valid = data.valid is not None and derived.eval_iters != 0
+    train_state.do_test = data.test is not None and derived.eval_iters != 0
 
 
 def _without_core_nan_check(ddp: DistributedDataParallelConfig) -> DistributedDataParallelConfig:
