@@ -209,6 +209,14 @@ REFUSED = {
     ),
     "another rank": ({"load": "{directory}/adapters", "lora": {"dim": 8}}, r"holds adapters of peft.dim=4, not 8"),
     "another scale": ({"load": "{directory}/adapters", "lora": {"alpha": 4}}, r"of peft.alpha=8, not 4: set it to 8"),
+    "other layers": (
+        {"load": "{directory}/adapters", "lora": {"target_modules": ["linear_qkv"]}},
+        r"peft.target_modules=.*, not \['linear_qkv'\] .*has one there and not here",
+    ),
+    "other layers, weights alone": (
+        {"load": "{directory}/adapters", "lora": {"target_modules": ["linear_qkv"]}, "load_optim": False},
+        r"peft.target_modules=.*, not \['linear_qkv'\] .*has one there and not here",
+    ),
     "no such module": (
         {"lora": {"target_modules": ["q_proj"]}},
         r"peft.target_modules names 'q_proj', which matches no",

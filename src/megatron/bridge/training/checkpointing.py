@@ -35,6 +35,7 @@ from megatron.bridge.training.cpu_offload.param_copies import (
     rebuild_param_copies,
 )
 from megatron.bridge.training.monitoring.finite_steps import check_weights_are_finite
+from megatron.bridge.training.run_state.adapters import check_adapted_layers
 from megatron.bridge.training.run_state.background import BackgroundSave
 from megatron.bridge.training.run_state.content import (
     apply_peft_adapter_filter_to_state_dict,
@@ -289,6 +290,9 @@ def load_checkpoint(
     plan = plan_on_all_ranks(state.cfg, context) if plan is None else plan
     if plan is None:
         return 0, 0
+    if plan.adapters_only:
+        with raise_on_all_ranks("comparing the checkpoint's adapters with the model's"):
+            check_adapted_layers(state.cfg, plan.run_config, plan.path)
     logger.info("loading %s", plan)
     started = time.monotonic()
     if plan.source is Source.HUGGING_FACE:

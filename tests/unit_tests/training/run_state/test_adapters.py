@@ -9,7 +9,7 @@ import pytest
 
 from megatron.bridge.peft.dora import DoRA
 from megatron.bridge.peft.lora import LoRA
-from megatron.bridge.training.run_state.adapters import check_adapters
+from megatron.bridge.training.run_state.adapters import check_adapted_layers, check_adapters
 from megatron.bridge.utils.yaml_io import to_yaml_dict
 
 NAMES = frozenset(
@@ -24,6 +24,7 @@ def _check(saved, now, base="base"):
     cfg = SimpleNamespace(peft=now, checkpoint=SimpleNamespace(pretrained_checkpoint=base))
     run_config = {"peft": to_yaml_dict(saved), "checkpoint": {"pretrained_checkpoint": "base"}}
     check_adapters(cfg, run_config, Path("iter_0000002"))
+    check_adapted_layers(cfg, run_config, Path("iter_0000002"))
 
 
 @pytest.mark.parametrize(

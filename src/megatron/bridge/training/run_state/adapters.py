@@ -2,6 +2,7 @@
 """Check that a checkpoint's adapters are those of this run, by the `peft` section of its `run_config.yaml`."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ logger = logging.getLogger(__name__)
 def check_adapters(cfg: ConfigContainer, run_config: dict[str, Any], path: Path) -> None:
     """Check that a run with adapters resumes from the same adapters, and one without from a whole model.
 
-    The adapted layers can only be compared once the model has been adapted: a target may be a pattern.
+    Call it before the model is built; `check_adapted_layers` compares the rest once the model has its adapters.
 
     Args:
         cfg: The run's configuration.
@@ -25,7 +26,7 @@ def check_adapters(cfg: ConfigContainer, run_config: dict[str, Any], path: Path)
 
     Raises:
         ValueError: The checkpoint holds a whole model and the run has adapters, or the other way round; or the
-            adapters have another kind, rank or scale, or are on other layers.
+            adapters have another kind, rank or scale.
     """
     saved = run_config.get("peft")
     if saved is None and cfg.peft is None:
@@ -41,11 +42,26 @@ def check_adapters(cfg: ConfigContainer, run_config: dict[str, Any], path: Path)
             f"{iterations.CONFIG_FILE}, and checkpoint.pretrained_checkpoint to the weights that they adapt"
         )
     _check_kind(cfg.peft, saved, path)
-    names_modules = isinstance(cfg.peft, ModuleMatcher)
-    if names_modules and saved.get("target_modules") is not None:
-        _check_targets(cfg.peft, saved, path)
-    if cfg.peft.module_names:  # empty before the model is built, when this check runs for the first time: warn once
-        _warn_of_another_base(cfg, run_config, path)
+
+
+def check_adapted_layers(cfg: ConfigContainer, run_config: Mapping[str, Any], path: Path) -> None:
+    """Check that a checkpoint's adapters are on the layers that this run adapts. Call it once the model is adapted.
+
+    Before that nobody knows the layers: a target may be a pattern.
+
+    Args:
+        cfg: The run's configuration, with `peft`.
+        run_config: The checkpoint's configuration, as plain data, which `check_adapters` has passed.
+        path: The checkpoint, for errors.
+
+    Raises:
+        ValueError: They are on other layers; it names one.
+    """
+    peft: Any = cfg.peft
+    saved = run_config["peft"]
+    if isinstance(peft, ModuleMatcher) and saved.get("target_modules") is not None:
+        _check_targets(peft, saved, path)
+    _warn_of_another_base(cfg, run_config, path)
 
 
 def _check_kind(peft: Any, saved: dict[str, Any], path: Path) -> None:
@@ -81,7 +97,7 @@ def _check_targets(peft: Any, saved: dict[str, Any], path: Path) -> None:
             )
 
 
-def _warn_of_another_base(cfg: ConfigContainer, run_config: dict[str, Any], path: Path) -> None:
+def _warn_of_another_base(cfg: ConfigContainer, run_config: Mapping[str, Any], path: Path) -> None:
     was, now = (run_config.get("checkpoint") or {}).get("pretrained_checkpoint"), cfg.checkpoint.pretrained_checkpoint
     if was is not None and now is not None and Path(was).resolve() != Path(now).resolve() and is_rank_0():
         logger.warning(

@@ -54,6 +54,9 @@ class LoadPlan:
     content_metadata: dict[str, Any] = field(default_factory=dict)
     """How the checkpoint's state is sharded, as it says itself. Missing entries are as this run would save them."""
 
+    run_config: RunConfig = field(default_factory=dict, repr=False, compare=False)
+    """The checkpoint's configuration, of a resume or of its weights alone."""
+
     def __str__(self) -> str:
         parts = {"optimizer": self.optimizer, "schedule": self.scheduler, "rng": self.rng, "step": self.train_state}
         weights = "adapters" if self.adapters_only else "weights"
@@ -145,9 +148,11 @@ def _plan_resume(cfg: ConfigContainer, root: str, *, option: str) -> LoadPlan:
     check_adapters(cfg, saved, directory)
     adapters_only = cfg.peft is not None
     if checkpoint.finetune:
-        return _weights_only(directory, "checkpoint.finetune=true", adapters_only=adapters_only)
+        plan = _weights_only(directory, "checkpoint.finetune=true", adapters_only=adapters_only)
+        return replace(plan, run_config=saved)
     if directory.name == "release":
-        return _weights_only(directory, "a release checkpoint", adapters_only=adapters_only)
+        plan = _weights_only(directory, "a release checkpoint", adapters_only=adapters_only)
+        return replace(plan, run_config=saved)
     content_metadata = stored_content_metadata(directory)
     # SGD without momentum has its param groups alone.
     holds_optimizer = "optimizer" in read_common_state(directory) or any(
@@ -190,6 +195,7 @@ def _whole_resume(
         train_state=True,
         reasons=tuple(reasons),
         adapters_only=cfg.peft is not None,
+        run_config=saved,
     )
 
 
