@@ -217,6 +217,14 @@ REFUSED = {
         {"load": "{directory}/adapters", "lora": {"target_modules": ["linear_qkv"]}, "load_optim": False},
         r"peft.target_modules=.*, not \['linear_qkv'\] .*has one there and not here",
     ),
+    "other layers, from step 0": (
+        {"load": "{directory}/adapters", "lora": {"target_modules": ["linear_qkv"]}, "finetune": True},
+        r"peft.target_modules=.*, not \['linear_qkv'\] .*has one there and not here",
+    ),
+    "layers left out": (
+        {"load": "{directory}/adapters", "lora": {"exclude_modules": ["*.layers.1.*"]}},
+        r"peft.exclude_modules=\[\], not \['\*.layers.1.\*'\] .*has one there and not here",
+    ),
     "no such module": (
         {"lora": {"target_modules": ["q_proj"]}},
         r"peft.target_modules names 'q_proj', which matches no",

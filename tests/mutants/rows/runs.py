@@ -78,7 +78,7 @@ RUNS = (
     Mutant(
         name="a parameter counted twice",
         breaks="the summary's number of parameters grows with tensor parallelism",
-        where="megatron.bridge.training.monitoring.summary:count_parameters",
+        where="megatron.bridge.training.monitoring.whole_model:sum_over_parameters",
         change=without_operand("param_is_not_tensor_parallel_duplicate"),
         tests=("tests/functional_tests/test_run_report.py::test_each_parameter_is_counted_once_in_every_layout",),
     ),
@@ -167,7 +167,7 @@ RUNS = (
     Mutant(
         name="norm of the weights: experts counted once a stage",
         breaks="the norm shown depends on the layout",
-        where="megatron.bridge.training.monitoring.step_figures:params_norm",
+        where="megatron.bridge.training.monitoring.whole_model:sum_over_parameters",
         change=expression(
             "mpu.get_expert_tensor_model_pipeline_parallel_group()", "mpu.get_pipeline_model_parallel_group()"
         ),

@@ -92,13 +92,13 @@ def plan_host_threads(num_threads: int | None) -> HostThreads | None:
     Returns:
         None: as many as the process has. That is so where the device is simulated, on the very same cores.
     """
+    if num_threads is None and is_simulated():
+        return None
     own, kind = own_cores()
-    machine = socket.gethostname()
-    neighbours = [cores for of_machine, cores in all_gathered((machine, own)) if of_machine == machine]
     if num_threads is not None:
         return HostThreads(num_threads, own, "optimizer.optimizer_cpu_num_threads")
-    if is_simulated():
-        return None
+    machine = socket.gethostname()
+    neighbours = [cores for of_machine, cores in all_gathered((machine, own)) if of_machine == machine]
     ranks = f"{len(neighbours)} ranks" if len(neighbours) > 1 else "1 rank"
     count = share_of_cores(own, neighbours, cpu_quota())
     return HostThreads(count, own, f"{len(own)} {kind}, shared by {ranks} on this machine")

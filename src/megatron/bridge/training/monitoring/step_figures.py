@@ -13,14 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron.core import mpu
-from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
-from megatron.core.transformer.module import param_is_not_shared
 
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.training.config import LoggerConfig
-from megatron.bridge.utils.device import current_device
+from megatron.bridge.training.monitoring.whole_model import sum_over_parameters
 from megatron.bridge.utils.distributed import is_rank_0
 
 SECONDS_PER_UNIT = {"seconds": 1, "minutes": 60, "hours": 3600, "days": 86400}
@@ -77,19 +73,10 @@ def tflops_per_device(steps: deque[tuple[float, float]], world_size: int) -> flo
     return operations / seconds / world_size / 1e12
 
 
-@torch.no_grad()
 def params_norm(model: list[Any]) -> float:
     """The L2 norm of the whole model's weights, each counted once, as the model holds them. Collective."""
-    dense = torch.zeros((), dtype=torch.float64, device=current_device())
-    experts = torch.zeros_like(dense)
-    for param in (param for chunk in model for param in chunk.parameters()):
-        if not getattr(param, "allreduce", True):  # how Core marks an expert's
-            experts += param.float().square().sum(dtype=torch.float64)
-        elif param_is_not_shared(param) and param_is_not_tensor_parallel_duplicate(param):
-            dense += param.float().square().sum(dtype=torch.float64)
-    dist.all_reduce(dense, group=mpu.get_model_parallel_group())
-    dist.all_reduce(experts, group=mpu.get_expert_tensor_model_pipeline_parallel_group())
-    return math.sqrt(dense.item() + experts.item())
+    squares = sum_over_parameters(model, lambda param: param.float().square().sum(dtype=torch.float64))
+    return math.sqrt(squares.item())
 
 
 class ProgressFile(Callback):

@@ -7,10 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron.core import mpu
-from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
-from megatron.core.transformer.module import param_is_not_shared
 
 from megatron.bridge.checkpoint import iterations
 from megatron.bridge.training.callbacks import Callback, CallbackContext
@@ -18,8 +14,9 @@ from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.training.monitoring.finite_steps import reasons_to_skip
 from megatron.bridge.training.monitoring.metrics import metrics_file_of
 from megatron.bridge.training.monitoring.state_memory import StateBytes, count_state
+from megatron.bridge.training.monitoring.whole_model import sum_over_parameters
 from megatron.bridge.training.state import GlobalState
-from megatron.bridge.utils.device import current_device, peak_memory_bytes
+from megatron.bridge.utils.device import peak_memory_bytes
 from megatron.bridge.utils.exit_codes import PREEMPTED
 from megatron.bridge.utils.parallel_sizes import PARALLEL_SIZES, SHARE_A_COPY
 
@@ -100,20 +97,8 @@ def _steps_left_out(state: GlobalState) -> dict[str, str]:
 
 def count_parameters(model: list[Any]) -> tuple[int, int]:
     """(all, trained) parameters of the whole model, each counted once. Collective."""
-    dense, experts = [0, 0], [0, 0]
-    for param in (param for chunk in model for param in chunk.parameters()):
-        if not getattr(param, "allreduce", True):  # Core's mark of an expert's parameter
-            counts = experts
-        elif param_is_not_shared(param) and param_is_not_tensor_parallel_duplicate(param):
-            counts = dense
-        else:
-            continue
-        counts[0] += param.numel()
-        counts[1] += param.numel() * param.requires_grad
-    sums = torch.tensor([dense, experts], device=current_device())
-    dist.all_reduce(sums[0], group=mpu.get_model_parallel_group())
-    dist.all_reduce(sums[1], group=mpu.get_expert_tensor_model_pipeline_parallel_group())
-    total, trained = sums.sum(0).tolist()
+    sums = sum_over_parameters(model, lambda param: torch.tensor([param.numel(), param.numel() * param.requires_grad]))
+    total, trained = map(int, sums.tolist())
     return total, trained
 
 
