@@ -7,6 +7,7 @@ Which tests see CUDA is in rigs/gpus.py, which are quick in rigs/quick.py. Nothi
 import importlib.metadata
 import json
 import logging
+import tempfile
 from collections import Counter
 
 import pytest
@@ -77,6 +78,22 @@ def pytest_runtest_setup(item):
     """Before its fixtures: a test marked gpu that asks for no ranks needs one device."""
     if item.get_closest_marker("gpu") is not None:
         gpus.device_of_ranks(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temporary_files(tmp_path_factory):
+    """What tests and the programs that they start leave in the system's temporary folder ends with the session.
+
+    Not below pytest's own folder: the name of a socket can't be that long.
+    """
+    tmp_path_factory.getbasetemp()  # pytest's own, which outlives failures, stays where it belongs
+    with (
+        tempfile.TemporaryDirectory(prefix="tests_", ignore_cleanup_errors=True) as directory,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("TMPDIR", directory)
+        patch.setattr(tempfile, "tempdir", directory)
+        yield
 
 
 @pytest.fixture(autouse=True)

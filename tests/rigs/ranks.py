@@ -13,6 +13,7 @@ import atexit
 import contextlib
 import multiprocessing
 import os
+import shutil
 import signal
 import tempfile
 import time
@@ -147,6 +148,7 @@ class _Pool:
             process.kill()
         for process in self._processes:
             process.join()
+        shutil.rmtree(self._rendezvous, ignore_errors=True)
 
 
 _pools: dict[tuple[int, str], _Pool] = {}

@@ -7,7 +7,8 @@ import tempfile
 
 import pytest
 
-os.environ.setdefault("NEMORUN_HOME", tempfile.mkdtemp(prefix="experiments_"))  # read once, by the import
+_EXPERIMENTS = tempfile.TemporaryDirectory(prefix="experiments_", ignore_cleanup_errors=True)
+os.environ.setdefault("NEMORUN_HOME", _EXPERIMENTS.name)  # read once, by the import
 
 
 @pytest.fixture(autouse=True)
