@@ -81,19 +81,17 @@ def pytest_runtest_setup(item):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def temporary_files(tmp_path_factory):
-    """What tests and the programs that they start leave in the system's temporary folder ends with the session.
+def temporary_files():
+    """What the programs that tests start leave in the system's temporary folder ends with the session.
 
-    Not below pytest's own folder: the name of a socket can't be that long.
+    Not below pytest's own folder: the name of a socket can't be that long. This process keeps the system's, where
+    multiprocessing clears up only after the session.
     """
-    tmp_path_factory.getbasetemp()  # pytest's own, which outlives failures, stays where it belongs
-    with (
-        tempfile.TemporaryDirectory(prefix="tests_", ignore_cleanup_errors=True) as directory,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        patch.setenv("TMPDIR", directory)
-        patch.setattr(tempfile, "tempdir", directory)
-        yield
+    tempfile.gettempdir()  # remembered from here on
+    with tempfile.TemporaryDirectory(prefix="tests_", ignore_cleanup_errors=True) as directory:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TMPDIR", directory)
+            yield
 
 
 @pytest.fixture(autouse=True)
