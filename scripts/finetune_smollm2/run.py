@@ -35,6 +35,7 @@ def main() -> None:
     )
     parser.add_argument("overrides", nargs="*", help="key=value for the run, e.g. train.train_iters=50")
     arguments = parser.parse_args()
+    refuse_wrong_overrides(arguments.overrides)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     started = time.monotonic()
@@ -68,6 +69,17 @@ def main() -> None:
         ("tensorboard", "tensorboard --logdir"),
     ):
         print(f"  {str(paths[name]):42} {what}")
+
+
+def refuse_wrong_overrides(overrides: list[str], peft: str | None = None) -> None:
+    """End with one line, before results of an earlier run are removed and models are fetched and converted."""
+    if overrides:
+        from train import check_overrides  # imports Megatron-Core, which takes seconds
+
+        try:
+            check_overrides(overrides, peft)
+        except ValueError as error:
+            raise SystemExit(f"error: {error}") from None
 
 
 def fresh_paths(output: Path) -> dict[str, Path]:

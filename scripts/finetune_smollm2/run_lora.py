@@ -7,7 +7,7 @@ import shutil
 import time
 from pathlib import Path
 
-from run import ENVIRONMENT, HERE, default_num_processes, step
+from run import ENVIRONMENT, HERE, default_num_processes, refuse_wrong_overrides, step
 
 from megatron.bridge.utils.command_options import local_path
 
@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("--peft", choices=("lora", "dora"), default="lora")
     parser.add_argument("overrides", nargs="*", help="key=value for the run, e.g. peft.dim=8")
     arguments = parser.parse_args()
+    refuse_wrong_overrides(arguments.overrides, arguments.peft)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     started = time.monotonic()

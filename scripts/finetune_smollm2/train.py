@@ -21,7 +21,7 @@ from megatron.bridge.utils.overrides import apply_overrides
 
 def build_config(arguments: argparse.Namespace) -> ConfigContainer:
     """The recipe, this run's paths, and the command line's overrides, in that order."""
-    cfg = smollm2_135m_peft_config(arguments.peft) if arguments.peft else smollm2_135m_sft_config()
+    cfg = _recipe(arguments.peft)
     cfg.checkpoint.pretrained_checkpoint = str(arguments.pretrained_checkpoint)
     cfg.checkpoint.save = cfg.checkpoint.load = str(arguments.output / "checkpoints")
     cfg.logger.tensorboard_dir = str(arguments.output / "tensorboard")
@@ -35,6 +35,19 @@ def build_config(arguments: argparse.Namespace) -> ConfigContainer:
     cfg.train.global_batch_size = -(-cfg.train.global_batch_size // share) * share
     apply_overrides(cfg, arguments.overrides)
     return cfg
+
+
+def check_overrides(overrides: list[str], peft: str | None = None) -> None:
+    """Apply overrides to the recipe alone.
+
+    Raises:
+        ValueError: One names no option, or has a value of the wrong type.
+    """
+    apply_overrides(_recipe(peft), overrides)
+
+
+def _recipe(peft: str | None) -> ConfigContainer:
+    return smollm2_135m_peft_config(peft) if peft else smollm2_135m_sft_config()
 
 
 def main() -> None:

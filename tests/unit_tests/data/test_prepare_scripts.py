@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""The demo's preparation scripts, on small wheels made here: nothing is downloaded."""
+"""The demo's scripts that prepare, on small wheels made here, and what both refuse first: nothing is downloaded."""
 
 import importlib
 import json
@@ -120,3 +120,16 @@ def test_a_wheel_with_another_digest_is_refused(scripts, tmp_path, monkeypatch):
     monkeypatch.setattr(wheels.subprocess, "run", download)
     with pytest.raises(wheels.PreparationError, match=r"a-1\.whl has sha256 \w+, expected 00"):
         wheels.download_wheel("a==1", sha256="00", directory=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("script", "wrong"), [("run", "train.train_itrs=3"), ("run", "train.train_iters=many"), ("run_lora", "peft.dimm=8")]
+)
+def test_a_wrong_override_is_refused_before_earlier_results_go(tmp_path, monkeypatch, script, wrong):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    picture = tmp_path / "loss.png"
+    picture.write_bytes(b"of an earlier run")
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--output", str(tmp_path), wrong])
+    with pytest.raises(SystemExit, match=rf"^error: .*{wrong.partition('=')[0]}"):
+        importlib.import_module(script).main()
+    assert picture.exists()
