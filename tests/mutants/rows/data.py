@@ -25,6 +25,13 @@ THE_DATA = (
         tests=(f"{_PACKED}what_would_look_across_is_refused",),
     ),
     Mutant(
+        name="packs whose labels are the tokens",
+        breaks="rows that were packed beforehand teach the model to repeat its input",
+        where="megatron.bridge.data.prepacked:PrepackedDataset.__getitem__",
+        change=expression("np.append(ids[1:], 0)", "ids"),
+        tests=("tests/unit_tests/data/test_prepacked.py::test_rows_are_read_exactly",),
+    ),
+    Mutant(
         name="tokens of old content",
         breaks="changed data is trained on as it was",
         where="megatron.bridge.data.sft:_through_cache.prepare",

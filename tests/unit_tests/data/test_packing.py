@@ -53,6 +53,16 @@ def test_a_pack_is_its_samples_with_positions_that_restart():
     assert str(packed.report) == "2 packs of 6, 1.5 samples in each, 91.7% filled"
 
 
+def test_samples_padded_by_themselves_learn_nothing_more():
+    packed = PackedDataset(Samples([3, 2, 6]), size=8, seed=1, keep_order=True, multiple_of=4, pad_id=9)
+    assert packed.packs == [[0, 1], [2]] and packed.lengths.tolist() == [8, 8]
+    row = packed[0]
+    assert row["tokens"].tolist() == [0, 0, 0, 9, 1, 1, 9, 9] and row["cu_seqlens"].tolist() == [0, 4, 8]
+    assert row["labels"].tolist() == [1000, 1000, 1000, 9, 1001, 1001, 9, 9]
+    assert row["loss_mask"].tolist() == [1, 1, 1, 0, 1, 1, 0, 0] and row["loss_mask"].dtype == torch.float32
+    assert row["position_ids"].tolist() == [0, 1, 2, 3] * 2
+
+
 def test_batches_of_packs_say_where_samples_end():
     packed = PackedDataset(Samples([3, 2, 6]), size=6, seed=1, keep_order=True)
     sizes = {"micro_batch_size": 2, "global_batch_size": 2, "data_parallel_rank": 0, "data_parallel_size": 1}
@@ -74,6 +84,14 @@ def test_too_few_packs_are_named_as_packs():
         build_step_iterator(
             packed, consumed_samples=0, seed=1, shuffle=True, padding=Padding(seq_length=64), **sizes
         )
+
+
+def test_a_sample_is_shortened_to_what_fits_when_it_is_padded(write_jsonl, tokenizer):
+    path = write_jsonl([{"input": "a", "output": "z" * 60}, {"input": "a", "output": "b"}])
+    specs = PackedSequenceSpecs(packed_sequence_size=30, pad_seq_to_mult=8)
+    config = GPTSFTDatasetConfig(32, dataset_root=str(path.parent), packed_sequence_specs=specs, do_validation=False)
+    train, _, _ = build_datasets(config, DatasetBuildContext(10, 0, 0, tokenizer))
+    assert sorted(train.lengths) == [8, 24]
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,7 @@ def read_dcp_metadata(path: Path) -> dcp_metadata.Metadata:
     try:
         with open(path, "rb") as file:
             stored = file.read()
-        _check_memo(stored)
+        check_memo(stored)
         content = _MetadataUnpickler(io.BytesIO(stored)).load()
         if isinstance(content, dcp_metadata.Metadata):
             _check_description(content)
@@ -218,7 +218,7 @@ def read_dcp_metadata(path: Path) -> dcp_metadata.Metadata:
 
 
 @functools.lru_cache(maxsize=2)  # a load reads the same metadata several times
-def _check_memo(stored: bytes) -> None:
+def check_memo(stored: bytes) -> None:
     """Refuse a pickle with a memo index beyond its own length: the reader allocates memory for all lower indices.
 
     Otherwise a pickle of ten bytes could allocate 64 GB.

@@ -102,12 +102,17 @@ class GPTSFTDatasetConfig(DataloaderConfig):
     @property
     def pack_size(self) -> int | None:
         """Positions of a row that packs several samples; None: each row is one sample."""
-        if self.packed_sequence_specs is not None and self.packed_sequence_specs.packed_sequence_size > 0:
-            return self.packed_sequence_specs.packed_sequence_size
-        if not self.enable_offline_packing:
+        specs = self.packing
+        if specs is None or (specs is self.packed_sequence_specs and not specs.are_read and specs.packed_sequence_size < 1):
             return None
-        size = -1 if self.offline_packing_specs is None else self.offline_packing_specs.packed_sequence_size
-        return size if size > 0 else self.seq_length
+        return specs.packed_sequence_size if specs.packed_sequence_size > 0 else self.seq_length
+
+    @property
+    def packing(self) -> PackedSequenceSpecs | None:
+        """How samples are packed, wherever it is set; see `pack_size` for whether they are."""
+        if self.packed_sequence_specs is not None or not self.enable_offline_packing:
+            return self.packed_sequence_specs
+        return self.offline_packing_specs or PackedSequenceSpecs()
 
     @property
     def limit_option(self) -> str:
@@ -148,7 +153,6 @@ class GPTSFTDatasetConfig(DataloaderConfig):
         if self.hf_dataset is not None and not isinstance(self.hf_dataset, str):
             expected = "expected the directory that save_to_disk wrote"
             raise ValueError(f"dataset.hf_dataset={self.hf_dataset!r}: {expected}")
-        _ = self.root
         if self.dataset_root and self.hf_dataset is not None:
             raise ValueError("dataset.dataset_root and dataset.hf_dataset are both set: set one of them")
         if self.split is not None:
@@ -170,9 +174,29 @@ class GPTSFTDatasetConfig(DataloaderConfig):
             specs.check(f"dataset.{name}", seq_length=self.seq_length)
         if self.offline_packing_specs is not None and not self.enable_offline_packing:
             raise ValueError("dataset.offline_packing_specs is set: set dataset.enable_offline_packing=true with it")
+        if self.packing is None or self.packing.packed_train_data_path is None:
+            _ = self.root
+        else:
+            self._check_packed_training_data()
         if self.packed_sequence_specs is not None and self.enable_offline_packing:
             raise ValueError(
                 "dataset.packed_sequence_specs and dataset.enable_offline_packing are both set: set one of them"
+            )
+
+    def _check_packed_training_data(self) -> None:
+        """Rows in files can't be cut into samples, and what isn't in them is read from the directory of the data."""
+        assert self.packing is not None
+        for name in ("split", "max_train_samples"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"dataset.{name}={getattr(self, name)!r} with packed_train_data_path="
+                    f"{self.packing.packed_train_data_path!r}: rows that are packed can't be cut; unset one of them"
+                )
+        has_root = self.dataset_root is not None or self.hf_dataset is not None
+        if self.do_validation and self.packing.packed_val_data_path is None and not has_root:
+            raise ValueError(
+                f"packed_train_data_path={self.packing.packed_train_data_path!r} without validation data: set "
+                "packed_val_data_path, or dataset.dataset_root, or dataset.do_validation=false"
             )
 
 

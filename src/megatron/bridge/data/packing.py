@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional
 from torch.utils.data import Dataset
 
 from megatron.bridge.data.sft_options import PackedSequenceSpecs
@@ -92,17 +93,21 @@ class PackedDataset(Dataset):
 
     is_packed = True
 
-    def __init__(self, samples: Any, *, size: int, seed: int, keep_order: bool = False) -> None:
+    def __init__(
+        self, samples: Any, *, size: int, seed: int, keep_order: bool = False, multiple_of: int = 1, pad_id: int = 0
+    ) -> None:
         """Packs samples.
 
         Args:
-            samples: A dataset with `lengths`, each at most `size`.
+            samples: A dataset with `lengths`, each at most `size` rounded down to `multiple_of`.
             size: Positions of a row.
             seed: See `pack_by_length`.
             keep_order: Rows take the samples in their order, and are filled less.
+            multiple_of: Each sample is padded to a multiple of this; what is added isn't learned.
+            pad_id: Token that is added.
         """
-        self.samples = samples
-        lengths = np.asarray(samples.lengths, dtype=np.int64)
+        self.samples, self.multiple_of, self.pad_id = samples, multiple_of, pad_id
+        lengths = self._padded(np.asarray(samples.lengths, dtype=np.int64))
         self.packs = pack_in_order(lengths, size=size) if keep_order else pack_by_length(lengths, size=size, seed=seed)
         self.lengths = np.array([lengths[pack].sum() for pack in self.packs], dtype=np.int64)
         self.report = PackReport(len(self.packs), len(lengths), int(lengths.sum()), size)
@@ -115,9 +120,19 @@ class PackedDataset(Dataset):
 
         The last position of a sample is its own last one: no label is the first token of the next sample.
         """
-        samples = [self.samples[sample] for sample in self.packs[index]]
+        samples = [self._padded_sample(self.samples[sample]) for sample in self.packs[index]]
         row = {name: torch.cat([sample[name] for sample in samples]) for name in ("tokens", "labels", "loss_mask")}
         lengths = [len(sample["tokens"]) for sample in samples]
         row["position_ids"] = torch.cat([torch.arange(length, dtype=torch.int64) for length in lengths])
         row["cu_seqlens"] = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
         return row
+
+    def _padded(self, length: Any) -> Any:
+        return -(-length // self.multiple_of) * self.multiple_of
+
+    def _padded_sample(self, sample: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        missing = self._padded(len(sample["tokens"])) - len(sample["tokens"])
+        if not missing:
+            return sample
+        added = {"tokens": self.pad_id, "labels": self.pad_id, "loss_mask": 0}
+        return {name: functional.pad(sample[name], (0, missing), value=value) for name, value in added.items()}

@@ -2,6 +2,7 @@
 """How lines become samples, and samples packs: the options inside a `GPTSFTDatasetConfig`, and checks of values."""
 
 import difflib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Literal, ClassVar
@@ -80,6 +81,9 @@ class SFTOptions:
             raise ValueError(f"{where}.pad_seq_length_to_mult={multiple!r}: expected an integer of 1 or more")
 
 
+PACKED_PATHS = ("packed_train_data_path", "packed_val_data_path", "packed_metadata_path")
+
+
 @dataclass(kw_only=True)
 class PackedSequenceSpecs(BridgeSection):
     """Packing several samples in one row; each attends to itself alone, and its positions start at 0."""
@@ -90,19 +94,31 @@ class PackedSequenceSpecs(BridgeSection):
     """Positions of a row, at most `seq_length`; a longer sample is shortened to it. -1: see where it is set."""
 
     packed_train_data_path: str | None = None
-    """Not supported: packs are made from the tokenised samples when the run starts, which takes seconds."""
+    """Training rows that were packed beforehand: an .npy or parquet file, a directory of them, or a pattern such as
+    `packs/train_*.npy`. None: packs are made from the tokenised samples when the run starts, which takes seconds."""
 
     packed_val_data_path: str | None = None
-    """Not supported, as above."""
+    """The same for validation."""
 
     packed_metadata_path: str | None = None
-    """Not supported, as above."""
+    """JSON file about these rows, which they are checked against. None: there is none."""
 
     pad_cu_seqlens: bool = False
     """Not supported: boundaries of one number in every batch, for CUDA graphs."""
 
     pad_seq_to_mult: int = 1
-    """Not supported: each sample padded by itself, for context parallelism."""
+    """Each sample is padded to a multiple of this many positions; rows packed beforehand must be."""
+
+    def __post_init__(self) -> None:
+        """Paths are kept as texts, as a file of the configuration has them."""
+        for name in PACKED_PATHS:
+            if isinstance(path := getattr(self, name), os.PathLike):
+                setattr(self, name, os.fspath(path))
+
+    @property
+    def are_read(self) -> bool:
+        """Whether training or validation rows are read from files."""
+        return self.packed_train_data_path is not None or self.packed_val_data_path is not None
 
     def check(self, where: str, *, seq_length: int) -> None:
         """Raises ValueError if a value cannot work; `where` names the option that holds the specs."""
@@ -111,15 +127,20 @@ class PackedSequenceSpecs(BridgeSection):
             raise ValueError(
                 f"{where}.packed_sequence_size={size!r}: expected 1 to dataset.seq_length={seq_length}, or -1"
             )
-        for name in ("packed_train_data_path", "packed_val_data_path", "packed_metadata_path"):
-            if getattr(self, name) is not None:
-                raise ValueError(
-                    f"{where}.{name}={getattr(self, name)!r} is not supported: unset it; packs are made when a run starts"
-                )
+        for name in PACKED_PATHS:
+            path = getattr(self, name)
+            if path is not None and (not isinstance(path, str) or not path):
+                raise ValueError(f"{where}.{name}={path!r}: expected the path of a file, or null")
+        if self.packed_metadata_path is not None and not self.are_read:
+            raise ValueError(
+                f"{where}.packed_metadata_path={self.packed_metadata_path!r} without packed_train_data_path or "
+                "packed_val_data_path: it is about rows in files; set one of them, or unset it"
+            )
         if self.pad_cu_seqlens:
             raise ValueError(f"{where}.pad_cu_seqlens=True is not supported: set it to false")
-        if self.pad_seq_to_mult != 1:
-            raise ValueError(f"{where}.pad_seq_to_mult={self.pad_seq_to_mult!r} is not supported: set it to 1")
+        check_positive(f"{where}.pad_seq_to_mult", self.pad_seq_to_mult)
+        if self.pad_seq_to_mult > (size if size > 0 else seq_length):
+            raise ValueError(f"{where}.pad_seq_to_mult={self.pad_seq_to_mult}: no sample fits into a row then; lower it")
 
 
 def check_positive(name: str, value: Any) -> None:
