@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--model", type=local_path, default=Path("data/smollm2-135m-instruct"))
     parser.add_argument("--data", type=local_path, default=Path("data/chatterbot"))
     parser.add_argument("--num-processes", type=int, help="default: one for each GPU, or 2 on a CPU")
-    parser.add_argument("--peft", choices=("lora", "dora"), default="lora")
+    parser.add_argument("--peft", choices=("lora", "dora", "canonical_lora"), default="lora")
     parser.add_argument("overrides", nargs="*", help="key=value for the run, e.g. peft.dim=8")
     arguments = parser.parse_args()
     refuse_wrong_overrides(arguments.overrides, arguments.peft)

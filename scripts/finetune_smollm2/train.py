@@ -59,7 +59,9 @@ def main() -> None:
     parser.add_argument("--data", type=local_path, default=Path("data/chatterbot"), help="holds training.jsonl")
     parser.add_argument("--pretrained-checkpoint", type=local_path, required=True, help="weights to start from")
     parser.add_argument("--output", type=local_path, required=True, help="checkpoints, TensorBoard and metrics go here")
-    parser.add_argument("--peft", choices=("lora", "dora"), help="train adapters; default: all weights")
+    parser.add_argument(
+        "--peft", choices=("lora", "dora", "canonical_lora"), help="train adapters; default: all weights"
+    )
     parser.add_argument(
         "--stock-megatron-core",
         action="store_true",

@@ -50,9 +50,8 @@ class Witness(Recorder):
         self.all = sum(param.numel() for param in params)
 
 
-def _config(directory, *, lora=None, dora=False, model=None, optimizer=None, precision="fp32", **checkpoint):
-    from megatron.bridge.peft.dora import DoRA
-    from megatron.bridge.peft.lora import LoRA
+def _config(directory, *, lora=None, scheme="lora", model=None, optimizer=None, precision="fp32", **checkpoint):
+    from megatron.bridge.recipes.common import default_peft_config
 
     kind = "experts" if (model or {}).get("num_moe_experts") else "dense"
     cfg = tiny_config(
@@ -66,7 +65,7 @@ def _config(directory, *, lora=None, dora=False, model=None, optimizer=None, pre
             **checkpoint,
         },
     )
-    cfg.peft = (DoRA if dora else LoRA)(**{**LORA, **(lora or {})})
+    cfg.peft = default_peft_config(scheme, **{**LORA, **(lora or {})})
     cfg.mixed_precision = precision
     return cfg
 
@@ -98,7 +97,7 @@ def trained(directory):
 @pytest.fixture(scope="module")
 def trained_dora(directory):
     """The same with DoRA."""
-    return run_on_ranks(_train, 2, directory, dora=True, save=f"{directory}/dora", save_interval=1)
+    return run_on_ranks(_train, 2, directory, scheme="dora", save=f"{directory}/dora", save_interval=1)
 
 
 def test_only_adapters_are_trained_and_have_optimizer_state(trained):
@@ -125,7 +124,17 @@ def test_every_layout_computes_and_trains_the_same(directory, trained, layout):
 
 @pytest.mark.parametrize("layout", ["TP 2", "TP 2, sequence parallel"])
 def test_every_layout_computes_and_trains_the_same_dora(directory, trained_dora, layout):
-    _check_layout(directory, trained_dora, layout, run="dora", dora=True)
+    _check_layout(directory, trained_dora, layout, run="dora", scheme="dora")
+
+
+@pytest.fixture(scope="module")
+def trained_canonical(directory):
+    """The same with an adapter for each part of fused layers."""
+    return run_on_ranks(_train, 2, directory, scheme="canonical_lora", save=f"{directory}/parts", save_interval=1)
+
+
+def test_every_layout_computes_and_trains_the_same_canonical(directory, trained_canonical):
+    _check_layout(directory, trained_canonical, "TP 2, sequence parallel", run="parts", scheme="canonical_lora")
 
 
 def _check_layout(directory, trained, layout, *, run, **options):
@@ -147,8 +156,17 @@ EXACT = {
     "no offload": {"precision": "bf16_mixed"},
     "half": {"precision": "bf16_mixed", "optimizer": HALF},
     "all, precision-aware": {"precision": "bf16_mixed", "optimizer": AWARE},
-    "half, TP 2, dropout": {"optimizer": HALF, "precision": "bf16_mixed", "model": TP2, "lora": {"dropout": 0.1}},
-    "half, DoRA": {"precision": "bf16_mixed", "optimizer": HALF, "dora": True},
+    "half, TP 2, dropout, parts of fused layers": {
+        "precision": "bf16_mixed",
+        "optimizer": HALF,
+        "model": TP2,
+        "scheme": "canonical_lora",
+        "lora": {
+            "dropout": 0.1,
+            "target_modules": ["linear_q", "linear_v", "linear_proj", "linear_fc1_up", "linear_fc2"],
+        },
+    },
+    "half, DoRA": {"precision": "bf16_mixed", "optimizer": HALF, "scheme": "dora"},
     "half, experts": {"precision": "bf16_mixed", "optimizer": HALF, "model": {**EXPERTS, **EP2}},
 }
 
@@ -193,10 +211,11 @@ def _logits(context):
     return logits.clone()
 
 
-@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
-@pytest.mark.parametrize("layout", [{}, TP2], ids=["DP 2", "TP 2"])
-def test_adapters_can_be_left_out_and_merged(directory, layout, dora):
-    for run in run_on_ranks(_train, 2, directory, callback=Disabled, model=layout, dora=dora):
+@pytest.mark.parametrize(
+    ("scheme", "layout"), [("lora", {}), ("lora", TP2), ("dora", {}), ("dora", TP2), ("canonical_lora", TP2)]
+)
+def test_adapters_can_be_left_out_and_merged(directory, layout, scheme):
+    for run in run_on_ranks(_train, 2, directory, callback=Disabled, model=layout, scheme=scheme):
         assert (run.adapted - run.disabled).abs().max() > 1e-3
         torch.testing.assert_close(run.merged, run.adapted, rtol=1e-4, atol=1e-5)
 
@@ -232,6 +251,10 @@ REFUSED = {
     "no linear layer": (
         {"lora": {"target_modules": ["*.pre_mlp_layernorm"]}},
         r"which is a RMSNorm: expected one of",
+    ),
+    "a fused layer by its parts": (
+        {"scheme": "canonical_lora", "lora": {"target_modules": ["linear_qkv"]}},
+        r"names 'linear_qkv', a fused layer that CanonicalLoRA adapts in parts: expected linear_q, linear_k, linear_v",
     ),
     "dropout of 1": ({"lora": {"dropout": 1.0}}, r"peft.dropout=1.0: expected 0 or more, below 1"),
     "FP32 masters of frozen weights": (

@@ -26,6 +26,7 @@ CELLS = {
     "llama, LoRA, TP 2": ("llama", "lora", TP2, {}),
     "qwen2 with biases, LoRA in one layer, PP 2": ("qwen2", "lora", PP2, {"target_modules": ["*.layers.1.*.linear_*"]}),
     "qwen2 with biases, DoRA, TP 2": ("qwen2", "dora", TP2, {}),
+    "qwen2 with biases, parts of fused layers, TP 2": ("qwen2", "canonical_lora", TP2, {}),
     "llama3, DoRA, of another kind in one layer": (
         "llama3",
         "dora",
@@ -46,8 +47,7 @@ class LastLogits(Recorder):
 def _train(directory, scheme, layout, targets):
     from megatron.bridge import AutoBridge
     from megatron.bridge.data.config import TokenizerConfig
-    from megatron.bridge.peft.dora import DoRA
-    from megatron.bridge.peft.lora import LoRA
+    from megatron.bridge.recipes.common import default_peft_config
     from megatron.bridge.training.finetune import finetune
     from megatron.bridge.training.gpt_step import forward_step
 
@@ -60,7 +60,7 @@ def _train(directory, scheme, layout, targets):
     cfg.tokenizer = TokenizerConfig(tokenizer_model=str(directory / "tokenizer"))
     cfg.mixed_precision = "fp32"
     cfg.checkpoint.pretrained_checkpoint = str(directory / "hf")
-    cfg.peft = {"lora": LoRA, "dora": DoRA}[scheme](dim=4, alpha=8, lora_B_init_method="normal", **targets)
+    cfg.peft = default_peft_config(scheme, dim=4, alpha=8, lora_B_init_method="normal", **targets)
     recorder = LastLogits()
     finetune(cfg, forward_step, callbacks=[recorder])
     return recorder.logits

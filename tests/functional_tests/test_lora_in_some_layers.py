@@ -14,7 +14,7 @@ CELLS = {
     "PP 2, nothing in the first stage, by bucket, offload": {**LAST_LAYER, **BY_BUCKET, "optimizer": AWARE},
     "DoRA, a pattern beside a name, half": {
         "lora": {"target_modules": ["linear_proj", "*.layers.1.*.linear_fc1"]},
-        "dora": True,
+        "scheme": "dora",
         "optimizer": HALF,
         **FULLY,
     },

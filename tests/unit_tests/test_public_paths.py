@@ -8,6 +8,7 @@ import pytest
 SAME = [
     ("data.packing", "PackedSequenceSpecs", "data.sft_options"),
     ("peft", "LoRA", "peft.lora"),
+    ("peft", "CanonicalLoRA", "peft.canonical_lora"),
     ("peft", "DoRA", "peft.dora"),
     ("peft", "PEFT", "peft.base"),
     ("training.tokenizers.tokenizer", "build_tokenizer", "data.tokenizer"),

@@ -139,6 +139,20 @@ ADAPTERS = (
         tests=(f"{_EXPORT}[llama, LoRA, TP 2]",),
     ),
     Mutant(
+        name="adapters: parts of a fused layer one after the other",
+        breaks="a path's rows are added to those of another part, under tensor parallelism or with several groups",
+        where="megatron.bridge.peft.fused_adapter:FusedAdapter._fused",
+        change=expression("(self.groups, rows)", "(1, self.groups * rows)"),
+        tests=("tests/unit_tests/peft/test_fused_adapter.py::test_each_part_has_the_update_of_its_own_path",),
+    ),
+    Mutant(
+        name="adapters: the parts of a fused layer exported as one",
+        breaks="peft gets another part's A and B",
+        where="megatron.bridge.models.conversion.adapters:_adapter_mapping",
+        change=expression("_PARTS[part]", "0"),
+        tests=(f"{_EXPORT}[qwen2 with biases, parts of fused layers, TP 2]",),
+    ),
+    Mutant(
         name="adapters: a bias scaled with the rows",
         breaks="DoRA of layers with a bias",
         where="megatron.bridge.peft.dora:MagnitudeAdapter.forward",

@@ -76,6 +76,7 @@ def test_a_fresh_configuration_each_time():
         ("llama32_1b_peft_config", "finetune", ("llama32_1b_peft_config", "peft")),
         ("llama32_1b", "finetune", ("llama32_1b_sft_config", "sft")),
         ("llama32_1b", "dora", ("llama32_1b_peft_config", "peft")),
+        ("llama32_1b", "canonical_lora", ("llama32_1b_peft_config", "peft")),
         ("llama32_1b", "pretrain", ("llama32_1b_pretrain_config", "pretrain")),
         ("mine:ours_sft_config", None, ("mine:ours_sft_config", "sft")),
         ("mine:ours", "peft", ("mine:ours", "peft")),

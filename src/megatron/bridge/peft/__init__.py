@@ -5,6 +5,7 @@ from importlib import import_module
 from typing import Any
 
 _DOORS = {
+    "CanonicalLoRA": "megatron.bridge.peft.canonical_lora",
     "PEFT": "megatron.bridge.peft.base",
     "DoRA": "megatron.bridge.peft.dora",
     "LoRA": "megatron.bridge.peft.lora",

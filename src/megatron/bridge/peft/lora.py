@@ -58,9 +58,10 @@ class LoRA(PEFT, ModuleMatcher):
         matched = all_gathered(self._matched)
         unmatched = [target for target in self.target_modules if not any(target in ranks for ranks in matched)]
         if unmatched:
+            example = type(self)().target_modules[0]
             raise ValueError(
                 f"peft.target_modules names {unmatched[0]!r}, which matches no module of the model: expected the "
-                'name of a linear layer such as "linear_qkv", or a pattern such as "*.layers.0.*.linear_qkv"'
+                f'name of a linear layer such as "{example}", or a pattern such as "*.layers.0.*.{example}"'
             )
         return model
 

@@ -60,7 +60,9 @@ class LowRankAdapter(torch.nn.Module):
     Parameters, in the layer's dtype and on its device: `linear_in.weight` A, `linear_out.weight` B.
     """
 
-    def __init__(self, weight: torch.Tensor, layout: LinearLayout, options: LoRAOptions, name: str) -> None:
+    def __init__(
+        self, weight: torch.Tensor, layout: LinearLayout, options: LoRAOptions, name: str, *, outputs: int | None = None
+    ) -> None:
         """Make a path beside a layer.
 
         Args:
@@ -68,14 +70,16 @@ class LowRankAdapter(torch.nn.Module):
             layout: How the layer is cut.
             options: The size and what else there is to choose.
             name: The layer's whole name, counted over all ranks.
+            outputs: Rows of this rank's part of B, where the path is beside some of the layer's; None: beside all.
         """
         super().__init__()
         self._generator = _generator_for(name)
         self.layout, self.dim, self.scale = layout, options.dim, options.alpha / options.dim
         self.dropout, self.drops_input = options.dropout, options.dropout_position == "pre"
-        outputs, inputs = weight.shape
+        rows, inputs = weight.shape
+        shape_out = (rows if outputs is None else outputs, options.dim)
         self.linear_in = self._linear((options.dim, inputs), options.lora_A_init_method, like=weight, cut=1)
-        self.linear_out = self._linear((outputs, options.dim), options.lora_B_init_method, like=weight, cut=0)
+        self.linear_out = self._linear(shape_out, options.lora_B_init_method, like=weight, cut=0)
         del self._generator
 
     def _linear(self, shape: tuple[int, int], init_method: str, *, like: torch.Tensor, cut: int) -> torch.nn.Linear:
@@ -144,7 +148,11 @@ class LowRankAdapter(torch.nn.Module):
 
     def sum_of_weights(self, linear: CoreLinear) -> torch.Tensor:
         """W + alpha / r * B A in FP32, this rank's part."""
-        return linear.weight.float() + self.scale * self.linear_out.weight.float() @ self.linear_in.weight.float()
+        return linear.weight.float() + self.update_of_weight()
+
+    def update_of_weight(self) -> torch.Tensor:
+        """What is added to the weight, alpha / r * B A in FP32, this rank's part."""
+        return self.scale * self.linear_out.weight.float() @ self.linear_in.weight.float()
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None

@@ -20,10 +20,11 @@ MODES = {
     "finetune": "sft",  # Megatron Bridge 0.3's name
     "lora": "peft",
     "dora": "peft",
+    "canonical_lora": "peft",
 }
 """What `--mode` may say, and the mode of recipes that it means."""
 
-PEFT_SCHEMES = ("lora", "dora")
+PEFT_SCHEMES = ("lora", "dora", "canonical_lora")
 
 _KEPT_WITH_A_DIRECTORY = (
     "seq_length",

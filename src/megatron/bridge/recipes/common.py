@@ -5,6 +5,7 @@ from typing import Any
 
 from megatron.bridge.data.config import GPTSFTDatasetConfig, MockGPTDatasetConfig, TokenizerConfig
 from megatron.bridge.peft.base import PEFT
+from megatron.bridge.peft.canonical_lora import CanonicalLoRA
 from megatron.bridge.peft.dora import DoRA
 from megatron.bridge.peft.lora import LoRA
 from megatron.bridge.training.config import (
@@ -19,14 +20,14 @@ from megatron.bridge.training.config import (
     ValidationConfig,
 )
 
-PEFT_SCHEMES: dict[str, type[PEFT]] = {"lora": LoRA, "dora": DoRA}
+PEFT_SCHEMES: dict[str, type[PEFT]] = {"lora": LoRA, "dora": DoRA, "canonical_lora": CanonicalLoRA}
 
 
 def default_peft_config(peft_scheme: str | PEFT, **options: Any) -> PEFT:
     """Adapters of a kind, on every linear layer of attention and MLP.
 
     Args:
-        peft_scheme: "lora" or "dora"; adapters with options of your own are taken as they are.
+        peft_scheme: "lora", "dora" or "canonical_lora"; adapters with options of your own are taken as they are.
         options: Fields of the kind, such as `dim=16`.
 
     Raises:

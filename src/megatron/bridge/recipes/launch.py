@@ -11,7 +11,7 @@ from megatron.bridge.recipes.build import RecipeRequest
 def run_recipe(
     recipe: str,
     mode: str | None = None,
-    peft_scheme: Literal["lora", "dora"] | None = None,
+    peft_scheme: Literal["lora", "dora", "canonical_lora"] | None = None,
     hf_path: str | None = None,
     seq_length: int | None = None,
     packed_sequence: bool = False,

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from megatron.bridge.models.conversion.export import export_weights
 from megatron.bridge.models.conversion.generation_config import FILE as GENERATION_FILE
 from megatron.bridge.models.conversion.generation_config import end_ids, generation_config_of_model
-from megatron.bridge.models.conversion.mapping import WeightMapping, replicated
+from megatron.bridge.models.conversion.mapping import WeightMapping, replicated, split_rows
 from megatron.bridge.models.conversion.tasks import ConversionTask, WeightPlace, all_places, local_tasks, model_config
 from megatron.bridge.models.conversion.tokenizer_files import TokenizerFiles
 from megatron.bridge.models.families import ModelFamily
@@ -33,6 +33,10 @@ _PEFT_NAMES = {
     "linear_out.weight": "lora_B.weight",
     "magnitude": "lora_magnitude_vector",
 }
+
+
+_PARTS = {"adapter_q": 0, "adapter_k": 1, "adapter_v": 2, "adapter_gate": 0, "adapter_up": 1}
+"""Adapters of one Hugging Face tensor among those that a weight is made of, and the tensor's place among them."""
 
 
 def adapter_tasks(chunks: Sequence[MegatronModule], family: ModelFamily) -> list[ConversionTask]:
@@ -61,9 +65,12 @@ def adapter_tasks(chunks: Sequence[MegatronModule], family: ModelFamily) -> list
 def _adapter_mapping(of_weight: WeightMapping, name: str) -> WeightMapping:
     """Where one of an adapter's parameters belongs. It is cut as the weight is, if it is on the side that is cut."""
     megatron_name = of_weight.megatron_name.removesuffix("weight") + f"adapter.{name}"
-    hf_names = tuple(_PREFIX + hf.removesuffix("weight") + _PEFT_NAMES[name] for hf in of_weight.hf_names)
-    has_outputs = name != "linear_in.weight"
-    if has_outputs == (of_weight.dim == 0):
+    part, _, of_part = name.partition(".") if name.startswith("adapter_") else ("", "", name)
+    hf_names = tuple(_PREFIX + hf.removesuffix("weight") + _PEFT_NAMES[of_part] for hf in of_weight.hf_names)
+    is_cut = (of_part != "linear_in.weight") == (of_weight.dim == 0)
+    if part:
+        return (split_rows if is_cut else replicated)(megatron_name, hf_names[_PARTS[part]])
+    if is_cut:
         return WeightMapping(megatron_name, hf_names, of_weight.layout, of_weight.dim)
     return replicated(megatron_name, hf_names[0])
 
@@ -73,7 +80,7 @@ def export_adapter_weights(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, tensor) pairs as `export_weights` does. Collective.
 
-    Query, key and value have one A between them in Megatron, as gate and up have; each gets a copy here.
+    An adapter of a whole fused layer has one A for query, key and value, or for gate and up; each gets a copy here.
     """
     tasks = adapter_tasks(chunks, family)
     shared: dict[str, Sequence[str]] = {}
