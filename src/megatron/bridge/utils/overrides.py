@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from megatron.bridge.utils.field_types import dataclass_of, field_hints, fit, members_of, nearest
+from megatron.bridge.utils.other_cores import option_of_another_core
 from megatron.bridge.utils.section import option_of
 from megatron.bridge.utils.yaml_io import from_yaml_dict, parse_yaml
 
@@ -87,13 +88,13 @@ def apply_mapping(config: Any, values: Mapping[str, Any], *, where: str = "") ->
                 apply_mapping(target, {last: value}, where=parent)
             continue
         hint = _hint(config, str(key), path, root=config)
-        current = getattr(config, key)
+        current = getattr(config, key, None)
         if isinstance(value, Mapping) and "_target_" not in value:
             current = _section(config, key, current, hint)
             if dataclasses.is_dataclass(current):
                 apply_mapping(current, value, where=path)
                 continue
-        setattr(config, key, from_yaml_dict(value, expected=hint, where=path))
+        _set(config, str(key), from_yaml_dict(value, expected=hint, where=path), path)
     return config
 
 
@@ -131,7 +132,15 @@ def _apply(config: Any, key: str, text: str | None) -> None:
     hint = _hint(target, last, key, root=config)
     if text is None:
         raise ValueError(f"~{key}: {key} is an option, not an entry of a dictionary; write {key}=null")
-    setattr(target, last, _value(text, hint, key, current=getattr(target, last)))
+    _set(target, last, _value(text, hint, key, current=getattr(target, last, None)), key)
+
+
+def _set(target: Any, name: str, value: Any, key: str) -> None:
+    """Set an option; one that only another Core has is dropped or refused by its section."""
+    try:
+        setattr(target, name, value)
+    except AttributeError as error:
+        raise ValueError(f"{key}: {error}") from None
 
 
 def _owner_of(config: Any, key: str) -> tuple[Any, Any]:
@@ -189,6 +198,8 @@ def _hint(target: Any, name: str, key: str, *, root: Any) -> Any:
     unbuilt = option_of(type(target), name)
     if unbuilt is not None:
         return unbuilt.hint
+    if option_of_another_core(type(target), name) is not None:
+        return Any
     attribute = getattr(type(target), name, None)
     if isinstance(attribute, property) and attribute.fset is not None:
         return attribute.fget.__annotations__.get("return", Any)

@@ -13,6 +13,7 @@ from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron.bridge.utils.field_types import nearest
+from megatron.bridge.utils.other_cores import option_of_another_core
 from megatron.bridge.utils.unbuilt_options import WithoutEffect, unbuilt_names, unbuilt_option
 
 _OPEN = "_is_open"
@@ -47,12 +48,35 @@ class Section:
                 AttributeError: Nobody knows the name; it says the nearest.
             """
             if not _is_known(self, name):
+                if is_dropped(type(self), name, value):
+                    return
                 names = _public_names(type(self))
                 raise AttributeError(
                     f"{type(self).__name__} has no option {name}: {nearest(name, names)}"
                     "set one of its fields, or add the field in a dataclass that extends it"
                 )
             super().__setattr__(name, value)
+
+
+def is_dropped(cls: type, name: str, value: Any) -> bool:
+    """Whether a value is given to an option that only another Core has, and asks for nothing.
+
+    Raises:
+        AttributeError: It asks for something.
+    """
+    option = option_of_another_core(cls, name)
+    if option is not None and option.is_asked_for(value):
+        raise AttributeError(option.refusal(cls.__name__))
+    return option is not None
+
+
+class DropsOptionsOfOtherCores(abc.ABCMeta):
+    """A section of Core's takes, in its constructor too, what asks for nothing in another Core."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Make the section of what this Core has."""
+        kept = {name: value for name, value in kwargs.items() if not is_dropped(cls, name, value)}
+        return super().__call__(*args, **kept)
 
 
 class _TakesUnbuiltOptions(abc.ABCMeta):

@@ -10,12 +10,12 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from megatron.bridge.utils.section import ConstructorSignature, Section
+from megatron.bridge.utils.section import ConstructorSignature, DropsOptionsOfOtherCores, Section
 
 _RECORD = "_set_fields"
 
 
-class RemembersSetFields(Section):
+class RemembersSetFields(Section, metaclass=DropsOptionsOfOtherCores):
     """Base of a dataclass that remembers which of its fields were set."""
 
     __signature__ = ConstructorSignature()  # `__new__` alone would hide the fields

@@ -24,6 +24,7 @@ import yaml
 
 from megatron.bridge.utils.expansion_limits import check_expansion
 from megatron.bridge.utils.field_types import dataclass_of, field_hints, fit, members_of, nearest
+from megatron.bridge.utils.other_cores import option_of_another_core
 from megatron.bridge.utils.section import option_of, unbuilt_values
 from megatron.bridge.utils.targets import class_named, dtype_named, function_named, name_of
 
@@ -192,6 +193,8 @@ class _Reader:
             unbuilt = option_of(cls, str(key))
             if unbuilt is not None:
                 hints[key] = unbuilt.hint
+            elif self._is_dropped(cls, str(key), item, f"{where}.{key}"):
+                continue
             if key not in hints:
                 self._leave_out(f"{where}.{key} is unknown: {nearest(str(key), hints)}{cls.__name__} has no such field")
                 continue
@@ -203,6 +206,15 @@ class _Reader:
             return cls(**read)
         except (TypeError, ValueError, AssertionError) as error:
             raise ConfigFileError(f"{where} can't be a {cls.__name__}: {_one_line(error)}") from error
+
+    def _is_dropped(self, cls: type, name: str, item: Any, where: str) -> bool:
+        """Whether an option is another Core's, at the default that it has there."""
+        option = option_of_another_core(cls, name)
+        if option is None:
+            return False
+        if option.is_asked_for(self.read(item, Any, where)):
+            self._leave_out(f"{where}={_one_line(item)}: {option.refusal(cls.__name__)}")
+        return True
 
     def _leave_out(self, message: str) -> None:
         """Refuse what can't be read, or say that it is left at its default."""
