@@ -56,6 +56,7 @@ DOORS = {"__init__.py"}
 NAMES_THE_DEVICE = {
     "utils/device.py": "chooses it",
     "utils/simulated_accelerator.py": "simulates it",
+    "utils/other_cores.py": "lists options of Core, some of which are named after its graphs",
     "models/fusions.py": "names the packages of fused kernels, which end in _cuda",
     "training/config/dist.py": "lists the values of dist.device",
     "training/cpu_offload/param_copies.py": "imports only torch and megatron-core, so that it can be lifted as it is",
