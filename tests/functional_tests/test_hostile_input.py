@@ -94,10 +94,10 @@ def test_a_model_with_code_is_converted_and_its_code_is_left_alone(tmp_path):
 def test_a_tokenizer_with_code(tmp_path, monkeypatch):
     directory = write_hostile_model(tmp_path / "model", tmp_path / "it ran")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks whether to run the code"))
-    with pytest.raises(ValueError, match="cannot be loaded .*custom code.*expected a directory with tokenizer.json"):
+    with pytest.raises(ValueError, match="cannot be loaded .*needs code of its own, 'evil.T', which is never run"):
         build_tokenizer(TokenizerConfig(tokenizer_model=str(directory)))
     trusting = TokenizerConfig(tokenizer_model=str(directory), hf_tokenizer_kwargs={"trust_remote_code": True})
-    with pytest.raises(ValueError, match="trust_remote_code: code in a model's directory is never run"):
+    with pytest.raises(ValueError, match="needs code of its own, 'evil.T', which is never run, trusted or not"):
         build_tokenizer(trusting)
     assert not (tmp_path / "it ran").exists()
 

@@ -58,13 +58,13 @@ def read_tokenizer_files(args: argparse.Namespace) -> "tuple[HuggingFaceTokenize
     from megatron.bridge.checkpoint.iterations import TOKENIZER_DIRECTORY, resolve_checkpoint
     from megatron.bridge.data.config import TokenizerConfig
     from megatron.bridge.data.tokenizer import HuggingFaceTokenizer, build_tokenizer
-    from megatron.bridge.models.conversion.hf_config import find_hf_directory
     from megatron.bridge.models.conversion.tokenizer_files import TokenizerFiles, has_tokenizer
+    from megatron.bridge.utils.hf_hub import find_hf_directory
 
     own = resolve_checkpoint(args.megatron_path) / TOKENIZER_DIRECTORY
     if args.hf_model is None and not has_tokenizer(own):
         raise FileNotFoundError(f"{own} holds no tokenizer: pass --hf-model with the model's directory")
-    model = None if args.hf_model is None else find_hf_directory(args.hf_model)
+    model = None if args.hf_model is None else find_hf_directory(args.hf_model, with_weights=False)
     text = TokenizerFiles.of_checkpoint(args.megatron_path, model)
     tokenizer = build_tokenizer(TokenizerConfig(tokenizer_model=str(text.tokenizer)))
     assert isinstance(tokenizer, HuggingFaceTokenizer)

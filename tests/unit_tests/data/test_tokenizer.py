@@ -1,8 +1,11 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+import json
+
 import pytest
 
 from megatron.bridge.data.config import TokenizerConfig
 from megatron.bridge.data.tokenizer import NullTokenizer, build_tokenizer, check_tokenizer_fits
+from tests.rigs.hub import COMMIT, put_into_cache
 from tests.unit_tests.data.conftest import write_tokenizer
 
 
@@ -48,7 +51,7 @@ def test_saved_files_load_again(tokenizer, tmp_path):
 
 
 def test_a_missing_directory_is_named_and_not_looked_up_on_a_hub(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"tokenizer_model='.*nowhere' does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer_model='.*nowhere' is no directory: expected"):
         build_tokenizer(TokenizerConfig(tokenizer_model=str(tmp_path / "nowhere")))
 
 
@@ -104,6 +107,27 @@ def test_a_chat_template_may_be_a_files_path(tokenizer_directory, tmp_path):
 def test_code_that_is_not_trusted_is_what_there_is(tokenizer_directory, said):
     options = {"trust_remote_code": said}
     assert build_tokenizer(TokenizerConfig(tokenizer_model=str(tokenizer_directory), hf_tokenizer_kwargs=options))
-    options["trust_remote_code"] = True
-    with pytest.raises(ValueError, match="code in a model's directory is never run"):
-        TokenizerConfig(tokenizer_model=str(tokenizer_directory), hf_tokenizer_kwargs=options).finalize()
+
+
+def test_code_that_is_trusted_is_not_run_where_it_is_not_needed(tmp_path, caplog):
+    directory = write_tokenizer(tmp_path)
+    path = directory / "tokenizer_config.json"
+    mapped = {"auto_map": {"AutoTokenizer": [None, "evil.Fast"]}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **mapped}))
+    (directory / "evil.py").write_text("1 / 0")
+    options = {"trust_remote_code": True}
+    assert build_tokenizer(TokenizerConfig(tokenizer_model=str(directory), hf_tokenizer_kwargs=options))
+    assert "has code of its own, 'evil.Fast', which is never run" in caplog.text
+
+
+def test_a_name_on_the_hub(tmp_path, tokenizer, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    put_into_cache(tmp_path / "hub", "some-org/Tiny-1B", write_tokenizer(tmp_path / "source"))
+    options = {"cache_dir": str(tmp_path / "hub"), "revision": COMMIT}
+    found = build_tokenizer(TokenizerConfig(tokenizer_model="some-org/Tiny-1B", hf_tokenizer_kwargs=options))
+    assert found.name == "some-org/Tiny-1B" and found.text_to_ids("the dog") == tokenizer.text_to_ids("the dog")
+    with pytest.raises(FileNotFoundError, match="tokenizer.tokenizer_model='some-org/No' is no directory, and the hub"):
+        build_tokenizer(TokenizerConfig(tokenizer_model="some-org/No", hf_tokenizer_kwargs=options))

@@ -294,7 +294,7 @@ class TokenizerConfig(Section):
     """ "HuggingFaceTokenizer", or "NullTokenizer" for data that is numbers already."""
 
     tokenizer_model: str | None = None
-    """Directory with the Hugging Face tokenizer's files (or a hub name)."""
+    """Directory with the Hugging Face tokenizer's files, or a name on the hub."""
 
     vocab_size: int | None = None
     """Size of the NullTokenizer's vocabulary; a Hugging Face tokenizer knows its own."""
@@ -304,7 +304,8 @@ class TokenizerConfig(Section):
     tokenizer's own."""
 
     hf_tokenizer_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Further arguments for `AutoTokenizer.from_pretrained`; `trust_remote_code: true` is refused."""
+    """Further arguments for `AutoTokenizer.from_pretrained`, such as `revision`. `trust_remote_code` is taken, but code
+    of a model's directory is never run: a tokenizer that needs it is refused."""
 
     def finalize(self) -> None:
         """Checks the fields.
@@ -317,11 +318,6 @@ class TokenizerConfig(Section):
             raise ValueError(f"tokenizer.tokenizer_type={self.tokenizer_type!r} is not supported: {expected}")
         if self.tokenizer_type == "HuggingFaceTokenizer" and not self.tokenizer_model:
             raise ValueError("tokenizer.tokenizer_model is not set: expected a directory with tokenizer.json")
-        if self.hf_tokenizer_kwargs.get("trust_remote_code"):
-            raise ValueError(
-                "tokenizer.hf_tokenizer_kwargs has trust_remote_code: code in a model's directory is never run; take it "
-                "out, and save the tokenizer as a tokenizer.json if it has none"
-            )
         if self.tokenizer_type == "NullTokenizer" and self.vocab_size is None:
             raise ValueError("tokenizer.vocab_size is not set: NullTokenizer needs the number of tokens")
         if self.vocab_size is not None:

@@ -14,6 +14,7 @@ from typing import Any
 import tokenizers
 
 from megatron.bridge.data.config import TokenizerConfig
+from megatron.bridge.data.hf_tokenizer import load_hf_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -272,20 +273,8 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
     if config.tokenizer_type == "NullTokenizer":
         assert config.vocab_size is not None  # finalize() refuses it
         return NullTokenizer(config.vocab_size)
-    from transformers import AutoTokenizer
-
     name = str(config.tokenizer_model)
-    # What can only be a path is not looked up on a hub: "data/model" is one where the directory "data" exists.
-    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and Path(name).parent.exists())
-    if is_path and not Path(name).exists():
-        raise FileNotFoundError(f"tokenizer.tokenizer_model={name!r} does not exist: expected a tokenizer's directory")
-    try:
-        hf_tokenizer = AutoTokenizer.from_pretrained(name, **{**config.hf_tokenizer_kwargs, "trust_remote_code": False})
-    except Exception as error:  # the tokenizers library raises bare ones
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"tokenizer.tokenizer_model={name!r} cannot be loaded ({reason}): expected a directory with tokenizer.json"
-        ) from error
+    hf_tokenizer = load_hf_tokenizer(name, dict(config.hf_tokenizer_kwargs))
     if not hf_tokenizer.is_fast:
         kind = type(hf_tokenizer).__name__
         raise ValueError(f"tokenizer.tokenizer_model={name!r} gives a {kind} without offsets: save its fast version")

@@ -46,7 +46,7 @@ from megatron.bridge.training.run_state.content import (
     state_to_save,
     weights_to_store,
 )
-from megatron.bridge.training.run_state.load_plan import LoadPlan, Source, plan_base, plan_load
+from megatron.bridge.training.run_state.load_plan import LoadPlan, Source, plan_base, plan_load, takes_pretrained
 from megatron.bridge.training.run_state.local import (
     find_local,
     open_local_checkpoints,
@@ -59,6 +59,8 @@ from megatron.bridge.training.run_state.rng import get_rng_state, restore_rng_st
 from megatron.bridge.training.run_state.schedule import load_optimizer
 from megatron.bridge.training.state import GlobalState
 from megatron.bridge.utils.distributed import barrier, is_rank_0, raise_on_all_ranks
+from megatron.bridge.utils.hf_hub import is_hub_name
+from megatron.bridge.utils.hf_hub_ranks import find_on_all_ranks
 
 __all__ = [
     "HybridParamSync",
@@ -240,6 +242,7 @@ def plan_on_all_ranks(cfg: ConfigContainer, context: dict[str, Any], *, load_req
         load_required: Finding nothing to load is an error.
     """
     local = find_local(context)
+    _find_pretrained(cfg, lambda: takes_pretrained(cfg, local) and cfg.peft is None)
     with raise_on_all_ranks("planning the load"):
         if is_rank_0() and cfg.checkpoint.load is not None:
             for root in (cfg.checkpoint.load, cfg.checkpoint.non_persistent_root(cfg.checkpoint.load)):
@@ -252,8 +255,18 @@ def plan_on_all_ranks(cfg: ConfigContainer, context: dict[str, Any], *, load_req
 
 def plan_base_on_all_ranks(cfg: ConfigContainer) -> LoadPlan | None:
     """`plan_base`; None without adapters. An error of one rank is an error of all."""
+    _find_pretrained(cfg, lambda: cfg.peft is not None)
     with raise_on_all_ranks("planning the load"):
         return None if cfg.peft is None else plan_base(cfg)
+
+
+def _find_pretrained(cfg: ConfigContainer, is_read: Callable[[], bool]) -> None:
+    """Fetch the weights that a run starts from, if they are on the hub, so that a plan finds them. Collective."""
+    name = cfg.checkpoint.pretrained_checkpoint
+    if name is not None:
+        find_on_all_ranks(
+            lambda: name if is_hub_name(name) and is_read() else None, option="checkpoint.pretrained_checkpoint"
+        )
 
 
 def load_checkpoint(

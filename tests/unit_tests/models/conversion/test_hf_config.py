@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron.bridge import AutoBridge
-from megatron.bridge.models.conversion.hf_config import find_hf_directory, read_hf_config
+from megatron.bridge.models.conversion.hf_config import read_hf_config
 from megatron.bridge.models.families import FAMILY_MODULES, REFUSED_ARCHITECTURES, family_of, provider_fields
 
 SMOLLM2 = {
@@ -278,14 +278,6 @@ def test_directories_without_a_model_are_refused(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json is not valid JSON"):
         AutoBridge.from_hf_pretrained(tmp_path)
-
-
-def test_name_that_is_no_directory_and_not_on_the_hub(tmp_path):
-    with pytest.raises(FileNotFoundError, match="is no directory") as raised:
-        find_hf_directory("nobody/no-such-model", local_files_only=True, cache_dir=tmp_path)
-    assert "\n" not in str(raised.value)
-    with pytest.raises(FileNotFoundError, match="is no directory"):
-        find_hf_directory(tmp_path / "no" / "such" / "directory", local_files_only=True)
 
 
 def test_no_weights_is_refused_before_anything_is_built():

@@ -71,6 +71,7 @@ class AdapterExport(BridgeBase):
             path,
             options=asdict(peft),
             base=self.directory,
+            base_name=None if self.download is None else self.name,
             text=text,
             show_progress=show_progress,
         )

@@ -101,6 +101,7 @@ def save_hf_adapter(
     options: Mapping[str, Any],
     base: Path | None,
     text: TokenizerFiles,
+    base_name: str | None = None,
     show_progress: bool = True,
 ) -> None:
     """Write the adapters as a directory that the peft library loads. Collective; rank 0 writes.
@@ -112,6 +113,7 @@ def save_hf_adapter(
         options: `dim`, `alpha` and `dropout` of the adapters.
         base: Directory of the Hugging Face model under them.
         text: The tokenizer, and where a text ends.
+        base_name: What `adapter_config.json` calls that model; None: its directory.
         show_progress: Whether rank 0 shows a bar.
 
     Raises:
@@ -126,7 +128,9 @@ def save_hf_adapter(
         if not tensors:
             raise ValueError(f"the model has no adapters: there is nothing to write to {path}")
         if is_rank_0():
-            config = adapter_config(tensors, options, num_layers=model_config(chunks).num_layers, base=base)
+            config = adapter_config(
+                tensors, options, num_layers=model_config(chunks).num_layers, base=base_name or base
+            )
             warn_of_end_ids(path, text, base)
             with replaced_directory(path) as directory:
                 weights = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -152,7 +156,7 @@ def warn_of_end_ids(path: Path, text: TokenizerFiles, base: Path | None) -> None
 
 
 def adapter_config(
-    tensors: Mapping[str, torch.Tensor], options: Mapping[str, Any], *, num_layers: int, base: Path | None
+    tensors: Mapping[str, torch.Tensor], options: Mapping[str, Any], *, num_layers: int, base: str | Path | None
 ) -> dict[str, Any]:
     """What `adapter_config.json` says.
 
@@ -160,7 +164,7 @@ def adapter_config(
         tensors: By the peft library's names.
         options: As for `save_hf_adapter`.
         num_layers: Of the model.
-        base: As for `save_hf_adapter`.
+        base: The name or directory of the model under them.
     """
     modules = sorted(name.removeprefix(_PREFIX).split(".lora_A")[0] for name in tensors if ".lora_A." in name)
     kinds = sorted({module.rpartition(".")[2] for module in modules})

@@ -13,12 +13,7 @@ from typing import TYPE_CHECKING, Any
 from megatron.bridge.models.conversion.adapter_export import AdapterExport
 from megatron.bridge.models.conversion.bridge_base import as_chunks
 from megatron.bridge.models.conversion.checkpoint_conversion import CheckpointConversion
-from megatron.bridge.models.conversion.hf_config import (
-    config_as_dict,
-    find_hf_directory,
-    precision_fields,
-    read_hf_config,
-)
+from megatron.bridge.models.conversion.hf_config import config_as_dict, precision_fields, read_hf_config
 from megatron.bridge.models.conversion.load_options import read_load_options
 from megatron.bridge.models.families import (
     ModelFamily,
@@ -28,6 +23,7 @@ from megatron.bridge.models.families import (
     family_of,
     supported_architectures,
 )
+from megatron.bridge.utils.hf_hub import find_hf_directory, is_hub_name
 
 if TYPE_CHECKING:
     import torch
@@ -46,25 +42,34 @@ class AutoBridge(CheckpointConversion, AdapterExport):
 
     Args:
         hf_config: Content of `config.json`.
-        directory: Where the weights and the tokenizer are; None: nowhere.
+        directory: Where the configuration, the tokenizer and the weights are; None: nowhere.
         name: What the user called the model, for errors and for `hf_model_id`.
+        download: If `name` is one on the hub: the options that it was found with, to fetch the weights later.
 
     Raises:
         ValueError: The architecture is not supported.
     """
 
-    def __init__(self, hf_config: dict[str, Any], *, directory: Path | None, name: str) -> None:
+    def __init__(
+        self,
+        hf_config: dict[str, Any],
+        *,
+        directory: Path | None,
+        name: str,
+        download: Mapping[str, Any] | None = None,
+    ) -> None:
         check_supported(hf_config, name)
         self.hf_config = hf_config
         self.directory = directory
         self.name = name
+        self.download = download
 
     @classmethod
     def from_hf_pretrained(cls, path: "str | Path", **load_options: Any) -> "AutoBridge":
-        """Bridge a model directory, or a model of the Hugging Face hub.
+        """Bridge a model directory, or a model of the Hugging Face hub, whose weights are fetched when they are read.
 
         Args:
-            path: Directory, or hub name.
+            path: Directory, or hub name; a directory of that name goes first.
             load_options: `dtype` (or `torch_dtype`) of the Megatron weights; `revision`, `token`, `local_files_only`, …
                 for the hub; `trust_remote_code` and `device_map` are accepted, and no code of the directory is run.
 
@@ -73,10 +78,11 @@ class AutoBridge(CheckpointConversion, AdapterExport):
             ValueError: The architecture is not supported, or an option isn't known.
         """
         options = read_load_options(load_options)
-        directory = find_hf_directory(path, **options.download)
+        directory = find_hf_directory(path, with_weights=False, **options.download)
         hf_config = options.apply(read_hf_config(directory))
         options.check_code(hf_config, str(path))
-        return cls(hf_config, directory=directory, name=str(path))
+        download = options.download if is_hub_name(path) else None
+        return cls(hf_config, directory=directory, name=str(path), download=download)
 
     @classmethod
     def from_hf_config(cls, config: "PretrainedConfig | Mapping[str, Any]") -> "AutoBridge":
@@ -88,7 +94,7 @@ class AutoBridge(CheckpointConversion, AdapterExport):
         """Whether `path` is a model whose architecture is supported."""
         download = read_load_options(load_options).download
         try:
-            return cls.supports(read_hf_config(find_hf_directory(path, **download)))
+            return cls.supports(read_hf_config(find_hf_directory(path, with_weights=False, **download)))
         except (FileNotFoundError, ValueError):
             return False
 
@@ -116,7 +122,8 @@ class AutoBridge(CheckpointConversion, AdapterExport):
             return config_object(self.hf_config)
         from megatron.bridge.models.hf_pretrained.causal_lm import PreTrainedCausalLM
 
-        found = PreTrainedCausalLM(self.directory)
+        is_on_hub = self.download is not None
+        found = PreTrainedCausalLM(self.name if is_on_hub else self.directory, **(self.download or {}))
         found.hf_config = self.hf_config  # with the dtype that was asked for
         return found
 
@@ -137,11 +144,11 @@ class AutoBridge(CheckpointConversion, AdapterExport):
         provider = build_provider(self.hf_config)
         forget_set_fields(provider)  # the directory says it, and mixed_precision may say otherwise
         if self.directory is not None:
-            provider.hf_model_id = str(self.directory.resolve() if Path(self.name).exists() else self.name)
+            provider.hf_model_id = str(self.directory.resolve()) if self.download is None else self.name
         if load_weights:
-            self._weights_directory(hf_path)  # refuse now rather than after the model is built
+            directory = self._weights_directory(hf_path)  # refuse now rather than after the model is built
             provider.perform_initialization = False
-            provider.register_pre_wrap_hook(lambda chunks: self.load_hf_weights(chunks, hf_path))
+            provider.register_pre_wrap_hook(lambda chunks: self.load_hf_weights(chunks, directory))
         return provider
 
     def get_model_config(self) -> "GPTModelProvider":
@@ -187,8 +194,11 @@ class AutoBridge(CheckpointConversion, AdapterExport):
         """
         from megatron.bridge.models.conversion.hf_weights import HFWeights
         from megatron.bridge.models.conversion.load import load_weights
+        from megatron.bridge.utils.distributed import run_while_others_wait
 
-        chunks, weights = as_chunks(model), HFWeights(self._weights_directory(hf_path))
+        directory = run_while_others_wait(lambda: self._weights_directory(hf_path), doing="finding the weights")
+        assert directory is not None  # every rank has work
+        chunks, weights = as_chunks(model), HFWeights(directory)
         allowed = allowed_mismatched_params or ()
         load_weights(chunks, self.family, weights, allowed_mismatched=allowed, show_progress=show_progress)
         return chunks
@@ -255,7 +265,7 @@ class AutoBridge(CheckpointConversion, AdapterExport):
         from megatron.bridge.models.conversion.tokenizer_files import TokenizerFiles
         from megatron.bridge.utils.distributed import raise_on_all_ranks
 
-        source = find_hf_directory(source_path) if source_path else self.directory
+        source = find_hf_directory(source_path, with_weights=False) if source_path else self.directory
         with raise_on_all_ranks("reading the model's tokenizer"):
             text = TokenizerFiles.of(source, checkpoint=checkpoint)
         save_hf_directory(

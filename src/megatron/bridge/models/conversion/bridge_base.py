@@ -2,11 +2,12 @@
 """The base of the mixins that make up `AutoBridge`. Cheap to import, as `auto_bridge` is."""
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from megatron.bridge.models.conversion.hf_config import check_whole_model, find_hf_directory
+from megatron.bridge.models.conversion.hf_config import check_whole_model
+from megatron.bridge.utils.hf_hub import find_hf_directory
 
 if TYPE_CHECKING:
     from megatron.core.transformer.module import MegatronModule
@@ -24,6 +25,7 @@ class BridgeBase(abc.ABC):
     hf_config: dict[str, Any]
     directory: Path | None
     name: str
+    download: Mapping[str, Any] | None
 
     @classmethod
     @abc.abstractmethod
@@ -60,6 +62,8 @@ class BridgeBase(abc.ABC):
 
     def _weights_directory(self, hf_path: "str | Path | None") -> Path:
         directory = find_hf_directory(hf_path) if hf_path else self.directory
+        if not hf_path and self.download is not None:
+            directory = find_hf_directory(self.name, **self.download)  # until now without the weights
         if directory is None:
             raise ValueError(
                 "there are no weights to load: this bridge was made from a configuration; pass hf_path, or "

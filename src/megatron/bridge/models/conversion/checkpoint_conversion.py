@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.checkpoint.iterations import is_hf_directory
 from megatron.bridge.models.conversion.bridge_base import BridgeBase, as_chunks
-from megatron.bridge.models.conversion.hf_config import check_tokenizer
+from megatron.bridge.models.conversion.hf_config import check_tokenizer, check_whole_model
 from megatron.bridge.models.families import provider_fields
 
 if TYPE_CHECKING:
@@ -120,7 +120,8 @@ class CheckpointConversion(BridgeBase):
 
         provider = self.to_megatron_provider(load_weights=False)
         saved = find_saved_adapters(path)
-        weights = path if saved is None else check_base(saved, base, model=self.directory)
+        model = self.directory if self.download is None else self.name
+        weights = path if saved is None else check_base(saved, base, model=model)
         chunks = build_saved_model(
             provider, path, provider_fields(self.hf_config), mp_overrides=mp_overrides or {}, **options
         )
@@ -160,15 +161,21 @@ class CheckpointConversion(BridgeBase):
         """
         from megatron.bridge.models.conversion.generation_config import generation_config_of_model
         from megatron.bridge.models.conversion.saved_provider import SIZES_TO_CONVERT_AT, build_on_host
-        from megatron.bridge.utils.distributed import model_parallel_groups
+        from megatron.bridge.utils.distributed import model_parallel_groups, raise_on_all_ranks, run_while_others_wait
 
         sizes = {name: options.pop(name) for name in SIZES_TO_CONVERT_AT if name in options}
-        bridge = cls.from_hf_pretrained(hf_model_id, **options)
-        provider = bridge.to_megatron_provider(load_weights=False)
-        directory = bridge._weights_directory(None)
-        check_tokenizer(directory, provider.required_vocab_size())
-        generation_config_of_model(directory)  # refuse now rather than after the weights are read
         with model_parallel_groups(**sizes):
+            bridge = run_while_others_wait(
+                lambda: cls.from_hf_pretrained(hf_model_id, **options), doing="finding the model"
+            )
+            assert bridge is not None  # every rank has work
+            with raise_on_all_ranks("reading the model's configuration"):
+                # refuse now rather than after the weights are read
+                provider = bridge.to_megatron_provider(load_weights=False)
+                assert bridge.directory is not None  # the model was named
+                check_whole_model(bridge.directory)
+                check_tokenizer(bridge.directory, provider.required_vocab_size())
+                generation_config_of_model(bridge.directory)
             chunks = build_on_host(provider, dtype=dtype)
             bridge.load_hf_weights(chunks, show_progress=show_progress)
             return bridge.save_megatron_model(chunks, megatron_path)

@@ -2,7 +2,6 @@
 """Reading a Hugging Face `config.json`, and the parts of it that families share."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,34 +11,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 from megatron.bridge.models.vocab_padding import largest_divisor
-
-DOWNLOADED_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*"]
-
-
-def find_hf_directory(path: str | Path, **download_options: Any) -> Path:
-    """The local directory of a Hugging Face model, fetched from the hub where `path` is a hub name.
-
-    Args:
-        path: A directory, or a name such as `HuggingFaceTB/SmolLM2-135M-Instruct`.
-        download_options: For `huggingface_hub.snapshot_download`: `revision`, `token`, `local_files_only`, …
-
-    Raises:
-        FileNotFoundError: No such directory, and no such model that can be fetched.
-    """
-    path = os.path.expanduser(path)
-    if os.path.isdir(path):
-        return Path(path)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=DOWNLOADED_FILES, **download_options))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise FileNotFoundError(
-            f"{str(path)!r} is no directory, and fetching it from the Hugging Face hub failed ({reason}): "
-            "expected the directory of a Hugging Face model, or the name of one that the hub has"
-        ) from error
 
 
 def config_as_dict(config: "PretrainedConfig | Mapping[str, Any]") -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from megatron.core.transformer.module import MegatronModule
 
 from megatron.bridge.models.conversion.export import export_weights, exported_places
-from megatron.bridge.models.conversion.hf_weights import INDEX_FILE, HFWeights, HFWeightsWriter, ShardPlan
+from megatron.bridge.models.conversion.hf_weights import INDEX_FILE, HFWeightsWriter, ShardPlan, names_of_tensors
 from megatron.bridge.models.conversion.load import cast, may_be_ignored
 from megatron.bridge.models.conversion.tasks import local_tasks, model_config
 from megatron.bridge.models.conversion.tokenizer_files import TokenizerFiles, copy_files
@@ -154,10 +154,10 @@ def check_names(exported: set[str], family: ModelFamily, config: Any, source: Pa
     Raises:
         ValueError: They differ, and `strict`.
     """
-    if source is None or not any(source.glob("*.safetensors")):
+    named = None if source is None else names_of_tensors(source)
+    if named is None:
         return
-    weights = HFWeights(source)
-    in_source = {name for name in weights.files if not may_be_ignored(name, config, family)}
+    in_source = {name for name in named if not may_be_ignored(name, config, family)}
     differing = sorted(in_source ^ exported)
     if differing:
         side = "only the source" if differing[0] in in_source else "only the export"

@@ -98,6 +98,20 @@ class HFWeights:
         return self._files[path]
 
 
+def names_of_tensors(directory: Path) -> set[str] | None:
+    """The names of the tensors in a Hugging Face directory. None: it holds none.
+
+    Where the weights haven't been fetched, as for a model of the hub that only gives its configuration, the index says.
+
+    Raises:
+        FileNotFoundError, ValueError: As for `HFWeights.files`.
+    """
+    index = directory / INDEX_FILE
+    if any(directory.glob("*.safetensors")):
+        return set(HFWeights(directory).files)
+    return set(_read_index(index)) if index.is_file() else None
+
+
 def _read_index(path: Path) -> dict[str, str]:
     try:
         weight_map = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])

@@ -11,6 +11,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from megatron.bridge.checkpoint import iterations
 from megatron.bridge.checkpoint.model_checkpoint import load_model_weights, read_run_config
+from megatron.bridge.utils.hf_hub import find_hf_directory, is_hub_name
 from megatron.bridge.utils.yaml_io import from_yaml_dict
 
 logger = logging.getLogger(__name__)
@@ -49,21 +50,23 @@ def find_saved_adapters(path: str | Path) -> SavedAdapters | None:
     return SavedAdapters(directory, peft, base, (run_config.get("model") or {}).get("hf_model_id"))
 
 
-def check_base(saved: SavedAdapters, base: str | Path | None, *, model: Path | None) -> Path:
+def check_base(saved: SavedAdapters, base: str | Path | None, *, model: str | Path | None) -> Path:
     """The directory of the weights under the adapters.
 
     Args:
         saved: From `find_saved_adapters`.
-        base: The directory to take in place of the one that was trained on.
-        model: Where the Hugging Face model is now, which may have been what was trained on.
+        base: The directory or hub name to take in place of the one that was trained on.
+        model: Where the Hugging Face model is now, which may have been what was trained on: a directory or hub name.
 
     Raises:
         FileNotFoundError: There is nothing.
     """
     path = base or saved.base
     if base is None and model is not None and not _holds_weights(path) and _is_the_model(saved):
-        logger.info("the weights under the adapters: %s, as %s is not there any more", model, path)
+        logger.info("the weights under the adapters: %s; they were trained on %s", model, path)
         path = model
+    if path is not None and is_hub_name(path):
+        return find_hf_directory(path)
     if not _holds_weights(path):
         raise FileNotFoundError(
             f"{saved.directory} holds adapters of the weights in {path}, which hold neither a Megatron checkpoint nor "

@@ -20,7 +20,7 @@ from megatron.bridge.models.conversion.generation_config import (
     with_end_ids,
     write_generation_config,
 )
-from megatron.bridge.models.conversion.hf_config import find_hf_directory
+from megatron.bridge.utils.hf_hub import find_hf_directory
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class TokenizerFiles:
             found = cls.of_checkpoint(checkpoint, model)
         else:
             found = cls(model, None if model is None else generation_config_of_model(model))
-        return found if tokenizer is None else cls(find_hf_directory(tokenizer), found.generation)
+        return found if tokenizer is None else cls(find_hf_directory(tokenizer, with_weights=False), found.generation)
 
     @classmethod
     def of_checkpoint(cls, path: str | Path, model: Path | None = None) -> "TokenizerFiles":
@@ -151,7 +151,7 @@ def _local_model(name: str | Path | None) -> Path | None:
     if not name:
         return None
     try:
-        directory = find_hf_directory(name, local_files_only=True)
+        directory = find_hf_directory(name, with_weights=False, local_files_only=True)
     except FileNotFoundError:
         return None
     return directory if (directory / "config.json").is_file() else None

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron.bridge.models.conversion.hf_config import find_hf_directory, precision_fields, read_hf_config
+from megatron.bridge.models.conversion.hf_config import precision_fields, read_hf_config
 from megatron.bridge.models.conversion.hf_weights import HFWeights
 from megatron.bridge.models.conversion.load_options import read_load_options
 from megatron.bridge.models.conversion.tokenizer_files import TOKENIZER_PATTERNS, copy_files
 from megatron.bridge.utils import simulated_accelerator
+from megatron.bridge.utils.hf_hub import find_hf_directory
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -29,7 +30,7 @@ ARTIFACTS = (*TOKENIZER_PATTERNS, "config.json", "generation_config.json", "LICE
 
 
 class PreTrainedCausalLM:
-    """A Hugging Face model. Nothing but `config.json` is read until it is asked for.
+    """A Hugging Face model. Nothing but `config.json` is read until it is asked for; so are weights of the hub fetched.
 
     Args:
         model_name_or_path: Directory, or hub name.
@@ -49,7 +50,8 @@ class PreTrainedCausalLM:
     ) -> None:
         options = read_load_options(load_options)
         self.model_name_or_path = os.fspath(model_name_or_path)
-        self.directory = find_hf_directory(self.model_name_or_path, **options.download)
+        self.directory = find_hf_directory(self.model_name_or_path, with_weights=False, **options.download)
+        self._download = options.download
         self.device = torch.device("cpu" if device is None else device)
         self.hf_config = options.apply(read_hf_config(self.directory))
         options.check_code(self.hf_config, self.model_name_or_path)
@@ -97,15 +99,16 @@ class PreTrainedCausalLM:
     @cached_property
     def state(self) -> Mapping[str, torch.Tensor]:
         """The weights by name, each read from its file when it is taken."""
-        return _Weights(HFWeights(self.directory))
+        return _Weights(HFWeights(self._with_weights()))
 
     @cached_property
     def model(self) -> "PreTrainedModel":
         """Transformers' model with the weights, for evaluation."""
         from transformers import AutoModelForCausalLM
 
+        directory = self._with_weights()
         with _on_the_real_host():
-            model = AutoModelForCausalLM.from_pretrained(self.directory, dtype=self.dtype, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(directory, dtype=self.dtype, trust_remote_code=False)
             return model.to(self.device).eval()
 
     @property
@@ -116,8 +119,11 @@ class PreTrainedCausalLM:
     @property
     def num_parameters(self) -> int:
         """How many numbers the files of weights hold."""
-        weights = HFWeights(self.directory)
+        weights = HFWeights(self._with_weights())
         return sum(torch.Size(weights.shape(name)).numel() for name in weights.files)
+
+    def _with_weights(self) -> Path:
+        return find_hf_directory(self.model_name_or_path, **self._download)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output for what transformers' model takes, such as `input_ids` [B, S]."""

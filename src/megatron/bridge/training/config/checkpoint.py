@@ -66,8 +66,8 @@ class CheckpointConfig(BridgeSection):
     """Load the weights of `load` only, and start at step 0."""
 
     pretrained_checkpoint: str | None = None
-    """Checkpoint (root or iter_N folder) or Hugging Face directory whose weights a run starts from, unless `load`
-    holds a checkpoint. None: no pretrained weights."""
+    """Checkpoint (root or iter_N folder), or Hugging Face directory or hub name, whose weights a run starts from,
+    unless `load` holds a checkpoint. None: no pretrained weights."""
 
     ckpt_step: int | None = None
     """Step to load from `load`. None: the newest."""

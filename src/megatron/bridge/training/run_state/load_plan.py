@@ -17,6 +17,7 @@ from megatron.bridge.training.run_state.adapters import check_adapters
 from megatron.bridge.training.run_state.local import CORE_RELEASE, LocalCheckpoint
 from megatron.bridge.training.run_state.optimizer import check_kind_of_optimizer
 from megatron.bridge.utils.distributed import world_size
+from megatron.bridge.utils.hf_hub import find_hf_directory, is_hub_name
 from megatron.bridge.utils.parallel_sizes import PARALLEL_SIZES, parallel_sizes
 
 RunConfig = dict[str, Any]
@@ -95,13 +96,12 @@ def plan_load(
                 f"checkpoint.load={checkpoint.load!r} is a Hugging Face directory, which holds nothing to resume: "
                 "set checkpoint.pretrained_checkpoint to it"
             )
-    if local is not None and not _names_its_start(checkpoint) and local.step >= _step_of(checkpoint.load):
-        return _plan_local(cfg, local)
-    if (root := _newer_global_root(checkpoint)) is not None:
-        return _plan_resume(cfg, root, option="checkpoint.non_persistent_global_ckpt_dir")
-    if checkpoint.load is not None:
-        if iterations.checkpoint_exists(checkpoint.load) or checkpoint.ckpt_step is not None:
-            return _plan_resume(cfg, checkpoint.load, option="checkpoint.load")
+    found = _to_resume(checkpoint, local)
+    if isinstance(found, LocalCheckpoint):
+        return _plan_local(cfg, found)
+    if found is not None:
+        root, option = found
+        return _plan_resume(cfg, root, option=option)
     if cfg.peft is not None:
         return None
     if checkpoint.pretrained_checkpoint is not None:
@@ -118,6 +118,23 @@ def plan_base(cfg: ConfigContainer) -> LoadPlan:
     """
     assert cfg.checkpoint.pretrained_checkpoint is not None  # a rule refuses adapters without it
     return _plan_pretrained(cfg, cfg.checkpoint.pretrained_checkpoint)
+
+
+def takes_pretrained(cfg: ConfigContainer, local: LocalCheckpoint | None = None) -> bool:
+    """Whether a run reads `checkpoint.pretrained_checkpoint`: with adapters, or where it doesn't resume."""
+    return cfg.peft is not None or _to_resume(cfg.checkpoint, local) is None
+
+
+def _to_resume(checkpoint: CheckpointConfig, local: LocalCheckpoint | None) -> LocalCheckpoint | tuple[str, str] | None:
+    """The checkpoint that a run resumes: one of each rank, or a directory and the option that names it."""
+    if local is not None and not _names_its_start(checkpoint) and local.step >= _step_of(checkpoint.load):
+        return local
+    if (root := _newer_global_root(checkpoint)) is not None:
+        return root, "checkpoint.non_persistent_global_ckpt_dir"
+    if checkpoint.load is not None:
+        if iterations.checkpoint_exists(checkpoint.load) or checkpoint.ckpt_step is not None:
+            return checkpoint.load, "checkpoint.load"
+    return None
 
 
 def _names_its_start(checkpoint: CheckpointConfig) -> bool:
@@ -199,7 +216,8 @@ def _whole_resume(
     )
 
 
-def _plan_pretrained(cfg: ConfigContainer, path: str) -> LoadPlan:
+def _plan_pretrained(cfg: ConfigContainer, name: str) -> LoadPlan:
+    path = str(find_hf_directory(name)) if is_hub_name(name) else name
     if iterations.is_hf_directory(path):
         if cfg.checkpoint.load_main_params_from_ckpt:
             raise ValueError(

@@ -8,17 +8,17 @@ from megatron.core.dist_checkpointing import tensor_aware_state_dict
 
 from megatron.bridge.peft.base import PEFT
 from megatron.bridge.training.config.sections import RunSections
+from megatron.bridge.utils.hf_hub import is_hub_name
 from megatron.bridge.utils.section import unbuilt_values
 
 
 def check_pretrained_checkpoint_exists(cfg: RunSections, world_size: int) -> None:
-    """The weights that a run starts from are there."""
+    """The weights that a run starts from are there, or may be on the hub."""
     path = cfg.checkpoint.pretrained_checkpoint
-    if path is not None and not Path(path).exists():
+    if path is not None and not Path(path).exists() and not is_hub_name(path):
         raise FileNotFoundError(
             f"checkpoint.pretrained_checkpoint={path}: there is no such file or directory; expected a Megatron "
-            f"checkpoint "
-            "(its root or an iter_N folder) or a Hugging Face directory; correct the path"
+            "checkpoint (its root or an iter_N folder), a Hugging Face directory or a name on the hub; correct the path"
         )
 
 
