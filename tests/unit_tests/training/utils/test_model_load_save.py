@@ -115,7 +115,7 @@ def test_what_is_not_supported_is_refused(checkpoint, tmp_path):
         save_megatron_model([], tmp_path, ckpt_format="zarr")
     with pytest.raises(ValueError, match="hf_tokenizer_kwargs=.* is not supported"):
         save_megatron_model([], tmp_path, hf_tokenizer_kwargs={"use_fast": False})
-    with pytest.raises(FileNotFoundError, match="no directory, and fetching it"):
+    with pytest.raises(FileNotFoundError, match="nothing. is no directory: expected"):
         save_megatron_model([], tmp_path, hf_tokenizer_path=tmp_path / "nothing")
     with pytest.raises(FileNotFoundError):
         load_megatron_model(tmp_path / "nothing")

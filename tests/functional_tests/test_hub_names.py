@@ -1,0 +1,105 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""A model by its name on the hub, on two ranks: finetuned and exported, fetched once, and refused on all ranks."""
+
+import json
+
+import torch
+from safetensors.torch import load_file
+
+from tests.functional_tests.test_conversion_command import on_rank
+from tests.rigs.hub import COMMIT, running_hub
+from tests.rigs.ranks import run_on_ranks
+from tests.rigs.tiny import tiny_config
+from tests.unit_tests.data.conftest import write_tokenizer
+from tests.unit_tests.models.tiny_llama import save_tiny_llama
+
+NAME = "some-org/Tiny-1B"
+
+
+def _use_hub(directory, url):
+    """Look for models in a cache of the test's own, and at its hub; without one, offline."""
+    from huggingface_hub import constants
+
+    from megatron.bridge.utils import hf_hub
+
+    hf_hub._found.clear()
+    before = {name: getattr(constants, name) for name in ("HF_HUB_CACHE", "HF_HUB_OFFLINE", "ENDPOINT")}
+    constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE = f"{directory}/cache", url is None
+    constants.ENDPOINT = url or constants.ENDPOINT
+    resolve = constants.HUGGINGFACE_CO_URL_TEMPLATE
+    constants.HUGGINGFACE_CO_URL_TEMPLATE = f"{constants.ENDPOINT}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    return {**before, "HUGGINGFACE_CO_URL_TEMPLATE": resolve}
+
+
+def _on_hub(directory, url, work, *args):
+    from huggingface_hub import constants
+
+    before = _use_hub(directory, url)
+    try:
+        return work(directory, *args)
+    finally:
+        for name, value in before.items():
+            setattr(constants, name, value)
+
+
+def _finetune(directory, name):
+    from megatron.bridge import AutoBridge
+    from megatron.bridge.data.config import TokenizerConfig
+    from megatron.bridge.peft.lora import LoRA
+    from megatron.bridge.training.finetune import finetune
+    from megatron.bridge.training.gpt_step import forward_step
+
+    cfg = tiny_config(directory, train_iters=1)
+    cfg.model = AutoBridge.from_hf_pretrained(name).to_megatron_provider(load_weights=False)
+    cfg.model.seq_length, cfg.model.calculate_per_token_loss = 16, True
+    cfg.tokenizer = TokenizerConfig(tokenizer_model=name)
+    cfg.mixed_precision = "fp32"
+    cfg.checkpoint.pretrained_checkpoint, cfg.checkpoint.load = name, cfg.checkpoint.save
+    cfg.peft = LoRA(dim=4, alpha=8)
+    finetune(cfg, forward_step)
+
+
+def _pretrained_refused(directory, name):
+    """The model is there, and the weights to start from aren't."""
+    from megatron.bridge.training.finetune import finetune
+    from megatron.bridge.training.gpt_step import forward_step
+
+    try:
+        finetune(tiny_config(directory, checkpoint={"pretrained_checkpoint": name}), forward_step)
+    except (FileNotFoundError, RuntimeError) as error:
+        return str(error)
+
+
+def _export(directory, checkpoint):
+    for command, target in (("export-adapter", "adapter"), ("export", "merged")):
+        status, _, errors = on_rank(
+            command, "--megatron-path", checkpoint, "--hf-path", directory / target, "--no-progress"
+        )
+        if status:
+            break
+    return status, errors
+
+
+def test_a_model_of_the_hub_is_finetuned_and_exported(tmp_path):
+    hf = save_tiny_llama(tmp_path / "hf", vocab_size=338, num_hidden_layers=2)
+    write_tokenizer(hf)
+    with running_hub() as hub:
+        hub.put(NAME, hf)
+        run_on_ranks(_on_hub, 2, tmp_path, hub.url, _finetune, NAME)
+        fetched = hub.fetched()
+        for said in run_on_ranks(_on_hub, 2, tmp_path, hub.url, _pretrained_refused, "some-org/gated"):
+            assert "checkpoint.pretrained_checkpoint: 'some-org/gated' is no directory" in said and "\n" not in said
+    assert len(fetched) == len(set(fetched)) and "model.safetensors" in fetched
+    snapshot = tmp_path / "cache" / "models--some-org--Tiny-1B" / "snapshots" / COMMIT
+    assert torch.equal(
+        load_file(snapshot / "model.safetensors")["model.norm.weight"],
+        load_file(hf / "model.safetensors")["model.norm.weight"],
+    )
+
+    # The hub is gone. What the checkpoint says is the name.
+    adapters = str(tmp_path / "checkpoints")
+    for status, errors in run_on_ranks(_on_hub, 2, tmp_path, None, _export, adapters):
+        assert status == 0, errors
+    base = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base == NAME
+    assert load_file(tmp_path / "merged" / "model.safetensors").keys() == load_file(hf / "model.safetensors").keys()
