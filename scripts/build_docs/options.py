@@ -35,7 +35,7 @@ from megatron.bridge.training.config import (
 )
 from megatron.bridge.training.config.mixed_precision import MixedPrecisionConfig
 from megatron.bridge.utils.field_types import describe, field_hints
-from megatron.bridge.utils.unbuilt_options import NOT_BUILT, OF_NO_USE, UNSUPPORTED
+from megatron.bridge.utils.unbuilt_options import OF_NO_USE, UNSUPPORTED
 
 SECTIONS: dict[str, tuple[type, ...]] = {
     "train": (TrainingConfig,),
@@ -86,7 +86,7 @@ def _absent_options() -> str:
         "|---|---|---|",
     ]
     absent = [(row.option, row.accepted[0], row.instead) for row in UNSUPPORTED if row.option not in fields]
-    absent += [(row.option, row.neutral, "accepted without effect") for row in (*NOT_BUILT, *OF_NO_USE)]
+    absent += [(row.option, row.neutral, "accepted without effect") for row in OF_NO_USE]
     for option, neutral, instead in absent:
         text = {None: "null", True: "true", False: "false"}[neutral] if _is_word(neutral) else str(neutral)
         rows.append("| " + " | ".join(_cell(cell) for cell in (f"`{option}`", f"`{text}`", instead)) + " |")

@@ -52,13 +52,13 @@ def draw(paths: Sequence[str | Path], output: str | Path, *, wanted: list[str] |
 def curves(path: str | Path, wanted: list[str] | None = None) -> dict[tuple[str, str], list[tuple[int, float]]]:
     """(step, value) points by name and split."""
     # They bring torch, which --help doesn't need.
-    from megatron.bridge.training.monitoring.metrics import RUNS_OWN, read_metrics
+    from megatron.bridge.training.monitoring.metrics import is_runs_own, read_metrics
     from megatron.bridge.training.monitoring.router_losses import is_router_loss
 
     found: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for line in read_metrics(path):
         for name, value in line.items():
-            is_wanted = name in wanted if wanted else not (name in RUNS_OWN or is_router_loss(name))
+            is_wanted = name in wanted if wanted else not (is_runs_own(name) or is_router_loss(name))
             if is_wanted and isinstance(value, int | float):
                 found.setdefault((name, line["split"]), []).append((line["step"], value))
     return found

@@ -64,7 +64,7 @@ ADAPTERS = (
     Mutant(
         name="adapters: an expert counted on its own rank",
         breaks="a pattern names another expert at another layout",
-        where="megatron.bridge.peft.base:_global_expert",
+        where="megatron.bridge.utils.names_over_ranks:_global_expert",
         change=returning("local[0]"),
         tests=(_NUMBER,),
     ),

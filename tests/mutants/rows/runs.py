@@ -78,9 +78,19 @@ RUNS = (
     Mutant(
         name="a parameter counted twice",
         breaks="the summary's number of parameters grows with tensor parallelism",
-        where="megatron.bridge.training.monitoring.whole_model:sum_over_parameters",
+        where="megatron.bridge.training.monitoring.whole_model:is_counted_here",
         change=without_operand("param_is_not_tensor_parallel_duplicate"),
         tests=("tests/functional_tests/test_run_report.py::test_each_parameter_is_counted_once_in_every_layout",),
+    ),
+    Mutant(
+        name="gradients that aren't reduced",
+        breaks="norms and zeros count what each rank has for the parts of others",
+        where="megatron.bridge.training.monitoring.gradient_figures:_own_gradients",
+        change=condition("use_distributed_optimizer", becomes="True"),
+        tests=(
+            "tests/functional_tests/test_step_figures.py::"
+            "test_norms_and_zeros_of_gradients_are_those_of_the_whole_model_whatever_the_layout",
+        ),
     ),
     Mutant(
         name="ranks don't agree on what is reported",

@@ -18,6 +18,7 @@ bucket's event before it steps. The hooks below order the last one: h2d waits fo
 weights, and the current stream waits for h2d before anything reads them.
 """
 
+import contextlib
 from collections.abc import Iterator
 from itertools import islice
 from operator import is_
@@ -35,6 +36,9 @@ BUCKET_ELEMENTS = 1 << 23
 
 class BucketedStep(HybridDeviceOptimizer):
     """Overrides that make an offloaded step run bucket by bucket; mixed into Core's class or a subclass of it."""
+
+    timers: Any = None
+    """Core's timers, while the step is timed."""
 
     def _init_sub_optimizers(self) -> None:
         super()._init_sub_optimizers()
@@ -89,7 +93,7 @@ class BucketedStep(HybridDeviceOptimizer):
 
     def _register_param_copy_back_gpu_hook(self) -> None:
         def copy_weights_to_device(optimizer: FlatAdam, *_: Any) -> None:
-            with device.queued_on(self._h2d_stream):
+            with self._timed("offload-weights-to-device"), device.queued_on(self._h2d_stream):
                 for bucket in optimizer.buckets:
                     bucket.copy_weights_to_device()
 
@@ -109,10 +113,21 @@ class BucketedStep(HybridDeviceOptimizer):
             master.requires_grad = grad is not None
             if grad is not None:
                 master.grad = grad.to(master.dtype)
-        for optimizer in self.cpu_optimizers:
-            for bucket in optimizer.buckets:
-                bucket.copy_gradients_to_host()
-            self._cpu_optimizer_map_data_event[optimizer] = self._d2h_stream.record_event()
+        with self._timed("offload-gradients-to-host"):
+            for optimizer in self.cpu_optimizers:
+                for bucket in optimizer.buckets:
+                    bucket.copy_gradients_to_host()
+                self._cpu_optimizer_map_data_event[optimizer] = self._d2h_stream.record_event()
+
+    @contextlib.contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        """Time the copies of the context, as phases of level 2: to measure them, the timer waits for them."""
+        timer = None if self.timers is None else self.timers(phase, log_level=2)
+        if timer is not None:
+            timer.start()
+        yield
+        if timer is not None:
+            timer.stop()
 
     def _sync_hdo_param_groups_to_sub_optimizers(self) -> None:
         options = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]

@@ -3,19 +3,16 @@
 
 import abc
 import contextlib
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeAlias
 
 import torch
-from megatron.core import parallel_state
-from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 
 from megatron.bridge.peft.adapted_linear import AdaptedLinear
+from megatron.bridge.utils.names_over_ranks import name_over_all_ranks
 from megatron.bridge.utils.section import Section
 
 Model: TypeAlias = MegatronModule | list[MegatronModule]
@@ -64,7 +61,7 @@ class PEFT(Section, abc.ABC):
         for chunk in _chunks(model):
             # All names first: what an adapter adds is not adapted.
             for whole_name, module in list(chunk.named_modules()):
-                as_all_name_it = _over_all_ranks(chunk, whole_name)
+                as_all_name_it = name_over_all_ranks(chunk, whole_name)
                 names.add(as_all_name_it)
                 prefix, _, name = as_all_name_it.rpartition(".")
                 adapted = self.transform(module, name=name, prefix=prefix)
@@ -123,25 +120,6 @@ class PEFT(Section, abc.ABC):
 
 def _chunks(model: Any) -> list[MegatronModule]:
     return [unwrap_model(chunk) for chunk in (model if isinstance(model, list) else [model])]
-
-
-def _over_all_ranks(chunk: MegatronModule, name: str) -> str:
-    """A module's name with its layer counted over all pipeline stages, its expert over all expert-parallel ranks."""
-    layer = re.match(r"decoder\.layers\.(\d+)", name)
-    if layer is None:
-        return name
-    number = chunk.decoder.layers[int(layer[1])].layer_number - 1
-    return f"decoder.layers.{number}" + _EXPERT.sub(partial(_global_expert, chunk.config), name[layer.end() :])
-
-
-_EXPERT = re.compile(r"(?<=\.local_experts\.)\d+")
-
-
-def _global_expert(config: TransformerConfig, local: re.Match) -> str:
-    if config.expert_model_parallel_size == 1:
-        return local[0]
-    on_each_rank = config.num_moe_experts // config.expert_model_parallel_size
-    return str(on_each_rank * parallel_state.get_expert_model_parallel_rank() + int(local[0]))
 
 
 def _switch(model: Model, *, enabled: bool) -> None:

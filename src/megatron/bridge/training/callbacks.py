@@ -50,6 +50,13 @@ class CallbackContext:
     """Loss scale of the step just taken; FP16 only."""
 
     grad_norm: float | None = None
+    grad_norms: dict[str, float] = field(default_factory=dict)
+    """L2 norm of each parameter's gradient in the step just taken, before clipping, by its name in the whole model;
+    with `logger.log_l2_norm_grad_to_tensorboard`."""
+
+    num_zeros_in_grad: int | None = None
+    """Elements of all gradients that were 0 in the step just taken; with `logger.log_num_zeros_in_grad`."""
+
     skipped_iter: bool | None = None
     """Whether the step just taken changed nothing: a gradient was not finite, or the norm above Core's threshold."""
 

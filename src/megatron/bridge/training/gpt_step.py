@@ -60,7 +60,10 @@ def forward_step(
     """
     if return_schedule_plan:
         raise ValueError("return_schedule_plan=True needs comm_overlap of MoE layers, which is not supported: unset it")
+    timer = state.timers("batch-generator", log_level=2)
+    timer.start()
     batch = get_batch(data_iterator)
+    timer.stop()
     attention = {"attention_mask": batch["attention_mask"]}
     if batch["cu_seqlens"] is not None:
         attention = attention_arguments(model, batch["cu_seqlens"], seq_length=batch["tokens"].shape[1])

@@ -65,7 +65,7 @@ def train_from_config(
             log_to_rank_file(config.logger.rank_log_dir)
             runtime_config_update(config)
             summary = RunSummary()
-            figures = build_step_figures(config.logger, config.checkpoint.save)
+            figures = build_step_figures(config)
             own = [*figures, ProgressBar(), summary, *build_loggers(config), *build_profilers(config)]
             manager = CallbackManager([*own, *normalize_callbacks(callbacks).callbacks])
         maybe_log_and_save_config(config)

@@ -7,6 +7,8 @@ import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from megatron.core.timers import Timers
+
 from megatron.bridge.training.config import ConfigContainer, DerivedConfig
 from megatron.bridge.training.monitoring.hang_watchdog import HangWatchdog
 from megatron.bridge.training.monitoring.preemption import ExitSignal
@@ -57,6 +59,8 @@ class GlobalState:
     mlflow_logger: Any = field(default=None, repr=False)
     """The module mlflow with an active run, on rank 0; None on other ranks or without MLflow."""
 
+    _timers: Timers | None = field(default=None, repr=False)
+
     _tensorboard: SummaryWriter | None = field(default=None, repr=False)
 
     @property
@@ -73,6 +77,13 @@ class GlobalState:
     @derived.setter
     def derived(self, derived: DerivedConfig) -> None:
         self._derived = derived
+
+    @property
+    def timers(self) -> Timers:
+        """Core's timers, made on first use. One above `logger.timing_log_level` does nothing."""
+        if self._timers is None:
+            self._timers = Timers(self.cfg.logger.timing_log_level, self.cfg.logger.timing_log_option)
+        return self._timers
 
     @property
     def tensorboard_logger(self) -> SummaryWriter | None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size, update_num_microbatches
+from megatron.core.utils import get_model_config
 
 from megatron.bridge.models.trained_weights import check_trained_as_wrapped
 from megatron.bridge.training.callbacks import CallbackContext, CallbackManager
@@ -21,6 +22,11 @@ from megatron.bridge.training.eval import evaluate
 from megatron.bridge.training.micro_batches import bind_forward_step, run_micro_batches
 from megatron.bridge.training.monitoring.finite_steps import checked_loss_of, step_if_finite
 from megatron.bridge.training.monitoring.flops import train_step_flops
+from megatron.bridge.training.monitoring.gradient_figures import (
+    GradientFigures,
+    read_gradients_if_shown,
+    wanted_gradients,
+)
 from megatron.bridge.training.monitoring.hang_watchdog import shorten_timeouts
 from megatron.bridge.training.monitoring.metrics import learning_rate
 from megatron.bridge.training.monitoring.preemption import Preempted
@@ -31,6 +37,7 @@ from megatron.bridge.training.monitoring.router_losses import (
     forget_router_losses,
     read_router_losses,
 )
+from megatron.bridge.training.monitoring.step_times import phases_timed, timed
 from megatron.bridge.training.setup import SetupOutput
 from megatron.bridge.utils.device import current_device
 
@@ -55,6 +62,9 @@ class TrainStepResult:
 
     router_losses: RouterLosses
     """Losses that the experts' routers added."""
+
+    gradients: GradientFigures | None = None
+    """Norms and zeros of the gradients, if `logger` asks for them in this step."""
 
 
 def train(run: SetupOutput, forward_step_func: Callable, callbacks: CallbackManager) -> None:
@@ -89,7 +99,7 @@ def train(run: SetupOutput, forward_step_func: Callable, callbacks: CallbackMana
                 shorten_timeouts(state.watchdog, state.cfg.dist)
             _complete_background_save(run, context, callbacks, wait=False)
             if _is_due(step, state.derived.eval_interval) and state.train_state.do_valid:
-                with _garbage_collection_around_evaluation(cfg.train):
+                with _garbage_collection_around_evaluation(cfg.train), timed(state, "evaluate", 0):
                     evaluate(run, forward_step, callbacks)
             is_preempted = _is_preempted(run)
             asked_to_stop = is_preempted or _is_asked_to_stop(cfg.train, step, started)
@@ -123,20 +133,24 @@ def train_step(run: SetupOutput, forward_step: Callable, micro_batches: list[dic
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
     clear_router_losses()
-    totals = run_micro_batches(forward_step, micro_batches, run.model, checked_as=checked_loss_of(run.state))
-    router_losses = read_router_losses(run.state.cfg.model, num_micro_batches=len(micro_batches))
-    updated, grad_norm = step_if_finite(run.state, run.model, run.optimizer)
+    with phases_timed(run.state, get_model_config(run.model[0]), run.optimizer):
+        totals = run_micro_batches(forward_step, micro_batches, run.model, checked_as=checked_loss_of(run.state))
+        router_losses = read_router_losses(run.state.cfg.model, num_micro_batches=len(micro_batches))
+        gradients = read_gradients_if_shown(run.state, run.model, run.optimizer)
+        with timed(run.state, "optimizer", 1):
+            updated, grad_norm = step_if_finite(run.state, run.model, run.optimizer)
     updated = _on_every_model_parallel_rank(updated)
     if updated:
         run.scheduler.step(increment=get_current_global_batch_size())
-    return TrainStepResult(means(totals), tokens_of(totals.values()), grad_norm, updated, router_losses)
+    return TrainStepResult(means(totals), tokens_of(totals.values()), grad_norm, updated, router_losses, gradients)
 
 
 def _take_step(run: SetupOutput, forward_step: Callable, context: CallbackContext, callbacks: CallbackManager) -> None:
     """One pass of the loop: read the batch, step, count, call the callbacks."""
     train_state, train_config = run.state.train_state, run.state.cfg.train
     update_num_microbatches(train_state.consumed_train_samples, consistency_check=False)
-    micro_batches = next(run.train_data_iterator)
+    with timed(run.state, "data-iterator", 1):
+        micro_batches = next(run.train_data_iterator)
     batch_size = get_current_global_batch_size()
     if train_state.step + 1 in train_config.iterations_to_skip:
         train_state.skipped_train_samples += batch_size
@@ -155,6 +169,7 @@ def _take_step(run: SetupOutput, forward_step: Callable, context: CallbackContex
         logger.warning("step %d has no token to learn: it has no loss, and its gradient is zero", train_state.step)
     context.loss_dict, context.grad_norm = result.losses, result.grad_norm
     context.router_losses, context.router_losses_by_layer = result.router_losses
+    context.grad_norms, context.num_zeros_in_grad = wanted_gradients(run.state, result.gradients)
     context.skipped_iter, context.num_tokens = not result.updated, result.num_tokens
     context.step_seconds = time.perf_counter() - started
     shapes = [tuple(batch["tokens"].shape) for batch in micro_batches]
@@ -187,7 +202,7 @@ def _complete_background_save(
 
 
 def _save_checkpoint(run: SetupOutput, *, non_persistent: bool = False) -> None:
-    with run.state.watchdog.paused():
+    with run.state.watchdog.paused(), timed(run.state, "save-checkpoint", 0):
         save_checkpoint(
             run.state,
             run.model,

@@ -227,3 +227,87 @@ def peak_memory_bytes() -> int:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
     return torch.cuda.max_memory_allocated()
+
+
+def has_gpu() -> bool:
+    """Whether this process computes on a real device."""
+    return not is_simulated() and torch.cuda.is_available()
+
+
+def memory_stats() -> dict[str, int]:
+    """`torch.cuda.memory_stats()`; under simulation the process's resident memory, as both allocated and reserved."""
+    if not has_gpu():
+        current, peak = _resident_bytes(), peak_memory_bytes()
+        kinds = {"current": current, "peak": max(current, peak)}
+        return {f"{what}_bytes.all.{kind}": size for what in ("allocated", "reserved") for kind, size in kinds.items()}
+    torch.cuda.init()  # it is empty before
+    return torch.cuda.memory_stats()
+
+
+def device_memory_used_bytes() -> int:
+    """What all processes use of this process's device, as nvidia-smi shows it; under simulation of the host."""
+    if not has_gpu():
+        host = Path("/proc/meminfo")
+        if not host.is_file():
+            return _resident_bytes()
+        kib = {line.split(":")[0]: int(line.split()[1]) for line in host.read_text().splitlines()}
+        return 1024 * (kib["MemTotal"] - kib["MemAvailable"])
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def _resident_bytes() -> int:
+    """Resident memory of this process; its peak where the system has no /proc."""
+    statistics = Path("/proc/self/statm")
+    if not statistics.is_file():
+        return peak_memory_bytes()
+    return int(statistics.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class EnergyCounter:
+    """The energy that this process's device has used, as the driver counts it. Untested: no machine had NVML."""
+
+    def __init__(self) -> None:
+        """Find the device among the machine's, whichever of them this process sees.
+
+        Raises:
+            ImportError: The package nvidia-ml-py isn't installed.
+            RuntimeError: There is no GPU, or it doesn't count energy.
+        """
+        import pynvml
+
+        if not has_gpu():
+            raise RuntimeError("there is no GPU")
+        self._nvml = pynvml
+        try:
+            pynvml.nvmlInit()
+            uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+            self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+            self.joules()
+        except pynvml.NVMLError as error:
+            raise RuntimeError(f"NVML can't read it ({error})") from error
+
+    def joules(self) -> float:
+        """Since the driver was loaded."""
+        return float(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1000
+
+
+def start_device_profiler() -> None:
+    """Let a profiler that waits for CUDA's range of capture, such as Nsight Systems, record from now on."""
+    torch.cuda.check_error(torch.cuda.cudart().cudaProfilerStart())
+
+
+def stop_device_profiler() -> None:
+    """End what `start_device_profiler` began."""
+    torch.cuda.check_error(torch.cuda.cudart().cudaProfilerStop())
+
+
+def record_memory_history() -> None:
+    """Record each allocation on the device, with its stack, from now on."""
+    torch.cuda.memory._record_memory_history()
+
+
+def write_memory_history(path: Path) -> None:
+    """Write what was recorded, and stop recording."""
+    torch.cuda.memory._dump_snapshot(str(path))
+    torch.cuda.memory._record_memory_history(enabled=None)

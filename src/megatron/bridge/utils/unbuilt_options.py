@@ -55,10 +55,6 @@ UNSUPPORTED = (
     Unsupported("validation.validation_set_names"),
     Unsupported("validation.start_eval_at_iter"),
     Unsupported("validation.test_mode"),
-    Unsupported("profiling.use_nsys_profiler", (False, None), "set profiling.use_pytorch_profiler=true"),
-    Unsupported("profiling.pytorch_profiler_collect_chakra"),
-    Unsupported("profiling.record_memory_history"),
-    Unsupported("profiling.nvtx_ranges", (False, None), "set profiling.use_pytorch_profiler=true"),
     # the optimizer
     Unsupported("scheduler.max_steps", (None,), "set scheduler.lr_decay_iters instead"),
     Unsupported("rerun_state_machine.rerun_mode", ("disabled",)),
@@ -145,20 +141,6 @@ class WithoutEffect:
         return self.default() if callable(self.default) else self.default
 
 
-NOT_BUILT = (
-    *(
-        WithoutEffect(f"logger.{name}")
-        for name in (
-            "log_timers_to_tensorboard log_memory_to_tensorboard log_device_memory_used "
-            "log_l2_norm_grad_to_tensorboard log_num_zeros_in_grad log_max_attention_logit log_energy"
-        ).split()
-    ),
-    WithoutEffect("logger.memory_keys", None, dict[str, str] | None),
-    WithoutEffect("logger.log_memory_interval", None, int | None),
-    WithoutEffect("logger.timing_log_level", 0, Literal[0, 1, 2]),
-)
-"""Options that only ask for more to be shown."""
-
 OF_NO_USE = (
     WithoutEffect("train.exit_signal_handler_for_dataloader"),
     WithoutEffect("dist.local_rank", lambda: int(os.getenv("LOCAL_RANK", "0")), int),
@@ -167,9 +149,6 @@ OF_NO_USE = (
         "transient_error",
         Literal["correct_result", "transient_error", "persistent_error"],
     ),
-    WithoutEffect("logger.timing_log_option", "minmax", Literal["max", "minmax", "all"]),
-    WithoutEffect("logger.barrier_with_L1_time", True),
-    WithoutEffect("profiling.memory_snapshot_path", "snapshot.pickle", str),
     WithoutEffect("checkpoint.use_tokenizer_model_from_checkpoint_args", True),
     WithoutEffect("checkpoint.async_strategy", "nvrx", Literal["nvrx", "mcore"]),
     WithoutEffect("checkpoint.use_persistent_ckpt_worker", True),
@@ -190,7 +169,7 @@ OF_NO_USE = (
 """Options about how something is done that is done otherwise here, or not at all."""
 
 _TABLE = {row.option: WithoutEffect(row.option, row.accepted[0], Any | None) for row in UNSUPPORTED} | {
-    row.option: row for row in (*NOT_BUILT, *OF_NO_USE)
+    row.option: row for row in OF_NO_USE
 }
 
 

@@ -15,6 +15,7 @@ from megatron.bridge.training.callbacks import CallbackContext
 from megatron.bridge.training.config.rules.monitoring import check_trackers_are_installed
 from megatron.bridge.training.monitoring.metrics import (
     RUNS_OWN,
+    RUNS_OWN_PREFIXES,
     MetricsFile,
     metrics_file_of,
     open_loggers,
@@ -192,23 +193,33 @@ def test_curves_have_megatrons_names():
         "z_loss",
         "moe/load_balancing_loss_layer_0",
     ]
+    figures = ["timers/save-checkpoint", "l2_norm/grad/output_layer.weight", "memory/a_b", "num_zeros"]
+    assert list(curve_names("train", dict.fromkeys([*figures, "power_watts_per_device"], 1))) == [
+        "save-checkpoint-time",
+        "l2_norm/grad/output_layer.weight",
+        "memory/a_b",
+        "num-zeros",
+        "power/gpu",
+    ]
     assert curve_names("validation", {"lm loss": 2, "my_loss": 1}) == {"lm loss validation": 2, "my-loss validation": 1}
 
 
 def test_a_loss_functions_figures_keep_away_from_the_runs_own_names():
+    of_steps = "step_seconds learning_rate grad_norm num_tokens tokens_per_second peak_memory_bytes skipped loss_scale"
+    prefixed = [f"{prefix}mine" for prefix in RUNS_OWN_PREFIXES]
     context = CallbackContext(
         None,
         [],
-        loss_dict={name: 7.0 for name in RUNS_OWN},
+        loss_dict={name: 7.0 for name in (*RUNS_OWN, *prefixed)},
         learning_rate=1e-3,
         skipped_iter=False,
         step_seconds=1.0,
         tokens_per_second=1.0,
         fp16_loss_scale=2.0,
-        figures=dict.fromkeys(("throughput", "runtime", "world_size", "params_norm"), 1.0),
+        figures=dict.fromkeys(RUNS_OWN - {"step", "split", "elapsed_seconds", *of_steps.split()}, 1.0),
     )
     values = step_values(context)
-    own = set(values) - {f"reported {name}" for name in RUNS_OWN}
+    own = set(values) - {f"reported {name}" for name in (*RUNS_OWN, *prefixed)}
     assert own == RUNS_OWN - {"step", "split", "elapsed_seconds"} and values["learning_rate"] == 1e-3
     assert values["reported step"] == values["reported learning_rate"] == 7.0
 

@@ -3,11 +3,16 @@
 
 import math
 from collections import deque
+from types import SimpleNamespace
 
 import pytest
 
-from megatron.bridge.training.monitoring.step_figures import tflops_per_device
+from megatron.bridge.training.config import runtime_config_update
+from megatron.bridge.training.monitoring import energy
+from megatron.bridge.training.monitoring.step_figures import build_step_figures, tflops_per_device
 from megatron.bridge.training.monitoring.trackers import perplexity
+from tests.rigs.config_examples import make_config
+from tests.rigs.ranks import run_on_ranks
 
 
 def test_throughput_is_the_work_of_all_steps_by_their_time():
@@ -17,3 +22,36 @@ def test_throughput_is_the_work_of_all_steps_by_their_time():
 @pytest.mark.parametrize(("loss", "expected"), [(0.0, 1.0), (math.log(7), 7.0), (900.0, math.exp(20))])
 def test_perplexity_stays_a_number(loss, expected):
     assert perplexity(loss) == pytest.approx(expected)
+
+
+def test_energy_and_attention_logits_are_refused_by_name_where_nothing_counts_them():
+    with pytest.raises(ValueError, match=r"^logger.log_energy=true: .*; it needs a GPU that counts its energy"):
+        build_step_figures(make_config("logger.log_energy=true"))
+    with pytest.raises(ValueError, match=r"^logger.log_max_attention_logit=true needs Transformer Engine's attention"):
+        build_step_figures(make_config("logger.log_max_attention_logit=true"))
+
+
+def test_core_is_told_to_keep_the_logits():
+    cfg = make_config("logger.log_max_attention_logit=true")
+    runtime_config_update(cfg)
+    assert cfg.model.log_max_attention_logit
+
+
+def _measured(readings):
+    """What one rank of two shows of energy, from what its device's counter says."""
+    import torch.distributed as dist
+
+    own = readings[dist.get_rank()]
+    counter = SimpleNamespace(joules=lambda: own.pop(0))
+    energy.EnergyCounter = lambda: counter  # no machine here has one
+    figure = energy.Energy()
+    figure._at -= 10
+    for _ in range(2):
+        figure.count_step()
+    return figure.read()
+
+
+def test_energy_is_a_mean_over_devices_and_steps():
+    for found in run_on_ranks(_measured, 2, [[100.0, 500.0, 500.0], [0.0, 1200.0, 1200.0]]):
+        assert found["energy_joules_per_device"] == 400.0
+        assert found["power_watts_per_device"] == pytest.approx(80.0, rel=0.02)

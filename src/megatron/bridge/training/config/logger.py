@@ -28,6 +28,19 @@ class LoggerConfig(BridgeSection):
     throughput_window_size: int = 100
     """Steps over which the throughput is averaged."""
 
+    timing_log_level: Literal[0, 1, 2] = 0
+    """Which phases of a step are timed: 0 none, 1 those that a step has once, 2 those of each micro-batch and of the
+    offloaded step too. A timed phase waits for the device, so the levels above 0 make steps slower."""
+
+    timing_log_option: Literal["max", "minmax", "all"] = "minmax"
+    """What the log shows of each timer: the slowest rank, the fastest and the slowest, or all ranks."""
+
+    barrier_with_L1_time: bool = True
+    """Let all ranks meet before a phase of level 1 is timed, so that it doesn't include the wait for other ranks."""
+
+    log_timers_to_tensorboard: bool = False
+    """Write the seconds that each timer takes a step, on the slowest rank, wherever figures go."""
+
     log_progress: bool = False
     """Write a line to progress.txt in checkpoint.save at the start and at each checkpoint there."""
 
@@ -45,6 +58,31 @@ class LoggerConfig(BridgeSection):
 
     log_validation_ppl_to_tensorboard: bool = False
     """Write the perplexity of each evaluation to TensorBoard."""
+
+    log_memory_to_tensorboard: bool = False
+    """Show rank 0's device memory, wherever figures go; without a GPU, the resident memory of its process."""
+
+    memory_keys: dict[str, str] | None = None
+    """What is shown of torch.cuda.memory_stats(), and as what: {"allocated_bytes.all.peak": "peak"}. None: bytes
+    allocated and reserved, their peak, and the number of allocations."""
+
+    log_memory_interval: int | None = None
+    """Steps between lines in the log with the memory of the rank that holds most. None: no such lines."""
+
+    log_device_memory_used: bool = False
+    """Show what all processes together use of rank 0's device, wherever memory is shown; without a GPU, of the host."""
+
+    log_l2_norm_grad_to_tensorboard: bool = False
+    """Write the L2 norm of each parameter's gradient, before clipping, wherever figures go."""
+
+    log_num_zeros_in_grad: bool = False
+    """Show how many elements of all gradients are 0, wherever figures go."""
+
+    log_max_attention_logit: bool = False
+    """Show the largest attention logit of a step, wherever figures go. Needs Transformer Engine's attention."""
+
+    log_energy: bool = False
+    """Show energy and power, means over devices, wherever figures go. Needs a GPU and the package nvidia-ml-py."""
 
     log_runtime_to_tensorboard: bool = False
     """Show the time since the first step of this start, wherever figures go."""
@@ -100,6 +138,10 @@ class LoggerConfig(BridgeSection):
     save_config_filepath: str | None = None
     """File to which the final configuration is written as YAML. None: only into checkpoints."""
 
+    def takes_figures_of(self, step: int) -> bool:
+        """Whether some place takes the figures of a step: only then are they worth a pass over all weights."""
+        return any(step % interval == 0 for interval in (self.log_interval, self.tensorboard_log_interval))
+
     def finalize(self) -> None:
         """Check the section's own fields.
 
@@ -111,3 +153,8 @@ class LoggerConfig(BridgeSection):
                 raise ValueError(
                     f"logger.{name} is {getattr(self, name)}: it must be at least 1; set a positive number"
                 )
+        if self.log_memory_interval is not None and self.log_memory_interval < 1:
+            raise ValueError(
+                f"logger.log_memory_interval is {self.log_memory_interval}: it must be at least 1; set a positive "
+                "number, or null for no lines"
+            )

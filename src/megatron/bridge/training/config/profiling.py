@@ -27,6 +27,23 @@ class ProfilingConfig(BridgeSection):
     pytorch_profiler_collect_callstack: bool = False
     """Record Python stacks (torch's profiler)."""
 
+    pytorch_profiler_collect_chakra: bool = False
+    """Write an execution trace for Chakra too, beside each profile (torch's profiler)."""
+
+    use_nsys_profiler: bool = False
+    """Let Nsight Systems record the steps. Needs a GPU, and a start under `nsys profile
+    --capture-range=cudaProfilerApi`."""
+
+    nvtx_ranges: bool = False
+    """Name Core's phases for Nsight Systems. Needs a GPU."""
+
+    record_memory_history: bool = False
+    """Record each allocation on the device, from the start of training until the profile ends. Needs a GPU."""
+
+    memory_snapshot_path: str = "snapshot.pickle"
+    """File for that record, for pytorch.org/memory_viz; of ranks other than the first profiled one with _rank_00001 and
+    so on."""
+
     profile_ranks: list[int] = field(default_factory=list)
     """Ranks that are profiled. Empty: rank 0."""
 

@@ -11,7 +11,7 @@ from typing import Any
 from megatron.bridge.training.config.sections import RunSections
 from megatron.bridge.utils.field_types import fit
 from megatron.bridge.utils.section import unbuilt_values
-from megatron.bridge.utils.unbuilt_options import NOT_BUILT, OF_NO_USE, UNSUPPORTED, Unsupported, WithoutEffect
+from megatron.bridge.utils.unbuilt_options import OF_NO_USE, UNSUPPORTED, Unsupported, WithoutEffect
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +39,9 @@ def _is_asked_for(cfg: RunSections, row: WithoutEffect) -> bool:
 
 def log_options_without_effect(cfg: RunSections) -> None:
     """Name, in one line, the options that are set and change nothing."""
-    kinds = {"not built yet": NOT_BUILT, "of no use here": OF_NO_USE}
-    asked = {kind: [row.option for row in rows if _is_asked_for(cfg, row)] for kind, rows in kinds.items()}
-    said = [f"{kind}: {', '.join(options)}" for kind, options in asked.items() if options]
-    if said:
-        logger.info("accepted without effect, %s", "; ".join(said))
+    asked = [row.option for row in OF_NO_USE if _is_asked_for(cfg, row)]
+    if asked:
+        logger.info("accepted without effect, of no use here: %s", ", ".join(asked))
 
 
 def check_options_are_built(cfg: RunSections, world_size: int) -> None:
@@ -53,7 +51,7 @@ def check_options_are_built(cfg: RunSections, world_size: int) -> None:
 
 
 def check_overrides_are_built(values: Mapping[str, Any]) -> None:
-    """The same for single options, before there is a configuration; one without effect is refused too.
+    """The same for single options, before there is a configuration.
 
     Args:
         values: What is asked for, by option: {"profiling.use_nsys_profiler": True}.
@@ -61,9 +59,6 @@ def check_overrides_are_built(values: Mapping[str, Any]) -> None:
     for row in UNSUPPORTED:
         if row.option in values:
             _check_row(row, values[row.option])
-    for option in [row.option for row in NOT_BUILT]:
-        if values.get(option):
-            raise ValueError(f"{option}={_as_text(values[option])} is not built yet: leave it out")
 
 
 def _check_row(row: Unsupported, value: Any) -> None:

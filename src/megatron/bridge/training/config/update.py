@@ -21,7 +21,7 @@ def runtime_config_update(cfg: ConfigContainer) -> None:
 
     Resolves `~` and `${...}` in all texts, sets the environment variables that aren't set, moves deprecated fields to
     their new place, writes mixed precision into model, optimizer and ddp, makes ddp and optimizer agree on what they
-    share, and validates. A second call changes nothing.
+    share, lets attention keep its logits where they are logged, and validates. A second call changes nothing.
 
     What follows from it all is `cfg.derive()`. Scripts also find it as `cfg.data_parallel_size` and as the scheduler's
     `lr_decay_steps`, `lr_warmup_steps`, `wd_incr_steps` and `wsd_decay_steps`; nothing that is None for "derived" is
@@ -40,6 +40,8 @@ def runtime_config_update(cfg: ConfigContainer) -> None:
     _move_deprecated_fields(cfg)
     apply_mixed_precision(cfg)
     share_between_ddp_and_optimizer(cfg)
+    if cfg.logger.log_max_attention_logit:
+        cfg.model.log_max_attention_logit = True  # Core's attention keeps it only then
     cfg.validate()
     derived = cfg.derive()
     cfg.data_parallel_size = derived.data_parallel_size

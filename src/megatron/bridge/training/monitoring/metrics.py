@@ -27,9 +27,18 @@ METRICS_FILE = "metrics.jsonl"
 
 RUNS_OWN = frozenset(
     "step split elapsed_seconds learning_rate grad_norm num_tokens step_seconds tokens_per_second peak_memory_bytes "
-    "skipped loss_scale throughput runtime world_size params_norm".split()
+    "skipped loss_scale throughput runtime world_size params_norm num_zeros max_attention_logit "
+    "energy_joules_per_device power_watts_per_device".split()
 )
 """Names that a loss function's metrics can't have in a line. Such a metric is written as `reported step` and so on."""
+
+RUNS_OWN_PREFIXES = ("l2_norm/", "memory/", "timers/")
+"""What other such names begin with."""
+
+
+def is_runs_own(name: str) -> bool:
+    """Whether a name in a line is a figure of the run, not a loss."""
+    return name in RUNS_OWN or name.startswith(RUNS_OWN_PREFIXES)
 
 
 def learning_rate(context: CallbackContext) -> float:
@@ -74,7 +83,7 @@ def _evaluation_values(context: CallbackContext) -> dict[str, Any]:
 def _numbers(losses: dict[str, float]) -> dict[str, float | None]:
     """Losses as numbers; None where no token counted, so that no curve falls to 0."""
     return {
-        f"reported {name}" if name in RUNS_OWN else name: None if math.isnan(value) else value
+        f"reported {name}" if is_runs_own(name) else name: None if math.isnan(value) else value
         for name, value in losses.items()
     }
 

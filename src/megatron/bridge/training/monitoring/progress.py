@@ -53,6 +53,13 @@ class ProgressBar(Callback):
             shown["TFLOP/s/device"] = f"{context.figures['throughput']:.1f}"
         if "params_norm" in context.figures:
             shown["params norm"] = f"{context.figures['params_norm']:.3f}"
+        if "num_zeros" in context.figures:
+            shown["zeros in gradient"] = f"{context.figures['num_zeros']:,}"
+        if "max_attention_logit" in context.figures:
+            shown["max attention logit"] = f"{context.figures['max_attention_logit']:.2f}"
+        if "energy_joules_per_device" in context.figures:
+            shown["J/device"] = f"{context.figures['energy_joules_per_device']:.1f}"
+            shown["W/device"] = f"{context.figures['power_watts_per_device']:.0f}"
         if context.fp16_loss_scale is not None:
             shown["loss scale"] = f"{context.fp16_loss_scale:g}"
         self._steps, self._skipped = self._steps + 1, self._skipped + taken.is_skipped

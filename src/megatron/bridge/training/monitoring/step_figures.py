@@ -15,7 +15,18 @@ from typing import Any
 import torch
 
 from megatron.bridge.training.callbacks import Callback, CallbackContext
-from megatron.bridge.training.config import LoggerConfig
+from megatron.bridge.training.config import ConfigContainer, LoggerConfig
+from megatron.bridge.training.monitoring.attention_logits import (
+    check_attention_can_keep_logits,
+    check_attention_keeps_logits,
+    forget_attention_logits,
+    max_attention_logit,
+)
+from megatron.bridge.training.monitoring.energy import Energy
+from megatron.bridge.training.monitoring.gradient_figures import NORM_PREFIX
+from megatron.bridge.training.monitoring.memory_figures import PREFIX as MEMORY_PREFIX
+from megatron.bridge.training.monitoring.memory_figures import check_memory_keys, log_memory, memory_values
+from megatron.bridge.training.monitoring.step_times import StepTimes
 from megatron.bridge.training.monitoring.whole_model import sum_over_parameters
 from megatron.bridge.utils.distributed import is_rank_0
 
@@ -34,10 +45,19 @@ class StepFigures(Callback):
 
         self._operations_before = 0.0
         self._started = time.monotonic()
+        self._energy = Energy() if config.log_energy else None
 
     def on_train_start(self, context: CallbackContext) -> None:
         self._operations_before = context.state.train_state.floating_point_operations_so_far
         self._started = time.monotonic()
+        if self._config.log_max_attention_logit:
+            check_attention_keeps_logits(context.model)
+        if self._energy is not None:
+            self._energy.start()
+
+    def on_train_step_start(self, context: CallbackContext) -> None:
+        if self._config.log_max_attention_logit:
+            forget_attention_logits(context.model)
 
     def on_train_step_end(self, context: CallbackContext) -> None:
         config, state = self._config, context.state
@@ -52,14 +72,28 @@ class StepFigures(Callback):
             context.figures["runtime"] = elapsed / SECONDS_PER_UNIT[config.runtime_time_unit]
         if config.log_world_size_to_tensorboard:
             context.figures["world_size"] = state.derived.world_size
-        if config.log_params_norm and self._is_shown(state.train_state.step):
-            context.figures["params_norm"] = params_norm(context.model)
+        if context.num_zeros_in_grad is not None:
+            context.figures["num_zeros"] = context.num_zeros_in_grad
+        context.figures |= {NORM_PREFIX + name: norm for name, norm in context.grad_norms.items()}
+        step = state.train_state.step
+        if self._energy is not None:
+            self._energy.count_step()
+        if config.takes_figures_of(step):
+            self._add_costly(context)
+        if config.log_memory_interval is not None and step % config.log_memory_interval == 0:
+            log_memory(config, step)
 
-    def _is_shown(self, step: int) -> bool:
-        """Whether some place takes the figures of this step: only then is a norm worth a pass over all weights."""
-        return any(
-            step % interval == 0 for interval in (self._config.log_interval, self._config.tensorboard_log_interval)
-        )
+    def _add_costly(self, context: CallbackContext) -> None:
+        """Figures that cost collectives, or a pass over all weights."""
+        config = self._config
+        if config.log_params_norm:
+            context.figures["params_norm"] = params_norm(context.model)
+        if config.log_max_attention_logit:
+            context.figures["max_attention_logit"] = max_attention_logit(context.model)
+        if config.log_memory_to_tensorboard:
+            context.figures |= {MEMORY_PREFIX + name: value for name, value in memory_values(config).items()}
+        if self._energy is not None:
+            context.figures |= self._energy.read()
 
 
 def tflops_per_device(steps: deque[tuple[float, float]], world_size: int) -> float:
@@ -111,14 +145,22 @@ class ProgressFile(Callback):
                 file.write(f"{moment}\tJob ID: {job}\tDevices: {context.state.derived.world_size}\t{text}\n")
 
 
-def build_step_figures(config: LoggerConfig, save: str | None) -> list[Callback]:
+def build_step_figures(cfg: ConfigContainer) -> list[Callback]:
     """The callbacks that `logger` asks for; they come before the places that take figures.
 
     Args:
-        config: A checked section.
-        save: `checkpoint.save`, which `log_progress` needs.
+        cfg: A checked configuration.
+
+    Raises:
+        ValueError: It asks for what this process's device or its attention doesn't have.
     """
+    config, save = cfg.logger, cfg.checkpoint.save
+    check_memory_keys(config)
+    if config.log_max_attention_logit:
+        check_attention_can_keep_logits(cfg.model)
     figures: list[Callback] = [StepFigures(config)]
+    if config.timing_log_level or config.log_timers_to_tensorboard:
+        figures.append(StepTimes(config))
     if config.log_progress:
         assert save is not None  # check_progress_has_a_place refuses it
         figures.append(ProgressFile(save))

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from megatron.bridge.training.config import ConfigContainer
-from megatron.bridge.training.monitoring.metrics import MetricsLogger, metrics_file_of
+from megatron.bridge.training.monitoring.metrics import RUNS_OWN_PREFIXES, MetricsLogger, metrics_file_of
 from megatron.bridge.training.monitoring.router_losses import is_router_loss
 from megatron.bridge.training.state import GlobalState
 
@@ -15,12 +15,27 @@ _NO_NAME = re.compile(r"[^\w.\- :/]")
 """Characters that MLflow doesn't allow in names. One bad name makes it refuse all metrics of a step."""
 
 
+_CURVES = {
+    "max_attention_logit": "max_attention_logit",
+    "energy_joules_per_device": "iter-energy/gpu",
+    "power_watts_per_device": "power/gpu",
+}
+"""Megatron-LM's names of curves that follow no rule."""
+
+
 def curve_names(split: str, values: dict[str, Any]) -> dict[str, float]:
     """Metrics under the names that Megatron-LM's curves have: `lm loss`, `learning-rate`, `lm loss validation`."""
     suffix = "" if split == "train" else f" {split}"
-    numbers = {name: float(value) for name, value in values.items() if value is not None}
-    curves = {name: name if is_router_loss(name) else name.replace("_", "-") for name in numbers}
-    return {curves[name] + suffix: value for name, value in numbers.items()}
+    numbers = {_curve(name): float(value) for name, value in values.items() if value is not None}
+    return {name + suffix: value for name, value in numbers.items()}
+
+
+def _curve(name: str) -> str:
+    if name.startswith("timers/"):
+        return f"{name.removeprefix('timers/')}-time"
+    if is_router_loss(name) or name.startswith(RUNS_OWN_PREFIXES):
+        return name
+    return _CURVES.get(name, name.replace("_", "-"))
 
 
 def perplexity(loss: float) -> float:

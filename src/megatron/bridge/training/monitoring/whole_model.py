@@ -27,10 +27,19 @@ def sum_over_parameters(model: list[Any], measure: Callable[[torch.nn.Parameter]
     zero = torch.zeros_like(measure(torch.nn.Parameter(torch.zeros(1))), dtype=torch.float64, device=current_device())
     dense, experts = zero, zero.clone()
     for param in (param for chunk in model for param in chunk.parameters()):
-        if not getattr(param, "allreduce", True):  # Core's mark of an expert's parameter
-            experts += measure(param).to(experts)
-        elif param_is_not_shared(param) and param_is_not_tensor_parallel_duplicate(param):
-            dense += measure(param).to(dense)
+        if is_counted_here(param):
+            total = experts if is_of_expert(param) else dense
+            total += measure(param).to(total)
     dist.all_reduce(dense, group=mpu.get_model_parallel_group())
     dist.all_reduce(experts, group=mpu.get_expert_tensor_model_pipeline_parallel_group())
     return dense + experts
+
+
+def is_of_expert(param: torch.nn.Parameter) -> bool:
+    """Whether a parameter is an expert's, of which the ranks of an expert-parallel group hold others each."""
+    return not getattr(param, "allreduce", True)  # Core's mark
+
+
+def is_counted_here(param: torch.nn.Parameter) -> bool:
+    """Whether this rank is the one that counts a parameter, among the ranks that share a copy of the model."""
+    return is_of_expert(param) or (param_is_not_shared(param) and param_is_not_tensor_parallel_duplicate(param))

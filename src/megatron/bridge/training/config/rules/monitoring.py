@@ -36,13 +36,22 @@ def check_progress_has_a_place(cfg: RunSections, world_size: int) -> None:
 def check_profiles_have_a_place(cfg: RunSections, world_size: int) -> None:
     """Torch's profiler writes its traces below TensorBoard's directory, and the ranks to profile are there."""
     config = cfg.profiling
-    if config is None or not config.use_pytorch_profiler:
+    if config is None:
         return
-    if cfg.logger.tensorboard_dir is None:
+    if config.use_pytorch_profiler and cfg.logger.tensorboard_dir is None:
         raise ValueError(
             "profiling.use_pytorch_profiler=true needs logger.tensorboard_dir: set it to a directory; traces are "
             f"written to {PROFILE_DIRECTORY}/ in it"
         )
+    if config.pytorch_profiler_collect_chakra and not config.use_pytorch_profiler:
+        raise ValueError(
+            "profiling.pytorch_profiler_collect_chakra=true is an option of torch's profiler: set "
+            "profiling.use_pytorch_profiler=true too"
+        )
+    if not any(
+        (config.use_pytorch_profiler, config.use_nsys_profiler, config.record_memory_history, config.nvtx_ranges)
+    ):
+        return
     absent = [wanted for wanted in config.profile_ranks if not 0 <= wanted < world_size]
     if absent:
         raise ValueError(f"profiling.profile_ranks holds {absent[0]}: the run has ranks 0 to {world_size - 1}")
