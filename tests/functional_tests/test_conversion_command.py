@@ -4,8 +4,10 @@
 import contextlib
 import io
 import json
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,17 +19,25 @@ from tests.rigs.ranks import run_on_ranks
 from tests.unit_tests.models.tiny_llama import save_tiny_llama, save_tiny_model
 
 
+SCRIPTS = Path(__file__).parents[2] / "scripts" / "conversion"
+
+
 def as_typed(*args):
     command = [sys.executable, "-W", "ignore", "-m", "megatron.bridge.convert", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=1500)
 
 
-def on_rank(*args):
+def on_rank(*args, main=main):
     """The same command inside a rank that has paid for the imports: (status, output, errors)."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = main([str(arg) for arg in args])
     return status, out.getvalue().strip(), err.getvalue().strip()
+
+
+def by_scripts(*runs):
+    """`scripts/conversion` inside a rank, one script after the other."""
+    return [on_rank(*args, main=runpy.run_path(str(SCRIPTS / f"{name}.py"))["main"]) for name, *args in runs]
 
 
 def test_import_and_export_give_the_same_file(tmp_path):
@@ -42,6 +52,29 @@ def test_import_and_export_give_the_same_file(tmp_path):
     assert first[:2] == (0, f"exported {checkpoint} to {exported}") and "exporting weights" not in first[2]
     assert second[:2] == (0, "")
     assert (exported / "model.safetensors").read_bytes() == (directory / "model.safetensors").read_bytes()
+
+
+def test_the_scripts_take_the_options_of_megatron_bridge(tmp_path):
+    """`--not-strict` lets an export go on without a tensor that the model's own files have."""
+    directory = save_tiny_llama(tmp_path / "llama")
+    checkpoint, exported = tmp_path / "megatron", tmp_path / "hf"
+    names = ("--hf-model", directory, "--megatron-path", checkpoint, "--trust-remote-code", "--no-progress")
+    both_ways = ("convert", "roundtrip", "--hf-model", directory, "--no-progress")
+    done = run_on_ranks(
+        by_scripts,
+        1,
+        ("import", *names, "--torch-dtype", "bfloat16", "--device-map", "auto"),
+        ("export", *names, "--hf-path", exported),
+        both_ways,
+    )[0]
+    assert [status for status, _, _ in done] == [0, 0, 0], done
+    assert load_file(exported / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
+    tensors = load_file(directory / "model.safetensors")
+    save_file({**tensors, "model.more": torch.zeros(2)}, directory / "model.safetensors")
+    command = ("export", *names, "--hf-path", tmp_path / "again")
+    strict, loose = run_on_ranks(by_scripts, 1, command, (*command, "--not-strict"))[0]
+    assert strict[0] == 1 and "model.more" in strict[2].splitlines()[-1]
+    assert loose[0] == 0 and "model.more" not in load_file(tmp_path / "again" / "model.safetensors")
 
 
 def test_roundtrip_says_what_it_found(tmp_path):

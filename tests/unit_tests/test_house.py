@@ -22,6 +22,7 @@ FLOORS = {
     "peft": 3,
     "offload_engine": 3,
     "core_repairs": 4,
+    "inference": 4,
     "training/config": 5.1,
     "training/cpu_offload": 5.1,
     "training/run_state": 5.2,
@@ -59,6 +60,7 @@ NAMES_THE_DEVICE = {
     "utils/other_cores.py": "lists options of Core, some of which are named after its graphs",
     "models/fusions.py": "names the packages of fused kernels, which end in _cuda",
     "training/config/dist.py": "lists the values of dist.device",
+    "inference/options.py": "lists the values of --device, and names an option of Core's engine",
     "training/cpu_offload/param_copies.py": "imports only torch and megatron-core, so that it can be lifted as it is",
 }
 """The files that may say "cuda" in code, and why."""

@@ -59,11 +59,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     for command in (importing, exporting):
-        command.add_argument("--dtype", choices=DTYPES, help="of the weights written (default: as they are)")
+        command.add_argument(
+            "--dtype", "--torch-dtype", choices=DTYPES, help="of the weights written (default: as they are)"
+        )
+    exporting.add_argument("--not-strict", action="store_true", help="let tensor names differ from the model's own")
+    importing.add_argument("--device-map", help="accepted, as by Megatron Bridge: weights are read slice by slice")
     for command in (importing, exporting, adapting, merging, roundtrip):
         for option, size in _SIZES.items():
             command.add_argument(f"--{option}", type=int, help=f"{size.meaning}, while converting")
         command.add_argument("--no-progress", action="store_true", help="show no progress bar")
+        command.add_argument(
+            "--trust-remote-code", action="store_true", help="accepted; no code of the model's directory is run"
+        )
     return parser
 
 
@@ -82,6 +89,7 @@ def run_import(args: argparse.Namespace) -> str:
         args.megatron_path,
         dtype=args.dtype,
         show_progress=not args.no_progress,
+        trust_remote_code=args.trust_remote_code,
         **parallel_sizes(args),
     )
     return f"imported {args.hf_model} to {written}"
@@ -93,6 +101,7 @@ def run_export(args: argparse.Namespace) -> str:
         args.megatron_path,
         args.hf_path,
         show_progress=not args.no_progress,
+        strict=not args.not_strict,
         dtype=args.dtype,
         base=args.base,
         **parallel_sizes(args),

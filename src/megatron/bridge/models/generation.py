@@ -1,10 +1,10 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Continue a text with a Megatron model, one token at a time, with Core's cache of keys and values.
+"""Continue texts with a Megatron model, one token at a time, with Core's cache of keys and values.
 
-Shapes: V vocabulary.
+Shapes: B rows of a batch, V vocabulary.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,79 +137,135 @@ def generate_tokens(
     Raises:
         ValueError: The prompt is empty or holds an unknown token, or the model can't continue it.
     """
+    limits: dict[str, Any] = {"max_new_tokens": [max_new_tokens], "end_ids": end_ids}
+    for (token,) in generate_together(model, [prompt], sampling=sampling, **limits):
+        assert token is not None  # a single prompt is read in one pass, and its end ends all
+        yield token
+
+
+def generate_together(
+    model: "Sequence[MegatronModule]",
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: Sequence[int],
+    sampling: Sampling | None = None,
+    end_ids: Collection[int] = (),
+    is_end: Callable[[list[int]], bool] | None = None,
+) -> Iterator[list[int | None]]:
+    """Continue several prompts in one batch. Collective, as `generate_tokens`.
+
+    The first pass reads what all prompts have, up to the end of the shortest; each later one reads one token of every
+    row. Prompts of similar length take the fewest passes.
+
+    Args:
+        model: As for `generate_tokens`.
+        prompts: Token ids of each row.
+        max_new_tokens: Of each row, 1 or more.
+        sampling: As for `generate_tokens`. Each row has its own draws, which don't depend on the others.
+        end_ids: A row ends with one of these.
+        is_end: Called with the new tokens of a row: whether it ends with them.
+
+    Yields:
+        After each pass the new token of each row; None for a row that is still being read, or that has ended.
+
+    Raises:
+        ValueError: As for `generate_tokens`.
+    """
     from megatron.core.inference.contexts import StaticInferenceContext
+
+    _check_prompts(model, prompts, max_new_tokens)
+    sampling = sampling or Sampling()
+    cache = StaticInferenceContext(len(prompts), max(map(len, prompts)) + max(max_new_tokens))
+    generators = [torch.Generator(device="cpu").manual_seed(sampling.seed) for _ in prompts]
+    rows, ended = [list(prompt) for prompt in prompts], [False] * len(prompts)
+    start, end = 0, min(map(len, prompts))
+    while not all(ended):
+        logits = _next_logits(model[0], [row[start:end] for row in rows], cache)
+        awaited = [not done and len(row) == end for row, done in zip(rows, ended, strict=True)]
+        chosen = [
+            sampling.choose(logits[index], generators[index]) if awaits and logits is not None else -1
+            for index, awaits in enumerate(awaited)
+        ]
+        chosen = _from_last_stage(chosen)
+        for index, row in enumerate(rows):
+            if len(row) > end:
+                continue
+            row.append(chosen[index] if awaited[index] else row[-1])
+            made = row[len(prompts[index]) :]
+            at_end = len(made) == max_new_tokens[index] or row[-1] in end_ids or (is_end is not None and is_end(made))
+            ended[index] = ended[index] or at_end
+        start, end = end, end + 1
+        yield [token if awaits else None for token, awaits in zip(chosen, awaited, strict=True)]
+
+
+def _check_prompts(
+    model: "Sequence[MegatronModule]", prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int]
+) -> None:
+    """Refuse what the model can't continue."""
     from megatron.core.utils import get_model_config
 
     if len(model) != 1:
         raise ValueError(f"the model has {len(model)} virtual stages: load it without them to generate")
-    config, sampling = get_model_config(model[0]), sampling or Sampling()
-    if not prompt or not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
-        found = f"ids {min(prompt)} to {max(prompt)}" if prompt else "none"
-        raise ValueError(f"the prompt has token {found}: expected at least one of 0 to {config.vocab_size - 1}")
-    longest = len(prompt) + max_new_tokens
-    if config.position_embedding_type == "learned_absolute" and longest > config.seq_length:
-        raise ValueError(
-            f"{len(prompt)} prompt tokens and {max_new_tokens} new ones exceed the model's {config.seq_length} "
-            "positions: shorten the prompt or lower max_new_tokens"
-        )
-    cache = StaticInferenceContext(1, longest)
-    generator = torch.Generator(device="cpu").manual_seed(sampling.seed)
-    tokens = list(prompt)
-    for _ in range(max_new_tokens):
-        logits = _next_logits(model[0], tokens, cache)
-        chosen = None if logits is None else sampling.choose(logits, generator)
-        tokens = [_from_last_stage(chosen)]
-        yield tokens[0]
-        if tokens[0] in end_ids:
-            return
+    config = get_model_config(model[0])
+    for prompt, number in zip(prompts, max_new_tokens, strict=True):
+        if not prompt or not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+            found = f"ids {min(prompt)} to {max(prompt)}" if prompt else "none"
+            raise ValueError(f"the prompt has token {found}: expected at least one of 0 to {config.vocab_size - 1}")
+        if number < 1:
+            raise ValueError(f"max_new_tokens={number}: expected 1 or more")
+        if config.position_embedding_type == "learned_absolute" and len(prompt) + number > config.seq_length:
+            raise ValueError(
+                f"{len(prompt)} prompt tokens and {number} new ones exceed the model's {config.seq_length} positions: "
+                "shorten the prompt or lower max_new_tokens"
+            )
 
 
 @torch.no_grad()
-def _next_logits(chunk: "MegatronModule", tokens: list[int], cache: Any) -> torch.Tensor | None:
-    """Run tokens that follow those in the cache.
+def _next_logits(chunk: "MegatronModule", rows: Sequence[list[int]], cache: Any) -> torch.Tensor | None:
+    """Run tokens that follow those in the cache, the same number of each row.
 
     Returns:
-        The logits after the last of them, [V] float32 on the host; None on stages before the last.
+        The logits after the last of them, [B, V] float32 on the host; None on stages before the last.
     """
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.utils import get_model_config
 
     start, vocab_size = cache.sequence_len_offset, get_model_config(chunk).vocab_size
-    ids = torch.tensor([tokens], device=current_device())
-    positions = torch.arange(start, start + len(tokens), device=current_device())[None]
+    ids = torch.tensor(rows, device=current_device())
+    number, length = ids.shape
+    positions = torch.arange(start, start + length, device=current_device())[None].expand(number, -1)
 
     def forward(_: Any, model: Any) -> tuple[torch.Tensor, Any]:
         output = model(ids, positions, None, inference_context=cache, runtime_gather_output=True)
         # Without padding: how much there is of it differs between layouts, and draws would differ with it.
-        return output, lambda logits, non_loss_data: logits[0, -1, :vocab_size].float().cpu()
+        return output, lambda logits, non_loss_data: logits[:, -1, :vocab_size].float().cpu()
 
     collected = get_forward_backward_func()(
         forward_step_func=forward,
         data_iterator=None,
         model=chunk,
         num_microbatches=1,
-        seq_length=len(tokens),
-        micro_batch_size=1,
-        decoder_seq_length=len(tokens),
+        seq_length=length,
+        micro_batch_size=number,
+        decoder_seq_length=length,
         forward_only=True,
         collect_non_loss_data=True,
     )
-    cache.sequence_len_offset += len(tokens)
+    cache.sequence_len_offset += length
     cache.enable_decode_mode()
     return collected[0] if collected else None
 
 
-def _from_last_stage(token: int | None) -> int:
-    """The token that the last stage chose, on every stage; tensor-parallel ranks chose it from the same logits."""
+def _from_last_stage(tokens: list[int]) -> list[int]:
+    """The tokens that the last stage chose, on every stage; tensor-parallel ranks chose them from the same logits."""
     from megatron.core import parallel_state
 
     if parallel_state.get_pipeline_model_parallel_world_size() == 1:
-        assert token is not None  # this stage is the last one
-        return token
-    shared = torch.tensor([-1 if token is None else token], device=current_device())
+        return tokens
+    shared = torch.tensor(tokens, device=current_device())
     dist.broadcast(
         shared,
         src=parallel_state.get_pipeline_model_parallel_last_rank(),
         group=parallel_state.get_pipeline_model_parallel_group(),
     )
-    return int(shared)
+    return shared.tolist()

@@ -1,0 +1,127 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""From a command line to a model on its ranks, from a Hugging Face directory or a Megatron checkpoint."""
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron.bridge.inference.options import SIZES
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.module import MegatronModule
+
+
+def resolve_hf_model_path(args: argparse.Namespace) -> str:
+    """The Hugging Face model that a command line names, or else the one that its Megatron checkpoint came from.
+
+    Args:
+        args: With the options of `add_model_loading_args`.
+
+    Returns:
+        Directory, or hub name.
+
+    Raises:
+        FileNotFoundError: No such checkpoint.
+        ValueError: Neither is named, or the checkpoint doesn't say it.
+    """
+    if args.hf_model_path is not None:
+        return str(args.hf_model_path)
+    if args.megatron_model_path is None:
+        raise ValueError("no model is named: pass --hf-model-path or --megatron-model-path")
+    from megatron.bridge.models.conversion.saved_provider import read_model_section
+
+    found = read_model_section(args.megatron_model_path).get("hf_model_id")
+    if not found:
+        raise ValueError(
+            f"{args.megatron_model_path} doesn't say which Hugging Face model it came from: pass --hf-model-path"
+        )
+    return str(found)
+
+
+def load_bridge_model(
+    args: argparse.Namespace, hf_model_path: str | Path | None = None, **overrides: Any
+) -> "MegatronModule":
+    """Build the model that a command line names, with its weights, in evaluation mode. Collective.
+
+    Brings up a process group and model-parallel state where there are none, and leaves them up.
+
+    Args:
+        args: With the options of `add_model_loading_args`, and those of `add_parallelism_args`,
+            `add_distributed_args` and `add_sampling_args` where they were added.
+        hf_model_path: The Hugging Face model to load, where the command line names no model.
+        overrides: Fields of the provider to set.
+
+    Returns:
+        This rank's part of the model. Of a checkpoint of adapters: the model with adapters.
+
+    Raises:
+        FileNotFoundError: No such model.
+        ValueError: Neither model is named, it isn't supported, or it can't be shared out so.
+    """
+    from megatron.bridge.models.conversion.auto_bridge import AutoBridge
+    from megatron.bridge.models.conversion.hf_config import precision_fields
+    from megatron.bridge.models.conversion.saved_provider import set_parallel_sizes
+    from megatron.bridge.models.generation import load_for_generation
+    from megatron.bridge.utils.distributed import raise_on_all_ranks
+
+    bring_up_groups(args)
+    fields = {"inference_sampling_seed": getattr(args, "seed", 1234), **overrides}
+    dtype = getattr(args, "dtype", None)
+    if args.megatron_model_path is not None:
+        base, model = getattr(args, "base", None), args.hf_model_path
+        (chunk,) = load_for_generation(args.megatron_model_path, hf_model=model, base=base, dtype=dtype, sizes=fields)
+        return chunk
+    with raise_on_all_ranks("finding the model"):
+        if getattr(args, "base", None) is not None:
+            raise ValueError("--base is of adapters in a Megatron checkpoint: add --megatron-model-path")
+        trust = getattr(args, "trust_remote_code", None)
+        name = args.hf_model_path or hf_model_path or resolve_hf_model_path(args)
+        bridge = AutoBridge.from_hf_pretrained(name, trust_remote_code=trust)
+        provider = bridge.to_megatron_provider()
+    set_parallel_sizes(provider, {**(precision_fields(dtype) if dtype else {}), **fields})
+    (chunk,) = provider.provide_distributed_model(wrap_with_ddp=False)
+    return chunk.eval()
+
+
+def bring_up_groups(args: argparse.Namespace) -> tuple[bool, bool]:
+    """Bring up the process group and model-parallel state, where there are none, as a command line says.
+
+    Args:
+        args: As for `load_bridge_model`.
+
+    Returns:
+        Whether this created the group, and the state.
+    """
+    from megatron.core import parallel_state
+
+    from megatron.bridge.utils.device import choose_device, enter_device
+    from megatron.bridge.utils.distributed import init_process_group, initialize_model_parallel, seed_everything
+
+    device, backend = getattr(args, "device", "auto"), getattr(args, "distributed_backend", "auto")
+    choice = enter_device(None if (device, backend) == ("auto", "auto") else choose_device(device, backend))
+    created_group = init_process_group(choice, getattr(args, "distributed_timeout_minutes", 10.0))
+    if parallel_state.is_initialized():
+        return created_group, False
+    sizes: dict[str, Any] = {size.field: getattr(args, short, size.default) for short, size in SIZES.items()}
+    initialize_model_parallel(**sizes)
+    seed_everything(getattr(args, "seed", 1234))
+    return created_group, True
+
+
+@contextlib.contextmanager
+def groups_of(args: argparse.Namespace) -> Iterator[None]:
+    """The process groups that `load_bridge_model` needs. What this creates is destroyed at the end."""
+    import torch.distributed as dist
+
+    from megatron.bridge.utils.distributed import destroy_model_parallel
+
+    created_group, created_state = bring_up_groups(args)
+    try:
+        yield
+    finally:
+        if created_state:
+            destroy_model_parallel()
+        if created_group:
+            dist.destroy_process_group()
