@@ -20,6 +20,7 @@ ROOMS = {
     "training": "The run: configuration, loop, save and load, what it says of itself.",
     "planning": "A run planned without running it.",
     "recipes": "Functions that return a ready configuration.",
+    "inference": "Batches of prompts, and the parts of scripts that generate text.",
     "models": "Model families, and conversion from and to Hugging Face.",
     "data": "From rows of text to the batches of a step.",
     "peft": "Adapters.",

@@ -29,8 +29,8 @@ from megatron.bridge.inference.text_generation import (
     load_prompts,
     validate_sequence_length,
 )
-from megatron.bridge.utils.command_options import local_path
 from megatron.bridge.utils.exit_codes import exit_code_of, exit_with
+from megatron.bridge.utils.interpolation import expand_home
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_engine_args(parser)
     add_prompt_args(parser)
     add_sampling_args(parser)
-    parser.add_argument("--output-file", type=local_path, help="write JSON lines here, and no text to the terminal")
+    parser.add_argument("--output-file", type=expand_home, help="write JSON lines here, and no text to the terminal")
     return parser
 
 
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
             write(prompts, results, args.output_file)
 
 
-def write(prompts: Sequence[str], results: Sequence, output_file: Path | None) -> None:
+def write(prompts: Sequence[str], results: Sequence, output_file: str | None) -> None:
     """Write prompts and texts, to the terminal or as JSON lines."""
     if output_file is None:
         for prompt, result in zip(prompts, results, strict=True):
@@ -81,8 +81,9 @@ def write(prompts: Sequence[str], results: Sequence, output_file: Path | None) -
         }
         for prompt, result in zip(prompts, results, strict=True)
     ]
-    output_file.parent.mkdir(parents=True, exist_ok=True)
-    output_file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path = Path(output_file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,7 +18,6 @@ from tests.rigs.families import MODELS
 from tests.rigs.ranks import run_on_ranks
 from tests.unit_tests.models.tiny_llama import save_tiny_llama, save_tiny_model
 
-
 SCRIPTS = Path(__file__).parents[2] / "scripts" / "conversion"
 
 
@@ -55,7 +54,7 @@ def test_import_and_export_give_the_same_file(tmp_path):
 
 
 def test_the_scripts_take_the_options_of_megatron_bridge(tmp_path):
-    """`--not-strict` lets an export go on without a tensor that the model's own files have."""
+    """`--not-strict` lets an export leave out a tensor that the model's own files have."""
     directory = save_tiny_llama(tmp_path / "llama")
     checkpoint, exported = tmp_path / "megatron", tmp_path / "hf"
     names = ("--hf-model", directory, "--megatron-path", checkpoint, "--trust-remote-code", "--no-progress")

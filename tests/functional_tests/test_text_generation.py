@@ -188,7 +188,9 @@ def _in_python(directory):
             "core": _of_core(model, tokenizer, params),
         }
         for wrong in ({"return_log_probs": True}, {"top_n_logprobs": 2}):
-            with pytest.raises(ValueError, match=f"sampling_params.{next(iter(wrong))}=.* is not built into this engine"):
+            with pytest.raises(
+                ValueError, match=f"sampling_params.{next(iter(wrong))}=.* is not built into this engine"
+            ):
                 engine.generate(PROMPTS, build_sampling_params(args, **wrong))
     return found
 
@@ -212,7 +214,9 @@ def _of_core(model, tokenizer, params):
         wrapped = GPTInferenceWrapper(model, *settings, inference_context=StaticInferenceContext(4, 64))
         engine = StaticInferenceEngine(TextGenerationController(wrapped, tokenizer), max_batch_size=4, legacy=True)
         requests = [
-            InferenceRequest(request_id=index, prompt=one, prompt_tokens=tokenizer.tokenize(one), sampling_params=params)
+            InferenceRequest(
+                request_id=index, prompt=one, prompt_tokens=tokenizer.tokenize(one), sampling_params=params
+            )
             for index, one in enumerate(PROMPTS)
         ]
         made = engine.generate(inference_requests=requests)

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.any_core
 
 FINETUNE, RESUME = "functional_tests/test_finetune_smollm2.py", "functional_tests/test_resume_matrix.py"
 CONVERT, ADAPTERS = "functional_tests/test_conversion_command.py", "functional_tests/test_lora_export.py"
+TEXT_GENERATION = "functional_tests/test_text_generation.py"
 RECIPE = "functional_tests/test_run_recipe.py"
 PREEMPTION = "functional_tests/test_preemption.py"
 HELP = "--help"
@@ -51,6 +52,10 @@ RUN_BY = {
     r"python -m megatron\.bridge\.convert (import|export|roundtrip)\b(?!-).*": (CONVERT, "megatron.bridge.convert"),
     r"python -m megatron\.bridge\.convert (export-adapter|merge) .*": (ADAPTERS, "export-adapter"),
     r"(python|torchrun --nproc-per-node 8) scripts/training/run_recipe\.py .*": (RECIPE, "run_recipe.py"),
+    r"(python|torchrun --nproc-per-node 2) scripts/inference/generate_text\.py .*": (
+        TEXT_GENERATION,
+        "generate_text.py",
+    ),
     r"python -m megatron\.bridge\.memory .*": ("unit_tests/recipes/test_recipes.py", "megatron.bridge.memory"),
     r"pip install \"megatron-bridge\[local\]\"": ("unit_tests/test_workflows.py", "local"),
     r"python scripts/training/launch_with_nemo_run\.py .*": (

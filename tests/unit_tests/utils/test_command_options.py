@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 SCRIPTS = Path(__file__).parents[3] / "scripts"
-RECIPES = SCRIPTS / "training" / "run_recipe.py"
+SCRIPTS_WITH_PATHS = {"run_recipe": "training/run_recipe.py", "generate_text": "inference/generate_text.py"}
 DEMONSTRATION = SCRIPTS / "finetune_smollm2"
 LINES = {
     "convert import": "--hf-model=~/x --megatron-path=~/x",
@@ -22,6 +22,7 @@ LINES = {
     "checkpoint.__main__ inspect": "~/x",
     "checkpoint.__main__ verify": "~/x",
     "plot": "~/x --output=~/x",
+    "generate_text": "--hf-model-path=~/x --megatron-model-path=~/x --base=~/x --prompt-file=~/x --output-file=~/x",
     "run_recipe": "--recipe=y --hf-path=~/x --config-file=~/x",
 }
 
@@ -38,8 +39,8 @@ def test_a_home_of_nobody_is_said(capsys):
 def test_every_path_of_a_command_may_begin_at_home(monkeypatch, command):
     monkeypatch.setenv("HOME", "/home/me")
     module, *words = command.split()
-    if module == "run_recipe":
-        build_parser = runpy.run_path(str(RECIPES))["build_parser"]
+    if module in SCRIPTS_WITH_PATHS:
+        build_parser = runpy.run_path(str(SCRIPTS / SCRIPTS_WITH_PATHS[module]))["build_parser"]
     else:
         build_parser = importlib.import_module(f"megatron.bridge.{module}").build_parser
     values = vars(build_parser().parse_args([*words, *LINES[command].split()])).values()
