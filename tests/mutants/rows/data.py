@@ -63,7 +63,7 @@ THE_DATA = (
         name="draws from padding",
         breaks="another layout says something else",
         where="megatron.bridge.models.generation:_next_logits.forward",
-        change=expression("logits[0, -1, :vocab_size]", "logits[0, -1]"),
+        change=expression("logits[:, -1, :vocab_size]", "logits[:, -1]"),
         tests=(f"{_GENERATE}two_ranks_say_what_one_says",),
     ),
 )

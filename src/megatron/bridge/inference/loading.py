@@ -64,7 +64,7 @@ def load_bridge_model(
     from megatron.bridge.models.conversion.hf_config import precision_fields
     from megatron.bridge.models.conversion.saved_provider import set_parallel_sizes
     from megatron.bridge.models.generation import load_for_generation
-    from megatron.bridge.utils.distributed import raise_on_all_ranks
+    from megatron.bridge.utils.distributed import run_while_others_wait
 
     bring_up_groups(args)
     fields = {"inference_sampling_seed": getattr(args, "seed", 1234), **overrides}
@@ -73,13 +73,17 @@ def load_bridge_model(
         base, model = getattr(args, "base", None), args.hf_model_path
         (chunk,) = load_for_generation(args.megatron_model_path, hf_model=model, base=base, dtype=dtype, sizes=fields)
         return chunk
-    with raise_on_all_ranks("finding the model"):
-        if getattr(args, "base", None) is not None:
-            raise ValueError("--base is of adapters in a Megatron checkpoint: add --megatron-model-path")
-        trust = getattr(args, "trust_remote_code", None)
-        name = args.hf_model_path or hf_model_path or resolve_hf_model_path(args)
-        bridge = AutoBridge.from_hf_pretrained(name, trust_remote_code=trust)
-        provider = bridge.to_megatron_provider()
+    if getattr(args, "base", None) is not None:
+        raise ValueError("--base is of adapters in a Megatron checkpoint: add --megatron-model-path")
+    name, trust = (
+        args.hf_model_path or hf_model_path or resolve_hf_model_path(args),
+        getattr(args, "trust_remote_code", None),
+    )
+    provider = run_while_others_wait(
+        lambda: AutoBridge.from_hf_pretrained(name, trust_remote_code=trust).to_megatron_provider(),
+        doing="finding the model",
+    )
+    assert provider is not None  # every rank has work
     set_parallel_sizes(provider, {**(precision_fields(dtype) if dtype else {}), **fields})
     (chunk,) = provider.provide_distributed_model(wrap_with_ddp=False)
     return chunk.eval()

@@ -125,8 +125,8 @@ def build_tokenizer(
     from megatron.bridge.data.tokenizer import build_tokenizer as load_tokenizer
     from megatron.bridge.inference.loading import resolve_hf_model_path
     from megatron.bridge.models.conversion.generation_config import end_ids, not_applied
-    from megatron.bridge.models.conversion.hf_config import find_hf_directory
     from megatron.bridge.models.conversion.tokenizer_files import TokenizerFiles, has_tokenizer
+    from megatron.bridge.utils.hf_hub import find_hf_directory
 
     if isinstance(source, argparse.Namespace):
         checkpoint, model = source.megatron_model_path, source.hf_model_path or hf_model_path
@@ -134,7 +134,8 @@ def build_tokenizer(
             model = resolve_hf_model_path(source)
     else:
         checkpoint, model = None, source
-    files = TokenizerFiles.of(None if model is None else find_hf_directory(model), checkpoint=checkpoint)
+    directory = None if model is None else find_hf_directory(model, with_weights=False)
+    files = TokenizerFiles.of(directory, checkpoint=checkpoint)
     if files.tokenizer is None or not has_tokenizer(files.tokenizer):
         raise FileNotFoundError(
             f"{checkpoint or model} holds no tokenizer: pass --hf-model-path with the model's directory"
