@@ -328,8 +328,8 @@ class TokenizerConfig(Section):
 class DatasetBuildContext:
     """What a dataset may need to know about the run."""
 
-    train_samples: int
-    """Training samples the run will draw."""
+    train_samples: int | None
+    """Training samples the run will draw. None: whole passes (`train.num_epochs`)."""
 
     valid_samples: int | None
     """Validation samples the run will draw. None: whole passes."""

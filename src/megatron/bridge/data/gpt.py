@@ -34,6 +34,11 @@ def build_gpt_datasets(config: GPTDatasetConfig, context: DatasetBuildContext) -
 
     if context.tokenizer is None:
         raise ValueError("DatasetBuildContext.tokenizer is not set: pretraining data needs the run's tokenizer")
+    if context.train_samples is None and (blend := config.blend or (config.blend_per_split or [None])[0]) and blend[1]:
+        raise ValueError(
+            f"train.num_epochs with weights in dataset.blend ({blend[1]}): such a blend has no epochs; set "
+            "train.train_iters instead, or leave the weights out"
+        )
     check_blend_files(config)
     check_cached_indices(config)
     core_config = CoreDatasetConfig(

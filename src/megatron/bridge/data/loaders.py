@@ -167,13 +167,17 @@ def build_step_iterator(
         data_parallel_rank=data_parallel_rank,
         data_parallel_size=data_parallel_size,
     )
-    unit = "packs" if getattr(dataset, "is_packed", False) else "samples"
     batches = training_batches(
-        len(dataset), layout, consumed_samples=consumed_samples, seed=seed, shuffle=shuffle, unit=unit
+        len(dataset), layout, consumed_samples=consumed_samples, seed=seed, shuffle=shuffle, unit=unit_of(dataset)
     )
     rows = _PaddedRows(dataset, padding)
     steps = (rows.keys_of_step(batch, layout) for batch in batches)
     return _load_steps(rows, steps, num_workers=num_workers, pin_memory=pin_memory)
+
+
+def unit_of(dataset: Any) -> str:
+    """What messages call the items of a dataset."""
+    return "packs" if getattr(dataset, "is_packed", False) else "samples"
 
 
 def build_iterator(dataset: Any, **arguments: Any) -> Iterator[MicroBatch]:

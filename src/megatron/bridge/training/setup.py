@@ -13,7 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
 
 from megatron.bridge.data.config import DatasetBuildContext
-from megatron.bridge.data.loaders import build_datasets, build_evaluation_steps, build_step_iterator, padding_for
+from megatron.bridge.data.loaders import build_datasets, build_evaluation_steps, build_step_iterator, padding_for, unit_of
 from megatron.bridge.data.tokenizer import build_tokenizer, check_tokenizer_fits
 from megatron.bridge.models.packed_attention import check_samples_are_kept_apart
 from megatron.bridge.models.trained_weights import check_trained_weights
@@ -25,6 +25,7 @@ from megatron.bridge.training.checkpointing import (
     plan_on_all_ranks,
 )
 from megatron.bridge.training.config import ConfigContainer, DistributedDataParallelConfig
+from megatron.bridge.training.config.update import derive_from_data
 from megatron.bridge.training.initialize import initialize_megatron
 from megatron.bridge.training.optim import setup_optimizer
 from megatron.bridge.training.run_state.end_tokens import generation_config_to_save
@@ -87,6 +88,8 @@ def setup(
     _check_directories(cfg)
     _load_tokenizer(state)
     data = _build_data(state, train_valid_test_datasets_provider)
+    with raise_on_all_ranks("counting the epochs"):
+        state.derived = derive_from_data(cfg, train_samples=_size(data.train), unit=unit_of(data.train))
     # Too few samples or a wrong checkpoint should fail now, not after minutes of building. The iterator is made again
     # below, from the loaded train state.
     _train_iterator(state, data, pg_collection)
@@ -200,7 +203,7 @@ def _check_directories(cfg: ConfigContainer) -> None:
 def _build_data(state: GlobalState, provider: Callable[..., Any]) -> _Data:
     cfg, derived = state.cfg, state.derived
     context = DatasetBuildContext(
-        train_samples=derived.train_samples,
+        train_samples=None if cfg.train.num_epochs is not None else derived.train_samples,
         valid_samples=derived.valid_samples,
         test_samples=derived.test_samples,
         tokenizer=state.tokenizer,
@@ -218,6 +221,10 @@ def _build_data(state: GlobalState, provider: Callable[..., Any]) -> _Data:
         per_micro_batch=cfg.model.pipeline_model_parallel_size == 1,
     )
     return _Data(train, valid, test, padding)
+
+
+def _size(dataset: Any) -> int | None:
+    return None if dataset is None else len(dataset)
 
 
 def _report_on(dataset: Any) -> str:

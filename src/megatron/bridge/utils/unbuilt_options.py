@@ -45,7 +45,6 @@ UNSUPPORTED = (
     # length of the run and its checks
     # Core from 0.17 ignores it, and the data is read in batches of one size
     Unsupported("train.rampup_batch_size", (None,), "set train.global_batch_size alone"),
-    Unsupported("train.num_epochs", (None,), "set train.train_iters or train.train_samples instead"),
     Unsupported("train.check_optimizer_step_success"),
     Unsupported("train.check_weight_hash_across_dp_replicas_interval"),
     Unsupported("train.train_sync_interval"),

@@ -1,6 +1,8 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Values that follow from a configuration and the number of ranks: pure functions that return a frozen object."""
 
+import copy
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -34,7 +36,7 @@ class DerivedConfig:
     """Forward passes of one rank in one optimizer step."""
 
     train_iters: int
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run. With `train.num_epochs`, a step for each until the data is read."""
 
     eval_iters: int | None
     """Global batches of one evaluation. None: the whole validation set."""
@@ -73,7 +75,7 @@ class DerivedConfig:
     """Smallest learning rate."""
 
     train_samples: int
-    """Samples that the run trains on."""
+    """Samples that the run trains on; see `train_iters`."""
 
     valid_samples: int | None
     """Samples of all its evaluations together. None: whole passes over the validation set."""
@@ -110,11 +112,30 @@ def global_batch_size(cfg: RunSections, world_size: int) -> int:
 
 
 def train_iters(cfg: RunSections, world_size: int) -> int:
-    """Optimizer steps of the run, from train_iters or from train_samples."""
+    """Optimizer steps of the run, from train_iters or from train_samples.
+
+    What num_epochs says is known when the data is, from `with_known_length`; here an epoch counts as one step.
+    """
     if cfg.train.train_iters is not None:
         return cfg.train.train_iters
+    if cfg.train.num_epochs is not None:
+        return cfg.train.num_epochs
     assert cfg.train.train_samples is not None  # finalize() wants one of them
     return cfg.train.train_samples // global_batch_size(cfg, world_size)
+
+
+def with_known_length(cfg: RunSections, *, samples_per_epoch: int, world_size: int) -> RunSections:
+    """A copy of a configuration with `train.num_epochs` that says its steps instead; others are returned as they are.
+
+    Epochs follow without a gap, so a global batch may span two. Only what is left after the last one isn't trained on.
+    """
+    if cfg.train.num_epochs is None:
+        return cfg
+    samples = cfg.train.num_epochs * samples_per_epoch
+    known = copy.copy(cfg)
+    iters = samples // global_batch_size(cfg, world_size)
+    known.train = dataclasses.replace(cfg.train, num_epochs=None, train_iters=iters)
+    return known
 
 
 def eval_settings(cfg: RunSections) -> tuple[int | None, int | None, bool]:

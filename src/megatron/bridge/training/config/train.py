@@ -26,6 +26,10 @@ class TrainingConfig(BridgeSection):
     train_samples: int | None = None
     """Samples of the whole run; set this or train_iters. None: train_iters says it."""
 
+    num_epochs: int | None = None
+    """Passes over the training data, in place of the two above. Steps follow from the data when it has been read; the
+    schedule counts in steps. What makes no whole global batch at the end of the last pass is left out. None: unset."""
+
     exit_interval: int | None = None
     """Save and stop after a step whose number this divides. None: don't."""
 
@@ -84,6 +88,7 @@ class TrainingConfig(BridgeSection):
             micro_batch_size=self.required_micro_batch_size(),
             global_batch_size=self.global_batch_size,
             train_samples=self.train_samples,
+            num_epochs=self.num_epochs,
             exit_interval=self.exit_interval,
             exit_duration_in_mins=self.exit_duration_in_mins,
             eval_interval=self.eval_interval,
@@ -103,10 +108,17 @@ class TrainingConfig(BridgeSection):
             raise ValueError(
                 f"train.exit_signal={self.exit_signal.name}: no process can catch it; set SIGTERM, SIGINT or SIGUSR1"
             )
-        if self.train_iters is None and self.train_samples is None:
-            raise ValueError("train.train_iters and train.train_samples are both unset: set one of them")
-        if self.train_iters is not None and self.train_samples is not None:
+        self._check_length()
+
+    def _check_length(self) -> None:
+        lengths = {name: getattr(self, name) for name in ("train_iters", "train_samples", "num_epochs")}
+        found = [f"train.{name}={value}" for name, value in lengths.items() if value is not None]
+        if not found:
             raise ValueError(
-                f"train.train_iters={self.train_iters} and train.train_samples={self.train_samples} are both set: "
-                "a run's length is one or the other; set one of them to null"
+                "train.train_iters and train.train_samples are both unset: set one of them, or train.num_epochs"
+            )
+        if len(found) > 1:
+            raise ValueError(
+                f"{' and '.join(found)} are {'both' if len(found) == 2 else 'all'} set: "
+                "a run's length is one or the other; set all but one of them to null"
             )

@@ -5,8 +5,11 @@ import logging
 import os
 
 from megatron.bridge.training.config.container import ConfigContainer
+from megatron.bridge.training.config.derived import DerivedConfig, derive, with_known_length
 from megatron.bridge.training.config.precedence import apply_mixed_precision, share_between_ddp_and_optimizer
+from megatron.bridge.training.config.rules.schedule import check_schedule_fits_the_run
 from megatron.bridge.training.config.scheduler import SCHEDULE_LENGTHS
+from megatron.bridge.utils.distributed import world_size
 from megatron.bridge.utils.interpolation import resolve_interpolations
 
 logger = logging.getLogger(__name__)
@@ -43,7 +46,44 @@ def runtime_config_update(cfg: ConfigContainer) -> None:
     if cfg.logger.log_max_attention_logit:
         cfg.model.log_max_attention_logit = True  # Core's attention keeps it only then
     cfg.validate()
-    derived = cfg.derive()
+    _show(cfg, cfg.derive())
+
+
+def derive_from_data(cfg: ConfigContainer, *, train_samples: int | None, unit: str = "samples") -> DerivedConfig:
+    """What follows from a configuration when the data is known: with `train.num_epochs`, the length of the run.
+
+    Args:
+        cfg: A configuration that `runtime_config_update` has checked.
+        train_samples: Samples in the training data. None: there is none.
+        unit: What the log calls them.
+
+    Raises:
+        ValueError: The epochs make no step, or the schedule doesn't fit them.
+    """
+    epochs, ranks = cfg.train.num_epochs, world_size()
+    if epochs is None:
+        return cfg.derive(ranks)
+    if train_samples is None:
+        raise ValueError(f"train.num_epochs={epochs} without training data: set train.train_iters instead")
+    known = with_known_length(cfg, samples_per_epoch=train_samples, world_size=ranks)
+    derived = derive(known, ranks)
+    if derived.train_iters < 1:
+        raise ValueError(
+            f"train.num_epochs={epochs} over {train_samples} {unit}: fewer than one global batch "
+            f"(train.global_batch_size={derived.global_batch_size}): add samples or lower train.global_batch_size"
+        )
+    check_schedule_fits_the_run(known, ranks)
+    _show(cfg, derived)
+    left = epochs * train_samples - derived.train_samples
+    logger.info(
+        "train.num_epochs=%d over %d %s: %d steps of %d%s", epochs, train_samples, unit, derived.train_iters,
+        derived.global_batch_size, f"; the last {left} make no whole global batch and are left out" if left else "",
+    )  # fmt: skip
+    return derived
+
+
+def _show(cfg: ConfigContainer, derived: DerivedConfig) -> None:
+    """Show scripts, in the sections, what they look for there."""
     cfg.data_parallel_size = derived.data_parallel_size
     for name in SCHEDULE_LENGTHS:
         setattr(cfg.scheduler, name, getattr(derived, name))

@@ -8,11 +8,12 @@ from megatron.bridge.training.config.sections import RunSections
 def check_schedule_counts_as_the_run_does(cfg: RunSections, world_size: int) -> None:
     """A run counted in steps has a schedule in steps, a run counted in samples one in samples."""
     scheduler = cfg.scheduler
-    in_steps = cfg.train.train_iters is not None
+    in_steps = cfg.train.train_samples is None
     foreign = "samples" if in_steps else "iters"
     for name in (f"lr_decay_{foreign}", f"lr_warmup_{foreign}", f"lr_wsd_decay_{foreign}"):
         if getattr(scheduler, name):
             length, other = ("train_iters", "iters") if in_steps else ("train_samples", "samples")
+            length = "num_epochs" if cfg.train.num_epochs is not None else length
             raise ValueError(
                 f"scheduler.{name}={getattr(scheduler, name)} in a run whose length is train.{length}: "
                 f"set scheduler.{name.replace(foreign, other)} instead"
@@ -20,9 +21,12 @@ def check_schedule_counts_as_the_run_does(cfg: RunSections, world_size: int) -> 
 
 
 def check_schedule_fits_the_run(cfg: RunSections, world_size: int) -> None:
-    """The schedule has a length, the warm-up is shorter than it, and a WSD schedule says when it falls."""
-    derived, unit = derive(cfg, world_size), "samples" if cfg.train.train_iters is None else "iters"
-    if derived.skip_train:
+    """The schedule has a length, the warm-up is shorter than it, and a WSD schedule says when it falls.
+
+    With `train.num_epochs`, `setup` asks again when it has read the data.
+    """
+    derived, unit = derive(cfg, world_size), "iters" if cfg.train.train_samples is None else "samples"
+    if derived.skip_train or cfg.train.num_epochs is not None:
         return
     if derived.lr_decay_steps < 1:
         raise ValueError(f"train.train_iters={derived.train_iters}: a run takes at least one step; set 1 or more")
