@@ -6,7 +6,15 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, ClassVar
 
-from megatron.bridge.data.sft_options import PackedSequenceSpecs, SFTOptions, check_positive, read_shares
+from megatron.bridge.data.sft_options import (
+    PackedSequenceSpecs,
+    SFTOptions,
+    check_blend,
+    check_blends_per_split,
+    check_positive,
+    read_shares,
+)
+from megatron.bridge.data.sft_rules import check_blends, check_packing
 from megatron.bridge.utils.section import BridgeSection, Section
 
 
@@ -96,6 +104,13 @@ class GPTSFTDatasetConfig(DataloaderConfig):
     """In place of `dataset_root`: a directory that the `datasets` library's `save_to_disk` wrote, with splits `train`,
     `validation` and `test`, or with a single dataset, which is the training data."""
 
+    blend: tuple[list[str], list[float] | None] | None = None
+    """In place of `dataset_root`: several such directories (or JSONL files, or what `save_to_disk` wrote), and how
+    often training takes a sample of each. Weights None: each sample once an epoch."""
+
+    blend_per_split: list[tuple[list[str], list[float] | None] | None] | None = None
+    """In place of `blend`: one each for training, validation and test. Only training's may have weights."""
+
     preprocessing: Any = None
     """Not supported: write JSONL lines instead."""
 
@@ -162,42 +177,8 @@ class GPTSFTDatasetConfig(DataloaderConfig):
         if self.max_train_samples is not None:
             check_positive("dataset.max_train_samples", self.max_train_samples)
         _ = self.options
-        self._check_packing()
-
-    def _check_packing(self) -> None:
-        for name in ("packed_sequence_specs", "offline_packing_specs"):
-            specs = getattr(self, name)
-            if specs is None:
-                continue
-            if not isinstance(specs, PackedSequenceSpecs):
-                raise ValueError(f"dataset.{name}={specs!r}: expected PackedSequenceSpecs(packed_sequence_size=...)")
-            specs.check(f"dataset.{name}", seq_length=self.seq_length)
-        if self.offline_packing_specs is not None and not self.enable_offline_packing:
-            raise ValueError("dataset.offline_packing_specs is set: set dataset.enable_offline_packing=true with it")
-        if self.packing is None or self.packing.packed_train_data_path is None:
-            _ = self.root
-        else:
-            self._check_packed_training_data()
-        if self.packed_sequence_specs is not None and self.enable_offline_packing:
-            raise ValueError(
-                "dataset.packed_sequence_specs and dataset.enable_offline_packing are both set: set one of them"
-            )
-
-    def _check_packed_training_data(self) -> None:
-        """Rows in files can't be cut into samples, and what isn't in them is read from the directory of the data."""
-        assert self.packing is not None
-        for name in ("split", "max_train_samples"):
-            if getattr(self, name) is not None:
-                raise ValueError(
-                    f"dataset.{name}={getattr(self, name)!r} with packed_train_data_path="
-                    f"{self.packing.packed_train_data_path!r}: rows that are packed can't be cut; unset one of them"
-                )
-        has_root = self.dataset_root is not None or self.hf_dataset is not None
-        if self.do_validation and self.packing.packed_val_data_path is None and not has_root:
-            raise ValueError(
-                f"packed_train_data_path={self.packing.packed_train_data_path!r} without validation data: set "
-                "packed_val_data_path, or dataset.dataset_root, or dataset.do_validation=false"
-            )
+        check_packing(self)
+        check_blends(self)
 
 
 FinetuningDatasetConfig = GPTSFTDatasetConfig
@@ -271,6 +252,10 @@ class GPTDatasetConfig(DataloaderConfig):
             raise ValueError(f"dataset.skip_getting_attention_mask_from_dataset=False {message}")
         if self.blend is not None and self.blend_per_split is not None:
             raise ValueError("dataset.blend and dataset.blend_per_split are both set: set one of them")
+        if self.blend is not None:
+            check_blend("dataset.blend", self.blend)
+        if self.blend_per_split is not None:
+            check_blends_per_split(self.blend_per_split)
         if self.blend is not None and self.split is None:
             raise ValueError('dataset.blend is set but dataset.split is not: expected shares such as "99,1,0"')
 
@@ -339,6 +324,12 @@ class DatasetBuildContext:
 
     tokenizer: Any = None
     """The run's tokenizer, as made by `build_tokenizer`."""
+
+    multiple_validation_sets: bool = False
+    """Whether validation is a dict of datasets by name (or a list), each evaluated by itself."""
+
+    validation_set_names: tuple[str, ...] | None = None
+    """What they are called. None: as the data says."""
 
 
 @dataclass(kw_only=True)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from megatron.bridge.data.config import DatasetBuildContext, GPTDatasetConfig
+from megatron.bridge.data.validation_sets import names_of_sets
 
 
 def build_gpt_datasets(config: GPTDatasetConfig, context: DatasetBuildContext) -> tuple[Any, Any, Any]:
@@ -39,6 +40,8 @@ def build_gpt_datasets(config: GPTDatasetConfig, context: DatasetBuildContext) -
             f"train.num_epochs with weights in dataset.blend ({blend[1]}): such a blend has no epochs; set "
             "train.train_iters instead, or leave the weights out"
         )
+    if context.multiple_validation_sets:
+        check_separate_validation(config)
     check_blend_files(config)
     check_cached_indices(config)
     core_config = CoreDatasetConfig(
@@ -55,12 +58,36 @@ def build_gpt_datasets(config: GPTDatasetConfig, context: DatasetBuildContext) -
         reset_attention_mask=False,
         eod_mask_loss=config.eod_mask_loss,
         create_attention_mask=False,
+        multiple_validation_sets=context.multiple_validation_sets,
+        full_validation=context.valid_samples is None,
     )
     sizes = [context.train_samples, context.valid_samples, context.test_samples]
     dataset_class = MockGPTDataset if core_config.mock else GPTDataset
     builder = BlendedMegatronDatasetBuilder(dataset_class, sizes, lambda: True, core_config)
     train, valid, test = builder.build()
+    if context.multiple_validation_sets and config.blend_per_split and config.blend_per_split[1]:
+        names = names_of_sets(context, config.blend_per_split[1][0])
+        valid = dict(zip(names, valid if isinstance(valid, list) else [valid], strict=True))
     return train, valid, test
+
+
+def check_separate_validation(config: GPTDatasetConfig) -> None:
+    """Refuse what Core would evaluate as one set, or without the weights that it is given.
+
+    Raises:
+        ValueError: Says what to set.
+    """
+    blend = config.blend_per_split and config.blend_per_split[1]
+    if not blend:
+        raise ValueError(
+            "validation.multiple_validation_sets=true without validation data of its own: name the sets in the second "
+            "place of dataset.blend_per_split, or set validation.multiple_validation_sets=false"
+        )
+    if blend[1] is not None:
+        raise ValueError(
+            f"validation.multiple_validation_sets=true, and dataset.blend_per_split has the weights {blend[1]} for "
+            "validation: sets that are evaluated by themselves have none; leave them out"
+        )
 
 
 def check_blend_files(config: GPTDatasetConfig) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
+from megatron.bridge.data.blends import build_blended_datasets
 from megatron.bridge.data.config import DatasetBuildContext, DatasetProvider, GPTDatasetConfig, GPTSFTDatasetConfig
 from megatron.bridge.data.sampler import PADDING_ROW, BatchLayout, evaluation_batches, training_batches
 from megatron.bridge.data.sft_datasets import build_sft_datasets
@@ -112,7 +113,8 @@ def build_datasets(config: DatasetConfig, context: DatasetBuildContext) -> Datas
         )
     config.finalize()
     if isinstance(config, GPTSFTDatasetConfig):
-        return build_sft_datasets(config, context)
+        is_blend = config.blend is not None or config.blend_per_split is not None
+        return build_blended_datasets(config, context) if is_blend else build_sft_datasets(config, context)
     if isinstance(config, GPTDatasetConfig):
         from megatron.bridge.data.gpt import build_gpt_datasets
 
@@ -168,7 +170,13 @@ def build_step_iterator(
         data_parallel_size=data_parallel_size,
     )
     batches = training_batches(
-        len(dataset), layout, consumed_samples=consumed_samples, seed=seed, shuffle=shuffle, unit=unit_of(dataset)
+        len(dataset),
+        layout,
+        consumed_samples=consumed_samples,
+        seed=seed,
+        shuffle=shuffle,
+        unit=unit_of(dataset),
+        order=getattr(dataset, "training_order", None),
     )
     rows = _PaddedRows(dataset, padding)
     steps = (rows.keys_of_step(batch, layout) for batch in batches)

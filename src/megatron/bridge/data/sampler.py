@@ -7,9 +7,9 @@ to the data-parallel ranks in turn. So what a global batch (and each of its micr
 where a run was stopped nor on the number of ranks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 
@@ -81,11 +81,19 @@ def sample_indices(start: int, count: int, *, num_samples: int, seed: int, shuff
 
 
 def training_batches(
-    num_samples: int, layout: BatchLayout, *, consumed_samples: int, seed: int, shuffle: bool, unit: str = "samples"
+    num_samples: int, layout: BatchLayout, *, consumed_samples: int, seed: int, shuffle: bool,
+    unit: str = "samples", order: Callable[..., np.ndarray] | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields global batches without end: sample indices int64 [global_batch_size], the first after `consumed_samples`.
 
-    `unit` is what the error calls the samples.
+    Args:
+        num_samples: Samples in the dataset.
+        layout: How batches are dealt.
+        consumed_samples: Where to begin.
+        seed: Seed of the order.
+        shuffle: Whether each epoch has a new order.
+        unit: What the error calls the samples.
+        order: Called as `sample_indices`, without `num_samples`. None: epochs of the dataset.
 
     Raises:
         ValueError: There are fewer samples than one global batch takes.
@@ -95,14 +103,13 @@ def training_batches(
             f"the training data has {num_samples} {unit}, fewer than one global batch "
             f"(train.global_batch_size={layout.global_batch_size}): add samples or lower train.global_batch_size"
         )
-    return _endless_batches(
-        consumed_samples, layout.global_batch_size, num_samples=num_samples, seed=seed, shuffle=shuffle
-    )
+    order = order or partial(sample_indices, num_samples=num_samples)
+    return _endless_batches(consumed_samples, layout.global_batch_size, partial(order, seed=seed, shuffle=shuffle))
 
 
-def _endless_batches(start: int, size: int, *, num_samples: int, seed: int, shuffle: bool) -> Iterator[np.ndarray]:
+def _endless_batches(start: int, size: int, order: Callable[[int, int], np.ndarray]) -> Iterator[np.ndarray]:
     while True:
-        yield sample_indices(start, size, num_samples=num_samples, seed=seed, shuffle=shuffle)
+        yield order(start, size)
         start += size
 
 

@@ -2,6 +2,7 @@
 """A `GPTSFTDatasetConfig` to its three datasets: found, tokenised, split and packed."""
 
 import logging
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -84,9 +85,9 @@ def find_sources(config: GPTSFTDatasetConfig, *, packed: tuple[str, ...] = ()) -
         names = HF_NAMES
     else:
         names = {split: f"{split}.jsonl" for split in SPLITS}
-        if not root.is_dir():
+        if not root.exists():
             raise FileNotFoundError(f"dataset.dataset_root={str(root)!r} is no directory: expected training.jsonl in it")
-        found = {split: JsonlSource(root / names[split]) for split in SPLITS if (root / names[split]).exists()}
+        found = {"training": JsonlSource(root)} if root.is_file() else {split: JsonlSource(root / names[split]) for split in SPLITS if (root / names[split]).exists()}
     if "training" not in found and "training" not in packed:
         raise FileNotFoundError(f"{root / names['training']} does not exist: expected the training data")
     found = {split: source for split, source in found.items() if split not in packed}
@@ -100,14 +101,19 @@ def find_sources(config: GPTSFTDatasetConfig, *, packed: tuple[str, ...] = ()) -
         return found
     if config.do_validation and "validation" not in (*found, *packed):
         raise FileNotFoundError(
-            f"{root / names['validation']} does not exist: add it, cut it off with dataset.split, or set "
+            f"{_beside(root) / names['validation']} does not exist: add it, cut it off with dataset.split, or set "
             "dataset.do_validation=false"
         )
     if config.do_test and "test" not in found:
-        path = root / names["test"]
+        path = _beside(root) / names["test"]
         logger.warning("%s does not exist: there is no test set (dataset.do_test=false says so too)", path)
     wanted = {"training": True, "validation": config.do_validation, "test": config.do_test}
     return {split: source for split, source in found.items() if wanted[split]}
+
+
+def _beside(root: Path) -> Path:
+    """The directory of the data, which may be a single file."""
+    return root.parent if root.is_file() else root
 
 
 def split_samples(config: GPTSFTDatasetConfig, samples: SFTDataset) -> dict[str, SFTDataset]:
@@ -139,7 +145,7 @@ def _load(config: GPTSFTDatasetConfig, context: DatasetBuildContext, source: Sou
         options=config.options,
         max_samples=config.max_train_samples if split == "training" and config.split is None else None,
         num_processes=config.memmap_workers,
-        cache_directory=config.path_to_cache or root / CACHE_DIRECTORY,
+        cache_directory=config.path_to_cache or _beside(root) / CACHE_DIRECTORY,
         limit=config.limit_option,
     )
     logger.info("%s", dataset.report)

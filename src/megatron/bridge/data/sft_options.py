@@ -149,6 +149,32 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r}: expected an integer of 1 or more")
 
 
+def check_blend(option: str, blend: Any) -> None:
+    """Raises ValueError unless `blend` is paths and, for each, a weight above 0, or None."""
+    expected = f"{option}={blend!r}: expected paths and weights, such as (['a', 'b'], [0.3, 0.7]), or null for the weights"
+    if not isinstance(blend, tuple | list) or len(blend) != 2:
+        raise ValueError(expected)
+    paths, weights = blend
+    if not isinstance(paths, tuple | list) or not paths or not all(isinstance(path, str) and path for path in paths):
+        raise ValueError(expected)
+    if weights is None:
+        return
+    if not isinstance(weights, tuple | list) or len(weights) != len(paths):
+        raise ValueError(f"{expected}; there are {len(paths)} paths")
+    for weight in weights:
+        if not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+            raise ValueError(f"{option} has the weight {weight!r}: expected a number above 0; leave out what isn't wanted")
+
+
+def check_blends_per_split(blends: Any) -> None:
+    """Raises ValueError unless `blends` is three blends, or None for a split that isn't there."""
+    if not isinstance(blends, tuple | list) or len(blends) != 3:
+        raise ValueError(f"dataset.blend_per_split={blends!r}: expected three blends: training, validation and test")
+    for place, blend in enumerate(blends):
+        if blend is not None:
+            check_blend(f"dataset.blend_per_split[{place}]", blend)
+
+
 def check_known_keys(found: Iterable[str], known: list[str], *, where: str) -> None:
     """Raises ValueError naming the first key of `found` that is not in `known`, with the nearest valid name."""
     for key in found:

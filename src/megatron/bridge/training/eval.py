@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from megatron.bridge.data.loaders import EvaluationSteps
 from megatron.bridge.training.callbacks import CallbackContext, CallbackManager
 from megatron.bridge.training.micro_batches import run_micro_batches
 from megatron.bridge.training.monitoring.reported_losses import Total, means, tokens_of
@@ -34,34 +35,64 @@ def evaluate(
         split: `validation` or `test`.
 
     Returns:
-        The mean loss per token, by name, the same on every rank.
+        The mean loss per token, by name, the same on every rank. With several validation sets, those of all sets
+        together, and those of each set under `set/name`.
     """
     event = "eval" if split == "validation" else "test"
     batches = run.valid_data_iterator if split == "validation" else run.test_data_iterator
     context = CallbackContext(run.state, run.model, run.optimizer, run.scheduler)
+    step = run.state.train_state.step
     for chunk in run.model:
         chunk.eval()
     callbacks.fire(f"on_{event}_start", context)
+    sets = batches if isinstance(batches, dict) else {"": batches}
+    of_sets: dict[str, float] = {}
     sums: dict[str, Total] = {}
-    is_checked = run.state.cfg.rerun_state_machine.check_for_nan_in_loss
-    checked_as = f"{split} at step {run.state.train_state.step}" if is_checked else None
-    for micro_batches in batches:
-        callbacks.fire(f"on_{event}_step_start", context)
-        totals = run_micro_batches(forward_step, micro_batches, run.model, forward_only=True, checked_as=checked_as)
-        for name, total in totals.items():
-            sums[name] = sums[name].plus(total) if name in sums else total
-        callbacks.fire(f"on_{event}_step_end", context)
+    for name, steps in sets.items():
+        title = f"{split} ({name})" if name else split
+        totals = _totals(run, forward_step, callbacks, steps, title=title, event=event, context=context)
+        logger.info("step %d: %s over %d samples: %s", step, title, steps.num_samples, _reported(totals))
+        of_sets |= {f"{name}/{metric}": value for metric, value in means(totals).items() if name}
+        _add(sums, totals)
     if split == "validation":
-        run.state.train_state.consumed_valid_samples += batches.num_samples
-        run.state.evaluated_step = run.state.train_state.step
+        run.state.train_state.consumed_valid_samples += sum(steps.num_samples for steps in sets.values())
+        run.state.evaluated_step = step
     for chunk in run.model:
         chunk.train()
-    context.loss_dict = means(sums)
+    context.loss_dict = means(sums) | of_sets
     context.num_tokens = tokens_of(sums.values())
-    reported = ", ".join(_shown(name, value, sums[name]) for name, value in context.loss_dict.items())
-    logger.info("step %d: %s over %d samples: %s", run.state.train_state.step, split, batches.num_samples, reported)
     callbacks.fire(f"on_{event}_end", context)
     return context.loss_dict
+
+
+def _totals(
+    run: SetupOutput,
+    forward_step: Callable,
+    callbacks: CallbackManager,
+    steps: EvaluationSteps,
+    *,
+    title: str,
+    event: str,
+    context: CallbackContext,
+) -> dict[str, Total]:
+    """The metrics of one pass over one set."""
+    sums: dict[str, Total] = {}
+    is_checked = run.state.cfg.rerun_state_machine.check_for_nan_in_loss
+    checked_as = f"{title} at step {run.state.train_state.step}" if is_checked else None
+    for micro_batches in steps:
+        callbacks.fire(f"on_{event}_step_start", context)
+        _add(sums, run_micro_batches(forward_step, micro_batches, run.model, forward_only=True, checked_as=checked_as))
+        callbacks.fire(f"on_{event}_step_end", context)
+    return sums
+
+
+def _add(sums: dict[str, Total], totals: dict[str, Total]) -> None:
+    for name, total in totals.items():
+        sums[name] = sums[name].plus(total) if name in sums else total
+
+
+def _reported(totals: dict[str, Total]) -> str:
+    return ", ".join(_shown(name, value, totals[name]) for name, value in means(totals).items())
 
 
 def _shown(name: str, value: float, total: Total) -> str:

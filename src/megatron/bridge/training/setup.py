@@ -13,8 +13,15 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
 
 from megatron.bridge.data.config import DatasetBuildContext
-from megatron.bridge.data.loaders import build_datasets, build_evaluation_steps, build_step_iterator, padding_for, unit_of
+from megatron.bridge.data.loaders import (
+    build_datasets,
+    build_evaluation_steps,
+    build_step_iterator,
+    padding_for,
+    unit_of,
+)
 from megatron.bridge.data.tokenizer import build_tokenizer, check_tokenizer_fits
+from megatron.bridge.data.validation_sets import named_sets
 from megatron.bridge.models.packed_attention import check_samples_are_kept_apart
 from megatron.bridge.models.trained_weights import check_trained_weights
 from megatron.bridge.training.checkpointing import (
@@ -47,7 +54,8 @@ class SetupOutput(NamedTuple):
     train_data_iterator: Any
     """Yields, for each step, the list of this rank's micro-batches."""
     valid_data_iterator: Any
-    """Iterable: one pass over the validation set, each step a list of micro-batches. None: no validation set."""
+    """Iterable: one pass over the validation set, each step a list of micro-batches; with several sets, a dict of such
+    by name. None: no validation set."""
     test_data_iterator: Any
     checkpointing_context: dict[str, Any]
     pg_collection: ProcessGroupCollection
@@ -207,9 +215,14 @@ def _build_data(state: GlobalState, provider: Callable[..., Any]) -> _Data:
         valid_samples=derived.valid_samples,
         test_samples=derived.test_samples,
         tokenizer=state.tokenizer,
+        multiple_validation_sets=cfg.validation.multiple_validation_sets,
+        validation_set_names=tuple(cfg.validation.validation_set_names or ()) or None,
     )
     train, valid, test = provider(cfg.dataset, context)
-    for name, dataset in (("training", train), ("validation", valid), ("test", test)):
+    with raise_on_all_ranks("naming the validation sets"):
+        sets = named_sets(valid, context)
+    held_out = {"validation": valid} if sets is None else {f"validation ({name})": each for name, each in sets.items()}
+    for name, dataset in {"training": train, **held_out, "test": test}.items():
         if dataset is not None:
             state.data_report[f"{name} data"] = _report_on(dataset)
     divisor = cfg.model.tensor_model_parallel_size if cfg.model.sequence_parallel else 1
@@ -220,7 +233,7 @@ def _build_data(state: GlobalState, provider: Callable[..., Any]) -> _Data:
         divisor=divisor * cfg.model.context_parallel_size,
         per_micro_batch=cfg.model.pipeline_model_parallel_size == 1,
     )
-    return _Data(train, valid, test, padding)
+    return _Data(train, valid if sets is None else sets, test, padding)
 
 
 def _size(dataset: Any) -> int | None:
@@ -234,7 +247,8 @@ def _report_on(dataset: Any) -> str:
 
 
 def _check_attention(state: GlobalState, data: _Data, model: list[Any]) -> None:
-    if any(getattr(dataset, "is_packed", False) for dataset in (data.train, data.valid, data.test)):
+    held_out = data.valid.values() if isinstance(data.valid, dict) else (data.valid,)
+    if any(getattr(dataset, "is_packed", False) for dataset in (data.train, *held_out, data.test)):
         rows = max(state.derived.micro_batch_size, state.derived.eval_micro_batch_size)
         with raise_on_all_ranks("checking that packed samples are kept apart"):
             check_samples_are_kept_apart(model, micro_batch_size=rows)
@@ -263,6 +277,8 @@ def _train_iterator(state: GlobalState, data: _Data, pg_collection: ProcessGroup
 def _evaluation_steps(state: GlobalState, dataset: Any, data: _Data, pg_collection: ProcessGroupCollection) -> Any:
     if dataset is None or state.derived.eval_iters == 0:
         return None
+    if isinstance(dataset, dict):
+        return {name: _evaluation_steps(state, each, data, pg_collection) for name, each in dataset.items()}
     return build_evaluation_steps(
         dataset,
         micro_batch_size=state.derived.eval_micro_batch_size,

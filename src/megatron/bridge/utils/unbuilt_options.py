@@ -50,8 +50,6 @@ UNSUPPORTED = (
     Unsupported("train.train_sync_interval"),
     Unsupported("train.empty_unused_memory_level", (0,)),
     Unsupported("train.decrease_batch_size_if_needed"),
-    Unsupported("validation.multiple_validation_sets"),
-    Unsupported("validation.validation_set_names"),
     Unsupported("validation.start_eval_at_iter"),
     Unsupported("validation.test_mode"),
     # the optimizer

@@ -19,9 +19,13 @@ def test_epochs_follow_without_a_gap_and_what_is_left_is_said(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         derived = derive_from_data(cfg, train_samples=13)
     assert (derived.train_iters, derived.train_samples) == (4, 32)  # 39 samples in batches of 8
-    assert (derived.lr_decay_steps, derived.lr_warmup_steps) == (32, 8) == (
-        cfg.scheduler.lr_decay_steps,
-        cfg.scheduler.lr_warmup_steps,
+    assert (
+        (derived.lr_decay_steps, derived.lr_warmup_steps)
+        == (32, 8)
+        == (
+            cfg.scheduler.lr_decay_steps,
+            cfg.scheduler.lr_warmup_steps,
+        )
     )
     assert caplog.messages == [
         "train.num_epochs=3 over 13 samples: 4 steps of 8; the last 7 make no whole global batch and are left out"

@@ -34,6 +34,13 @@ class ValidationConfig(BridgeSection):
     full_validation: bool = False
     """Evaluate on the whole validation set each time."""
 
+    multiple_validation_sets: bool = False
+    """Evaluate each validation set by itself: those of `dataset.blend`, of `dataset.blend_per_split`, or of your own
+    data. Metrics of a set have its name before theirs; without it they are of all sets together."""
+
+    validation_set_names: list[str] | None = None
+    """What the sets are called. None: as their files or directories."""
+
     def finalize(self) -> None:
         """Check the section's own fields.
 
@@ -47,3 +54,13 @@ class ValidationConfig(BridgeSection):
             eval_global_batch_size=self.eval_global_batch_size,
             eval_micro_batch_size=self.eval_micro_batch_size,
         )
+        names = self.validation_set_names
+        if names is None:
+            return
+        if not self.multiple_validation_sets:
+            raise ValueError(
+                f"validation.validation_set_names={names} without validation.multiple_validation_sets: set it to true, "
+                "or leave the names out"
+            )
+        if not all(isinstance(name, str) and name for name in names) or len(set(names)) != len(names):
+            raise ValueError(f"validation.validation_set_names={names}: expected texts that differ")

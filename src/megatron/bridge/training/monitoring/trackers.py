@@ -60,8 +60,9 @@ class TensorBoard(MetricsLogger):
             "throughput": config.log_throughput_to_tensorboard,
         }
         values = {name: value for name, value in values.items() if wanted.get(name, True)}
-        if config.log_validation_ppl_to_tensorboard and split != "train" and values.get("lm loss") is not None:
-            values["lm loss ppl"] = perplexity(values["lm loss"])
+        if config.log_validation_ppl_to_tensorboard and split != "train":
+            losses = {name: value for name, value in values.items() if name.split("/")[-1] == "lm loss"}
+            values |= {f"{name} ppl": perplexity(value) for name, value in losses.items() if value is not None}
         for name, value in curve_names(split, values).items():
             self._writer.add_scalar(name, value, state.train_state.step)
 
