@@ -32,6 +32,13 @@ THE_DATA = (
         tests=("tests/unit_tests/data/test_prepacked.py::test_rows_are_read_exactly",),
     ),
     Mutant(
+        name="a blend that begins again",
+        breaks="a run that resumes sees samples that it has seen, and others never",
+        where="megatron.bridge.data.blends:draws",
+        change=expression("start - sum(first)", "0"),
+        tests=("tests/unit_tests/data/test_blends.py::test_draws_come_as_the_weights_say_from_any_position",),
+    ),
+    Mutant(
         name="tokens of old content",
         breaks="changed data is trained on as it was",
         where="megatron.bridge.data.sft:_through_cache.prepare",

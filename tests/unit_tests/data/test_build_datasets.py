@@ -18,6 +18,7 @@ from megatron.bridge.data.config import (
 )
 from megatron.bridge.data.loaders import build_datasets, build_iterator, padding_for
 from megatron.bridge.data.tokenizer import NullTokenizer, build_tokenizer
+from megatron.bridge.recipes.utils.dataset_utils import get_blend_fields_from_data_paths
 from tests.rigs.ranks import run_on_ranks
 
 
@@ -156,6 +157,49 @@ def test_cores_indexed_data_flows_through_the_same_iterator(tmp_path):
     steps = batch["labels"] - batch["tokens"]
     inside = (batch["tokens"] != tokenizer.eod) & (batch["labels"] != tokenizer.eod)
     assert inside.any() and (steps[inside] == 1).all()
+
+
+@pytest.fixture
+def corpora(tmp_path):
+    """Core's files: documents of ids below 400 in one, above in the other."""
+    return [
+        write_indexed_dataset(tmp_path / name, [[*range(start, start + 40), 999] for start in starts])
+        for name, starts in (("low", range(0, 350, 10)), ("high", range(400, 900, 10)))
+    ]
+
+
+def shares(dataset, size):
+    """How many of the first samples are from each corpus."""
+    low = sum(int(dataset[index]["tokens"].min()) < 400 for index in range(size))
+    return low, size - low
+
+
+def test_a_scripts_data_paths_become_a_blend_that_core_reads(corpora):
+    low, high = corpora
+    blend, per_split, split = get_blend_fields_from_data_paths(data_paths=["0.25", low, "0.75", high])
+    options = {"random_seed": 5}
+    config = GPTDatasetConfig(16, blend=blend, blend_per_split=per_split, split="90,5,5" if split else None, **options)
+    tokenizer = NullTokenizer(1000)
+    train, valid, _ = build_datasets(config, DatasetBuildContext(40, 4, 4, tokenizer))
+    assert shares(train, 40) == (10, 30) and len(valid) >= 4
+    assert first_micro_batch(train, config, tokenizer)["tokens"].shape == (2, 16)
+    _, per_split, _ = get_blend_fields_from_data_paths(
+        train_data_path=[low, high], valid_data_path=[low, high], test_data_path=[high]
+    )
+    config = GPTDatasetConfig(16, blend_per_split=per_split, **options)
+    several = DatasetBuildContext(None, None, None, tokenizer, multiple_validation_sets=True)
+    train, valid, test = build_datasets(config, several)
+    assert list(valid) == ["low", "high"] and shares(test, len(test))[0] == 0
+    assert [shares(each, len(each)).index(0) for each in valid.values()] == [1, 0]
+    assert len(train) == sum(map(len, valid.values()))  # an epoch of both
+    with pytest.raises(ValueError, match=r"train.num_epochs with weights in dataset.blend \(\[1.0, 2.0\]\)"):
+        build_datasets(GPTDatasetConfig(16, blend=([low, high], [1.0, 2.0]), split="1,0,0", **options), several)
+    for changed, message in (
+        ([per_split[0], ([low, high], [1.0, 2.0]), None], "sets that are evaluated by themselves have none"),
+        ([per_split[0], None, None], "without validation data of its own: name the sets in the second place"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_datasets(GPTDatasetConfig(16, blend_per_split=changed, **options), several)
 
 
 def test_a_blend_of_missing_files_is_named(tmp_path):
