@@ -19,6 +19,7 @@ from tests.rigs.ranks import run_on_ranks
 from tests.unit_tests.models.tiny_llama import LLAMA3_ROPE, hf_logits, megatron_logits, save_tiny_model, some_tokens
 
 LOGIT_TOLERANCE = 1e-4
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
 MODELS = {
     "untied": {},
     "tied": {"tie_word_embeddings": True},
@@ -26,6 +27,8 @@ MODELS = {
     "no_groups": {"num_key_value_heads": 4},
     "llama3_rope": {"rope_parameters": LLAMA3_ROPE},
     "linear_rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    "yarn_rope": {"rope_parameters": {**YARN_ROPE, "truncate": False}},
+    "yarn_rope_with_its_factor": {"rope_parameters": {**YARN_ROPE, "attention_factor": 0.7}},
     "odd_vocabulary": {"vocab_size": 101},
     "odd_vocabulary_tied": {"vocab_size": 101, "tie_word_embeddings": True},
     "wide_heads": {"head_dim": 16},

@@ -108,6 +108,13 @@ THE_CONVERSION = (
         f"{_UNIT}hf_config.py::test_the_length_that_was_trained_on_may_stand_beside_the_rotary_settings[Llama]",
     ),
     _converted_wrongly(
+        "YaRN",
+        "no frequency is stretched",
+        "rope:YarnRopeScaling.frequencies",
+        value("as_is", "1 - 0 * stretched"),
+        "tests/unit_tests/models/test_rope.py::test_yarn_is_that_of_transformers[plain-10000.0]",
+    ),
+    _converted_wrongly(
         "layers with a window",
         "a Mistral has it in all",
         "mistral:_provider_fields",

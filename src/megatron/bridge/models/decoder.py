@@ -31,7 +31,7 @@ class DecoderModelProvider(GPTModelProvider):
     normalization: str = "RMSNorm"
     activation_func: Callable = F.silu
     gated_linear_unit: bool = True
-    position_embedding_type: Literal["learned_absolute", "rope", "none"] = "rope"
+    position_embedding_type: Literal["learned_absolute", "rope", "yarn", "none"] = "rope"
     add_bias_linear: bool = False
     share_embeddings_and_output_weights: bool = False
     hidden_dropout: float = 0.0

@@ -22,10 +22,11 @@ from megatron.bridge.models.layer_specs import (
     transformer_engine_layer_spec,
 )
 from megatron.bridge.models.model_provider import ModelProviderMixin
-from megatron.bridge.models.rope import Llama3RopeScaling
+from megatron.bridge.models.rope import Llama3RopeScaling, YarnRopeScaling, yarn_attention_factor
 from megatron.bridge.models.router_gemm import repair_router_gemm
 from megatron.bridge.models.vocab_padding import mask_padding_logits, padded_vocab_size
 from megatron.bridge.utils.parallel_sizes import parallel_sizes
+from megatron.bridge.utils.replaced import replaced
 from megatron.bridge.utils.section import open_to_all_names
 from megatron.bridge.utils.set_fields import RemembersSetFields, writes_that_nobody_set
 
@@ -61,8 +62,8 @@ class GPTModelProvider(RemembersSetFields, TransformerConfig, ModelProviderMixin
     """With `should_pad_vocab`: the padded vocabulary is a multiple of this times the tensor-parallel size."""
     share_embeddings_and_output_weights: bool = True
     """Whether the output layer uses the embedding's weight (tied embeddings)."""
-    position_embedding_type: Literal["learned_absolute", "rope", "none"] = "learned_absolute"
-    """How a token knows its position."""
+    position_embedding_type: Literal["learned_absolute", "rope", "yarn", "none"] = "learned_absolute"
+    """How a token knows its position. yarn: rotary positions, scaled as the yarn_ fields say."""
     rotary_base: float = 10000
     """Base of the rotary frequencies."""
     rotary_percent: float = 1.0
@@ -77,6 +78,20 @@ class GPTModelProvider(RemembersSetFields, TransformerConfig, ModelProviderMixin
     """Frequencies with more turns than this in the original length stay as they are."""
     rope_scaling_original_max_position_embeddings: int = 8192
     """Length pretrained on, in tokens."""
+    yarn_rotary_scaling_factor: float = 1.0
+    """YaRN: how many times longer the slow frequencies become."""
+    yarn_original_max_position_embeddings: int = 4096
+    """YaRN: length pretrained on, in tokens."""
+    yarn_beta_fast: float = 32.0
+    """YaRN: frequencies with more turns than this in the original length stay as they are."""
+    yarn_beta_slow: float = 1.0
+    """YaRN: frequencies with fewer turns than this in the original length are scaled in full."""
+    yarn_mscale: float | None = None
+    """YaRN: with yarn_mscale_all_dim, what cosine and sine are multiplied by, as Core reckons it. None: 1."""
+    yarn_mscale_all_dim: float | None = None
+    """YaRN: see yarn_mscale. None: 0."""
+    yarn_correction_range_round_to_int: bool = True
+    """YaRN: whether the channels between which the scaling sets in are whole ones."""
     seq_len_interpolation_factor: float | None = None
     """Linear scaling of the positions; None: none."""
     scatter_embedding_sequence_parallel: bool = True
@@ -107,6 +122,16 @@ class GPTModelProvider(RemembersSetFields, TransformerConfig, ModelProviderMixin
                 f"model.rope_scaling=True scales rotary positions, and model.position_embedding_type="
                 f"{self.position_embedding_type!r}: set it to 'rope', or model.rope_scaling=False"
             )
+        if self.yarn_rotary_scaling_factor != 1 and self.position_embedding_type != "yarn":
+            raise ValueError(
+                f"model.yarn_rotary_scaling_factor={self.yarn_rotary_scaling_factor} with "
+                f"model.position_embedding_type={self.position_embedding_type!r}: set it to 'yarn', or the factor to 1"
+            )
+        if self.position_embedding_type == "yarn" and self.seq_len_interpolation_factor is not None:
+            raise ValueError(
+                f"model.seq_len_interpolation_factor={self.seq_len_interpolation_factor} with "
+                "model.position_embedding_type='yarn': positions are scaled in one way; set it to null"
+            )
         open_to_all_names(self)
         with writes_that_nobody_set(self):
             self._derive()
@@ -132,6 +157,10 @@ class GPTModelProvider(RemembersSetFields, TransformerConfig, ModelProviderMixin
         if self.moe_grouped_gemm and choose_layer_spec(self)[0] == "local":
             self.moe_grouped_gemm = False
             reasons.setdefault("Core's local layers have none", []).append("moe_grouped_gemm")
+        multiplied = ("apply_rope_fusion",) if self._yarn_attention_factor() != 1 else ()
+        for name in (name for name in multiplied if getattr(self, name)):
+            setattr(self, name, False)
+            reasons.setdefault("it has no factor for YaRN's cosine and sine", []).append(name)
         if reasons:
             logger.info("fusions off: %s", "; ".join(f"{', '.join(names)} ({why})" for why, names in reasons.items()))
 
@@ -175,26 +204,27 @@ class GPTModelProvider(RemembersSetFields, TransformerConfig, ModelProviderMixin
             repair_router_gemm()
         is_first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
         is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
-        model = GPTModel(
-            config=self,
-            transformer_layer_spec=self._layer_spec(vp_stage),
-            vocab_size=self.padded_vocab_size(),
-            max_sequence_length=self.seq_length,
-            pre_process=is_first if pre_process is None else pre_process,
-            post_process=is_last if post_process is None else post_process,
-            fp16_lm_cross_entropy=self.fp16_lm_cross_entropy,
-            parallel_output=self.parallel_output,
-            share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
-            position_embedding_type=self.position_embedding_type,
-            rotary_percent=self.rotary_percent,
-            rotary_base=self.rotary_base,
-            scatter_embedding_sequence_parallel=self.scatter_embedding_sequence_parallel,
-            seq_len_interpolation_factor=self.seq_len_interpolation_factor,
-            vp_stage=vp_stage,
-        )
-        if self.rope_scaling:
-            # Core's own scaling knows only the factor; the other three numbers differ between models.
-            model.rotary_pos_emb.inv_freq = self._rope_scaling().scale(model.rotary_pos_emb.inv_freq)
+        positions = "rope" if self.position_embedding_type == "yarn" else self.position_embedding_type
+        # Core reads the kind of positions from the configuration as well.
+        with writes_that_nobody_set(self), replaced(self, position_embedding_type=positions):
+            model = GPTModel(
+                config=self,
+                transformer_layer_spec=self._layer_spec(vp_stage),
+                vocab_size=self.padded_vocab_size(),
+                max_sequence_length=self.seq_length,
+                pre_process=is_first if pre_process is None else pre_process,
+                post_process=is_last if post_process is None else post_process,
+                fp16_lm_cross_entropy=self.fp16_lm_cross_entropy,
+                parallel_output=self.parallel_output,
+                share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
+                position_embedding_type=positions,
+                rotary_percent=self.rotary_percent,
+                rotary_base=self.rotary_base,
+                scatter_embedding_sequence_parallel=self.scatter_embedding_sequence_parallel,
+                seq_len_interpolation_factor=self.seq_len_interpolation_factor,
+                vp_stage=vp_stage,
+            )
+        self._scale_positions(model)
         if model.post_process and self.padded_vocab_size() > self.required_vocab_size():
             mask_padding_logits(
                 model.output_layer,
@@ -211,6 +241,19 @@ class GPTModelProvider(RemembersSetFields, TransformerConfig, ModelProviderMixin
         takes_stage = "vp_stage" in inspect.signature(spec).parameters
         return spec(self, vp_stage=vp_stage) if takes_stage else spec(self)
 
+    def _scale_positions(self, model: GPTModel) -> None:
+        """Put scaled frequencies in place of the model's plain ones."""
+        if self.rope_scaling:
+            # Core's own scaling knows only the factor; the other three numbers differ between models.
+            model.rotary_pos_emb.inv_freq = self._rope_scaling().scale(model.rotary_pos_emb.inv_freq)
+        elif self.position_embedding_type == "yarn":
+            # Core's own class rotates all channels, whatever rotary_percent says. Cosine and sine are multiplied in
+            # Core's attention, which reads the numbers from the configuration.
+            plain = model.rotary_pos_emb.inv_freq
+            model.rotary_pos_emb.inv_freq = self._yarn_scaling().frequencies(
+                2 * plain.numel(), self.rotary_base, plain.device
+            )
+
     def _rope_scaling(self) -> Llama3RopeScaling:
         return Llama3RopeScaling(
             factor=self.rope_scaling_factor,
@@ -218,6 +261,18 @@ class GPTModelProvider(RemembersSetFields, TransformerConfig, ModelProviderMixin
             high_freq_factor=self.rope_scaling_high_freq_factor,
             original_max_position_embeddings=self.rope_scaling_original_max_position_embeddings,
         )
+
+    def _yarn_scaling(self) -> YarnRopeScaling:
+        return YarnRopeScaling(
+            factor=self.yarn_rotary_scaling_factor,
+            original_max_position_embeddings=self.yarn_original_max_position_embeddings,
+            beta_fast=self.yarn_beta_fast,
+            beta_slow=self.yarn_beta_slow,
+            round_to_int=self.yarn_correction_range_round_to_int,
+        )
+
+    def _yarn_attention_factor(self) -> float:
+        return yarn_attention_factor(self.yarn_rotary_scaling_factor, self.yarn_mscale, self.yarn_mscale_all_dim)
 
     def initialize_model_parallel(self, seed: int = 1234, **options: Any) -> None:
         """Bring up the process group, Core's model-parallel state with this provider's sizes, and the seeds.

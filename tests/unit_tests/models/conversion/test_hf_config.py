@@ -92,8 +92,12 @@ def test_both_spellings_of_rope_scaling(family):
     assert linear["seq_len_interpolation_factor"] == 2.0
     for nothing in ({}, {"rope_scaling": None}):
         assert fields_of(family, rope_parameters=plain, **nothing)["rotary_base"] == 3e4
-    with pytest.raises(ValueError, match="rope_type='yarn' is not supported"):
-        fields_of(family, rope_scaling={"rope_type": "yarn", "factor": 4.0}, rope_parameters=plain)
+    yarn = {"factor": 4.0, "original_max_position_embeddings": 32768}
+    scaled = fields_of(family, rope_theta=5e5, rope_scaling={"type": "yarn", **yarn})
+    assert scaled == fields_of(family, rope_parameters={"rope_type": "yarn", "rope_theta": 5e5, **yarn})
+    assert (scaled["position_embedding_type"], scaled["yarn_rotary_scaling_factor"]) == ("yarn", 4.0)
+    with pytest.raises(ValueError, match="rope_type='dynamic' is not supported"):
+        fields_of(family, rope_scaling={"rope_type": "dynamic", "factor": 4.0}, rope_parameters=plain)
 
 
 PLACES = {
@@ -140,7 +144,13 @@ def test_reading_changes_nothing_in_what_is_read():
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
         ({"attention_bias": True}, "attention_bias=True with mlp_bias=False is not supported"),
         ({"mlp_bias": True}, "attention_bias=False with mlp_bias=True is not supported"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn' is not supported"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "rope_type='dynamic' is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": "4"}}, "factor .*'4'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 0}}, "factor .* is 0: expected more than 0"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 1.0, "attention_factor": 2.0}},
+            "attention_factor=2.0 .* factor above 1 only",
+        ),
         ({"torch_dtype": "float8_e4m3fn"}, "config.json: dtype='float8_e4m3fn' is not supported"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config=.*gptq.* is not supported"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, r"of their own for \['full_attention'\]"),

@@ -46,11 +46,20 @@ def test_a_model_that_was_not_changed_keeps_its_file(name):
 LLAMA3 = {
     f"rope_scaling_{name}": value for name, value in LLAMA3_ROPE.items() if name not in ("rope_type", "rope_theta")
 }
+YARN = {"yarn_rotary_scaling_factor": 8.0, "yarn_original_max_position_embeddings": 16, "yarn_beta_fast": 16.0}
+MSCALES = {"yarn_mscale": 0.9, "yarn_mscale_all_dim": 0.7, "yarn_correction_range_round_to_int": False}
 CHANGES = {
     "rotary base": ("llama", {"rotary_base": 500_000}),
     "rotary base of scaled positions": ("llama3", {"rotary_base": 7_000.0}),
     "linear scaling": ("llama", {"seq_len_interpolation_factor": 2.0}),
     "llama3's scaling": ("llama", {"rope_scaling": True, **LLAMA3}),
+    "YaRN": ("llama", {"position_embedding_type": "yarn", **YARN}),
+    "YaRN with mscales": ("llama", {"position_embedding_type": "yarn", **YARN, **MSCALES}),
+    "YaRN with another factor of cosine and sine": (
+        "llama",
+        {"position_embedding_type": "yarn", **YARN, "yarn_mscale": 0.123, "yarn_mscale_all_dim": 0.0},
+    ),
+    "YaRN in place of llama3's": ("llama3", {"rope_scaling": False, "position_embedding_type": "yarn", **YARN}),
     "no scaling": ("llama3", {"rope_scaling": False}),
     "a factor of the scaling": ("llama3", {"rope_scaling_factor": 2.0}),
     "epsilon": ("qwen2", {"layernorm_epsilon": 3e-4}),

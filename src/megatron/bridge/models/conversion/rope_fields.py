@@ -5,6 +5,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from megatron.bridge.models.rope import mscale_of_attention_factor
+
 logger = logging.getLogger(__name__)
 
 _LLAMA3 = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -18,7 +20,7 @@ def rope_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
             stood by itself, and `rope_scaling` held the rest.
 
     Raises:
-        ValueError: A kind of scaling other than "default", "linear" and "llama3", or a number that is none.
+        ValueError: A kind of scaling other than "default", "linear", "llama3" and "yarn", or a number that is none.
     """
     rope = {"rope_theta": hf.get("rope_theta"), **(hf.get("rope_parameters") or hf.get("rope_scaling") or {})}
     by_kind_of_layer = sorted(name for name, value in rope.items() if isinstance(value, dict))
@@ -27,8 +29,8 @@ def rope_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
             f"config.json: rotary parameters of their own for {by_kind_of_layer}: expected one set for all"
         )
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ("default", "linear", "llama3"):
-        raise ValueError(f"config.json: rope_type={kind!r} is not supported: expected default, linear or llama3")
+    if kind not in ("default", "linear", "llama3", "yarn"):
+        raise ValueError(f"config.json: rope_type={kind!r} is not supported: expected default, linear, llama3 or yarn")
     _check_all_channels_turn(hf, rope, kind)
     fields: dict[str, Any] = {"rotary_base": _number(rope, "rope_theta")}
     if kind == "linear":
@@ -36,7 +38,39 @@ def rope_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     elif kind == "llama3":
         fields["rope_scaling"] = True
         fields.update({f"rope_scaling_{name}": _number(rope, name) for name in ("factor", *_LLAMA3)})
+    elif kind == "yarn":
+        fields.update(_yarn_fields(hf, rope))
     return fields
+
+
+def _yarn_fields(hf: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of YaRN, with what transformers puts where the file says nothing."""
+    original = _positive(rope, "original_max_position_embeddings")
+    given = {name for name, value in rope.items() if value is not None}
+    factor = _positive(rope, "factor") if "factor" in given else _number(hf, "max_position_embeddings") / original
+    fields = {
+        "position_embedding_type": "yarn",
+        "yarn_rotary_scaling_factor": factor,
+        "yarn_original_max_position_embeddings": original,
+        "yarn_correction_range_round_to_int": bool(rope.get("truncate", True)),
+    }
+    fields |= {f"yarn_{name}": _positive(rope, name) for name in ("beta_fast", "beta_slow") if rope.get(name)}
+    if "attention_factor" in given:
+        fields |= _mscales(factor, _number(rope, "attention_factor"))
+    elif rope.get("mscale") and rope.get("mscale_all_dim"):
+        fields |= {f"yarn_{name}": _number(rope, name) for name in ("mscale", "mscale_all_dim")}
+    return fields
+
+
+def _mscales(factor: float, attention_factor: float) -> dict[str, float]:
+    if factor > 1:
+        return {"yarn_mscale": mscale_of_attention_factor(factor, attention_factor), "yarn_mscale_all_dim": 0.0}
+    if attention_factor != 1:
+        raise ValueError(
+            f"config.json: attention_factor={attention_factor} of the rotary positions with factor={factor}: Core has "
+            "one for a factor above 1 only; expected 1"
+        )
+    return {}
 
 
 def _number(rope: Mapping[str, Any], name: str) -> float:
@@ -44,6 +78,15 @@ def _number(rope: Mapping[str, Any], name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         found = "is missing" if value is None else f"is {value!r}"
         raise ValueError(f"config.json: {name} of the rotary positions (rope_parameters) {found}: expected a number")
+    return value
+
+
+def _positive(rope: Mapping[str, Any], name: str) -> float:
+    value = _number(rope, name)
+    if value <= 0:
+        raise ValueError(
+            f"config.json: {name} of the rotary positions (rope_parameters) is {value!r}: expected more than 0"
+        )
     return value
 
 

@@ -8,18 +8,34 @@ from typing import Any
 
 from megatron.bridge.models.families import architecture_of, build_provider
 from megatron.bridge.models.gpt_provider import GPTModelProvider
+from megatron.bridge.models.rope import yarn_attention_factor
 
 logger = logging.getLogger(__name__)
 
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _SCALING = tuple(f"rope_scaling_{name}" for name in _LLAMA3)
-_ROTARY = ("rotary_base", "rope_scaling", *_SCALING, "seq_len_interpolation_factor")
+_YARN = (
+    "yarn_rotary_scaling_factor",
+    "yarn_original_max_position_embeddings",
+    "yarn_beta_fast",
+    "yarn_beta_slow",
+    "yarn_mscale",
+    "yarn_mscale_all_dim",
+    "yarn_correction_range_round_to_int",
+)
+_ROTARY = (
+    "rotary_base",
+    "position_embedding_type",
+    "rope_scaling",
+    *_SCALING,
+    *_YARN,
+    "seq_len_interpolation_factor",
+)
 
 COMPUTED_WITH = (
     *_ROTARY,
     "rotary_percent",
     "rotary_interleaved",
-    "position_embedding_type",
     "no_rope_freq",
     "window_size",
     "window_attn_skip_freq",
@@ -51,6 +67,8 @@ def changed_in_training(hf_config: Mapping[str, Any], trained: GPTModelProvider)
     names = [name for name in COMPUTED_WITH if hasattr(trained, name)]
     if not (written.rope_scaling or getattr(trained, "rope_scaling", False)):
         names = [name for name in names if name not in _SCALING]
+    if "yarn" not in (written.position_embedding_type, getattr(trained, "position_embedding_type", None)):
+        names = [name for name in names if name not in _YARN]
     pairs = {name: (_comparable(written, name), _comparable(trained, name)) for name in names}
     return {name: (before, after) for name, (before, after) in pairs.items() if before != after}
 
@@ -107,6 +125,8 @@ def _set_rotary(config: dict[str, Any], trained: GPTModelProvider) -> None:
     """Write the rotary settings in the form that the file has: `rope_parameters`, or the keys before transformers 5."""
     if trained.rope_scaling:
         scaling = {"rope_type": "llama3", **{name: getattr(trained, f"rope_scaling_{name}") for name in _LLAMA3}}
+    elif trained.position_embedding_type == "yarn":
+        scaling = _yarn_parameters(trained)
     elif trained.seq_len_interpolation_factor is not None:
         scaling = {"rope_type": "linear", "factor": trained.seq_len_interpolation_factor}
     else:
@@ -118,6 +138,24 @@ def _set_rotary(config: dict[str, Any], trained: GPTModelProvider) -> None:
         return
     config["rope_theta"] = trained.rotary_base
     config["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
+
+
+def _yarn_parameters(trained: GPTModelProvider) -> dict[str, Any]:
+    """YaRN's settings as transformers names them."""
+    factor, mscale, all_dim = trained.yarn_rotary_scaling_factor, trained.yarn_mscale, trained.yarn_mscale_all_dim
+    parameters: dict[str, Any] = {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": trained.yarn_original_max_position_embeddings,
+        "beta_fast": trained.yarn_beta_fast,
+        "beta_slow": trained.yarn_beta_slow,
+        "truncate": trained.yarn_correction_range_round_to_int,
+    }
+    if mscale and all_dim:
+        parameters |= {"mscale": mscale, "mscale_all_dim": all_dim}
+    elif mscale is not None and all_dim is not None:
+        parameters["attention_factor"] = yarn_attention_factor(factor, mscale, all_dim)
+    return parameters
 
 
 def _check_reads_back(config: Mapping[str, Any], trained: GPTModelProvider) -> None:
@@ -135,4 +173,6 @@ def _check_reads_back(config: Mapping[str, Any], trained: GPTModelProvider) -> N
 
 def _comparable(provider: GPTModelProvider, name: str) -> Any:
     value = getattr(provider, name)
+    if name == "yarn_mscale" and value is not None:  # from an attention_factor, and so to the last digit only
+        return round(value, 9)
     return tuple(value) if isinstance(value, list) else value
