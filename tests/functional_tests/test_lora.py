@@ -36,6 +36,9 @@ LAYOUTS = {
     },
     "recomputed": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
+EXPERT_LAYOUTS = {
+    "TP 2, experts too": {**EXPERTS, **TP2, "sequence_parallel": True, "expert_tensor_parallel_size": 2},
+}
 
 
 class Witness(Recorder):
@@ -137,13 +140,29 @@ def test_every_layout_computes_and_trains_the_same_canonical(directory, trained_
     _check_layout(directory, trained_canonical, "TP 2, sequence parallel", run="parts", scheme="canonical_lora")
 
 
+def test_experts_cut_over_ranks_compute_and_train_the_same(directory):
+    """DoRA has all of LoRA's matrices, and lengths."""
+    options = {"scheme": "dora", "lora": {"target_modules": ["linear_fc1", "linear_fc2"]}}
+    run = {"save": f"{directory}/experts-dora", "save_interval": 1}
+    whole = run_on_ranks(_train, 2, directory, model=EXPERTS, **run, **options)
+    _check_layout(directory, whole, "TP 2, experts too", run="experts-dora", **options)
+
+
 def _check_layout(directory, trained, layout, *, run, **options):
     """From the adapters of the first step, two more with all state; gradients that some rank lacks would show."""
     options["load"] = f"{directory}/{run}"
-    changed = {**options, "model": LAYOUTS[layout], "ckpt_step": 1, "save": f"{directory}/new-{run}"}
+    if "experts" in layout:
+        options["model"] = EXPERTS
+    changed = {
+        **options,
+        "model": {**LAYOUTS, **EXPERT_LAYOUTS}[layout],
+        "ckpt_step": 1,
+        "save": f"{directory}/new-{run}",
+    }
     resumed = run_on_ranks(_train, 2, directory, **changed)
     assert resumed[-1].losses == pytest.approx(trained[-1].losses[1:], rel=1e-4)
-    assert resumed[0].planned == ["dense", run]  # the weights underneath and the adapters, each once
+    base = "experts" if "experts" in layout else "dense"
+    assert resumed[0].planned == [base, run]  # the weights underneath and the adapters, each once
     again = run_on_ranks(_train, 2, directory, **{**options, "load": changed["save"], "finetune": True})
     for uninterrupted, other in zip(trained, again, strict=True):
         for name, weight in uninterrupted.weights_after.items():

@@ -116,7 +116,7 @@ def test_one_adapted_layer_is_named_in_full(tmp_path, name):
     """By the short name peft would adapt every layer. The logits are the model's own, with peft and merged."""
     options = {**MODELS[name].options, "vocab_size": VOCAB_SIZE}
     hf = save_tiny_model(tmp_path / "hf", MODELS[name].architecture, **options)
-    ours = run_on_ranks(_export_one, 1, tmp_path)[0][..., :VOCAB_SIZE]
+    ours = run_on_ranks(_export_one, 1, tmp_path, ["*.layers.1.*.linear_qkv"])[0][..., :VOCAB_SIZE]
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["target_modules"] == [f"model.layers.1.self_attn.{kind}_proj" for kind in "kqv"]
     with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as file:
@@ -130,13 +130,48 @@ def test_one_adapted_layer_is_named_in_full(tmp_path, name):
     assert (bare - ours).abs().max() > 1e-2
 
 
-def _export_one(directory):
+EXPERTS = {
+    "mixtral": (["linear_qkv", "linear_fc1", "linear_fc2"], ["k_proj", "q_proj", "v_proj", "w1", "w2", "w3"]),
+    "qwen3_moe": (["*.layers.1.*.local_experts.2.linear_fc1"], None),
+}
+"""By model: what is adapted, and the names that peft gets for it; None: names in full."""
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_adapters_are_named_one_by_one_and_peft_stacks_them(tmp_path, name):
+    """The names are those that vLLM reads. Zeros stand for what has no adapter: peft stacks whole layers of experts."""
+    targets, expected = EXPERTS[name]
+    options = {**MODELS[name].options, "vocab_size": VOCAB_SIZE}
+    hf = save_tiny_model(tmp_path / "hf", MODELS[name].architecture, **options)
+    ours = run_on_ranks(_export_one, 1, tmp_path, targets)[0][..., :VOCAB_SIZE]
+    block, matrices = ("block_sparse_moe", "w1 w2 w3") if name == "mixtral" else ("mlp", "gate_proj up_proj down_proj")
+    with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as file:
+        keys = {key for key in file.keys() if ".experts." in key}
+    assert keys == {
+        f"base_model.model.model.layers.{layer}.{block}.experts.{expert}.{matrix}.lora_{side}.weight"
+        for layer in (range(4) if expected else [1])
+        for expert in range(4)
+        for matrix in matrices.split()
+        for side in "AB"
+    }
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["target_modules"] == (expected or sorted({key[17:-14] for key in keys}))
+    base = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
+    bare = _logits(base)
+    loaded = _logits(peft.PeftModel.from_pretrained(base, tmp_path / "adapter"))
+    torch.testing.assert_close(loaded, ours, rtol=1e-4, atol=1e-4)
+    assert (bare - ours).abs().max() > 1e-2
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(_logits(merged), ours, rtol=1e-4, atol=1e-4)
+
+
+def _export_one(directory, targets):
     from megatron.bridge import AutoBridge
     from megatron.bridge.peft.lora import LoRA
     from megatron.bridge.utils.distributed import model_parallel_groups
 
     bridge = AutoBridge.from_hf_pretrained(directory / "hf")
-    lora = LoRA(dim=2, target_modules=["*.layers.1.*.linear_qkv"], lora_B_init_method="normal")
+    lora = LoRA(dim=2, target_modules=targets, lora_B_init_method="normal")
     with model_parallel_groups():
         chunks = lora(bridge.to_megatron_model(wrap_with_ddp=False))
         bridge.save_hf_adapter(chunks, directory / "adapter", lora, show_progress=False)

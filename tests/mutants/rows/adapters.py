@@ -10,6 +10,7 @@ _SOME = "tests/functional_tests/test_lora_in_some_layers.py::test_"
 _NUMBER = f"{_SOME}an_expert_has_one_number_and_one_adapter_at_every_layout"
 _FROZEN = "tests/functional_tests/test_frozen_weights.py::test_"
 _EXPORT = "tests/functional_tests/test_lora_export.py::test_peft_and_merged_weights_give_the_logits_of_the_run"
+_STACKED = "tests/functional_tests/test_lora_export.py::test_experts_adapters_are_named_one_by_one_and_peft_stacks_them"
 
 ADAPTERS = (
     Mutant(
@@ -151,6 +152,20 @@ ADAPTERS = (
         where="megatron.bridge.models.conversion.adapters:_adapter_mapping",
         change=expression("_PARTS[part]", "0"),
         tests=(f"{_EXPORT}[qwen2 with biases, parts of fused layers, TP 2]",),
+    ),
+    Mutant(
+        name="adapters: an expert's whole matrices not summed",
+        breaks="each rank of an expert steps with a part of the gradient",
+        where="megatron.bridge.peft.lora_layers:LowRankAdapter._whole",
+        change=returning("parameter"),
+        tests=(f"{_LORA}experts_cut_over_ranks_compute_and_train_the_same",),
+    ),
+    Mutant(
+        name="adapters: experts without an adapter left out of peft's stack",
+        breaks="peft drops the adapters of the layer's other experts, or dies",
+        where="megatron.bridge.models.conversion.adapters:save_hf_adapter",
+        change=expression('complete_experts(tensors, family, model_config(chunks), rank=options["dim"])', "tensors"),
+        tests=(f"{_STACKED}[qwen3_moe]",),
     ),
     Mutant(
         name="adapters: a bias scaled with the rows",

@@ -23,6 +23,7 @@ def _layer(fused: str) -> tuple[torch.nn.Module, LinearLayout]:
         split="output",
         group=SimpleNamespace(size=lambda: 1, rank=lambda: 0),
         sequence_parallel=False,
+        is_bare=False,
         is_gated=fused == "linear_fc1",
         adds_bias=False,
         normalized=None,

@@ -49,3 +49,31 @@ def test_a_target_without_a_weight_is_refused_by_name(kind):
     expected = "peft.target_modules matches decoder.layers.0.self_attention.core_attention, which is a Identity"
     with pytest.raises(ValueError, match=expected):
         kind().adapter_for(torch.nn.Identity(), "decoder.layers.0.self_attention.core_attention")
+
+
+class ColumnParallelLinear(torch.nn.Linear):
+    """The attributes of Core's class of this name that are read, on two ranks."""
+
+    def __init__(self, *, tensor_model_parallel_size: int) -> None:
+        super().__init__(8, 4)
+        self.tp_group = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
+        self.gather_output, self.sequence_parallel, self.skip_bias_add = False, True, True
+        self.config = SimpleNamespace(
+            gated_linear_unit=True,
+            moe_shared_expert_overlap=True,
+            tensor_model_parallel_size=tensor_model_parallel_size,
+        )
+
+
+@pytest.mark.parametrize(
+    ("place", "is_bare"), [("experts.local_experts.0", True), ("shared_experts", True), ("mlp", False)]
+)
+def test_whether_the_activations_are_moved_by_the_caller(place, is_bare):
+    layout = linear_layout(ColumnParallelLinear(tensor_model_parallel_size=2), f"decoder.layers.0.{place}.linear_fc1")
+    assert (layout.is_bare, layout.sequence_parallel) == (is_bare, not is_bare)
+
+
+def test_an_expert_on_other_ranks_than_tensor_parallelisms_is_refused():
+    linear = ColumnParallelLinear(tensor_model_parallel_size=1)
+    with pytest.raises(ValueError, match="an expert's on 2 ranks: expected model.expert_tensor_parallel_size=1, or"):
+        linear_layout(linear, "decoder.layers.0.mlp.experts.local_experts.0.linear_fc1")

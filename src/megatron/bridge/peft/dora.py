@@ -38,7 +38,7 @@ class MagnitudeAdapter(LowRankAdapter):
         self.magnitude = torch.nn.Parameter(lengths)
         magnitude: Any = self.magnitude  # Core reads its marks as attributes
         is_cut = layout.is_cut and layout.split == "output"
-        set_tensor_model_parallel_attributes(magnitude, is_cut, 0 if is_cut else -1, 1)
+        set_tensor_model_parallel_attributes(magnitude, is_cut or not layout.is_cut, 0 if is_cut else -1, 1)
         magnitude.allreduce = getattr(linear.weight, "allreduce", True)
         magnitude.sequence_parallel = layout.sequence_parallel and not is_cut
 
@@ -48,7 +48,8 @@ class MagnitudeAdapter(LowRankAdapter):
         sum_without_bias = (output if bias is None else output - bias) + self.update(x)
         with torch.no_grad():
             lengths = self._row_lengths(self.sum_of_weights(linear)).to(output.dtype)
-        scaled = sum_without_bias * (self.magnitude / lengths)
+        magnitude = self._whole(self.magnitude, is_cut=self.layout.split == "output")
+        scaled = sum_without_bias * (magnitude / lengths)
         return scaled if bias is None else scaled + bias
 
     def merged(self, linear: CoreLinear) -> torch.Tensor:

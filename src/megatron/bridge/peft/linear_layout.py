@@ -33,6 +33,9 @@ class LinearLayout:
     """The tensor-parallel process group."""
     sequence_parallel: bool
     """Whether the other side's activations are cut along the sequence."""
+    is_bare: bool
+    """Whether the caller moves the activations, as the dispatcher of experts does: it passes whole inputs where outputs
+    are cut, adds up the outputs where inputs are, and the same of gradients. The layer has no collective of its own."""
     is_gated: bool
     """Whether the weight is two matrices on top of each other, each of which is cut."""
     adds_bias: bool
@@ -65,13 +68,18 @@ def linear_layout(linear: CoreLinear, name: str) -> LinearLayout:
     gathers = not kind.startswith("TE") and (linear.gather_output if kind[0] == "C" else not linear.input_is_parallel)
     if gathers and group.size() > 1:
         raise ValueError(_refusal(name, "gathering its output or cutting its input itself", "parallel activations"))
-    has_own_communication = "experts" in name.split(".") or linear.config.moe_shared_expert_overlap
-    if has_own_communication and group.size() > 1:
-        raise ValueError(_refusal(name, f"an expert's on {group.size()} ranks", "model.expert_tensor_parallel_size=1"))
+    places = name.split(".")
+    if "experts" in places and group.size() not in (1, linear.config.tensor_model_parallel_size):
+        # Core 0.16 counts what all ranks of an expert hold by the other ranks, those of tensor parallelism.
+        expected = "model.expert_tensor_parallel_size=1, or model.tensor_model_parallel_size of the same"
+        raise ValueError(_refusal(name, f"an expert's on {group.size()} ranks", expected))
+    overlaps = "shared_experts" in places and linear.config.moe_shared_expert_overlap
+    is_bare = group.size() > 1 and ("experts" in places or overlaps)
     return LinearLayout(
         split=_SPLITS[kind],
         group=group,
-        sequence_parallel=linear.sequence_parallel and group.size() > 1,
+        sequence_parallel=linear.sequence_parallel and group.size() > 1 and not is_bare,
+        is_bare=is_bare,
         is_gated=name.endswith("linear_fc1") and linear.config.gated_linear_unit,
         adds_bias=linear.use_bias and not linear.te_return_bias
         if kind.startswith("TE")

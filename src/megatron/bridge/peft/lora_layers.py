@@ -5,6 +5,9 @@ S sequence, B batch, r the update's rank; tp tensor-parallel ranks. Only r chann
 
     layer cut along its outputs    A [r, in] whole, B [out/tp, r]    gathered along S, or their gradient summed
     layer cut along its inputs     A [r, in/tp], B [out, r] whole    summed
+
+Beside an expert's layer nothing travels, as the dispatcher of tokens sums what both give; of a whole matrix, each rank
+then has a part of the gradient, and these are summed.
 """
 
 import contextlib
@@ -96,7 +99,9 @@ class LowRankAdapter(torch.nn.Module):
         with torch.no_grad():
             linear.weight.copy_(initial.chunk(layout.group.size(), dim=cut)[layout.group.rank()] if is_cut else initial)
         weight: Any = linear.weight  # Core reads its marks as attributes
-        set_tensor_model_parallel_attributes(weight, is_cut, cut if is_cut else -1, 1)
+        # Core counts a parameter without this mark only on the first rank of the tensor-parallel group, which for an
+        # expert's layer on a single rank is another group than its own.
+        set_tensor_model_parallel_attributes(weight, is_cut or not layout.is_cut, cut if is_cut else -1, 1)
         weight.allreduce = getattr(like, "allreduce", True)  # False in an expert's layer, under expert parallel
         # Under sequence parallel a whole matrix sees a part of the sequence on each rank: its gradients are summed.
         weight.sequence_parallel = layout.sequence_parallel and not is_cut
@@ -117,14 +122,15 @@ class LowRankAdapter(torch.nn.Module):
         layout = self.layout
         x = x if layout.normalized is None else layout.normalized(x)
         x = self._dropped(x, differs=layout.split == "input") if self.drops_input else x
-        hidden = self._over_ranks(F.linear(x, self.linear_in.weight))
-        update = F.linear(hidden, self.linear_out.weight) * self.scale
+        matrix_in = self._whole(self.linear_in.weight, is_cut=layout.split == "input")
+        matrix_out = self._whole(self.linear_out.weight, is_cut=layout.split == "output")
+        update = F.linear(self._over_ranks(F.linear(x, matrix_in)), matrix_out) * self.scale
         return update if self.drops_input else self._dropped(update, differs=layout.split == "output")
 
     def _over_ranks(self, hidden: torch.Tensor) -> torch.Tensor:
         """What A gave [S, B, r], as B needs it."""
         layout = self.layout
-        if not layout.is_cut:
+        if not layout.is_cut or layout.is_bare:
             return hidden
         if layout.split == "output":
             if layout.sequence_parallel:
@@ -133,6 +139,12 @@ class LowRankAdapter(torch.nn.Module):
         if layout.sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(hidden, group=layout.group)
         return reduce_from_tensor_model_parallel_region(hidden, group=layout.group)
+
+    def _whole(self, parameter: torch.Tensor, *, is_cut: bool) -> torch.Tensor:
+        """The parameter; where each rank has a part of its gradient, these are summed in the backward pass."""
+        if is_cut or not self.layout.is_bare:
+            return parameter
+        return copy_to_tensor_model_parallel_region(parameter, group=self.layout.group)
 
     def _dropped(self, values: torch.Tensor, *, differs: bool) -> torch.Tensor:
         """Dropout. Ranks that hold different values (`differs`, or parts of the sequence) drop different ones."""

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from safetensors.torch import save_file
 
+from megatron.bridge.models.conversion.expert_adapters import complete_experts, target_modules
 from megatron.bridge.models.conversion.export import export_weights
 from megatron.bridge.models.conversion.generation_config import FILE as GENERATION_FILE
 from megatron.bridge.models.conversion.generation_config import end_ids, generation_config_of_model
@@ -40,21 +42,12 @@ _PARTS = {"adapter_q": 0, "adapter_k": 1, "adapter_v": 2, "adapter_gate": 0, "ad
 
 
 def adapter_tasks(chunks: Sequence[MegatronModule], family: ModelFamily) -> list[ConversionTask]:
-    """This rank's adapter parameters.
-
-    Raises:
-        ValueError: An adapter that the peft library has no place for.
-    """
+    """This rank's adapter parameters."""
     tasks = []
     for task in (task for chunk in local_tasks(chunks, family) for task in chunk):
         if task.layer is None:
             continue
         of_weight = task.place.mapping
-        if of_weight.is_expert:
-            raise ValueError(
-                f"{of_weight.megatron_name} is an expert's: peft keeps experts in one tensor and has no place for "
-                "their adapters; merge them into the weights (python -m megatron.bridge.convert export)"
-            )
         for name, parameter in task.layer.adapter.named_parameters():
             mapping = _adapter_mapping(of_weight, name)
             place = WeightPlace(mapping, tuple(parameter.shape), parameter.dtype, task.place.owner, is_copy=False)
@@ -117,7 +110,7 @@ def save_hf_adapter(
         show_progress: Whether rank 0 shows a bar.
 
     Raises:
-        ValueError: The model has no adapters, or `path` holds something else.
+        ValueError: The model has no adapters, peft has no place for one, or `path` holds something else.
     """
     path = Path(path).expanduser()
     with raise_on_all_ranks(f"preparing {path}"):
@@ -128,9 +121,8 @@ def save_hf_adapter(
         if not tensors:
             raise ValueError(f"the model has no adapters: there is nothing to write to {path}")
         if is_rank_0():
-            config = adapter_config(
-                tensors, options, num_layers=model_config(chunks).num_layers, base=base_name or base
-            )
+            tensors = complete_experts(tensors, family, model_config(chunks), rank=options["dim"])
+            config = adapter_config(tensors, options, model=model_config(chunks), base=base_name or base)
             warn_of_end_ids(path, text, base)
             with replaced_directory(path) as directory:
                 weights = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -156,19 +148,20 @@ def warn_of_end_ids(path: Path, text: TokenizerFiles, base: Path | None) -> None
 
 
 def adapter_config(
-    tensors: Mapping[str, torch.Tensor], options: Mapping[str, Any], *, num_layers: int, base: str | Path | None
+    tensors: Mapping[str, torch.Tensor],
+    options: Mapping[str, Any],
+    *,
+    model: TransformerConfig,
+    base: str | Path | None,
 ) -> dict[str, Any]:
     """What `adapter_config.json` says.
 
     Args:
         tensors: By the peft library's names.
         options: As for `save_hf_adapter`.
-        num_layers: Of the model.
+        model: The model's configuration.
         base: The name or directory of the model under them.
     """
-    modules = sorted(name.removeprefix(_PREFIX).split(".lora_A")[0] for name in tensors if ".lora_A." in name)
-    kinds = sorted({module.rpartition(".")[2] for module in modules})
-    in_every_layer = len(modules) == len(kinds) * num_layers
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -177,7 +170,7 @@ def adapter_config(
         "lora_alpha": options["alpha"],
         "lora_dropout": options["dropout"],
         "use_dora": any("lora_magnitude_vector" in name for name in tensors),
-        "target_modules": kinds if in_every_layer else modules,
+        "target_modules": target_modules(tensors, model),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

@@ -1,0 +1,90 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Adapters of experts in the form that the peft library stacks: all matrices of all experts of a layer, or none.
+
+Files name them one by one, `...experts.3.gate_proj.lora_A.weight`, as vLLM reads them. transformers keeps the experts
+of a layer in two tensors; peft puts the adapters of a layer together beside these, and has no place for a part of them.
+"""
+
+import re
+from collections.abc import Mapping
+
+import torch
+from megatron.core.transformer import TransformerConfig
+
+from megatron.bridge.models.conversion.mapping import WeightMapping
+from megatron.bridge.models.families import ModelFamily
+
+_EXPERT = re.compile(r"\.layers\.(\d+)\..*\.experts\.\d+\.")
+
+
+def complete_experts(
+    tensors: Mapping[str, torch.Tensor], family: ModelFamily, config: TransformerConfig, *, rank: int
+) -> dict[str, torch.Tensor]:
+    """The tensors, and zeros for the matrices without an adapter in layers where an expert has one.
+
+    Args:
+        tensors: Adapters by peft's names.
+        family: Its table of mappings.
+        config: The model's.
+        rank: Of the adapters.
+
+    Raises:
+        ValueError: peft has no place for an adapter.
+    """
+    if config.num_moe_experts is None:
+        return dict(tensors)
+    rows = _rows_of_experts(family)
+    _check_peft_has_a_place(tensors, {_leaf(name) for row in rows for name in row.hf_names})
+    layers = {int(found[1]): name for name in tensors if (found := _EXPERT.search(name))}
+    filled = dict(tensors)
+    for layer, one in layers.items():
+        for row in rows:
+            hidden, width = config.hidden_size, config.moe_ffn_hidden_size
+            inputs, outputs = (hidden, width) if "linear_fc1" in row.megatron_name else (width, hidden)
+            for expert in range(config.num_moe_experts):
+                for weight in row.at_layer(layer, expert).hf_names:
+                    module = f"base_model.model.{weight.removesuffix('.weight')}"
+                    for side, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
+                        name = f"{module}.lora_{side}.weight"
+                        if name not in filled:
+                            filled[name] = torch.zeros(shape, dtype=tensors[one].dtype)
+    return filled
+
+
+def target_modules(tensors: Mapping[str, torch.Tensor], config: TransformerConfig) -> list[str]:
+    """The adapted modules: by their last names if each has an adapter wherever the model has it, else in full."""
+    modules = sorted(
+        name.removeprefix("base_model.model.").split(".lora_A")[0] for name in tensors if ".lora_A." in name
+    )
+    kinds = {_leaf(module): config.num_layers for module in modules}
+    kinds |= {_leaf(name): config.num_layers * (config.num_moe_experts or 1) for name in modules if _is_expert(name)}
+    return sorted(kinds) if len(modules) == sum(kinds.values()) else modules
+
+
+def _rows_of_experts(family: ModelFamily) -> list[WeightMapping]:
+    return [row for row in family.mappings if row.is_expert and "local_experts" in row.megatron_name]
+
+
+def _check_peft_has_a_place(tensors: Mapping[str, torch.Tensor], matrices: set[str]) -> None:
+    for name in tensors:
+        module = name.split(".lora_")[0]
+        if _is_expert(module) and "lora_magnitude_vector" in name:
+            raise ValueError(
+                f"{module} is an expert's with DoRA, which peft has no place for: merge the adapters into the weights "
+                "(python -m megatron.bridge.convert export), or train experts with LoRA"
+            )
+        if not _is_expert(module) and _leaf(module) in matrices:
+            raise ValueError(
+                f"{module} is an MLP beside layers with experts, and peft takes its name for that of an expert's "
+                "matrix and leaves its adapter out: merge the adapters into the weights (python -m "
+                "megatron.bridge.convert export), or name it in peft.exclude_modules"
+            )
+
+
+def _is_expert(name: str) -> bool:
+    return ".experts." in name
+
+
+def _leaf(name: str) -> str:
+    """The last name of a module, or of the module that a weight is of."""
+    return name.removesuffix(".weight").rpartition(".")[2]

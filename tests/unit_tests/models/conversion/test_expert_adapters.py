@@ -1,0 +1,36 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Which adapters of a model with experts the peft library has a place for."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron.bridge.models.conversion.expert_adapters import complete_experts
+from megatron.bridge.models.families import family_of
+
+CONFIG = SimpleNamespace(num_moe_experts=2, num_layers=2, hidden_size=8, moe_ffn_hidden_size=6)
+LAYER = "base_model.model.model.layers.1.mlp."
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gate_proj.lora_A.weight", r"layers\.1\.mlp\.gate_proj is an MLP beside layers with experts"),
+        ("experts.1.up_proj.lora_magnitude_vector", r"layers\.1\.mlp\.experts\.1\.up_proj is an expert's with DoRA"),
+    ],
+)
+def test_what_peft_would_leave_out_is_refused(name, message):
+    family = family_of({"architectures": ["Qwen3MoeForCausalLM"]})
+    with pytest.raises(ValueError, match=message):
+        complete_experts({LAYER + name: torch.ones(2, 8)}, family, CONFIG, rank=2)
+
+
+def test_zeros_stand_for_the_matrices_without_an_adapter():
+    family = family_of({"architectures": ["Qwen3MoeForCausalLM"]})
+    given = {f"{LAYER}experts.1.down_proj.lora_{side}.weight": torch.ones(2, 6) for side in "AB"}
+    filled = complete_experts(given, family, CONFIG, rank=2)
+    assert len(filled) == 2 * 3 * 2 and all("layers.1" in name for name in filled)
+    assert filled[f"{LAYER}experts.0.gate_proj.lora_B.weight"].shape == (6, 2)
+    assert filled[f"{LAYER}experts.0.down_proj.lora_A.weight"].shape == (2, 6)
+    assert [name for name, tensor in filled.items() if tensor.any()] == list(given)
