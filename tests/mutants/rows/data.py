@@ -8,6 +8,7 @@ _PACKED = "tests/functional_tests/test_packing.py::test_"
 _CONVERSATIONS = "tests/unit_tests/data/test_conversations.py::test_"
 _CACHE = "tests/unit_tests/data/test_cache.py::test_"
 _GENERATE = "tests/functional_tests/test_generate.py::test_"
+_BATCHES = "tests/functional_tests/test_text_generation.py::test_"
 
 THE_DATA = (
     Mutant(
@@ -72,5 +73,12 @@ THE_DATA = (
         where="megatron.bridge.models.generation:_next_logits.forward",
         change=expression("logits[:, -1, :vocab_size]", "logits[:, -1]"),
         tests=(f"{_GENERATE}two_ranks_say_what_one_says",),
+    ),
+    Mutant(
+        name="one generator for a batch",
+        breaks="what a prompt draws depends on the others",
+        where="megatron.bridge.models.generation:generate_together",
+        change=expression("generators[index]", "generators[0]"),
+        tests=(f"{_BATCHES}draws_do_not_depend_on_the_batch",),
     ),
 )

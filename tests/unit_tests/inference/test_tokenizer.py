@@ -3,6 +3,7 @@
 
 import argparse
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,6 +78,9 @@ def test_a_text_ends_where_the_model_says(tmp_path, caplog):
     for source in (tmp_path, str(tmp_path), arguments("--hf-model-path", tmp_path)):
         assert build_tokenizer(source).end_ids == (3, 5)
     assert build_tokenizer(arguments(), tmp_path).end_ids == (3, 5)
+    assert build_tokenizer(SimpleNamespace(hf_model_path=tmp_path), trust_remote_code=True).end_ids == (3, 5)
+    with pytest.raises(ValueError, match="option revison='x' is unknown"):
+        build_tokenizer(tmp_path, revison="x")
     assert "generation_config.json says repetition_penalty=1.3" in caplog.text
 
 

@@ -26,18 +26,22 @@ def resolve_hf_model_path(args: argparse.Namespace) -> str:
         FileNotFoundError: No such checkpoint.
         ValueError: Neither is named, or the checkpoint doesn't say it.
     """
-    if args.hf_model_path is not None:
-        return str(args.hf_model_path)
-    if args.megatron_model_path is None:
+    model, checkpoint = named_models(args)
+    if model is not None:
+        return str(model)
+    if checkpoint is None:
         raise ValueError("no model is named: pass --hf-model-path or --megatron-model-path")
     from megatron.bridge.models.conversion.saved_provider import read_model_section
 
-    found = read_model_section(args.megatron_model_path).get("hf_model_id")
+    found = read_model_section(checkpoint).get("hf_model_id")
     if not found:
-        raise ValueError(
-            f"{args.megatron_model_path} doesn't say which Hugging Face model it came from: pass --hf-model-path"
-        )
+        raise ValueError(f"{checkpoint} doesn't say which Hugging Face model it came from: pass --hf-model-path")
     return str(found)
+
+
+def named_models(args: argparse.Namespace) -> tuple[str | Path | None, str | Path | None]:
+    """The Hugging Face model and the Megatron checkpoint that a command line names; None: it doesn't."""
+    return getattr(args, "hf_model_path", None), getattr(args, "megatron_model_path", None)
 
 
 def load_bridge_model(
@@ -68,17 +72,14 @@ def load_bridge_model(
 
     bring_up_groups(args)
     fields = {"inference_sampling_seed": getattr(args, "seed", 1234), **overrides}
-    dtype = getattr(args, "dtype", None)
-    if args.megatron_model_path is not None:
-        base, model = getattr(args, "base", None), args.hf_model_path
-        (chunk,) = load_for_generation(args.megatron_model_path, hf_model=model, base=base, dtype=dtype, sizes=fields)
+    dtype, base = getattr(args, "dtype", None), getattr(args, "base", None)
+    model, checkpoint = named_models(args)
+    if checkpoint is not None:
+        (chunk,) = load_for_generation(checkpoint, hf_model=model, base=base, dtype=dtype, sizes=fields)
         return chunk
-    if getattr(args, "base", None) is not None:
+    if base is not None:
         raise ValueError("--base is of adapters in a Megatron checkpoint: add --megatron-model-path")
-    name, trust = (
-        args.hf_model_path or hf_model_path or resolve_hf_model_path(args),
-        getattr(args, "trust_remote_code", None),
-    )
+    name, trust = model or hf_model_path or resolve_hf_model_path(args), getattr(args, "trust_remote_code", None)
     provider = run_while_others_wait(
         lambda: AutoBridge.from_hf_pretrained(name, trust_remote_code=trust).to_megatron_provider(),
         doing="finding the model",

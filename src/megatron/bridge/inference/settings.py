@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.inference.options import OF_THE_DYNAMIC_ENGINE
-from megatron.bridge.utils.device import choose_device
 
 if TYPE_CHECKING:
     from megatron.core.inference.sampling_params import SamplingParams
@@ -45,6 +44,8 @@ def build_inference_config(args: argparse.Namespace, **overrides: Any) -> Any:
     Raises:
         ValueError: A limit below 1, or an option of Core's dynamic engine where that can't run.
     """
+    from megatron.bridge.utils.device import choose_device  # here, so that `--help` doesn't import torch
+
     values = {name: getattr(args, name) for name in ("max_sequence_length", "max_requests", "buffer_size_gb")}
     options = {option[2:].replace("-", "_"): option for option in OF_THE_DYNAMIC_ENGINE}
     values |= {name: value for name in options if (value := getattr(args, name, None))} | overrides

@@ -107,7 +107,7 @@ class HFTokenizerAdapter:
 
 
 def build_tokenizer(
-    source: argparse.Namespace | str | Path, hf_model_path: str | Path | None = None
+    source: argparse.Namespace | str | Path, hf_model_path: str | Path | None = None, **load_options: Any
 ) -> HFTokenizerAdapter:
     """The tokenizer of a model, with the tokens that end a text.
 
@@ -115,26 +115,32 @@ def build_tokenizer(
         source: A command line with the options of `add_model_loading_args`: the tokenizer that was saved with its
             Megatron checkpoint, or else that of its Hugging Face model. Or the directory or hub name of a model.
         hf_model_path: The Hugging Face model, where the command line doesn't name it.
+        load_options: As for `AutoBridge.from_hf_pretrained`.
 
     Raises:
         FileNotFoundError: There is no such model, or no tokenizer.
-        ValueError: The tokenizer can't be loaded.
+        ValueError: The tokenizer can't be loaded, or an option isn't known.
     """
     from megatron.bridge.data.config import TokenizerConfig
     from megatron.bridge.data.tokenizer import HuggingFaceTokenizer
     from megatron.bridge.data.tokenizer import build_tokenizer as load_tokenizer
-    from megatron.bridge.inference.loading import resolve_hf_model_path
+    from megatron.bridge.inference.loading import named_models, resolve_hf_model_path
     from megatron.bridge.models.conversion.generation_config import end_ids, not_applied
+    from megatron.bridge.models.conversion.load_options import read_load_options
     from megatron.bridge.models.conversion.tokenizer_files import TokenizerFiles, has_tokenizer
     from megatron.bridge.utils.hf_hub import find_hf_directory
 
-    if isinstance(source, argparse.Namespace):
-        checkpoint, model = source.megatron_model_path, source.hf_model_path or hf_model_path
+    checkpoint: str | Path | None = None
+    model: str | Path | None
+    if isinstance(source, str | Path):
+        model = source
+    else:
+        model, checkpoint = named_models(source)
+        model = model or hf_model_path
         if checkpoint is None and model is None:
             model = resolve_hf_model_path(source)
-    else:
-        checkpoint, model = None, source
-    directory = None if model is None else find_hf_directory(model, with_weights=False)
+    options = read_load_options(load_options)
+    directory = None if model is None else find_hf_directory(model, with_weights=False, **options.download)
     files = TokenizerFiles.of(directory, checkpoint=checkpoint)
     if files.tokenizer is None or not has_tokenizer(files.tokenizer):
         raise FileNotFoundError(
