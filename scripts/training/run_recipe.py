@@ -30,7 +30,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="show all recipes and end")
     parser.add_argument(
-        "--recipe", "--model", help="a name from --list, its first part with --mode, or module:function"
+        "--recipe",
+        "--model",
+        help="a name from --list; with --mode its first part or a hub name; or module:function",
     )
     parser.add_argument("--mode", choices=tuple(MODES), help="default: as the recipe's name says")
     _add(parser, "--peft-scheme", choices=PEFT_SCHEMES, help="kind of adapters (default: lora)")
@@ -38,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
         parser,
         "--hf-path",
         type=expand_home,
-        help="take sizes, weights and tokenizer from this Hugging Face directory",
+        help="take sizes, weights and tokenizer from this Hugging Face directory, or model on the hub",
     )
     parser.add_argument(
         "-sl", "--seq-length", "--seq_length", type=int, help="longest sample in tokens (default: the recipe's)"

@@ -3,11 +3,12 @@
 
 import json
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.functional_tests.test_conversion_command import on_rank
-from tests.rigs.hub import COMMIT, running_hub
+from tests.rigs.hub import COMMIT, running_hub, use_hub
 from tests.rigs.ranks import run_on_ranks
 from tests.rigs.tiny import tiny_config
 from tests.unit_tests.data.conftest import write_tokenizer
@@ -16,30 +17,10 @@ from tests.unit_tests.models.tiny_llama import save_tiny_llama
 NAME = "some-org/Tiny-1B"
 
 
-def _use_hub(directory, url):
-    """Look for models in a cache of the test's own, and at its hub; without one, offline."""
-    from huggingface_hub import constants
-
-    from megatron.bridge.utils import hf_hub
-
-    hf_hub._found.clear()
-    before = {name: getattr(constants, name) for name in ("HF_HUB_CACHE", "HF_HUB_OFFLINE", "ENDPOINT")}
-    constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE = f"{directory}/cache", url is None
-    constants.ENDPOINT = url or constants.ENDPOINT
-    resolve = constants.HUGGINGFACE_CO_URL_TEMPLATE
-    constants.HUGGINGFACE_CO_URL_TEMPLATE = f"{constants.ENDPOINT}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    return {**before, "HUGGINGFACE_CO_URL_TEMPLATE": resolve}
-
-
 def _on_hub(directory, url, work, *args):
-    from huggingface_hub import constants
-
-    before = _use_hub(directory, url)
-    try:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use_hub(monkeypatch, directory / "cache", url)
         return work(directory, *args)
-    finally:
-        for name, value in before.items():
-            setattr(constants, name, value)
 
 
 def _finetune(directory, name):
@@ -71,12 +52,11 @@ def _pretrained_refused(directory, name):
 
 
 def _export(directory, checkpoint):
-    for command, target in (("export-adapter", "adapter"), ("export", "merged")):
-        status, _, errors = on_rank(
-            command, "--megatron-path", checkpoint, "--hf-path", directory / target, "--no-progress"
-        )
-        if status:
-            break
+    from megatron.bridge import AutoBridge
+
+    AutoBridge.from_auto_config(checkpoint, NAME).export_ckpt(checkpoint, directory / "merged", show_progress=False)
+    options = ("--megatron-path", checkpoint, "--hf-path", directory / "adapter", "--no-progress")
+    status, _, errors = on_rank("export-adapter", *options)
     return status, errors
 
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
+import pytest
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -35,6 +37,21 @@ def put_into_cache(cache: Path, name: str, directory: Path, *, commit: str = COM
         blob.write_bytes(content)
         (snapshot / path.name).symlink_to(f"../../blobs/{blob.name}")
     return snapshot
+
+
+def use_hub(monkeypatch: pytest.MonkeyPatch, cache: Path, url: str | None = None) -> None:
+    """Look for models in this cache alone, and at a hub; without a hub, offline."""
+    from huggingface_hub import constants
+
+    from megatron.bridge.utils import hf_hub
+
+    monkeypatch.setattr(hf_hub, "_found", {})
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", url is None)
+    if url is not None:
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        template = url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
 class Hub:

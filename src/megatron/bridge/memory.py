@@ -23,7 +23,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("recipe", help="a recipe's name, or module:function")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options, e.g. train.micro_batch_size=2")
-    parser.add_argument("--hf-path", type=expand_home, help="take the sizes from this Hugging Face directory")
+    parser.add_argument(
+        "--hf-path", type=expand_home, help="take the sizes from this Hugging Face directory or hub name"
+    )
     parser.add_argument("--world-size", type=int, help="ranks (default: as few as hold the model)")
     parser.add_argument("--rank", type=int, help="plan this rank (default: the one that needs most)")
     parser.add_argument("--shapes", action="store_true", help="list the rank's part of each weight too")

@@ -44,6 +44,20 @@ THE_CONVERSION = (
         change=without_call("with_end_ids"),
         tests=("tests/unit_tests/training/run_state/test_end_tokens.py::test_what_is_loaded_counts_first",),
     ),
+    Mutant(
+        name="hub: checksums",
+        breaks="weights that were damaged on their way are trained",
+        where="megatron.bridge.utils.hf_hub:_Model.find",
+        change=without_call("_verify"),
+        tests=("tests/unit_tests/utils/test_hf_hub.py::test_a_file_that_was_damaged_on_its_way_is_removed",),
+    ),
+    Mutant(
+        name="hub: one copy",
+        breaks="weights are read from a half-removed copy in the cache",
+        where="megatron.bridge.utils.hf_hub:_Model._checked",
+        change=value("missing", "None"),
+        tests=("tests/unit_tests/utils/test_hf_hub.py::test_an_incomplete_copy_names_what_it_lacks",),
+    ),
     _converted_wrongly(
         "configuration",
         "not read as transformers reads it",

@@ -5,7 +5,7 @@ import pytest
 
 from megatron.bridge.data.config import TokenizerConfig
 from megatron.bridge.data.tokenizer import NullTokenizer, build_tokenizer, check_tokenizer_fits
-from tests.rigs.hub import COMMIT, put_into_cache
+from tests.rigs.hub import COMMIT, put_into_cache, use_hub
 from tests.unit_tests.data.conftest import write_tokenizer
 
 
@@ -121,12 +121,10 @@ def test_code_that_is_trusted_is_not_run_where_it_is_not_needed(tmp_path, caplog
 
 
 def test_a_name_on_the_hub(tmp_path, tokenizer, monkeypatch):
-    from huggingface_hub import constants
-
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    use_hub(monkeypatch, tmp_path / "hub")
     put_into_cache(tmp_path / "hub", "some-org/Tiny-1B", write_tokenizer(tmp_path / "source"))
-    options = {"cache_dir": str(tmp_path / "hub"), "revision": COMMIT}
+    options = {"revision": COMMIT}
     found = build_tokenizer(TokenizerConfig(tokenizer_model="some-org/Tiny-1B", hf_tokenizer_kwargs=options))
     assert found.name == "some-org/Tiny-1B" and found.text_to_ids("the dog") == tokenizer.text_to_ids("the dog")
     with pytest.raises(FileNotFoundError, match="tokenizer.tokenizer_model='some-org/No' is no directory, and the hub"):

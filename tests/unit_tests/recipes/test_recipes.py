@@ -17,6 +17,7 @@ import torch
 from megatron.bridge import recipes
 from megatron.bridge.planning.memory import resolve
 from megatron.bridge.recipes.build import RecipeRequest, smallest_world_size
+from tests.rigs.hub import put_into_cache, use_hub
 from tests.unit_tests.models.tiny_llama import save_tiny_model
 
 ROOT = Path(__file__).parents[3]
@@ -58,7 +59,8 @@ def test_a_recipe_passes_the_checks_on_the_devices_that_it_is_meant_for(name):
     assert layout.gpus % smallest_world_size(cfg) == 0
     resolved, left_open = resolve(cfg, world_size=layout.gpus)
     assert resolved.model.bf16 and resolved.data_parallel_size
-    wanted = ["dataset.dataset_root", "tokenizer.tokenizer_model", "checkpoint.pretrained_checkpoint"]
+    wanted = ["dataset.dataset_root", "checkpoint.pretrained_checkpoint"]
+    assert mode == "pretrain" or cfg.tokenizer.tokenizer_model == family.sizes[size].hf_name
     assert left_open == ([] if mode == "pretrain" else wanted)
 
 
@@ -78,6 +80,8 @@ def test_a_fresh_configuration_each_time():
         ("llama32_1b", "dora", ("llama32_1b_peft_config", "peft")),
         ("llama32_1b", "canonical_lora", ("llama32_1b_peft_config", "peft")),
         ("llama32_1b", "pretrain", ("llama32_1b_pretrain_config", "pretrain")),
+        ("meta-llama/Llama-3.2-1B-Instruct", "lora", ("llama32_1b_peft_config", "peft")),
+        ("Qwen/Qwen3-0.6B", "sft", ("qwen3_600m_sft_config", "sft")),
         ("mine:ours_sft_config", None, ("mine:ours_sft_config", "sft")),
         ("mine:ours", "peft", ("mine:ours", "peft")),
     ],
@@ -90,6 +94,7 @@ def test_name_and_mode(recipe, mode, expected):
     ("fields", "message"),
     [
         ({"recipe": "llama32_1b_sft_confg"}, "there is no recipe .*did you mean llama32_1b_sft_config"),
+        ({"recipe": "some-org/Tiny-1B", "mode": "sft"}, "no recipe is for 'some-org/Tiny-1B': .*--hf-path some-org/T"),
         ({"recipe": "llama32_1b_sft_config", "mode": "pretrain"}, "or --recipe llama32_1b_pretrain_config"),
         ({"recipe": "llama32_1b_sft_config", "peft_scheme": "dora"}, "trains all weights"),
         ({"recipe": "nowhere:mine_sft_config"}, "No module named 'nowhere'"),
@@ -123,6 +128,32 @@ def test_a_hugging_face_directory_gives_the_sizes_and_the_recipe_the_layout(tmp_
     assert cfg.checkpoint.pretrained_checkpoint == cfg.tokenizer.tokenizer_model == str(tmp_path)
 
 
+@pytest.fixture
+def cached_qwen3(tmp_path, monkeypatch):
+    """A cache in which a model with other sizes than published has the name of a recipe's model."""
+    monkeypatch.chdir(tmp_path)
+    use_hub(monkeypatch, tmp_path / "hub")
+    save_tiny_model(tmp_path / "qwen3", "Qwen3ForCausalLM")
+    return put_into_cache(tmp_path / "hub", "Qwen/Qwen3-4B", tmp_path / "qwen3")
+
+
+def test_a_cached_model_says_what_a_recipe_builds(cached_qwen3):
+    cfg = recipes.qwen3_4b_sft_config()
+    assert (cfg.model.num_layers, cfg.model.hidden_size, cfg.model.hf_model_id) == (4, 32, "Qwen/Qwen3-4B")
+    assert cfg.model.tensor_model_parallel_size == 2 and cfg.model.seq_length == 2048  # the recipe's
+    assert recipes.qwen3_600m_sft_config().model.num_layers == 28  # which isn't cached
+
+
+@pytest.mark.parametrize("asked", [{"recipe": "Qwen/Qwen3-4B"}, {"recipe": "qwen3_600m", "hf_path": "Qwen/Qwen3-4B"}])
+def test_a_run_keeps_the_name_of_a_model_on_the_hub(cached_qwen3, asked):
+    cfg = RecipeRequest(mode="lora", **asked).build()
+    assert cfg.model.num_layers == 4
+    assert cfg.checkpoint.pretrained_checkpoint == cfg.tokenizer.tokenizer_model == "Qwen/Qwen3-4B"
+    resolve(cfg, world_size=2)
+    with pytest.raises(FileNotFoundError, match="'Qwen/Qwen3-8B' is no directory, and the hub's cache in .*hf d"):
+        RecipeRequest(recipe="Qwen/Qwen3-8B", mode="sft").build()
+
+
 def test_a_dry_run_shows_the_resolved_configuration_and_the_memory(capsys):
     arguments = "--recipe llama32_1b --mode sft --seq_length 512 --dry_run --world_size 2 train.train_iters=77"
     assert run_recipe(*arguments.split(), "optimizer.optimizer_cpu_offload=true") == 0
@@ -132,7 +163,7 @@ def test_a_dry_run_shows_the_resolved_configuration_and_the_memory(capsys):
         "mixed_precision:\n  _target_: megatron.bridge.training.mixed_precision.MixedPrecisionConfig" in shown
     )  # resolved
     assert "rank 0 of 2 (TP 1, PP 1, DP 2): 1,235,814,400 parameters" in shown
-    assert "still to set: dataset.dataset_root, tokenizer.tokenizer_model, checkpoint.pretrained_checkpoint" in shown
+    assert "still to set: dataset.dataset_root, checkpoint.pretrained_checkpoint" in shown
     assert not torch.distributed.is_initialized()
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from megatron.bridge.utils import hf_hub
 from megatron.bridge.utils.hf_hub import find_hf_directory, is_hub_name
-from tests.rigs.hub import COMMIT, put_into_cache, running_hub
+from tests.rigs.hub import COMMIT, put_into_cache, running_hub, use_hub
 
 NAME = "some-org/Tiny-1B"
 WEIGHTS = "model.safetensors"
@@ -28,28 +28,18 @@ def model(tmp_path):
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """An empty cache in which everything is looked for, offline; the working directory is empty too."""
-    from huggingface_hub import constants
-
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(hf_hub, "_found", {})
+    use_hub(monkeypatch, tmp_path / "hub")
     return tmp_path / "hub"
 
 
 @pytest.fixture
 def hub(cache, model, monkeypatch):
     """A hub that has the model, and is asked."""
-    from huggingface_hub import constants
-
     with running_hub() as hub:
         hub.put(NAME, model)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
+        use_hub(monkeypatch, cache, hub.url)
         yield hub
 
 
@@ -169,10 +159,7 @@ def test_what_the_hub_refuses_is_one_line(cache, hub, model):
 
 
 def test_a_hub_that_is_not_reached(cache, model, monkeypatch):
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    use_hub(monkeypatch, cache, "http://127.0.0.1:9")
     said = refusal(NAME)
     assert "fetching it from the hub failed" in said and str(cache) in said and f"`hf download {NAME}`" in said
     assert put_into_cache(cache, NAME, model) == find_hf_directory(NAME)

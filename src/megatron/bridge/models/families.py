@@ -90,7 +90,9 @@ def check_supported(hf_config: Mapping[str, Any], name: str) -> None:
         return
     found = hf_config.get("architectures")
     lacking = [f", which needs {REFUSED_ARCHITECTURES[one]}" for one in found or () if one in REFUSED_ARCHITECTURES]
-    raise ValueError(f"{name} names architectures {found}{''.join(lacking)}: supported are {supported_architectures()}")
+    code = ", and has code of its own (auto_map), which is never run" if hf_config.get("auto_map") else ""
+    known = supported_architectures()
+    raise ValueError(f"{name} names architectures {found}{''.join(lacking)}{code}: supported are {known}")
 
 
 def family_of(hf_config: Mapping[str, Any]) -> ModelFamily:

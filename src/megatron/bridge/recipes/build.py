@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron.bridge.recipes import all_recipes, find_recipe
+from megatron.bridge.recipes.hub_models import is_model_name, size_for
 from megatron.bridge.utils.parallel_sizes import PARALLEL_SIZES, dense_factors, expert_factors, parallel_sizes
 
 if TYPE_CHECKING:
@@ -45,13 +46,14 @@ class RecipeRequest:
     """What is asked for."""
 
     recipe: str
-    """A recipe's name; with `mode` its first part will do; or `module:function` of your own."""
+    """A recipe's name; with `mode` its first part will do, or the name on the hub of the model that it is for, which is
+    `hf_path` too; or `module:function` of your own."""
     mode: str | None = None
     """One of `MODES`. None: as the recipe's name says."""
     peft_scheme: str | None = None
     """One of `PEFT_SCHEMES`. None: as the mode says, or LoRA."""
     hf_path: str | None = None
-    """Directory of a Hugging Face model: its sizes, weights and tokenizer are taken. None: the recipe's sizes."""
+    """Hugging Face directory or hub name: its sizes, weights and tokenizer are taken. None: the recipe's sizes."""
     seq_length: int | None = None
     """Longest sample in tokens. None: the recipe's."""
     packed_sequence: bool = False
@@ -72,7 +74,7 @@ class RecipeRequest:
         if self.mode is not None and self.mode not in MODES:
             raise ValueError(f"--mode {self.mode!r}: expected one of {', '.join(MODES)}")
         asked = MODES[self.mode] if self.mode else None
-        name = self.recipe
+        name = size_for(self.recipe) if is_model_name(self.recipe) else self.recipe
         if asked and f"{name}_{asked}_config" in all_recipes():
             name = f"{name}_{asked}_config"
         found = next((mode for mode in ("pretrain", "sft", "peft") if name.endswith(f"_{mode}_config")), None)
@@ -105,8 +107,9 @@ class RecipeRequest:
         if scheme and not takes_scheme:
             raise ValueError(f"--peft-scheme {scheme}: recipe {name} takes no peft_scheme; set peft in it")
         cfg = recipe(peft_scheme=scheme) if scheme else recipe()
-        if self.hf_path is not None:
-            use_hf_directory(cfg, self.hf_path)
+        hf_path = self.recipe if self.hf_path is None and is_model_name(self.recipe) else self.hf_path
+        if hf_path is not None:
+            use_hf_directory(cfg, hf_path)
         if self.seq_length is not None:
             cfg.model.seq_length = cfg.dataset.seq_length = self.seq_length
         if self.packed_sequence:
@@ -125,7 +128,7 @@ def use_hf_directory(cfg: "ConfigContainer", hf_path: str) -> None:
 
     Args:
         cfg: Any configuration; it is changed.
-        hf_path: The directory, or a hub name that can be fetched.
+        hf_path: The directory, or a hub name, of which only the configuration is fetched here.
 
     Raises:
         FileNotFoundError: No such model.
@@ -141,8 +144,8 @@ def use_hf_directory(cfg: "ConfigContainer", hf_path: str) -> None:
             setattr(provider, name, getattr(cfg.model, name))
     cfg.model = provider
     if cfg.tokenizer.tokenizer_type == "HuggingFaceTokenizer":  # else it is for data that is numbers already
-        cfg.checkpoint.pretrained_checkpoint = str(bridge.directory)
-        cfg.tokenizer.tokenizer_model = str(bridge.directory)
+        named = str(bridge.directory) if bridge.download is None else bridge.name
+        cfg.checkpoint.pretrained_checkpoint = cfg.tokenizer.tokenizer_model = named
     else:
         cfg.tokenizer.vocab_size = provider.vocab_size
 

@@ -25,7 +25,7 @@ def run_recipe(
         recipe: As in `RecipeRequest`, and so are the others.
         mode: "pretrain", "sft" or "peft".
         peft_scheme: Kind of adapters.
-        hf_path: Directory of a Hugging Face model.
+        hf_path: Directory, or hub name, of a Hugging Face model.
         seq_length: Longest sample in tokens.
         packed_sequence: Whether to pack samples.
         config_file: YAML with options.

@@ -60,7 +60,7 @@ class ModelSize:
     """One published model."""
 
     hf_name: str
-    """Its name on the Hugging Face hub; nothing is fetched."""
+    """Its name on the Hugging Face hub, from which a run takes the tokenizer unless it names another."""
     parameters: int
     """Published number of parameters."""
     fields: Mapping[str, Any]
@@ -81,9 +81,19 @@ class Family:
     """The sizes, by the first part of the recipe's name."""
 
     def build_provider(self, size: str, layout: Layout) -> "GPTModelProvider":
-        """The model of a size, shared by ranks as a layout says."""
-        from megatron.bridge.models.conversion.hf_config import vocabulary_fields
+        """The model of a size, shared by ranks as a layout says.
 
+        It is what the hub's `config.json` says if that is in the hub's cache, else what the table says. Nothing is
+        fetched.
+        """
+        from megatron.bridge.models.conversion.hf_config import vocabulary_fields
+        from megatron.bridge.recipes.hub_models import cached_provider
+
+        cached = cached_provider(self.sizes[size].hf_name)
+        if cached is not None:
+            for name, value in layout.fields().items():
+                setattr(cached, name, value)
+            return cached
         module, _, name = self.provider.rpartition(".")
         fields = self.sizes[size].fields
         provider_class = getattr(importlib.import_module(module), name)
@@ -99,14 +109,18 @@ class Family:
         """Train all weights, starting from pretrained ones."""
         from megatron.bridge.recipes.common import sft_common
 
-        return sft_common(self.build_provider(size, self.sizes[size].full), seq_length=2048)
+        cfg = sft_common(self.build_provider(size, self.sizes[size].full), seq_length=2048)
+        cfg.tokenizer.tokenizer_model = self.sizes[size].hf_name
+        return cfg
 
     def peft(self, size: str, peft_scheme: "str | PEFT" = "lora") -> "ConfigContainer":
         """Train adapters beside frozen pretrained weights."""
         from megatron.bridge.recipes.common import peft_common
 
         provider = self.build_provider(size, self.sizes[size].adapters)
-        return peft_common(provider, seq_length=2048, peft_scheme=peft_scheme)
+        cfg = peft_common(provider, seq_length=2048, peft_scheme=peft_scheme)
+        cfg.tokenizer.tokenizer_model = self.sizes[size].hf_name
+        return cfg
 
     def recipes(self, module: str) -> dict[str, Recipe]:
         """`<size>_{pretrain,sft,peft}_config` for every size, to be put into the namespace of `module`."""

@@ -262,6 +262,8 @@ def test_unknown_architecture_is_refused_and_the_known_ones_named():
     with pytest.raises(ValueError, match=r"\['BertModel'\]: supported are \['LlamaForCausalLM', 'Mistral") as raised:
         AutoBridge.from_hf_config({"architectures": ["BertModel"]})
     assert "\n" not in str(raised.value) and str(AutoBridge.list_supported_models()) in str(raised.value)
+    with pytest.raises(ValueError, match="has code of its own .auto_map., which is never run: supported are"):
+        AutoBridge.from_hf_config({"architectures": ["BertModel"], "auto_map": {"AutoModel": "evil.T"}})
     assert not AutoBridge.supports({"architectures": ["BertModel"]})
     assert AutoBridge.supports(SMOLLM2)
 

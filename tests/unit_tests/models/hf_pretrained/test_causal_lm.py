@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from megatron.bridge import AutoBridge
 from megatron.bridge.models.hf_pretrained import PreTrainedCausalLM
 from megatron.bridge.models.hf_pretrained.utils import is_safe_repo
+from tests.rigs.hub import running_hub, use_hub
 
 from ..tiny_llama import SMALL, hf_logits, save_tiny_llama, some_tokens
 
@@ -114,3 +115,20 @@ def test_code_of_the_directory_is_never_run_and_that_is_said(directory, tmp_path
     finally:
         logging.getLogger("megatron.bridge").removeHandler(caplog.handler)
     assert "has code of its own, which is never run here" in caplog.text
+
+
+def test_weights_of_the_hub_are_fetched_when_they_are_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    directory = save_tiny_llama(tmp_path / "source")
+    with running_hub() as hub:
+        use_hub(monkeypatch, tmp_path / "hub", hub.url)
+        hub.put("some-org/Tiny-1B", directory)
+        bridge = AutoBridge.from_hf_pretrained("some-org/Tiny-1B")
+        assert AutoBridge.can_handle("some-org/Tiny-1B")
+        assert bridge.to_megatron_provider(load_weights=False).hf_model_id == "some-org/Tiny-1B"
+        assert "model.safetensors" not in hub.fetched()
+        pretrained = bridge.hf_pretrained
+        assert pretrained.num_parameters == PreTrainedCausalLM(directory).num_parameters
+        assert hub.fetched().count("model.safetensors") == 1
+        bridge.to_megatron_provider()
+        assert hub.fetched().count("model.safetensors") == 1

@@ -47,6 +47,26 @@ class CheckpointConversion(BridgeBase):
                 "where it is now"
             ) from error
 
+    @classmethod
+    def from_auto_config(
+        cls, megatron_path: "str | Path", hf_model_id: "str | Path", trust_remote_code: bool | None = None
+    ) -> "Self":
+        """Bridge a Megatron checkpoint by the configuration of a Hugging Face model, to export it.
+
+        Args:
+            megatron_path: Root, or `iter_N` directory.
+            hf_model_id: Directory, or hub name, of which only the configuration and the tokenizer are fetched.
+            trust_remote_code: As for `from_hf_pretrained`.
+
+        Raises:
+            FileNotFoundError: No checkpoint there, or no such model.
+            ValueError: The checkpoint is damaged, or the architecture is not supported.
+        """
+        from megatron.bridge.checkpoint.iterations import resolve_checkpoint
+
+        resolve_checkpoint(megatron_path)
+        return cls.from_hf_pretrained(hf_model_id, trust_remote_code=trust_remote_code)
+
     @staticmethod
     def get_hf_model_id_from_checkpoint(path: "str | Path") -> str | None:
         """The Hugging Face directory or hub name that a Megatron checkpoint came from; None: it doesn't say."""

@@ -339,7 +339,7 @@ def _check_may_start_from_scratch(cfg: ConfigContainer, *, load_required: bool) 
         if load_required:
             raise FileNotFoundError(
                 "finetune needs weights to start from, and neither checkpoint.load nor "
-                "checkpoint.pretrained_checkpoint is set: set one of them"
+                "checkpoint.pretrained_checkpoint is set: set one of them (the second may be a hub name)"
             )
         return
     missing = f"checkpoint.load={load!r} holds no checkpoint ({iterations.TRACKER_FILE} is missing)"
