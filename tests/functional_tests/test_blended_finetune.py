@@ -81,6 +81,11 @@ def test_sets_together_are_what_one_joined_set_is(directory):
     assert apart.losses == together.losses and apart.counts == together.counts
     assert apart.of_sets[-1]["lm loss"] == pytest.approx(together.of_sets[-1]["lm loss"], rel=1e-6)
     assert list(together.of_sets[-1]) == ["lm loss"]
+    for name in SIZES:
+        blend = ([f"{directory}/books", f"{directory}/code"], [0.25, 0.75])
+        dataset = {"blend_per_split": [blend, ([f"{directory}/{name}"], None), None], "enable_offline_packing": True}
+        (alone,) = run_on_ranks(_run, 1, directory, sets=False, dataset=dataset)
+        assert alone.of_sets[-1]["lm loss"] == apart.of_sets[-1][f"{name}/lm loss"]
     key = "consumed_valid_samples"
     assert apart.train_state.get(key) == together.train_state.get(key)
 

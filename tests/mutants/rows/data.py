@@ -40,6 +40,25 @@ THE_DATA = (
         tests=("tests/unit_tests/data/test_blends.py::test_draws_come_as_the_weights_say_from_any_position",),
     ),
     Mutant(
+        name="each epoch cut to whole batches",
+        breaks="a run of several epochs has fewer steps than its samples make",
+        where="megatron.bridge.training.config.derived:with_known_length",
+        change=expression(
+            "samples // global_batch_size(cfg, world_size)",
+            "cfg.train.num_epochs * (samples_per_epoch // global_batch_size(cfg, world_size))",
+        ),
+        tests=(
+            "tests/unit_tests/training/config/test_update.py::test_epochs_follow_without_a_gap_and_what_is_left_is_said",
+        ),
+    ),
+    Mutant(
+        name="one set for all",
+        breaks="a set is reported under another's name",
+        where="megatron.bridge.training.eval:evaluate",
+        change=expression("means(totals).items()", "means(sums).items()"),
+        tests=("tests/functional_tests/test_blended_finetune.py::test_sets_together_are_what_one_joined_set_is",),
+    ),
+    Mutant(
         name="tokens of old content",
         breaks="changed data is trained on as it was",
         where="megatron.bridge.data.sft:_through_cache.prepare",
