@@ -7,6 +7,7 @@ from typing import Any
 _DOORS = {
     "AutoBridge": "megatron.bridge.models.conversion.auto_bridge",
     "GPTModelProvider": "megatron.bridge.models.gpt_provider",
+    "Gemma3ModelProvider": "megatron.bridge.models.gemma3",
     "LlamaModelProvider": "megatron.bridge.models.llama",
     "Llama3ModelProvider": "megatron.bridge.models.llama",
     "MistralModelProvider": "megatron.bridge.models.mistral",

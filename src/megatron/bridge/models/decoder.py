@@ -191,12 +191,16 @@ def expert_mappings(block: str, *, gate: str, up: str, down: str) -> tuple[Weigh
 
 
 # Core's local layers keep the norms by themselves, Transformer Engine's inside the linear layer that follows.
-NORM_MAPPINGS = (
+INPUT_NORM_MAPPINGS = (
     replicated(f"{LAYER}input_layernorm.weight", f"{HF_LAYER}input_layernorm.weight"),
     replicated(f"{LAYER}self_attention.linear_qkv.layer_norm_weight", f"{HF_LAYER}input_layernorm.weight"),
+)
+FINAL_NORM_MAPPING = replicated("decoder.final_layernorm.weight", "model.norm.weight")
+NORM_MAPPINGS = (
+    *INPUT_NORM_MAPPINGS,
     replicated(f"{LAYER}pre_mlp_layernorm.weight", f"{HF_LAYER}post_attention_layernorm.weight"),
     replicated(f"{LAYER}mlp.linear_fc1.layer_norm_weight", f"{HF_LAYER}post_attention_layernorm.weight"),
-    replicated("decoder.final_layernorm.weight", "model.norm.weight"),
+    FINAL_NORM_MAPPING,
 )
 QK_NORM_MAPPINGS = (
     replicated(f"{LAYER}self_attention.q_layernorm.weight", f"{HF_LAYER}self_attn.q_norm.weight"),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from megatron.bridge.models.gpt_provider import GPTModelProvider
 
 FAMILY_MODULES = {
+    "Gemma3ForCausalLM": "megatron.bridge.models.gemma3",
     "LlamaForCausalLM": "megatron.bridge.models.llama",
     "MistralForCausalLM": "megatron.bridge.models.mistral",
     "MixtralForCausalLM": "megatron.bridge.models.mixtral",
@@ -25,12 +26,9 @@ FAMILY_MODULES = {
     "Qwen3MoeForCausalLM": "megatron.bridge.models.qwen3_moe",
 }
 
-_GEMMA = "a norm after attention and MLP as well as before, norm weights counted from 1 and scaled embeddings"
 REFUSED_ARCHITECTURES = {
-    "GemmaForCausalLM": "norm weights counted from 1 and scaled embeddings",
-    "Gemma2ForCausalLM": f"soft-capped attention scores and logits, {_GEMMA}",
-    "Gemma3ForCausalLM": f"two rotary bases in one model, {_GEMMA}",
-    "Gemma3ForConditionalGeneration": f"images, two rotary bases in one model, {_GEMMA}",
+    "Gemma2ForCausalLM": "soft-capped attention scores",
+    "Gemma3nForConditionalGeneration": "embeddings for each layer and layers that share keys and values",
 }
 """What Core's layers lack for well-known architectures, for the error."""
 

@@ -19,7 +19,7 @@ def config_as_dict(config: "PretrainedConfig | Mapping[str, Any]") -> dict[str, 
         return dict(config)
     content = config.to_dict()
     if not content.get("architectures"):
-        content["architectures"] = [type(config).__name__.removesuffix("Config") + "ForCausalLM"]
+        content["architectures"] = [type(config).__name__.removesuffix("Config").removesuffix("Text") + "ForCausalLM"]
     return content
 
 

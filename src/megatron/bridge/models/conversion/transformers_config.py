@@ -69,9 +69,10 @@ def config_class_of(architecture: str, hf_config: Mapping[str, Any]) -> Any:
     """
     import transformers  # here, so that a look at a directory doesn't cost the import
 
-    named = getattr(transformers, architecture.removesuffix("ForCausalLM") + "Config", None)
-    if named is not None:
-        return named
+    family = architecture.removesuffix("ForCausalLM")
+    for name in (f"{family}TextConfig", f"{family}Config"):  # a family with images has one of each
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
     by_type, model_type = transformers.CONFIG_MAPPING, hf_config.get("model_type")
     return by_type[model_type] if model_type in by_type else transformers.PretrainedConfig
 

@@ -1,0 +1,117 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Layers with norms after attention and MLP, and with rotary positions of another base where a window slides.
+
+They are made of the layers of a block spec, Core's local ones or Transformer Engine's.
+
+Shapes: S sequence, B batch, H hidden, D channels of a head.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.utils import is_layer_window_attention
+
+
+class NormThenAdd(torch.nn.Module):
+    """Normalises what attention or MLP gives before it is added to the residual.
+
+    Args:
+        add: What adds it: Core's function of (training, fused) that returns one of (output and bias, residual,
+            dropout).
+        norm: The norm's class.
+        config: The model's configuration.
+    """
+
+    def __init__(self, *, add: Any, norm: Any, config: TransformerConfig) -> None:
+        super().__init__()
+        self.add = build_module(add)
+        self.norm = build_module(norm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+
+    def forward(self, training: bool, fused: bool) -> Callable[..., torch.Tensor]:
+        """The function that adds: called with (output, bias) and residual, [S, B, H] each but for the bias [H]."""
+        add = self.add(training, fused)
+
+        def norm_then_add(
+            output_and_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, dropout: float
+        ) -> torch.Tensor:
+            output, bias = output_and_bias
+            return add((self.norm(output if bias is None else output + bias), None), residual, dropout)
+
+        return norm_then_add
+
+
+class RotaryOfEachKind(torch.nn.Module):
+    """Rotary positions of two kinds of layers, in place of a model's `rotary_pos_emb`.
+
+    Args:
+        full: Those of layers that attend to everything.
+        sliding: Those of layers with a sliding window.
+    """
+
+    def __init__(self, full: RotaryEmbedding, sliding: RotaryEmbedding) -> None:
+        super().__init__()
+        self.full = full
+        self.sliding = sliding
+        self.get_rotary_seq_len = full.get_rotary_seq_len
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The angles, [2, S, 1, 1, D]: of full layers, then of sliding ones. Arguments as for `RotaryEmbedding`."""
+        return torch.stack([self.full(*args, **kwargs), self.sliding(*args, **kwargs)])
+
+
+class SelfAttentionOfItsKind(SelfAttention):
+    """Attention that takes the rotary positions of its kind of layer, as `RotaryOfEachKind` gives them."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As Core's, with `rotary_pos_emb` [2, S, 1, 1, D]."""
+        angles = kwargs.get("rotary_pos_emb")
+        if angles is not None:
+            config = self.config
+            slides = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, self.layer_number)
+            kwargs["rotary_pos_emb"] = angles[int(slides)]
+        return super().forward(hidden_states, attention_mask, *args, **kwargs)
+
+
+def sandwich_spec(block: Any, config: TransformerConfig) -> TransformerBlockSubmodules:
+    """The layers of a block with a norm after attention and MLP, and with rotary positions of each kind of layer.
+
+    Args:
+        block: The spec of Core's local layers, or of Transformer Engine's. It isn't changed.
+        config: A finalized provider.
+
+    Raises:
+        ValueError: A spec of another form, which says nothing of its norms.
+    """
+    if not isinstance(block, TransformerBlockSubmodules) or block.layer_norm is None or block.layer_specs is None:
+        raise ValueError(
+            f"model.transformer_layer_spec gives a {type(block).__name__}: this family needs the layers and the final "
+            "norm of a block (TransformerBlockSubmodules), such as local_layer_spec or transformer_engine_layer_spec"
+        )
+    return replace(block, layer_specs=[_sandwich(layer, block.layer_norm, config) for layer in block.layer_specs])
+
+
+def _sandwich(layer: ModuleSpec, norm: Any, config: TransformerConfig) -> ModuleSpec:
+    parts = layer.submodules
+    attention = parts.self_attention
+    if attention.module is not SelfAttention:
+        raise ValueError(f"model.transformer_layer_spec has attention of {attention.module}: expected {SelfAttention}")
+
+    def norm_then(add: Any) -> ModuleSpec:
+        return ModuleSpec(module=NormThenAdd, params={"add": add, "norm": norm, "config": config})
+
+    parts = replace(
+        parts,
+        self_attention=replace(attention, module=SelfAttentionOfItsKind),
+        self_attn_bda=norm_then(parts.self_attn_bda),
+        mlp_bda=norm_then(parts.mlp_bda),
+    )
+    return replace(layer, submodules=parts)
