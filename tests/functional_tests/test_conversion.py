@@ -44,6 +44,7 @@ OTHER_FAMILIES = {
         "moe_intermediate_size": 16,
         "router_aux_loss_coef": 0.0,
     },
+    "sandwich": {"architecture": "Gemma3ForCausalLM", "head_dim": 8, "sliding_window": 7, "sliding_window_pattern": 2},
 }
 LAYOUTS = {
     "tp1": {},
@@ -328,6 +329,7 @@ def norm_gradients_on_rank(directory, layout, tokens):
         ("untied", "tp2_sequence_parallel", 4 * 2 + 1),
         ("qk_norms", "tp2", 4 * 4 + 1),  # each rank normalises its own heads
         ("experts", "tp2_sequence_parallel", 4 * 5 + 1),
+        ("sandwich", "tp2_sequence_parallel", 4 * 6 + 1),
     ],
 )
 def test_weights_that_every_rank_holds_get_the_whole_gradient(models, model, layout, num_weights):

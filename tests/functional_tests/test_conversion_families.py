@@ -6,7 +6,6 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from megatron.bridge import AutoBridge
 from megatron.bridge.models.conversion.hf_weights import HFWeights
@@ -64,7 +63,7 @@ def test_family_at_layout(model, layout, models, cell_counts):
     for output in outputs:
         assert (output[..., :vocab_size] - expected).abs().max() < LOGIT_TOLERANCE
         assert (output[..., vocab_size:] == -1e4).all()
-    names = sorted(load_file(directory / "model.safetensors"))
+    names = sorted(HFWeights(directory).files)
     for _, results in per_rank:
         assert [one for one in results if not one.is_equal] == []
         assert sorted(one.name for one in results) == names
@@ -78,11 +77,15 @@ def through_a_checkpoint_on_rank(directory, root):
     AutoBridge.from_hf_pretrained(directory).export_ckpt(root / "megatron", root / "hf", False, **sizes)
 
 
+def tensors_of(weights):
+    return {name: weights.read(name) for name in weights.files}
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_family_through_a_checkpoint(model, models, tmp_path):
     """What the family's fields say survives `run_config.yaml`, and every bit of the weights."""
     directory, tokens, expected = models(model)
     run_on_ranks(through_a_checkpoint_on_rank, 2, directory, tmp_path)
-    before, after = (load_file(path / "model.safetensors") for path in (directory, tmp_path / "hf"))
+    before, after = map(tensors_of, (HFWeights(directory), HFWeights(tmp_path / "hf")))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert torch.equal(hf_logits(tmp_path / "hf", tokens), expected)

@@ -23,7 +23,7 @@ TOKENS = torch.arange(24).reshape(2, 12)
 IM_END = 279
 TP2, PP2 = ({f"{axis}_parallel_size": 2} for axis in ("tensor_model", "pipeline_model"))
 CELLS = {
-    "llama, LoRA, TP 2": ("llama", "lora", TP2, {}),
+    "gemma3, LoRA, TP 2": ("gemma3", "lora", TP2, {}),
     "qwen2 with biases, LoRA in one layer, PP 2": ("qwen2", "lora", PP2, {"target_modules": ["*.layers.1.*.linear_*"]}),
     "qwen2 with biases, DoRA, TP 2": ("qwen2", "dora", TP2, {}),
     "qwen2 with biases, parts of fused layers, TP 2": ("qwen2", "canonical_lora", TP2, {}),

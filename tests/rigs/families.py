@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.bridge.utils.parallel_sizes import PARALLEL_SIZES
-from tests.unit_tests.models.tiny_llama import LLAMA3_ROPE
+from tests.unit_tests.models.tiny_llama import LLAMA3_ROPE, SMALL
 
 
 @dataclass(frozen=True)
@@ -27,21 +27,38 @@ _EXPERTS = {"num_experts_per_tok": 2, "head_dim": 8}
 _ODD = {"vocab_size": 101}
 _TIED = {"tie_word_embeddings": True}
 _SANDWICH = {"num_hidden_layers": 4, "sliding_window": 7, "query_pre_attn_scalar": 20, "pad_token_id": None}
-_TWO_BASES = {
-    "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
-    "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 9000.0},
-}
 MODELS = {
     "gemma3": TinyModel(
         "Gemma3ForCausalLM",
         "sliding layers, two rotary bases, norms around attention and MLP, one query group",
         {**_SANDWICH, **_ODD, "head_dim": 16, "num_key_value_heads": 1, "sliding_window_pattern": 3},
     ),
-    "gemma3_scaled": TinyModel(
-        "Gemma3ForCausalLM",
-        "linear rotary scaling of the full layers, untied embeddings",
-        {**_SANDWICH, "head_dim": 8, "sliding_window_pattern": 2, "rope_parameters": _TWO_BASES}
-        | {"tie_word_embeddings": False},
+    "gemma3_images": TinyModel(
+        "Gemma3ForConditionalGeneration",
+        "the language model out of one that takes images, linear rotary scaling of the full layers",
+        {
+            "text_config": {
+                **SMALL,
+                **_SANDWICH,
+                "head_dim": 8,
+                "sliding_window_pattern": 2,
+                "rope_parameters": {
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+                    "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 9000.0},
+                },
+            },
+            "vision_config": {
+                "model_type": "siglip_vision_model",
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_attention_heads": 2,
+                "num_hidden_layers": 1,
+                "patch_size": 4,
+                "image_size": 16,
+                "vision_use_head": False,
+            },
+            "mm_tokens_per_image": 16,
+        },
     ),
     "llama": TinyModel("LlamaForCausalLM", "untied embeddings"),
     "llama3": TinyModel("LlamaForCausalLM", "llama3 rotary scaling", {**_ODD, "rope_parameters": LLAMA3_ROPE}),

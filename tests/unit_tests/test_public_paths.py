@@ -23,6 +23,8 @@ SAME = [
     ("training.flex_dispatcher_backend", "apply_flex_dispatcher_backend", "models.expert_dispatch"),
     ("training.utils.moe_token_drop", "apply_moe_token_drop", "models.expert_dispatch"),
     ("recipes.llama.llama3", "llama32_1b_sft_config", "recipes.llama"),
+    ("recipes.gemma", "gemma3_1b_peft_config", "recipes.gemma3"),
+    ("recipes.gemma.gemma3", "gemma3_4b_sft_config", "recipes.gemma3"),
     ("recipes.qwen", "qwen25_7b_peft_config", "recipes.qwen2"),
     ("recipes.qwen.qwen3", "qwen3_4b_pretrain_config", "recipes.qwen3"),
     ("recipes.qwen.qwen3_moe", "qwen3_30b_a3b_pretrain_config", "recipes.qwen3_moe"),

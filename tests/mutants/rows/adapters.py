@@ -137,7 +137,7 @@ ADAPTERS = (
         breaks="peft adapts keys and values with a random A",
         where="megatron.bridge.models.conversion.adapters:export_adapter_weights",
         change=expression("shared.get(name, ())", "()"),
-        tests=(f"{_EXPORT}[llama, LoRA, TP 2]",),
+        tests=(f"{_EXPORT}[gemma3, LoRA, TP 2]",),
     ),
     Mutant(
         name="adapters: parts of a fused layer one after the other",

@@ -27,9 +27,24 @@ def test_norm_of_that_name_marked_for_sequence_parallelism(normalization, norm_c
     assert all(parameter.sequence_parallel is sequence_parallel for parameter in norm.parameters())
 
 
+@pytest.mark.parametrize("normalization", ["RMSNorm", "LayerNorm"])
+def test_weights_that_count_from_1(normalization):
+    """A weight w does what 1 + w does in the plain norm; it starts at 0, so that nothing is scaled."""
+    config = config_with(normalization=normalization)
+    plain = TorchNorm(config=config, hidden_size=8)
+    config.layernorm_zero_centered_gamma = True
+    config.params_dtype = torch.bfloat16
+    norm = TorchNorm(config=config, hidden_size=8)
+    x = torch.randn(3, 8, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(norm(x), plain(x.float()).bfloat16())
+    with torch.no_grad():
+        for parameter, of_plain in zip(norm.parameters(), plain.parameters(), strict=True):
+            parameter.copy_(torch.arange(-4, 4) / 2)
+            of_plain.copy_(parameter + 1.0 if of_plain is plain.weight else parameter)
+    assert torch.equal(norm(x), plain(x.float()).bfloat16()) and norm.weight.dtype is torch.bfloat16
+
+
 def test_what_torch_lacks_is_refused():
-    with pytest.raises(ValueError, match="layernorm_zero_centered_gamma=True needs Transformer Engine"):
-        TorchNorm(config=config_with(layernorm_zero_centered_gamma=True), hidden_size=8)
     config = config_with()
     config.normalization = "NoNorm"
     with pytest.raises(ValueError, match=r"normalization='NoNorm'.*\['LayerNorm', 'RMSNorm'\]"):

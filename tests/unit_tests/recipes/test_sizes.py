@@ -20,6 +20,10 @@ SIZES = {
 }
 
 PUBLISHED_PARAMETERS = {
+    "gemma3_1b": 999_885_952,
+    "gemma3_4b": 3_880_263_168,
+    "gemma3_12b": 11_766_034_176,
+    "gemma3_27b": 27_009_346_304,
     "llama32_1b": 1_235_814_400,
     "llama32_3b": 3_212_749_824,
     "llama3_8b": 8_030_261_248,
@@ -47,7 +51,7 @@ PUBLISHED_PARAMETERS = {
     "smollm2_360m": 361_821_120,
     "smollm2_1p7b": 1_711_376_384,
 }
-"""As the weights' own indexes count them."""
+"""As the weights' own indexes count them; of Gemma 3 with images, the language model's."""
 
 
 def _llama(layers: int, hidden: int, ffn: int, heads: int, **others: Any) -> Any:
@@ -91,7 +95,18 @@ def _qwen3_moe(layers: int, hidden: int, ffn: int, heads: int, *, expert_ffn: in
     return transformers.Qwen3MoeConfig, (layers, hidden, ffn, heads), {**experts, **fields, **others}
 
 
+def _gemma3(layers: int, hidden: int, ffn: int, heads: int = 8, groups: int = 4, **others: Any) -> Any:
+    fields = {"num_key_value_heads": groups, "sliding_window": 1024, "vocab_size": 262208, **others}
+    return transformers.Gemma3TextConfig, (layers, hidden, ffn, heads), fields
+
+
+_GEMMA_IMAGES = {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+
 PUBLISHED_CONFIGS = {
+    "gemma3_1b": _gemma3(26, 1152, 6912, 4, 1, sliding_window=512, vocab_size=262144),
+    "gemma3_4b": _gemma3(34, 2560, 10240, **_GEMMA_IMAGES),
+    "gemma3_12b": _gemma3(48, 3840, 15360, 16, 8, **_GEMMA_IMAGES),
+    "gemma3_27b": _gemma3(62, 5376, 21504, 32, 16, head_dim=128, query_pre_attn_scalar=168, **_GEMMA_IMAGES),
     "llama32_1b": _llama(16, 2048, 8192, 32, head_dim=64, rope_scaling=_stretched(32.0), tie_word_embeddings=True),
     "llama32_3b": _llama(28, 3072, 8192, 24, head_dim=128, rope_scaling=_stretched(32.0), tie_word_embeddings=True),
     "llama3_8b": _llama(32, 4096, 14336, 32),

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 FAMILY_MODULES = {
     "Gemma3ForCausalLM": "megatron.bridge.models.gemma3",
+    "Gemma3ForConditionalGeneration": "megatron.bridge.models.gemma3",
     "LlamaForCausalLM": "megatron.bridge.models.llama",
     "MistralForCausalLM": "megatron.bridge.models.mistral",
     "MixtralForCausalLM": "megatron.bridge.models.mixtral",
@@ -27,7 +28,7 @@ FAMILY_MODULES = {
 }
 
 REFUSED_ARCHITECTURES = {
-    "Gemma2ForCausalLM": "soft-capped attention scores",
+    "Gemma2ForCausalLM": "soft-capped attention scores and logits",
     "Gemma3nForConditionalGeneration": "embeddings for each layer and layers that share keys and values",
 }
 """What Core's layers lack for well-known architectures, for the error."""
@@ -45,6 +46,8 @@ class ModelFamily:
     """Every weight that a model of the family may have; the built model says which ones it does."""
     ignored_tensors: tuple[str, ...] = ()
     """Patterns (fnmatch) of tensors that files may hold and the model has no place for."""
+    write_own_keys: "Callable[[dict[str, Any], GPTModelProvider], None] | None" = None
+    """Writes into a Hugging Face configuration what a trained model of this family has and others don't."""
     build_with: "Callable[[Mapping[str, Any]], GPTModelProvider] | None" = None
     """Makes the provider of a Hugging Face configuration. None: the class, with its fields."""
 

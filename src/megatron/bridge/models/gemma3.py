@@ -117,6 +117,20 @@ def _provider_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _write_own_keys(config: dict[str, Any], trained: Any) -> None:
+    """The scale of the scores and the rotary base of sliding layers, in the form that the file has."""
+    if trained.softmax_scale:
+        config["query_pre_attn_scalar"] = round(trained.softmax_scale**-2)
+    if "rope_parameters" not in config:
+        config["rope_local_base_freq"] = trained.rotary_base_local
+        return
+    rope = config["rope_parameters"]
+    config["rope_parameters"] = {
+        "full_attention": rope.get("full_attention", rope),
+        "sliding_attention": {"rope_type": "default", "rope_theta": trained.rotary_base_local},
+    }
+
+
 _BEFORE_MLP = f"{HF_LAYER}pre_feedforward_layernorm.weight"
 _NORM_MAPPINGS = (
     *INPUT_NORM_MAPPINGS,
@@ -137,4 +151,5 @@ FAMILY = ModelFamily(
         *attention_mappings("weight"),
         *mlp_mappings("weight"),
     ),
+    write_own_keys=_write_own_keys,
 )

@@ -8,7 +8,7 @@ import functools
 import importlib
 from typing import Any
 
-FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "smollm2")
+FAMILIES = ("gemma3", "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "smollm2")
 """Modules of this package with a `RECIPES`, by name."""
 
 

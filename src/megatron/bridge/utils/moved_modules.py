@@ -17,6 +17,8 @@ PUBLIC_PATHS = {
     f"megatron.bridge.{public}": f"megatron.bridge.{own}"
     for public, own in {
         "data.base": "data.config",
+        "recipes.gemma": "recipes.gemma3",
+        "recipes.gemma.gemma3": "recipes.gemma3",
         "recipes.llama.h100": "recipes.h100",
         "recipes.llama.llama3": "recipes.llama",
         "recipes.qwen.h100": "recipes.h100",

@@ -54,6 +54,7 @@ class AdapterExport(BridgeBase):
             ValueError: `path` is taken, peft has no place for an adapter, or the run changed the model under them.
         """
         from megatron.bridge.models.conversion.adapters import save_hf_adapter
+        from megatron.bridge.models.conversion.hf_config import check_language_model_alone
         from megatron.bridge.models.conversion.tasks import model_config
         from megatron.bridge.models.conversion.tokenizer_files import TokenizerFiles
         from megatron.bridge.models.conversion.trained_config import check_base_is_as_trained
@@ -61,6 +62,8 @@ class AdapterExport(BridgeBase):
 
         chunks = as_chunks(model)
         with raise_on_all_ranks("preparing the adapters' export"):
+            if self.directory is not None:
+                check_language_model_alone(self.directory)
             check_base_is_as_trained(self.hf_config, model_config(chunks), self.name)
             text = (
                 TokenizerFiles.of(self.directory, checkpoint=checkpoint) if checkpoint else TokenizerFiles(None, None)

@@ -10,21 +10,26 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
+from megatron.bridge.models.conversion.text_tower import as_text_model, whole_of_text_tower
 from megatron.bridge.models.vocab_padding import largest_divisor
 
 
 def config_as_dict(config: "PretrainedConfig | Mapping[str, Any]") -> dict[str, Any]:
-    """A Hugging Face configuration object, or the content of a `config.json`, as a dict that names its architecture."""
+    """A Hugging Face configuration object, or the content of a `config.json`, as a dict that names its architecture.
+
+    Of a model that takes images too, it is that of its language model.
+    """
     if isinstance(config, Mapping):
-        return dict(config)
+        return as_text_model(dict(config))
     content = config.to_dict()
     if not content.get("architectures"):
-        content["architectures"] = [type(config).__name__.removesuffix("Config").removesuffix("Text") + "ForCausalLM"]
-    return content
+        family = type(config).__name__.removesuffix("Config").removesuffix("Text")
+        content["architectures"] = [f"{family}For{'ConditionalGeneration' if 'text_config' in content else 'CausalLM'}"]
+    return as_text_model(content)
 
 
 def read_hf_config(directory: str | Path) -> dict[str, Any]:
-    """Read `config.json` of a Hugging Face directory.
+    """Read `config.json` of a Hugging Face directory; of a model that takes images too, that of its language model.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -40,7 +45,7 @@ def read_hf_config(directory: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid JSON ({error}): restore the file from another copy") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds a {type(config).__name__}: expected a JSON object")
-    return config
+    return as_text_model(config)
 
 
 def check_whole_model(directory: Path) -> None:
@@ -54,6 +59,25 @@ def check_whole_model(directory: Path) -> None:
         raise ValueError(
             f"{path}: the directory holds adapters of the peft library, which are not converted; merge them into the "
             "model (PeftModel.merge_and_unload) and name what that saves, or remove the file if they are merged already"
+        )
+
+
+def check_language_model_alone(directory: Path) -> None:
+    """Refuse a model that takes images too: adapters of its language model have other names than peft gives the whole.
+
+    Args:
+        directory: Holds its `config.json`.
+
+    Raises:
+        ValueError: It is one.
+    """
+    path = directory / "config.json"
+    whole = whole_of_text_tower(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    if whole is not None:
+        raise ValueError(
+            f"{path} is that of a {whole}, and the adapters were trained in its language model alone: peft would look "
+            "for them elsewhere; export the language model with the adapters merged (export), which gives a model of "
+            "its own"
         )
 
 

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from megatron.bridge.models.conversion.text_tower import text_names
 from megatron.bridge.utils.files import is_below, use_umask
 
 logger = logging.getLogger(__name__)
@@ -23,6 +24,8 @@ SINGLE_FILE = "model.safetensors"
 
 class HFWeights:
     """The tensors of a Hugging Face directory. Nothing but headers is read until a slice is asked for.
+
+    Of a model that takes images too, they are those of its language model, under the names that they have by itself.
 
     Args:
         directory: Holds `model.safetensors`, or shards with their index.
@@ -43,6 +46,15 @@ class HFWeights:
             ValueError: A file is damaged or half-written, a shard lacks a tensor that the index puts there, or two
                 shards hold the same one.
         """
+        return {name: self._stored_files[stored] for name, stored in self._stored_names.items()}
+
+    @cached_property
+    def _stored_names(self) -> dict[str, str]:
+        """The names in the files, by the names that this class goes by."""
+        return text_names(self._stored_files)
+
+    @cached_property
+    def _stored_files(self) -> dict[str, Path]:
         index, single = self.directory / INDEX_FILE, self.directory / SINGLE_FILE
         if single.is_file():
             if index.is_file():
@@ -78,14 +90,14 @@ class HFWeights:
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor on the host, a view of the mapped file: what of it is looked at is read."""
-        return self._open(self.files[name]).get_tensor(name)
+        return self._open(self.files[name]).get_tensor(self._stored_names[name])
 
     def close(self, path: Path) -> None:
         """Give back what is mapped of a file, apart from tensors still in use; reading from it again opens it."""
         self._files.pop(path, None)
 
     def _slice(self, name: str) -> Any:
-        return self._open(self.files[name]).get_slice(name)
+        return self._open(self.files[name]).get_slice(self._stored_names[name])
 
     def _open(self, path: Path) -> Any:
         if path not in self._files:

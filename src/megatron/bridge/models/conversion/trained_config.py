@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from megatron.bridge.models.families import architecture_of, build_provider
+from megatron.bridge.models.families import architecture_of, build_provider, family_of
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.models.rope import yarn_attention_factor
 
@@ -34,6 +34,7 @@ _ROTARY = (
 
 COMPUTED_WITH = (
     *_ROTARY,
+    "rotary_base_local",
     "rotary_percent",
     "rotary_interleaved",
     "no_rope_freq",
@@ -97,6 +98,9 @@ def config_as_trained(hf_config: Mapping[str, Any], trained: GPTModelProvider) -
         changed["norm_topk_prob"] = not trained.moe_router_pre_softmax
     if "window_size" in differing:
         changed["sliding_window"] = None if trained.window_size is None else trained.window_size[0] + 1
+    write_own_keys = family_of(hf_config).write_own_keys
+    if write_own_keys is not None:
+        write_own_keys(changed, trained)
     _check_reads_back(changed, trained)
     for name, (before, after) in differing.items():
         logger.warning("config.json: model.%s is written as trained with, %r in place of %r", name, after, before)

@@ -5,7 +5,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-_SIZES = ("num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
+NEEDED_SIZES = ("num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
 """Keys that a file must have. The default in transformers' class is only the size of one model of the family."""
 _OF_THE_FILE = ("dtype", "torch_dtype", "quantization_config")
 """Keys about the weights' files instead of the model. They are kept unchanged."""
@@ -22,7 +22,7 @@ def as_read_by_transformers(hf_config: Mapping[str, Any], architecture: str) -> 
         ValueError: It lacks a size, or transformers doesn't read it: a value of a wrong type, sizes that contradict
             each other, …
     """
-    for key in _SIZES:
+    for key in NEEDED_SIZES:
         if key not in hf_config:
             raise ValueError(
                 f"config.json lacks {key!r}, which {architecture} needs: restore the file from another copy"
