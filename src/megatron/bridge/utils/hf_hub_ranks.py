@@ -31,7 +31,7 @@ def find_on_all_ranks(named: Callable[[], str | None], *, option: str) -> Path |
     directory = run_while_others_wait(find, doing=f"finding {option}")
     is_snapshot = directory is not None and directory.parent.name == "snapshots"
     commits = all_gathered(directory.name if directory is not None and is_snapshot else None)
-    found = {commit: rank for rank, commit in reversed(list(enumerate(commits))) if commit is not None}
+    found = {commit: commits.index(commit) for commit in commits if commit is not None}
     if len(found) > 1:
         (one, first), (other, second) = list(found.items())[:2]
         raise ValueError(
