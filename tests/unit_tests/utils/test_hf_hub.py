@@ -152,6 +152,7 @@ def test_what_the_hub_refuses_is_one_line(cache, hub, model):
     said = refusal("some-org/no-such")
     assert f"{hub.url}/some-org/no-such isn't there, or is private: correct the name" in said and "HF_TOKEN" in said
     assert "has no revision 'v9'" in refusal(NAME, revision="v9")
+    assert "fetching it from the hub failed (" in refusal("some-org/ends-with.git")  # which no name may
     hub.put("some-org/gated", model)
     hub.gated.add("some-org/gated")
     said = refusal("some-org/gated")

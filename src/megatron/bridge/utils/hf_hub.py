@@ -154,7 +154,7 @@ class _Model:
             )
         if "RevisionNotFoundError" in kinds:
             return f"{page} has no revision {revision!r}: name a branch, a tag or a commit of it"
-        if self.why_offline is None and "HFValidationError" not in kinds:
+        if self.why_offline is None:
             reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
             return (
                 f"fetching it from the hub failed ({reason[:300]}); nor does {self.cache} have it: run `hf download "
