@@ -7,6 +7,11 @@ import pytest
 import torch
 
 from megatron.bridge.planning.memory import plan_memory
+from megatron.bridge.planning.theoretical_memory import (
+    estimate_here,
+    estimate_training_memory,
+    format_training_memory_estimate,
+)
 from tests.rigs.ranks import run_on_ranks
 from tests.rigs.tiny import tiny_config
 
@@ -103,3 +108,41 @@ def test_the_estimate_is_what_ranks_hold(case):
         estimated_host = state.host_masters + state.host_moments + state.host_gradients
         assert estimated_device == pytest.approx(on_device, rel=0.03), "device"
         assert estimated_host == pytest.approx(on_host, rel=0.03, abs=1 << 14), "host"
+
+
+def _estimated_within_a_run(case):
+    """As a script does that has its ranks and its own hooks already, in which nothing is planned."""
+    from megatron.bridge.planning.theoretical_memory import estimate_training_memory
+
+    cfg = _config(case)
+    cfg.model.register_pre_wrap_hook(lambda chunks: chunks)
+    cfg.model.grad_scale_func = lambda loss: loss
+    found = estimate_training_memory(cfg, world_size=2)
+    assert cfg.model.grad_scale_func is not None and torch.distributed.get_world_size() == 1
+    return found
+
+
+def test_an_estimate_within_a_run_is_that_of_the_rank_that_needs_most():
+    [estimate] = run_on_ranks(_estimated_within_a_run, 1, "PP 2")
+    expected = plan_memory(_config("PP 2"), world_size=2, budget_bytes=1 << 60)
+    assert (estimate.rank, estimate.world_size, estimate.layout) == (expected.rank, 2, expected.layout)
+    assert estimate.memory == expected.as_configured
+    parts = estimate.weight_and_optimizer_bytes + estimate.activation_bytes
+    assert parts == estimate.total_bytes == expected.as_configured.device_bytes
+    shown = format_training_memory_estimate(estimate).splitlines()
+    assert shown[0].startswith(f"rank {expected.rank} of 2 (") and len(shown) == 8  # no logits
+    assert shown[-2].split() == ["sum", "on", "the", "device", f"{estimate.total_bytes / 2**20:.2f}", "MiB"]
+
+
+def test_micro_batches_of_a_step_count_in_the_estimate():
+    request = {"world_size": 2, "rank": 0, "num_microbatches": None}
+    two, one = (estimate_here(_config("PP 2"), request | {"num_microbatches": count}) for count in (None, 1))
+    assert two.activation_bytes == pytest.approx(2 * one.activation_bytes, rel=0.01)
+    assert two.weight_and_optimizer_bytes == one.weight_and_optimizer_bytes
+
+
+def test_a_model_that_only_this_process_knows_is_refused():
+    cfg = _config("PP 2")
+    cfg.model.init_method = lambda weight: weight
+    with pytest.raises(ValueError, match="can't be estimated in another process: .*lambda.*; give the model functions"):
+        estimate_training_memory(cfg)

@@ -22,6 +22,7 @@ SAME = [
     ("training.deepep", "apply_deepep", "models.expert_dispatch"),
     ("training.flex_dispatcher_backend", "apply_flex_dispatcher_backend", "models.expert_dispatch"),
     ("training.utils.moe_token_drop", "apply_moe_token_drop", "models.expert_dispatch"),
+    ("training.utils.theoretical_memory_utils", "estimate_training_memory", "planning.theoretical_memory"),
     ("recipes.llama.llama3", "llama32_1b_sft_config", "recipes.llama"),
     ("recipes.gemma", "gemma3_1b_peft_config", "recipes.gemma3"),
     ("recipes.gemma.gemma3", "gemma3_4b_sft_config", "recipes.gemma3"),

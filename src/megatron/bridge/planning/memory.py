@@ -87,10 +87,14 @@ def plan_memory(cfg: ConfigContainer, *, world_size: int, budget_bytes: int, ran
     """
     if rank is not None:
         return _plan_rank(cfg, world_size, rank, budget_bytes)
-    stages = cfg.model.pipeline_model_parallel_size
-    ranks = {stage * (world_size // stages) for stage in (0, min(1, stages - 1), stages - 1)}
-    plans = [_plan_rank(cfg, world_size, rank, budget_bytes) for rank in sorted(ranks)]
+    plans = [_plan_rank(cfg, world_size, rank, budget_bytes) for rank in ranks_to_compare(cfg, world_size)]
     return max(plans, key=lambda plan: plan.as_configured.device_bytes)
+
+
+def ranks_to_compare(cfg: ConfigContainer, world_size: int) -> list[int]:
+    """The first rank of the first, second and last pipeline stage: one of them needs most."""
+    stages = cfg.model.pipeline_model_parallel_size
+    return sorted({stage * (world_size // stages) for stage in (0, min(1, stages - 1), stages - 1)})
 
 
 def _plan_rank(cfg: ConfigContainer, world_size: int, rank: int, budget_bytes: int) -> MemoryPlan:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from megatron.bridge.recipes import all_recipes, find_recipe
 from megatron.bridge.recipes.hub_models import is_model_name, size_for
-from megatron.bridge.utils.parallel_sizes import PARALLEL_SIZES, dense_factors, expert_factors, parallel_sizes
+from megatron.bridge.utils.parallel_sizes import PARALLEL_SIZES, parallel_sizes, ranks_of_one_copy
 
 if TYPE_CHECKING:
     from megatron.bridge.training.config import ConfigContainer
@@ -152,7 +152,4 @@ def use_hf_directory(cfg: "ConfigContainer", hf_path: str) -> None:
 
 def smallest_world_size(cfg: "ConfigContainer") -> int:
     """The fewest ranks that one copy of a configuration's model takes."""
-    import math
-
-    sizes = parallel_sizes(cfg.model)
-    return math.lcm(math.prod(dense_factors(sizes).values()), math.prod(expert_factors(sizes).values()))
+    return ranks_of_one_copy(parallel_sizes(cfg.model))

@@ -28,6 +28,7 @@ PUBLIC_PATHS = {
         "training.deepep": "models.expert_dispatch",
         "training.flex_dispatcher_backend": "models.expert_dispatch",
         "training.model_load_save": "training.utils.model_load_save",
+        "training.utils.theoretical_memory_utils": "planning.theoretical_memory",
         "training.utils.moe_token_drop": "models.expert_dispatch",
     }.items()
 }

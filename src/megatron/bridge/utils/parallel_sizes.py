@@ -72,6 +72,11 @@ def expert_factors(sizes: Mapping[str, int | None]) -> dict[str, int]:
     }
 
 
+def ranks_of_one_copy(sizes: Mapping[str, int | None]) -> int:
+    """The fewest ranks that one copy of a model takes, by its sizes."""
+    return math.lcm(math.prod(dense_factors(sizes).values()), math.prod(expert_factors(sizes).values()))
+
+
 def in_words(factors: Mapping[str, int]) -> str:
     """Such as `tensor_model_parallel_size=2 x pipeline_model_parallel_size=1 = 2`."""
     return " x ".join(f"{name}={size}" for name, size in factors.items()) + f" = {math.prod(factors.values())}"

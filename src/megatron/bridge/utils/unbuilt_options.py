@@ -33,15 +33,23 @@ _OVERLAPS = (
     "overlap_param_gather overlap_param_gather_with_optimizer_step align_param_gather bucket_size "
     "defer_embedding_wgrad_compute wgrad_deferral_limit data_parallel_size"
 ).split()
+_RESTART = "start the job with torchrun --max-restarts: each start resumes from the newest checkpoint"
 _ONE_PROCESS_GROUP_STYLE = "leave it off: process groups are made at the start, in Core's global state"
 
 UNSUPPORTED = (
     # whole sections
-    Unsupported("ft", (None,), "restart the job from its newest checkpoint instead"),
     Unsupported("straggler", (None,)),
-    Unsupported("nvrx_straggler", (None,)),
     Unsupported("tensor_inspect", (None,)),
-    Unsupported("inprocess_restart", (None,), "restart the job from its newest checkpoint instead"),
+    # switches of NVIDIA's resiliency extension
+    Unsupported("ft.enable_ft_package", (False, None), _RESTART),
+    Unsupported(
+        "ft.calc_ft_timeouts", (False, None), "set dist.distributed_timeout_minutes: a rank that hangs ends itself"
+    ),
+    Unsupported("ft.simulate_fault", (False, None), "kill a rank yourself: a new start resumes"),
+    Unsupported(
+        "nvrx_straggler.enabled", (False, None), "set logger.timing_log_level=1 and timing_log_option=all instead"
+    ),
+    Unsupported("inprocess_restart.enabled", (False, None), _RESTART),
     # length of the run and its checks
     # Core from 0.17 ignores it, and the data is read in batches of one size
     Unsupported("train.rampup_batch_size", (None,), "set train.global_batch_size alone"),
@@ -138,7 +146,47 @@ class WithoutEffect:
         return self.default() if callable(self.default) else self.default
 
 
+_OF_A_SWITCH_THAT_IS_OFF = (
+    WithoutEffect("ft.simulated_fault_type", "random", Literal["rank_hung", "rank_killed", "random"]),
+    WithoutEffect("ft.simulated_fault_rank", None, int | None),
+    WithoutEffect("ft.simulated_fault_base_delay", 0, int),
+    WithoutEffect("nvrx_straggler.report_time_interval", 300.0, float),
+    WithoutEffect("nvrx_straggler.calc_relative_gpu_perf", True),
+    WithoutEffect("nvrx_straggler.calc_individual_gpu_perf", True),
+    WithoutEffect("nvrx_straggler.num_gpu_perf_scores_to_print", 5, int),
+    WithoutEffect("nvrx_straggler.gpu_relative_perf_threshold", 0.7, float),
+    WithoutEffect("nvrx_straggler.gpu_individual_perf_threshold", 0.7, float),
+    WithoutEffect("nvrx_straggler.stop_if_detected"),
+    WithoutEffect("nvrx_straggler.enable_logging", True),
+    WithoutEffect("nvrx_straggler.profiling_interval", 1, int),
+    WithoutEffect("nvrx_straggler.logger_name", "megatron.bridge.NVRxStragglerDetection", str),
+    *(
+        WithoutEffect(f"inprocess_restart.{name}", seconds, float)
+        for name, seconds in {
+            "monitor_thread_interval": 1.0,
+            "monitor_process_interval": 1.0,
+            "progress_watchdog_interval": 1.0,
+            "heartbeat_interval": 30.0,
+            "soft_timeout": 60.0,
+            "hard_timeout": 90.0,
+            "heartbeat_timeout": 60.0,
+            "barrier_timeout": 120.0,
+            "completion_timeout": 120.0,
+            "last_call_wait": 1.0,
+            "termination_grace_time": 1.0,
+        }.items()
+    ),
+    WithoutEffect("inprocess_restart.granularity", "node", Literal["node", "rank"]),
+    WithoutEffect("inprocess_restart.max_iterations", None, int | None),
+    WithoutEffect("inprocess_restart.max_rank_faults", None, int | None),
+    WithoutEffect("inprocess_restart.active_world_size", None, int | None),
+    WithoutEffect("inprocess_restart.empty_cuda_cache", True),
+    WithoutEffect("inprocess_restart.monitor_process_logdir", None, str | None),
+)
+"""Options of what `UNSUPPORTED` refuses to switch on."""
+
 OF_NO_USE = (
+    *_OF_A_SWITCH_THAT_IS_OFF,
     WithoutEffect("train.exit_signal_handler_for_dataloader"),
     WithoutEffect("dist.local_rank", lambda: int(os.getenv("LOCAL_RANK", "0")), int),
     WithoutEffect(

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 _NOT_SAVED = "_not_saved_"
 """Key of a value that has no form in YAML; it holds the value's text, for people."""
 
-_RUNTIME_FIELDS = frozenset(
+RUNTIME_FIELDS = frozenset(
     "timers finalize_model_grads_func grad_scale_func no_sync_func grad_sync_func param_sync_func moe_grad_scale_func "
     "mtp_grad_scale_func experimental_attention_variant_loss_scale_func".split()
 )
@@ -77,7 +77,7 @@ def _dataclass_to_dict(config: Any) -> dict[str, Any]:
     name = name_of(type(config))
     saved: dict[str, Any] = {"_target_": name} if name else {_NOT_SAVED: _one_line(type(config))}
     for field in field_hints(type(config)):
-        saved[field] = None if field in _RUNTIME_FIELDS else to_yaml_dict(getattr(config, field))
+        saved[field] = None if field in RUNTIME_FIELDS else to_yaml_dict(getattr(config, field))
     return saved | {name: to_yaml_dict(value) for name, value in unbuilt_values(config).items()}
 
 

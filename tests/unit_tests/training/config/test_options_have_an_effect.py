@@ -33,6 +33,9 @@ SECTIONS = {
     "profiling": config.ProfilingConfig,
     "tokenizer": config.TokenizerConfig,
     "comm_overlap": CommOverlapConfig,
+    "ft": config.FaultToleranceConfig,
+    "nvrx_straggler": config.NVRxStragglerDetectionConfig,
+    "inprocess_restart": config.InProcessRestartConfig,
     "mixed_precision": config.MixedPrecisionConfig,
     "peft": (LoRA, DoRA),
     "dataset": (config.GPTSFTDatasetConfig, config.GPTDatasetConfig, config.MockGPTDatasetConfig),
@@ -40,7 +43,7 @@ SECTIONS = {
     "dataset.offline_packing_specs": PackedSequenceSpecs,
     "model": GPTModelProvider,
 }
-WHOLE = "ft straggler nvrx_straggler tensor_inspect inprocess_restart".split()
+WHOLE = "straggler tensor_inspect".split()
 """Sections that are refused whole."""
 
 

@@ -14,6 +14,9 @@ from megatron.bridge.training.config import (
     CheckpointConfig,
     ConfigContainer,
     DistributedInitConfig,
+    FaultToleranceConfig,
+    InProcessRestartConfig,
+    NVRxStragglerDetectionConfig,
     TrainingConfig,
     runtime_config_update,
 )
@@ -35,7 +38,7 @@ def _owner(cfg, option):
 @pytest.fixture(scope="module")
 def whole():
     """A configuration with all sections."""
-    return make_config("profiling={}", "comm_overlap={}")
+    return make_config("profiling={}", "comm_overlap={}", "ft={}", "nvrx_straggler={}", "inprocess_restart={}")
 
 
 @pytest.mark.parametrize("row", UNSUPPORTED, ids=lambda row: row.option)
@@ -131,6 +134,30 @@ def test_a_communication_overlap_that_is_off_is_accepted():
     cfg = make_config()
     cfg.comm_overlap = CommOverlapConfig(tp_comm_overlap=False, overlap_grad_reduce=False)
     cfg.validate(1)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (
+            FaultToleranceConfig(enable_ft_package=True),
+            "ft.enable_ft_package=true is not built yet: start the job with",
+        ),
+        (
+            FaultToleranceConfig(simulate_fault=True, simulated_fault_rank=1),
+            "ft.simulate_fault=true is not built yet: ",
+        ),
+        (NVRxStragglerDetectionConfig(enabled=True), "nvrx_straggler.enabled=true is not built yet: set logger.timing"),
+        (InProcessRestartConfig(enabled=True), "inprocess_restart.enabled=true is not built yet: start the job with"),
+    ],
+    ids=lambda part: type(part).__name__,
+)
+def test_nvidias_resiliency_is_accepted_while_it_is_off_and_refused_by_name_where_it_is_on(section, message, whole):
+    cfg = copy.copy(whole)
+    check_options_are_built(cfg, 1)
+    setattr(cfg, section._section, section)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        cfg.validate(1)
 
 
 def test_options_of_no_use_are_accepted_and_named(caplog):

@@ -31,6 +31,11 @@ from megatron.bridge.training.config.optimizer import (
 )
 from megatron.bridge.training.config.profiling import ProfilingConfig
 from megatron.bridge.training.config.rerun_state_machine import RerunStateMachineConfig
+from megatron.bridge.training.config.resiliency import (
+    FaultToleranceConfig,
+    InProcessRestartConfig,
+    NVRxStragglerDetectionConfig,
+)
 from megatron.bridge.training.config.rng import RNGConfig
 from megatron.bridge.training.config.scheduler import SchedulerConfig
 from megatron.bridge.training.config.train import TrainingConfig
@@ -48,10 +53,13 @@ publish(
     DatasetProvider,
     DistributedDataParallelConfig,
     DistributedInitConfig,
+    FaultToleranceConfig,
     GPTDatasetConfig,
     GPTSFTDatasetConfig,
+    InProcessRestartConfig,
     LoggerConfig,
     MockGPTDatasetConfig,
+    NVRxStragglerDetectionConfig,
     OptimizerConfig,
     OptimizerConfigOverrideProvider,
     ProfilingConfig,
@@ -74,13 +82,16 @@ __all__ = [
     "DerivedConfig",
     "DistributedDataParallelConfig",
     "DistributedInitConfig",
+    "FaultToleranceConfig",
     "FinetuningDatasetConfig",
     "GPTDatasetConfig",
     "GPTModelProvider",
     "GPTSFTDatasetConfig",
+    "InProcessRestartConfig",
     "LoggerConfig",
     "MixedPrecisionConfig",
     "MockGPTDatasetConfig",
+    "NVRxStragglerDetectionConfig",
     "OptimizerConfig",
     "OptimizerConfigOverrideProvider",
     "OptimizerConfigOverrideProviderContext",

@@ -18,6 +18,11 @@ from megatron.bridge.training.config.mixed_precision import MixedPrecisionConfig
 from megatron.bridge.training.config.optimizer import OptimizerConfig, OptimizerConfigOverrideProvider
 from megatron.bridge.training.config.profiling import ProfilingConfig
 from megatron.bridge.training.config.rerun_state_machine import RerunStateMachineConfig
+from megatron.bridge.training.config.resiliency import (
+    FaultToleranceConfig,
+    InProcessRestartConfig,
+    NVRxStragglerDetectionConfig,
+)
 from megatron.bridge.training.config.rng import RNGConfig
 from megatron.bridge.training.config.scheduler import SchedulerConfig
 from megatron.bridge.training.config.train import TrainingConfig
@@ -70,6 +75,15 @@ class RunSections(BridgeSection):
 
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """Evaluation."""
+
+    ft: FaultToleranceConfig | None = None
+    """Not built; see resiliency.py. None: as if it switched nothing on."""
+
+    nvrx_straggler: NVRxStragglerDetectionConfig | None = None
+    """Not built; see resiliency.py. None: as if it switched nothing on."""
+
+    inprocess_restart: InProcessRestartConfig | None = None
+    """Not built; see resiliency.py. None: as if it switched nothing on."""
 
     profiling: ProfilingConfig | None = None
     """Profiles. None: none are taken."""
