@@ -54,6 +54,7 @@ class CanonicalLoRA(LoRA):
         if wanted:
             whole_name = place + name
             layout = linear_layout(module, whole_name)
-            add_adapter(module, FusedAdapter(module, layout, self, whole_name, parts=wanted))
+            options = self.options_for(module, whole_name)
+            add_adapter(module, FusedAdapter(module, layout, options, whole_name, parts=wanted))
             self._matched.update(wanted.values())
         return module

@@ -22,7 +22,8 @@ class DoRA(LoRA):
 
     def adapter_for(self, linear: CoreLinear, name: str) -> torch.nn.Module:
         """See `LoRA.adapter_for`."""
-        return MagnitudeAdapter(linear, linear_layout(linear, name), self, name)
+        layout = linear_layout(linear, name)
+        return MagnitudeAdapter(linear, layout, self.options_for(linear, name), name)
 
 
 class MagnitudeAdapter(LowRankAdapter):

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """LoRA: a low-rank update beside a frozen matrix (Hu et al. 2021, arXiv 2106.09685)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -14,6 +14,7 @@ from megatron.bridge.peft.matcher import ModuleMatcher
 from megatron.bridge.utils.distributed import all_gathered, raise_on_all_ranks
 
 _INITIALISERS = f"one of {', '.join(INITIALISERS)}"
+_NEVER_GATHERED = "inputs of adapters are never gathered, and only dim channels travel between ranks"
 
 
 @dataclass
@@ -32,6 +33,19 @@ class LoRA(PEFT, ModuleMatcher):
     """Of A: "xavier", "uniform" (Kaiming's, as peft does) or "normal"."""
     lora_B_init_method: str = "zero"
     """Of B: "zero", so that the adapted model starts as the model, or one of A's."""
+    normalize_moe_lora: bool = False
+    """Whether adapters of experts have `dim` / `moe_router_topk` as their rank, so that a token's experts have `dim`
+    together. The scale, `alpha` by the rank, grows likewise."""
+    lora_dtype: torch.dtype | None = None
+    """Refused if it isn't the adapted layers' dtype, which adapters have. None: that one."""
+    share_expert_adapters: bool = False
+    """Refused beside experts: each has adapters of its own, as in Hugging Face."""
+    experts_shared_outer_loras: bool = False
+    """Refused beside experts, for the same reason."""
+    a2a_experimental: bool = False
+    """Refused: only `dim` channels travel between ranks."""
+    sequence_parallel_input_regather: bool = False
+    """Refused: an adapter works on its rank's part of the sequence, so that no whole input is gathered or kept."""
 
     def check(self) -> None:
         """See `PEFT.check`."""
@@ -42,6 +56,13 @@ class LoRA(PEFT, ModuleMatcher):
             ("lora_A_init_method", self.lora_A_init_method, _INITIALISERS, self.lora_A_init_method in INITIALISERS),
             ("lora_B_init_method", self.lora_B_init_method, _INITIALISERS, self.lora_B_init_method in INITIALISERS),
             ("target_modules", self.target_modules, "at least one name", bool(self.target_modules)),
+            ("a2a_experimental", self.a2a_experimental, f"false; {_NEVER_GATHERED}", not self.a2a_experimental),
+            (
+                "sequence_parallel_input_regather",
+                self.sequence_parallel_input_regather,
+                f"false; {_NEVER_GATHERED}",
+                not self.sequence_parallel_input_regather,
+            ),
         ):
             if not is_right:
                 raise ValueError(f"peft.{option}={value!r}: expected {expected}")
@@ -86,4 +107,39 @@ class LoRA(PEFT, ModuleMatcher):
             name: Its whole name.
         """
         layout = linear_layout(linear, name)  # before its weight is looked at: it may have none
-        return LowRankAdapter(linear.weight, layout, self, name)
+        return LowRankAdapter(linear.weight, layout, self.options_for(linear, name), name)
+
+    def options_for(self, linear: CoreLinear, name: str) -> "LoRA":
+        """The options of one layer's adapter: an expert's may have another rank.
+
+        Args:
+            linear: Core's or Transformer Engine's.
+            name: Its whole name.
+
+        Raises:
+            ValueError: The layer can't have what the options say.
+        """
+        if self.lora_dtype not in (None, linear.weight.dtype):
+            raise ValueError(
+                f"peft.lora_dtype={self.lora_dtype}, and {name} is in {linear.weight.dtype}: adapters have the dtype "
+                "of their layer; unset it"
+            )
+        if "experts" not in name.split("."):
+            return self
+        for option, is_shared in (
+            ("share_expert_adapters", self.share_expert_adapters),
+            ("experts_shared_outer_loras", self.experts_shared_outer_loras),
+        ):
+            if is_shared:
+                raise ValueError(
+                    f"peft.{option}=true, and {name} is an expert's: each has adapters of its own; set it to false"
+                )
+        if not self.normalize_moe_lora:
+            return self
+        topk = linear.config.moe_router_topk
+        if self.dim % topk:
+            raise ValueError(
+                f"peft.normalize_moe_lora=true with peft.dim={self.dim} and model.moe_router_topk={topk}: expected a "
+                "multiple of it; change peft.dim"
+            )
+        return replace(self, dim=self.dim // topk)

@@ -34,3 +34,14 @@ def test_zeros_stand_for_the_matrices_without_an_adapter():
     assert filled[f"{LAYER}experts.0.gate_proj.lora_B.weight"].shape == (6, 2)
     assert filled[f"{LAYER}experts.0.down_proj.lora_A.weight"].shape == (2, 6)
     assert [name for name, tensor in filled.items() if tensor.any()] == list(given)
+
+
+def test_a_lower_rank_becomes_that_of_all_adapters_with_the_same_update():
+    family = family_of({"architectures": ["Qwen3MoeForCausalLM"]})
+    module = f"{LAYER}experts.1.down_proj"
+    given = {f"{module}.lora_A.weight": torch.randn(2, 6), f"{module}.lora_B.weight": torch.randn(8, 2)}
+    filled = complete_experts(given, family, CONFIG, rank=6)
+    a, b = (filled[f"{module}.lora_{side}.weight"] for side in "AB")
+    assert (a.shape, b.shape) == ((6, 6), (8, 6))
+    expected = given[f"{module}.lora_B.weight"] @ given[f"{module}.lora_A.weight"] / 2
+    torch.testing.assert_close(b @ a / 6, expected)

@@ -13,6 +13,7 @@ import torch
 import megatron.bridge.training.config as config
 from megatron.bridge.data.sft_options import PackedSequenceSpecs, SFTOptions
 from megatron.bridge.models.gpt_provider import GPTModelProvider
+from megatron.bridge.peft.canonical_lora import CanonicalLoRA
 from megatron.bridge.peft.dora import DoRA
 from megatron.bridge.peft.lora import LoRA
 from megatron.bridge.training.config.comm_overlap import CommOverlapConfig
@@ -37,7 +38,7 @@ SECTIONS = {
     "nvrx_straggler": config.NVRxStragglerDetectionConfig,
     "inprocess_restart": config.InProcessRestartConfig,
     "mixed_precision": config.MixedPrecisionConfig,
-    "peft": (LoRA, DoRA),
+    "peft": (LoRA, DoRA, CanonicalLoRA),
     "dataset": (config.GPTSFTDatasetConfig, config.GPTDatasetConfig, config.MockGPTDatasetConfig),
     "dataset.dataset_kwargs": SFTOptions,
     "dataset.offline_packing_specs": PackedSequenceSpecs,

@@ -48,6 +48,7 @@ def test_the_same_layers_are_no_difference(now):
         (DoRA(), LoRA(alpha=64), r"of the kind megatron.bridge.peft.dora.DoRA, and peft is a LoRA"),
         (LoRA(alpha=64), DoRA(), r"of the kind megatron.bridge.peft.lora.LoRA, and peft is a DoRA"),
         (LoRA(dim=8), LoRA(dim=4), r"peft\.dim=8, not 4"),
+        (LoRA(), LoRA(normalize_moe_lora=True), r"peft\.normalize_moe_lora=False, not True"),
     ],
 )
 def test_others_are_refused_in_one_line(saved, now, message):

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
 from megatron.bridge.models.conversion.mapping import WeightMapping
@@ -20,7 +21,7 @@ _EXPERT = re.compile(r"\.layers\.(\d+)\..*\.experts\.\d+\.")
 def complete_experts(
     tensors: Mapping[str, torch.Tensor], family: ModelFamily, config: TransformerConfig, *, rank: int
 ) -> dict[str, torch.Tensor]:
-    """The tensors, and zeros for the matrices without an adapter in layers where an expert has one.
+    """The tensors, all of one rank, and zeros for the matrices without an adapter in layers where an expert has one.
 
     Args:
         tensors: Adapters by peft's names.
@@ -36,7 +37,7 @@ def complete_experts(
     rows = _rows_of_experts(family)
     _check_peft_has_a_place(tensors, {_leaf(name) for row in rows for name in row.hf_names})
     layers = {int(found[1]): name for name in tensors if (found := _EXPERT.search(name))}
-    filled = dict(tensors)
+    filled = {name: _of_rank(rank, name, tensor) if _is_expert(name) else tensor for name, tensor in tensors.items()}
     for layer, one in layers.items():
         for row in rows:
             hidden, width = config.hidden_size, config.moe_ffn_hidden_size
@@ -59,6 +60,16 @@ def target_modules(tensors: Mapping[str, torch.Tensor], config: TransformerConfi
     kinds = {_leaf(module): config.num_layers for module in modules}
     kinds |= {_leaf(name): config.num_layers * (config.num_moe_experts or 1) for name in modules if _is_expert(name)}
     return sorted(kinds) if len(modules) == sum(kinds.values()) else modules
+
+
+def _of_rank(rank: int, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A or B of a lower rank with zeros up to `rank`, and B with the scale that the lower rank had: alpha by it."""
+    is_a = ".lora_A." in name
+    own = tensor.shape[0 if is_a else 1]
+    if own == rank:
+        return tensor
+    padded = F.pad(tensor, (0, 0, 0, rank - own) if is_a else (0, rank - own))
+    return padded if is_a else padded * (rank / own)
 
 
 def _rows_of_experts(family: ModelFamily) -> list[WeightMapping]:
