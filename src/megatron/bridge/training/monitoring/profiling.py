@@ -67,22 +67,24 @@ class StepProfiler(_Recorder):
 
     def _start(self) -> None:
         config, name = self._config, f"rank_{rank():05d}"
-        chakra = None
+        self._chakra: torch.profiler.ExecutionTraceObserver | None = None
         if config.pytorch_profiler_collect_chakra:
             self._directory.mkdir(parents=True, exist_ok=True)
-            chakra = torch.profiler.ExecutionTraceObserver()
-            chakra.register_callback(str(self._directory / f"{name}.execution_trace.json"))
+            self._chakra = torch.profiler.ExecutionTraceObserver()
+            self._chakra.register_callback(str(self._directory / f"{name}.execution_trace.json"))
         self._profiler = torch.profiler.profile(
             activities=profiled_activities(),
             record_shapes=config.record_shapes or config.pytorch_profiler_collect_shapes,
             with_stack=config.pytorch_profiler_collect_callstack,
             on_trace_ready=torch.profiler.tensorboard_trace_handler(str(self._directory), worker_name=name),
-            execution_trace_observer=chakra,
+            execution_trace_observer=self._chakra,
         )
         self._profiler.start()
 
     def _stop(self) -> None:
         self._profiler.stop()
+        if self._chakra is not None:
+            self._chakra.unregister_callback()  # else the end of its file waits for the garbage collector
         logger.info("wrote the profile of this rank's steps to %s", self._directory)
 
 
