@@ -224,7 +224,7 @@ THE_RESUME = (
     _not_restored(
         "place in the data",
         "samples are seen again",
-        "training.setup:_train_iterator",
+        "data.loaders:training_iterator",
         value("consumed_samples", "0"),
         NOT_OFFLOADED,
     ),

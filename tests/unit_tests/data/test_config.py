@@ -11,6 +11,7 @@ from megatron.bridge.data.config import (
     MockGPTDatasetConfig,
 )
 from megatron.bridge.data.config import PackedSequenceSpecs as PACKS
+from megatron.bridge.data.sources.hf import HFDatasetSourceConfig
 from megatron.bridge.utils.yaml_io import from_yaml_dict, to_yaml_dict
 
 
@@ -64,12 +65,12 @@ def test_checks_change_nothing():
         ),
         ({"packed_sequence_specs": PACKS(), "enable_offline_packing": True}, "both set"),
         ({"offline_packing_specs": PACKS()}, "set dataset.enable_offline_packing=true with it"),
-        ({"hf_dataset": "squad"}, "dataset.dataset_root and dataset.hf_dataset are both set"),
-        ({"hf_dataset": {"path": "squad"}}, "dataset.hf_dataset=.*: expected the directory that save_to_disk wrote"),
+        ({"hf_dataset": {"path": "squad"}}, "dataset.hf_dataset=.*: expected a dataset's name, or HFDatasetSourceConfig"),
+        ({"dataset_root": None, "hf_dataset": HFDatasetSourceConfig()}, "expected one of dataset_name and dataset_dict"),
         ({"split": "90,10"}, 'dataset.split=.90,10.: expected shares of training, validation and test, such as'),
         ({"split": "0,1,1"}, "dataset.split='0,1,1': expected shares"),
         ({"memmap_workers": 0}, "dataset.memmap_workers=0: expected an integer of 1 or more"),
-        ({"preprocessing": "f"}, "dataset.preprocessing"),
+        ({"preprocessing": "f"}, "dataset.preprocessing='f': expected PromptCompletionSFTPreprocessingConfig or Chat"),
         ({"dataset_root": None}, "dataset.dataset_root is not set"),
         ({"seq_length": 0}, "dataset.seq_length=0: expected an integer of 1 or more"),
         ({"max_train_samples": -3}, "dataset.max_train_samples=-3"),

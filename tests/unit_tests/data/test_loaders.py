@@ -2,18 +2,25 @@
 import multiprocessing
 import random
 import signal
+from dataclasses import dataclass
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from megatron.bridge.data.config import DatasetProvider
 from megatron.bridge.data.loaders import (
     Padding,
+    build_datasets,
     build_evaluation_steps,
     build_iterator,
     build_step_iterator,
+    setup_data_iterators,
 )
+from megatron.bridge.training.state import TrainState
+from tests.rigs.tiny import tiny_config
 
 
 class Counting(torch.utils.data.Dataset):
@@ -260,3 +267,25 @@ def test_each_micro_batch_may_have_a_length_of_its_own():
     longest = [max(int(dataset.sizes[int(row[0])]) for row in batch["tokens"]) for batch in step]
     assert lengths == [-(-length // 4) * 4 for length in longest]
     assert len(set(lengths)) > 1
+
+
+@dataclass
+class _Numbers(DatasetProvider):
+    def build_datasets(self, context):
+        items = [{name: torch.full((4,), i) for name in ("tokens", "labels", "loss_mask")} for i in range(12)]
+        return items, items[:5], None
+
+
+def test_a_script_sets_up_the_iterators_of_a_run(tmp_path):
+    """The same batches as `setup`: after the consumed samples, dealt to this rank, evaluated in whole passes."""
+    cfg = tiny_config(tmp_path, train={"global_batch_size": 4, "micro_batch_size": 2}, validation={"eval_iters": 1})
+    cfg.dataset = _Numbers(dataloader_type="single")
+    state = TrainState(consumed_train_samples=4)
+    training, validation, test = setup_data_iterators(cfg, state, 1, build_datasets, SimpleNamespace(rank=lambda: 0, size=lambda: 1))
+    steps = [[batch["tokens"][:, 0].tolist() for batch in next(training)] for _ in range(2)]
+    assert steps == [[[4, 5], [6, 7]], [[8, 9], [10, 11]]]
+    for _ in range(2):
+        assert [[batch["tokens"][:, 0].tolist() for batch in step] for step in validation] == [[[0, 1], [2, 3]]]
+    assert test is None
+    second = setup_data_iterators(cfg, state, 1, build_datasets, SimpleNamespace(rank=lambda: 1, size=lambda: 2))[0]
+    assert [batch["tokens"][:, 0].tolist() for batch in next(second)] == [[6, 7]]

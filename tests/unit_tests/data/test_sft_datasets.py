@@ -9,13 +9,19 @@ import pytest
 from megatron.bridge.data.config import DatasetBuildContext, GPTSFTDatasetConfig, PackedSequenceSpecs, SFTOptions
 from megatron.bridge.data.loaders import build_datasets
 from megatron.bridge.data.sft import load_sft_dataset
-from megatron.bridge.data.sources import open_hf_dataset, without_nulls
+from megatron.bridge.data.sources import without_nulls
+from megatron.bridge.data.sources.hf import HFDatasetSourceConfig
+from megatron.bridge.data.sources.hf_splits import open_hf_source
 
 PAIRS = [{"input": f"the cat {number}", "output": "sat"} for number in range(20)]
 
 
 def text_of(sample, tokenizer):
     return tokenizer.ids_to_text([int(sample["tokens"][0]), *sample["labels"].tolist()])
+
+
+def open_dataset(where):
+    return open_hf_source(HFDatasetSourceConfig(str(where)))
 
 
 def build(tokenizer, **options):
@@ -143,16 +149,16 @@ def test_a_saved_dataset_without_rows_is_named(tmp_path):
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_dict({"text": []}).save_to_disk(str(tmp_path / "none"))
     with pytest.raises(ValueError, match="none' can't be opened"):
-        open_hf_dataset(tmp_path / "none")
+        open_dataset(tmp_path / "none")
 
 
 def test_what_is_no_saved_dataset_is_named(tmp_path):
     pytest.importorskip("datasets")
-    with pytest.raises(FileNotFoundError, match="dataset.hf_dataset='squad' is no directory: expected one that"):
-        open_hf_dataset("squad")
+    with pytest.raises(FileNotFoundError, match="dataset.hf_dataset='/no/such' does not exist: expected a directory that"):
+        open_dataset("/no/such")
     (tmp_path / "data.json").write_text(json.dumps({}))
     with pytest.raises(ValueError, match="can't be opened .*: expected what datasets' save_to_disk wrote") as caught:
-        open_hf_dataset(tmp_path)
+        open_dataset(tmp_path)
     assert "\n" not in str(caught.value)
 
 
@@ -166,7 +172,7 @@ def test_without_the_library_the_extra_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(ValueError, match=r"needs the datasets library.*: pip install 'megatron-bridge\[datasets\]'"):
-        open_hf_dataset(tmp_path)
+        open_dataset(tmp_path)
 
 
 def test_what_is_too_long_for_a_pack_names_the_packs_size(write_jsonl, tokenizer):

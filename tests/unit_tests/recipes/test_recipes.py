@@ -59,7 +59,7 @@ def test_a_recipe_passes_the_checks_on_the_devices_that_it_is_meant_for(name):
     assert layout.gpus % smallest_world_size(cfg) == 0
     resolved, left_open = resolve(cfg, world_size=layout.gpus)
     assert resolved.model.bf16 and resolved.data_parallel_size
-    wanted = ["dataset.dataset_root", "checkpoint.pretrained_checkpoint"]
+    wanted = ["checkpoint.pretrained_checkpoint"]
     assert mode == "pretrain" or cfg.tokenizer.tokenizer_model == family.sizes[size].hf_name
     assert left_open == ([] if mode == "pretrain" else wanted)
 
@@ -163,7 +163,7 @@ def test_a_dry_run_shows_the_resolved_configuration_and_the_memory(capsys):
         "mixed_precision:\n  _target_: megatron.bridge.training.mixed_precision.MixedPrecisionConfig" in shown
     )  # resolved
     assert "rank 0 of 2 (TP 1, PP 1, DP 2): 1,235,814,400 parameters" in shown
-    assert "still to set: dataset.dataset_root, checkpoint.pretrained_checkpoint" in shown
+    assert "still to set: checkpoint.pretrained_checkpoint" in shown
     assert not torch.distributed.is_initialized()
 
 

@@ -60,12 +60,19 @@ def test_key_value_has_the_last_word():
 )
 def test_a_dataset_is_what_its_directory_holds(tmp_path, file, option):
     (tmp_path / file).touch()
-    assert overrides("--dataset", tmp_path) == [f"{option}='{tmp_path}'"]
+    assert overrides("--dataset", tmp_path)[-1] == f"{option}='{tmp_path}'"
+
+
+@pytest.mark.parametrize("name", ["squad", "somebody/something"])
+def test_a_dataset_may_be_one_of_the_hub(name):
+    assert build("--dataset", name).dataset.hf_dataset == name
 
 
 def test_a_dataset_that_is_not_there_is_said_in_one_line():
-    with pytest.raises(ValueError, match=r"^--dataset squad: there is no such directory; .*save_to_disk") as error:
-        overrides("--dataset", "squad")
+    with pytest.raises(
+        ValueError, match=r"^--dataset squat: there is no such directory; .*save_to_disk.*squad"
+    ) as error:
+        overrides("--dataset", "squat")
     assert "\n" not in str(error.value)
 
 

@@ -16,10 +16,13 @@ from torch.utils.data import Dataset
 
 from megatron.bridge.data.config import DatasetBuildContext, GPTSFTDatasetConfig
 from megatron.bridge.data.sampler import epoch_order, sample_indices
-from megatron.bridge.data.sft_datasets import HF_NAMES, SPLITS, build_sft_datasets
+from megatron.bridge.data.finding import SPLITS
+from megatron.bridge.data.presets import preset_named
+from megatron.bridge.data.sft_datasets import build_sft_datasets
 from megatron.bridge.data.validation_sets import names_of_sets
 from megatron.bridge.utils.distributed import raise_on_all_ranks
 
+HF_NAMES = {"training": "train", "validation": "validation", "test": "test"}
 _FILES_OF_A_SAVED_DATASET = ("dataset_dict.json", "state.json")
 
 
@@ -150,7 +153,8 @@ def _joined(members: Sequence[Any], weights: Sequence[float] | None = None) -> J
 def _member(config: GPTSFTDatasetConfig, path: str, **changes: Any) -> GPTSFTDatasetConfig:
     """A blend's configuration with one of its paths as the place of the data."""
     is_saved = any((Path(path) / name).is_file() for name in _FILES_OF_A_SAVED_DATASET)
-    root, saved = (None, path) if is_saved else (path, None)
+    is_of_the_hub = not Path(path).exists() and preset_named(path) is not None
+    root, saved = (None, path) if is_saved or is_of_the_hub else (path, None)
     return replace(config, blend=None, blend_per_split=None, dataset_root=root, hf_dataset=saved, **changes)
 
 

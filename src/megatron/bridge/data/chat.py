@@ -81,12 +81,14 @@ class ChatFormat:
         raise refusal or ValueError("the chat template writes a call's arguments as Python does: expected JSON")
 
     def _rendering(self, messages: list[dict[str, Any]], said: Conversation) -> Rendering:
-        text = self.tokenizer.apply_chat_template(messages, tools=said.tools)
-        return Rendering(self.tokenizer, messages, said.tools, text)
+        tokenizer = self.tokenizer
+        if said.template_kwargs:
+            tokenizer = tokenizer.with_chat_template(None, said.template_kwargs)
+        return Rendering(tokenizer, messages, said.tools, tokenizer.apply_chat_template(messages, tools=said.tools))
 
     def _as_marked(self, rendering: Rendering, said: Conversation, notes: tuple[Note, ...]) -> RenderedSample:
         """The sample according to the template's own generation marks, as transformers reads them."""
-        ids, offsets, marks = self.tokenizer.apply_marked_chat_template(rendering.messages, tools=said.tools)
+        ids, offsets, marks = rendering.tokenizer.apply_marked_chat_template(rendering.messages, tools=said.tools)
         if said.unlearned:
             turns = sorted((*said.answers, *said.unlearned))
             ends = [end for _, end in find_answers(rendering, turns)]

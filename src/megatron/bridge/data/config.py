@@ -2,10 +2,12 @@
 """Configuration of data and tokenizer: plain dataclasses, checked by `finalize()`, without heavy imports."""
 
 from abc import ABC, abstractmethod
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, ClassVar
+from typing import Any, ClassVar, Literal
 
+from megatron.bridge.data.build_context import DatasetBuildContext
+from megatron.bridge.data.preprocessing_config import ChatSFTPreprocessingConfig, PromptCompletionSFTPreprocessingConfig
 from megatron.bridge.data.sft_options import (
     PackedSequenceSpecs,
     SFTOptions,
@@ -15,6 +17,7 @@ from megatron.bridge.data.sft_options import (
     read_shares,
 )
 from megatron.bridge.data.sft_rules import check_blends, check_packing
+from megatron.bridge.data.sources.hf_dataset_config import HFDatasetSourceConfig
 from megatron.bridge.utils.section import BridgeSection, Section
 
 
@@ -55,13 +58,16 @@ class DataloaderConfig(BridgeSection):
 class GPTSFTDatasetConfig(DataloaderConfig):
     """Supervised finetuning on `training.jsonl`, `validation.jsonl` and `test.jsonl` in one directory."""
 
+    keeps_tokens: ClassVar[bool] = True
+    """Whether tokens are kept on disk for later runs."""
+
     seq_length: int
     """Longest sample in tokens; equal to the model's `seq_length`."""
 
     _: KW_ONLY
 
     dataset_root: str | None = None
-    """Directory that holds the JSONL files."""
+    """Directory that holds the JSONL files. Where it is set, `hf_dataset` isn't read."""
 
     seed: int = 1234
     """Seed of the training order."""
@@ -100,9 +106,9 @@ class GPTSFTDatasetConfig(DataloaderConfig):
     offline_packing_specs: PackedSequenceSpecs | None = None
     """With `enable_offline_packing`: the rows. None, or a `packed_sequence_size` of -1: rows of `seq_length`."""
 
-    hf_dataset: str | None = None
-    """In place of `dataset_root`: a directory that the `datasets` library's `save_to_disk` wrote, with splits `train`,
-    `validation` and `test`, or with a single dataset, which is the training data."""
+    hf_dataset: str | HFDatasetSourceConfig | None = None
+    """Where there is no `dataset_root`: a dataset of the Hugging Face hub, by its name or a short one (`squad`), or a
+    local copy of one, such as a directory that the `datasets` library's `save_to_disk` wrote."""
 
     blend: tuple[list[str], list[float] | None] | None = None
     """In place of `dataset_root`: several such directories (or JSONL files, or what `save_to_disk` wrote), and how
@@ -111,8 +117,8 @@ class GPTSFTDatasetConfig(DataloaderConfig):
     blend_per_split: list[tuple[list[str], list[float] | None] | None] | None = None
     """In place of `blend`: one each for training, validation and test. Only training's may have weights."""
 
-    preprocessing: Any = None
-    """Not supported: write JSONL lines instead."""
+    preprocessing: PromptCompletionSFTPreprocessingConfig | ChatSFTPreprocessingConfig | None = None
+    """How rows become samples, in place of the keys of `dataset_kwargs` that say the same. None: as those say."""
 
     @property
     def pack_size(self) -> int | None:
@@ -140,20 +146,49 @@ class GPTSFTDatasetConfig(DataloaderConfig):
 
     @property
     def root(self) -> Path:
-        """The directory of the data.
+        """The directory of the JSONL files.
 
         Raises:
             ValueError: It is not set.
         """
-        root = self.dataset_root if self.hf_dataset is None else self.hf_dataset
-        if root is None:
-            raise ValueError("dataset.dataset_root is not set: expected the directory that holds training.jsonl")
-        return Path(root)
+        if not self.dataset_root:
+            raise ValueError(
+                "dataset.dataset_root is not set: expected the directory that holds training.jsonl, or dataset.hf_dataset"
+            )
+        return Path(self.dataset_root)
+
+    @property
+    def source(self) -> HFDatasetSourceConfig | None:
+        """The dataset of `hf_dataset`, with what is known of it; None where the rows are in `dataset_root`.
+
+        Raises:
+            ValueError: A field of it can't work.
+        """
+        if self.dataset_root or self.hf_dataset is None:
+            return None
+        said = HFDatasetSourceConfig(self.hf_dataset) if isinstance(self.hf_dataset, str) else self.hf_dataset
+        said.check()
+        known = said.with_preset()
+        if self.preprocessing is not None and self.preprocessing.names_columns:
+            return replace(known, process_example_fn=said.process_example_fn)
+        return known
 
     @property
     def options(self) -> SFTOptions:
-        """The checked options in `dataset_kwargs`."""
-        return SFTOptions.from_kwargs(self.dataset_kwargs)
+        """The checked options in `dataset_kwargs` and `preprocessing`.
+
+        Raises:
+            ValueError: A key is unknown, a value can't work, or the two contradict each other.
+        """
+        said = dict(self.dataset_kwargs or {})
+        meant = {} if self.preprocessing is None else self.preprocessing.sft_options()
+        for key, value in meant.items():
+            if said.get(key) is not None and said[key] != value:
+                raise ValueError(
+                    f"dataset.dataset_kwargs.{key}={said[key]!r} and dataset.preprocessing, which means {value!r}: they "
+                    "contradict each other; leave one of them out"
+                )
+        return SFTOptions.from_kwargs(said | meant)
 
     def finalize(self) -> None:
         """Checks the fields.
@@ -162,14 +197,13 @@ class GPTSFTDatasetConfig(DataloaderConfig):
             ValueError: A field's value cannot work, or names something that is not supported.
         """
         super().finalize()
-        if self.preprocessing:
-            message = "preprocessing is not supported: write JSONL files and set dataset.dataset_root"
-            raise ValueError(f"dataset.preprocessing={self.preprocessing!r}: {message}")
-        if self.hf_dataset is not None and not isinstance(self.hf_dataset, str):
-            expected = "expected the directory that save_to_disk wrote"
+        kinds = (PromptCompletionSFTPreprocessingConfig, ChatSFTPreprocessingConfig)
+        if self.preprocessing is not None and not isinstance(self.preprocessing, kinds):
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"dataset.preprocessing={self.preprocessing!r}: expected {expected}")
+        if self.hf_dataset is not None and not isinstance(self.hf_dataset, str | HFDatasetSourceConfig):
+            expected = "expected a dataset's name, or HFDatasetSourceConfig"
             raise ValueError(f"dataset.hf_dataset={self.hf_dataset!r}: {expected}")
-        if self.dataset_root and self.hf_dataset is not None:
-            raise ValueError("dataset.dataset_root and dataset.hf_dataset are both set: set one of them")
         if self.split is not None:
             read_shares(self.split)
         check_positive("dataset.seq_length", self.seq_length)
@@ -307,29 +341,6 @@ class TokenizerConfig(Section):
             raise ValueError("tokenizer.vocab_size is not set: NullTokenizer needs the number of tokens")
         if self.vocab_size is not None:
             check_positive("tokenizer.vocab_size", self.vocab_size)
-
-
-@dataclass(frozen=True)
-class DatasetBuildContext:
-    """What a dataset may need to know about the run."""
-
-    train_samples: int | None
-    """Training samples the run will draw. None: whole passes (`train.num_epochs`)."""
-
-    valid_samples: int | None
-    """Validation samples the run will draw. None: whole passes."""
-
-    test_samples: int | None
-    """Test samples the run will draw. None: whole passes."""
-
-    tokenizer: Any = None
-    """The run's tokenizer, as made by `build_tokenizer`."""
-
-    multiple_validation_sets: bool = False
-    """Whether validation is a dict of datasets by name (or a list), each evaluated by itself."""
-
-    validation_set_names: tuple[str, ...] | None = None
-    """What they are called. None: as the data says."""
 
 
 @dataclass(kw_only=True)

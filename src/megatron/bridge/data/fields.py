@@ -14,7 +14,7 @@ ABOUT_THE_ROW = frozenset(
     "category categories topic topics tag tags split task task_name task_type type kind lang language "
     "languages locale domain subset version date created created_at timestamp time hash sha model model_name "
     "generator metadata meta info score scores rating quality difficulty length num_turns turns num_tokens "
-    "tool_call_id".split()
+    "tool_call_id original_answers".split()
 )
 """Names of metadata of a row or message. They are counted in the report, without a warning."""
 

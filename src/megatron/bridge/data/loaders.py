@@ -9,59 +9,39 @@ rank: ranks of one data-parallel rank make identical batches.
 """
 
 import signal
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from megatron.bridge.data.blends import build_blended_datasets
-from megatron.bridge.data.config import DatasetBuildContext, DatasetProvider, GPTDatasetConfig, GPTSFTDatasetConfig
+from megatron.bridge.data.build import DatasetConfig, Datasets, build_datasets, context_of_run
+from megatron.bridge.data.config import GPTSFTDatasetConfig
+from megatron.bridge.data.padded_rows import MicroBatch, PaddedRows, Padding, pad_sample, stack_rows
 from megatron.bridge.data.sampler import PADDING_ROW, BatchLayout, evaluation_batches, training_batches
-from megatron.bridge.data.sft_datasets import build_sft_datasets
-from megatron.bridge.data.sft_options import check_positive
+from megatron.bridge.data.tokenizer import build_tokenizer
+from megatron.bridge.data.validation_sets import named_sets
 from megatron.bridge.utils.device import current_device, is_simulated
+from megatron.bridge.utils.distributed import raise_on_all_ranks, world_size
 
-MicroBatch: TypeAlias = dict[str, Any]
-"""Tensors by name; `attention_mask` may be None."""
-Datasets = tuple[Any | None, Any | None, Any | None]
-DatasetConfig = GPTSFTDatasetConfig | GPTDatasetConfig | DatasetProvider
-
-
-@dataclass(frozen=True, kw_only=True)
-class Padding:
-    """How rows become one length.
-
-    Attributes:
-        seq_length: Longest row; also the length of rows of a dataset that does not tell its samples' lengths.
-        multiple_of: Lengths are rounded up to a multiple of this, but not beyond `seq_length`.
-        to_full_length: Whether every row gets `seq_length`.
-        per_micro_batch: Whether each micro-batch has a length of its own, which saves padding; pipeline stages, which
-            must know the length beforehand, need one length for the whole global batch.
-        pad_id: Token that fills up `tokens` and `labels`; never learned.
-    """
-
-    seq_length: int
-    multiple_of: int = 16
-    to_full_length: bool = False
-    per_micro_batch: bool = False
-    pad_id: int = 0
-
-    def __post_init__(self) -> None:
-        check_positive("seq_length", self.seq_length)
-        check_positive("multiple_of", self.multiple_of)
-
-    def row_length(self, rows: np.ndarray, lengths: np.ndarray | None) -> int:
-        """Returns the length S of a batch with samples `rows` (PADDING_ROW for none)."""
-        if lengths is None or self.to_full_length:
-            return self.seq_length
-        longest = int(lengths[rows[rows != PADDING_ROW]].max(initial=1))
-        return min(-(-longest // self.multiple_of) * self.multiple_of, self.seq_length)
-
+__all__ = [
+    "EvaluationSteps",
+    "Padding",
+    "build_datasets",
+    "build_evaluation_steps",
+    "build_iterator",
+    "build_step_iterator",
+    "context_of_run",
+    "evaluation_iterator",
+    "pad_sample",
+    "padding_for",
+    "padding_of_run",
+    "setup_data_iterators",
+    "training_iterator",
+    "unit_of",
+]
 
 def padding_for(
     config: DatasetConfig, tokenizer: Any, *, seq_length: int, divisor: int = 1, per_micro_batch: bool = False
@@ -95,38 +75,6 @@ def padding_for(
         per_micro_batch=per_micro_batch,
         pad_id=tokenizer.pad_id,
     )
-
-
-def build_datasets(config: DatasetConfig, context: DatasetBuildContext) -> Datasets:
-    """Builds the training, validation and test datasets; None for one that is not wanted.
-
-    Must be called on all ranks. An error in reading JSONL files ends all of them.
-
-    Raises:
-        FileNotFoundError: A file is missing.
-        ValueError: The configuration or a file cannot be used.
-    """
-    if not isinstance(config, GPTSFTDatasetConfig | GPTDatasetConfig | DatasetProvider):
-        raise ValueError(
-            f"dataset is a {type(config).__name__}: expected GPTSFTDatasetConfig, GPTDatasetConfig, "
-            "MockGPTDatasetConfig or a DatasetProvider"
-        )
-    config.finalize()
-    if isinstance(config, GPTSFTDatasetConfig):
-        is_blend = config.blend is not None or config.blend_per_split is not None
-        return build_blended_datasets(config, context) if is_blend else build_sft_datasets(config, context)
-    if isinstance(config, GPTDatasetConfig):
-        from megatron.bridge.data.gpt import build_gpt_datasets
-
-        return build_gpt_datasets(config, context)
-    datasets = config.build_datasets(context)
-    if not isinstance(datasets, tuple | list) or len(datasets) != 3:
-        name = type(config).__name__
-        raise ValueError(
-            f"{name}.build_datasets returned {type(datasets).__name__}: expected a tuple of three datasets"
-        )
-    training, validation, test = datasets
-    return training, validation, test
 
 
 def build_step_iterator(
@@ -178,7 +126,7 @@ def build_step_iterator(
         unit=unit_of(dataset),
         order=getattr(dataset, "training_order", None),
     )
-    rows = _PaddedRows(dataset, padding)
+    rows = PaddedRows(dataset, padding)
     steps = (rows.keys_of_step(batch, layout) for batch in batches)
     return _load_steps(rows, steps, num_workers=num_workers, pin_memory=pin_memory)
 
@@ -227,7 +175,7 @@ class EvaluationSteps:
         """
         if len(dataset) == 0:
             raise ValueError("the evaluation data has no samples: add some or switch the evaluation off")
-        self._rows = _PaddedRows(dataset, padding)
+        self._rows = PaddedRows(dataset, padding)
         self._layout = layout
         self._batches = evaluation_batches(
             len(dataset), layout, max_batches=max_batches, micro_batches_at_once=micro_batches_at_once
@@ -266,82 +214,120 @@ def build_evaluation_steps(
     return EvaluationSteps(dataset, layout, **arguments)
 
 
-class _PaddedRows(Dataset):
-    """A dataset of rows of a given length; a key is (sample index or PADDING_ROW, row length)."""
-
-    def __init__(self, dataset: Any, padding: Padding) -> None:
-        self.dataset = dataset
-        self.padding = padding
-        lengths = getattr(dataset, "lengths", None)
-        self.lengths = None if lengths is None else np.asarray(lengths, dtype=np.int64)
-
-    def keys_of_step(self, batch: np.ndarray, layout: BatchLayout) -> list[list[tuple[int, int]]]:
-        """Returns the keys of this rank's micro-batches of one global batch."""
-        micro_batches = layout.rank_slice(batch)
-        if not self.padding.per_micro_batch:
-            length = self.padding.row_length(batch, self.lengths)
-            return [[(int(row), length) for row in rows] for rows in micro_batches]
-        return [[(int(row), self.padding.row_length(rows, self.lengths)) for row in rows] for rows in micro_batches]
-
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
-        index, length = key
-        if index == PADDING_ROW:
-            sample = {name: torch.zeros(0) for name in ("tokens", "labels", "loss_mask")}
-        else:
-            sample = self.dataset[index]
-            self._check(sample, index, length)
-        return pad_sample(sample, length, pad_id=self.padding.pad_id)
-
-    def _check(self, sample: Any, index: int, length: int) -> None:
-        where = f"sample {index} of {type(self.dataset).__name__}"
-        for name in ("tokens", "labels", "loss_mask"):
-            if not isinstance(sample, dict) or not torch.is_tensor(sample.get(name)):
-                found = ", ".join(sample) if isinstance(sample, dict) else type(sample).__name__
-                raise ValueError(f"{where} has no tensor {name!r} (found: {found}): expected a dict of 1-D tensors")
-            if sample[name].dim() != 1 or len(sample[name]) != len(sample["tokens"]):
-                shape = list(sample[name].shape)
-                raise ValueError(
-                    f"{where}: {name} has shape {shape}, expected [{sample['tokens'].numel()}] like tokens"
-                )
-        if len(sample["tokens"]) > length:
-            raise ValueError(
-                f"{where} has {len(sample['tokens'])} tokens, expected at most {length}: shorten it, correct the "
-                "dataset's lengths or raise seq_length"
-            )
-
-
-def pad_sample(sample: dict[str, torch.Tensor], length: int, *, pad_id: int) -> dict[str, torch.Tensor]:
-    """Returns the sample with `length` positions: what is added is `pad_id`, with loss_mask 0.
+def setup_data_iterators(
+    cfg: Any,
+    train_state: Any,
+    model_length: int,
+    train_valid_test_datasets_provider: Callable[..., Datasets] = build_datasets,
+    dp_group: Any = None,
+    *,
+    tokenizer: Any = None,
+) -> tuple[Any, Any, Any]:
+    """The training, validation and test data of a run, as `setup` makes them. Call on all ranks.
 
     Args:
-        sample: tokens, labels, loss_mask and perhaps position_ids, each [S] with S at most `length`.
-        length: Length of the result.
-        pad_id: Token that fills up `tokens` and `labels`.
+        cfg: The run's `ConfigContainer`, resolved by `runtime_config_update`.
+        train_state: The run's `TrainState`: training continues after its consumed samples.
+        model_length: This rank's chunks of the model: more than one with virtual pipeline stages.
+        train_valid_test_datasets_provider: Called with the dataset configuration and a `DatasetBuildContext`.
+        dp_group: The data-parallel group. None: this process alone.
+        tokenizer: The run's. None: built from `cfg.tokenizer`.
+
+    Returns:
+        Each yields, for a step, the list of this rank's micro-batches. Training has no end; the others go once through
+        the data and can be iterated again. None for data that isn't wanted. With several validation sets, a dict of
+        such by name.
+
+    Raises:
+        FileNotFoundError, ValueError: The configuration or the data can't be used.
     """
-    size = len(sample["tokens"])
-    tokens = torch.full((length,), pad_id, dtype=torch.int64)
-    labels = torch.full((length,), pad_id, dtype=torch.int64)
-    loss_mask = torch.zeros(length, dtype=torch.float32)
-    position_ids = torch.arange(length, dtype=torch.int64)
-    tokens[:size] = sample["tokens"]
-    labels[:size] = sample["labels"]
-    loss_mask[:size] = sample["loss_mask"]
-    if "position_ids" in sample:
-        position_ids[:size] = sample["position_ids"]
-    row = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask, "position_ids": position_ids}
-    return row | {"cu_seqlens": sample["cu_seqlens"]} if "cu_seqlens" in sample else row
+    with raise_on_all_ranks("loading the tokenizer"):
+        tokenizer = build_tokenizer(cfg.tokenizer) if tokenizer is None else tokenizer
+    derived = cfg.derive(world_size())
+    context = context_of_run(cfg, derived, tokenizer)
+    train, valid, test = train_valid_test_datasets_provider(cfg.dataset, context)
+    with raise_on_all_ranks("naming the validation sets"):
+        sets = named_sets(valid, context)
+    ranks = {
+        "data_parallel_rank": 0 if dp_group is None else dp_group.rank(),
+        "data_parallel_size": 1 if dp_group is None else dp_group.size(),
+    }
+    padding = padding_of_run(cfg, tokenizer)
+    at_once = cfg.model.pipeline_model_parallel_size if model_length > 1 else 1
+    held_out = [
+        evaluation_iterator(each, derived, padding=padding, micro_batches_at_once=at_once, **ranks)
+        for each in (valid if sets is None else sets, test)
+    ]
+    return training_iterator(train, cfg, derived, train_state, padding=padding, **ranks), held_out[0], held_out[1]
 
 
-def _stack_rows(rows: list[dict[str, torch.Tensor]]) -> MicroBatch:
-    """Joins rows of one length to a micro-batch; a row with fewer samples than another repeats the length at its end."""
-    ends = [row.pop("cu_seqlens", None) for row in rows]
-    batch: MicroBatch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-    if any(end is not None for end in ends):
-        length = batch["tokens"].shape[1]
-        whole = torch.tensor([0, length], dtype=torch.int32)
-        filled = [whole if end is None else end for end in ends]
-        batch["cu_seqlens"] = pad_sequence(filled, batch_first=True, padding_value=length)
-    return batch | {"attention_mask": None}
+def padding_of_run(cfg: Any, tokenizer: Any) -> Padding:
+    """How a run pads its rows; `cfg` is its `ConfigContainer`. ValueError: ranks can't share a row evenly."""
+    divisor = cfg.model.tensor_model_parallel_size if cfg.model.sequence_parallel else 1
+    return padding_for(
+        cfg.dataset,
+        tokenizer,
+        seq_length=cfg.model.seq_length,
+        divisor=divisor * cfg.model.context_parallel_size,
+        per_micro_batch=cfg.model.pipeline_model_parallel_size == 1,
+    )
+
+
+def training_iterator(dataset: Any, cfg: Any, derived: Any, train_state: Any, *, padding: Padding, **ranks: int) -> Any:
+    """This rank's micro-batches of each step, from the consumed samples on; None without training. Collective.
+
+    Args:
+        dataset: The training data, or None.
+        cfg: The run's `ConfigContainer`.
+        derived: Its `DerivedConfig`.
+        train_state: The run's `TrainState`.
+        padding: How rows become one length.
+        ranks: `data_parallel_rank` and `data_parallel_size`.
+
+    Raises:
+        ValueError: There are fewer samples than one global batch takes.
+    """
+    if dataset is None or derived.skip_train:
+        return None
+    with raise_on_all_ranks("preparing the training data"):
+        return build_step_iterator(
+            dataset,
+            consumed_samples=train_state.consumed_train_samples,
+            micro_batch_size=derived.micro_batch_size,
+            global_batch_size=derived.global_batch_size,
+            seed=getattr(cfg.dataset, "seed", cfg.rng.seed),
+            shuffle=cfg.dataset.is_shuffled,
+            padding=padding,
+            num_workers=cfg.dataset.num_workers,
+            pin_memory=cfg.dataset.pin_memory,
+            **ranks,
+        )
+
+
+def evaluation_iterator(
+    dataset: Any, derived: Any, *, padding: Padding, micro_batches_at_once: int = 1, **ranks: int
+) -> Any:
+    """One pass over held-out data, of a dict of datasets a dict of such; None without it.
+
+    Args:
+        dataset: The data, a dict of datasets by name, or None.
+        derived: The run's `DerivedConfig`.
+        padding: How rows become one length.
+        micro_batches_at_once: See `EvaluationSteps`.
+        ranks: `data_parallel_rank` and `data_parallel_size`.
+    """
+    if dataset is None or derived.eval_iters == 0:
+        return None
+    options: dict[str, Any] = {"padding": padding, "micro_batches_at_once": micro_batches_at_once, **ranks}
+    if isinstance(dataset, dict):
+        return {name: evaluation_iterator(each, derived, **options) for name, each in dataset.items()}
+    return build_evaluation_steps(
+        dataset,
+        micro_batch_size=derived.eval_micro_batch_size,
+        global_batch_size=derived.eval_global_batch_size,
+        max_batches=derived.eval_iters,
+        **options,
+    )
 
 
 def _take_signals_as_the_run_does(_: int) -> None:
@@ -356,7 +342,7 @@ def _take_signals_as_the_run_does(_: int) -> None:
 
 
 def _load_steps(
-    rows: _PaddedRows, steps: Iterable[list[list[tuple[int, int]]]], *, num_workers: int, pin_memory: bool
+    rows: PaddedRows, steps: Iterable[list[list[tuple[int, int]]]], *, num_workers: int, pin_memory: bool
 ) -> Iterator[list[MicroBatch]]:
     """Yields the micro-batches of each step; a step is a list of micro-batches' keys."""
     sizes: list[int] = []
@@ -369,7 +355,7 @@ def _load_steps(
     loader = DataLoader(
         rows,
         batch_sampler=micro_batch_keys(),
-        collate_fn=_stack_rows,
+        collate_fn=stack_rows,
         num_workers=num_workers,
         pin_memory=pin_memory and not is_simulated() and current_device().type != "cpu",
         worker_init_fn=_take_signals_as_the_run_does,

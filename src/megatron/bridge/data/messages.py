@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Read a row of `messages` or `conversations` as a conversation, with notes on what is ignored."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.bridge.data.fields import ABOUT_THE_ROW, FLAGS, ignored_fields, is_empty
@@ -22,7 +22,7 @@ ROLE_OF_SPEAKER = {
 OTHER_ROLES = frozenset(("developer", "function", "ipython", "environment", "observation", "context", "documents"))
 """Roles that some chat templates know and that are never the model's."""
 
-FIELDS = ("messages", "conversations", "system", "tools")
+FIELDS = ("messages", "conversations", "system", "tools", "chat_template_kwargs")
 IGNORED = (
     "a conversation is read from 'messages' (or 'conversations'), 'system' and 'tools': put the text of '{key}' into a "
     "message, or take the field out"
@@ -51,6 +51,9 @@ class Conversation:
 
     notes: tuple[Note, ...] = ()
 
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """What the chat template is given beside messages and tools."""
+
     messages_as_written: list[dict[str, Any]] | None = None
     """The messages with arguments as the text that the row holds. None: it holds none."""
 
@@ -73,7 +76,7 @@ def read_conversation(row: dict[str, Any]) -> Conversation:
     entries = row[key]
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"field {key!r} is {json_type(entries)}: expected a list with at least one message")
-    notes = list(ignored_fields(row, (key, "system", "tools"), IGNORED))
+    notes = list(ignored_fields(row, (key, *FIELDS[2:]), IGNORED))
     read_entry = _read_message if key == "messages" else _read_utterance
     written = [read_entry(entry, f"{key}[{index}]", notes) for index, entry in enumerate(entries)]
     learned = [_is_learned(message, f"{key}[{index}]", notes) for index, message in enumerate(written)]
@@ -87,7 +90,8 @@ def read_conversation(row: dict[str, Any]) -> Conversation:
     before = len(system)
     return Conversation(
         messages=[*system, *messages],
-        tools=_tools(row),
+        tools=read_tools(row),
+        template_kwargs=read_template_kwargs(row),
         answers=tuple(place + before for place in answers),
         unlearned=tuple(place + before for place in of_assistant if not learned[place]),
         notes=tuple(notes),
@@ -109,8 +113,29 @@ def _system(row: dict[str, Any], messages: list[dict[str, Any]], key: str) -> li
     return []
 
 
-def _tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """The tools, of which each, or all of them, may be JSON text."""
+def read_template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row gives its chat template beside messages and tools, an object or its JSON text.
+
+    Raises:
+        ValueError: It is no object, or names what has a field of its own.
+    """
+    said = _parsed(row.get("chat_template_kwargs"), "field 'chat_template_kwargs'")
+    if is_empty(said):
+        return {}
+    if not isinstance(said, dict):
+        raise ValueError(f"field 'chat_template_kwargs' is {json_type(said)}: expected an object")
+    for name in ("messages", "conversation", "tools", "tokenize", "add_generation_prompt", "return_dict"):
+        if name in said:
+            raise ValueError(f"field 'chat_template_kwargs' has {name!r}: expected arguments of the template alone")
+    return said
+
+
+def read_tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """The tools of a row, of which each, or all of them, may be JSON text.
+
+    Raises:
+        ValueError: They are something else.
+    """
     tools = _parsed(row.get("tools"), "field 'tools'")
     if is_empty(tools):
         return None

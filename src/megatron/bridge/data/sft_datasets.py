@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""A `GPTSFTDatasetConfig` to its three datasets: found, tokenised, split and packed."""
+"""A `GPTSFTDatasetConfig` to its three datasets: found, tokenised, cut and packed."""
 
 import logging
 from pathlib import Path
@@ -8,17 +8,18 @@ from typing import TypeAlias
 import numpy as np
 
 from megatron.bridge.data.config import DatasetBuildContext, GPTSFTDatasetConfig
+from megatron.bridge.data.finding import SPLITS, Shares, beside, find_sources
 from megatron.bridge.data.packing import PackedDataset
 from megatron.bridge.data.prepacked import PackedForm, PrepackedDataset, load_prepacked
+from megatron.bridge.data.preprocessing_config import ChatSFTPreprocessingConfig
 from megatron.bridge.data.sft import SFTDataset, load_sft_dataset
-from megatron.bridge.data.sft_options import read_shares
-from megatron.bridge.data.sources import JsonlSource, Source, open_hf_dataset
-from megatron.bridge.utils.distributed import all_gathered, raise_on_all_ranks
+from megatron.bridge.data.sources import Source
+from megatron.bridge.data.sources.hf_loading import token_directory
+from megatron.bridge.data.tokenizer import HuggingFaceTokenizer, Tokenizer
+from megatron.bridge.utils.distributed import raise_on_all_ranks
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("training", "validation", "test")
-HF_NAMES = {"training": "train", "validation": "validation", "test": "test"}
 CACHE_DIRECTORY = ".tokens"
 
 Dataset: TypeAlias = SFTDataset | PackedDataset | PrepackedDataset
@@ -35,16 +36,17 @@ def build_sft_datasets(
     """
     with raise_on_all_ranks("finding the data"):
         if context.tokenizer is None:
-            raise ValueError("DatasetBuildContext.tokenizer is not set: JSONL data needs the run's tokenizer")
+            raise ValueError("DatasetBuildContext.tokenizer is not set: SFT data needs the run's tokenizer")
+        tokenizer = tokenizer_for(config, context.tokenizer)
         packed = {split: pattern for split, (_, pattern) in packed_files(config).items()}
-        sources = find_sources(config, packed=tuple(packed))
-    seen = all_gathered(sorted(sources))
-    if any(names != seen[0] for names in seen):
-        raise ValueError(f"the ranks see different files ({seen}): give every machine the same data")
-    samples = {split: _load(config, context, source, split=split) for split, source in sources.items()}
-    if config.split is not None:
+    sources, shares = find_sources(config, tokenizer, packed=tuple(packed))
+    samples = {
+        split: load_samples(config, tokenizer, source, split=split, is_cut=shares is not None)
+        for split, source in sources.items()
+    }
+    if shares is not None:
         with raise_on_all_ranks("cutting the data"):
-            samples = split_samples(config, samples["training"])
+            samples |= split_samples(config, samples["training"], shares)
     datasets: dict[str, Dataset] = {split: _packed(config, context, part, split) for split, part in samples.items()}
     datasets |= {split: _read_packed(config, context, split) for split in packed}
     return datasets.get("training"), datasets.get("validation"), datasets.get("test")
@@ -63,72 +65,40 @@ def packed_files(config: GPTSFTDatasetConfig) -> dict[str, tuple[str, str]]:
     return found
 
 
-def find_sources(config: GPTSFTDatasetConfig, *, packed: tuple[str, ...] = ()) -> dict[str, Source]:
-    """Returns where the rows of each split that is wanted come from; with `split`, all of them come from training.
-
-    Args:
-        config: Where the data lies.
-        packed: Splits whose rows were packed beforehand; nothing else of them is looked for.
+def tokenizer_for(config: GPTSFTDatasetConfig, tokenizer: Tokenizer) -> Tokenizer:
+    """The run's tokenizer with the chat template, and its arguments, that `preprocessing` says.
 
     Raises:
-        FileNotFoundError: The directory, or a split that must be there, is missing.
-        ValueError: `split` is set, and there are separate splits.
+        ValueError: The tokenizer has no chat templates, or the template is none.
     """
-    found: dict[str, Source] = {}
-    if "training" in packed and config.dataset_root is None and config.hf_dataset is None:
-        return found
-    root = config.root
-    if config.hf_dataset is not None:
-        opened = open_hf_dataset(config.hf_dataset)
-        found |= {"training": opened[None]} if None in opened else {}
-        found |= {split: opened[name] for split, name in HF_NAMES.items() if name in opened}
-        names = HF_NAMES
-    else:
-        names = {split: f"{split}.jsonl" for split in SPLITS}
-        if not root.exists():
-            raise FileNotFoundError(f"dataset.dataset_root={str(root)!r} is no directory: expected training.jsonl in it")
-        found = {"training": JsonlSource(root)} if root.is_file() else {split: JsonlSource(root / names[split]) for split in SPLITS if (root / names[split]).exists()}
-    if "training" not in found and "training" not in packed:
-        raise FileNotFoundError(f"{root / names['training']} does not exist: expected the training data")
-    found = {split: source for split, source in found.items() if split not in packed}
-    separate = [names[split] for split in SPLITS[1:] if split in found]
-    if config.split is not None:
-        if separate:
-            raise ValueError(
-                f"dataset.split={config.split!r} cuts {found['training']}, but {root} has {separate[0]} too: remove it, "
-                "or unset dataset.split"
-            )
-        return found
-    if config.do_validation and "validation" not in (*found, *packed):
-        raise FileNotFoundError(
-            f"{_beside(root) / names['validation']} does not exist: add it, cut it off with dataset.split, or set "
-            "dataset.do_validation=false"
-        )
-    if config.do_test and "test" not in found:
-        path = _beside(root) / names["test"]
-        logger.warning("%s does not exist: there is no test set (dataset.do_test=false says so too)", path)
-    wanted = {"training": True, "validation": config.do_validation, "test": config.do_test}
-    return {split: source for split, source in found.items() if wanted[split]}
+    chat = config.preprocessing
+    if not isinstance(chat, ChatSFTPreprocessingConfig) or not (chat.chat_template or chat.chat_template_kwargs):
+        return tokenizer
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        raise ValueError(f"dataset.preprocessing: tokenizer {tokenizer.name} has no chat template")
+    return tokenizer.with_chat_template(chat.chat_template, chat.chat_template_kwargs)
 
 
-def _beside(root: Path) -> Path:
-    """The directory of the data, which may be a single file."""
-    return root.parent if root.is_file() else root
-
-
-def split_samples(config: GPTSFTDatasetConfig, samples: SFTDataset) -> dict[str, SFTDataset]:
+def split_samples(
+    config: GPTSFTDatasetConfig, samples: SFTDataset, shares: Shares
+) -> dict[str, SFTDataset]:
     """Cuts one dataset into the splits that are wanted: which sample goes where follows from the seed alone.
+
+    Args:
+        config: What is wanted.
+        samples: The dataset.
+        shares: Of training, validation and test; they add up to 1.
 
     Raises:
         ValueError: A split that has a share gets no sample.
     """
-    shares = read_shares(config.split)
     order = np.random.RandomState(config.seed % 2**32).permutation(len(samples))
     ends = np.rint(np.cumsum(shares) * len(samples)).astype(int)
     parts = {split: np.sort(rows) for split, rows in zip(SPLITS, np.split(order, ends[:2]), strict=True)}
     for (split, rows), share in zip(parts.items(), shares, strict=True):
         if share and not len(rows):
-            raise ValueError(f"dataset.split={config.split!r} leaves no {split} sample of {len(samples)}: change it")
+            said = f"split={config.split!r}" if config.split is not None else f"hf_dataset.val_proportion={share}"
+            raise ValueError(f"dataset.{said} leaves no {split} sample of {len(samples)}: change it")
     sizes = ", ".join(f"{len(rows)} {split}" for split, rows in parts.items())
     logger.info("%s: cut into %s samples", samples.report.path, sizes)
     parts["training"] = parts["training"][: config.max_train_samples]
@@ -136,22 +106,34 @@ def split_samples(config: GPTSFTDatasetConfig, samples: SFTDataset) -> dict[str,
     return {split: samples.part(rows) for split, rows in parts.items() if wanted[split] and len(rows)}
 
 
-def _load(config: GPTSFTDatasetConfig, context: DatasetBuildContext, source: Source, *, split: str) -> SFTDataset:
-    root = config.root
+def load_samples(
+    config: GPTSFTDatasetConfig, tokenizer: Tokenizer, source: Source, *, split: str, is_cut: bool
+) -> SFTDataset:
+    """The tokenised samples of a split's rows. Call on all ranks; an error ends all of them."""
     dataset = load_sft_dataset(
         source,
-        tokenizer=context.tokenizer,
+        tokenizer=tokenizer,
         seq_length=_longest_sample(config),
         options=config.options,
-        max_samples=config.max_train_samples if split == "training" and config.split is None else None,
+        max_samples=config.max_train_samples if split == "training" and not is_cut else None,
         num_processes=config.memmap_workers,
-        cache_directory=config.path_to_cache or _beside(root) / CACHE_DIRECTORY,
+        cache_directory=_cache_directory(config),
         limit=config.limit_option,
     )
     logger.info("%s", dataset.report)
     for line in dataset.report.warnings:
         logger.warning("%s", line)
     return dataset
+
+
+def _cache_directory(config: GPTSFTDatasetConfig) -> Path | None:
+    """Where tokens are kept; None: nowhere."""
+    if not config.keeps_tokens:
+        return None
+    if config.path_to_cache:
+        return Path(config.path_to_cache)
+    source = config.source
+    return beside(config.root) / CACHE_DIRECTORY if source is None else token_directory(source, CACHE_DIRECTORY)
 
 
 def _longest_sample(config: GPTSFTDatasetConfig) -> int:

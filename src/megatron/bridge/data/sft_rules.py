@@ -24,7 +24,7 @@ def check_packing(config: Any) -> None:
     if config.blend is not None or config.blend_per_split is not None:
         return
     if config.packing is None or config.packing.packed_train_data_path is None:
-        _ = config.root
+        _ = config.source or config.dataset_root is not None or config.root
     else:
         _check_packed_training_data(config)
 
@@ -34,7 +34,7 @@ def check_blends(config: Any) -> None:
     blends = [name for name in ("blend", "blend_per_split") if getattr(config, name) is not None]
     if not blends:
         return
-    others = ("dataset_root", "hf_dataset", "max_train_samples", *(("split",) if config.blend is None else ()))
+    others = ("dataset_root", "max_train_samples", *(("split",) if config.blend is None else ()))
     if clash := [name for name in (*blends, *others) if getattr(config, name) is not None][1:]:
         raise ValueError(f"dataset.{blends[0]} and dataset.{clash[0]} are both set: set one of them")
     if config.packing is not None and config.packing.are_read:

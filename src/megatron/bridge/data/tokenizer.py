@@ -1,6 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Tokenizers: a thin layer over Hugging Face's that also answers by Megatron-Core's names."""
 
+import copy
 import functools
 import hashlib
 import json
@@ -30,6 +31,27 @@ class HuggingFaceTokenizer:
         """Wraps `hf_tokenizer` (a `PreTrainedTokenizerFast`); `name` is used in messages and cache keys."""
         self.hf_tokenizer = hf_tokenizer
         self.name = name
+        self.template_kwargs: dict[str, Any] = {}
+
+    def with_chat_template(
+        self, template: str | None = None, template_kwargs: dict[str, Any] | None = None
+    ) -> "HuggingFaceTokenizer":
+        """The same tokens with another chat template, or with more that the template is given.
+
+        Args:
+            template: Jinja text, or the path of a file that holds it. None: the same.
+            template_kwargs: Arguments beside messages and tools, such as `enable_thinking`.
+
+        Raises:
+            ValueError: The template is the path of a file that can't be read.
+        """
+        hf_tokenizer = self.hf_tokenizer
+        if template is not None:
+            hf_tokenizer = copy.copy(hf_tokenizer)
+            hf_tokenizer.chat_template = _template_text(template, "dataset.preprocessing.chat_template")
+        changed = HuggingFaceTokenizer(hf_tokenizer, self.name)
+        changed.template_kwargs = self.template_kwargs | (template_kwargs or {})
+        return changed
 
     @property
     def vocab_size(self) -> int:
@@ -107,8 +129,9 @@ class HuggingFaceTokenizer:
             sorted(self.special_ids),
             tokenizers.__version__,
             transformers.__version__,  # whose rendering changes in detail
+            *([self.template_kwargs] if self.template_kwargs else []),
         ]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     @property
     def has_chat_template(self) -> bool:
@@ -184,7 +207,7 @@ class HuggingFaceTokenizer:
         if not self.has_chat_template:
             raise ValueError(f"tokenizer {self.name} has no chat template: set tokenizer.chat_template")
         try:
-            return self.hf_tokenizer.apply_chat_template(messages, **options)
+            return self.hf_tokenizer.apply_chat_template(messages, **self.template_kwargs, **options)
         except Exception as error:  # a template is a program, in a sandbox that keeps it from the system
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise ValueError(f"the chat template refuses the conversation: {reason}") from error
@@ -279,22 +302,22 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
         kind = type(hf_tokenizer).__name__
         raise ValueError(f"tokenizer.tokenizer_model={name!r} gives a {kind} without offsets: save its fast version")
     if config.chat_template is not None:
-        hf_tokenizer.chat_template = _template_text(config.chat_template)
+        hf_tokenizer.chat_template = _template_text(config.chat_template, "tokenizer.chat_template")
     elif isinstance(hf_tokenizer.chat_template, str):
         _check_template(hf_tokenizer.chat_template, f"the chat_template of tokenizer.tokenizer_model={name!r}")
     return HuggingFaceTokenizer(hf_tokenizer, name)
 
 
-def _template_text(template: str) -> str:
-    """What `tokenizer.chat_template` says: itself, or the text of the file that it names."""
+def _template_text(template: str, option: str) -> str:
+    """What an option for a chat template says: itself, or the text of the file that it names."""
     if template.strip() and "{" not in template and "\n" not in template.strip():
         path = Path(template.strip()).expanduser()
         try:
             if path.is_file():
                 template = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"tokenizer.chat_template={str(path)!r} can't be read ({error})") from error
-    _check_template(template, f"tokenizer.chat_template={template!r}")
+            raise ValueError(f"{option}={str(path)!r} can't be read ({error})") from error
+    _check_template(template, f"{option}={template!r}")
     return template
 
 

@@ -43,8 +43,8 @@ def default_peft_config(peft_scheme: str | PEFT, **options: Any) -> PEFT:
 def sft_common(model: Any, *, seq_length: int, run_directory: str = "./nemo_experiments/default") -> ConfigContainer:
     """A full finetune in bf16 with the distributed optimizer, not offloaded.
 
-    The run resumes from where it saves. Set `checkpoint.pretrained_checkpoint`, `dataset.dataset_root` and
-    `tokenizer.tokenizer_model` before the run.
+    The run resumes from where it saves. Set `checkpoint.pretrained_checkpoint` and `tokenizer.tokenizer_model` before
+    the run, and `dataset.dataset_root` or `dataset.hf_dataset`: it trains on SQuAD, of the hub, until then.
 
     Args:
         model: The model provider.
@@ -73,7 +73,7 @@ def sft_common(model: Any, *, seq_length: int, run_directory: str = "./nemo_expe
         ddp=DistributedDataParallelConfig(
             use_distributed_optimizer=True, grad_reduce_in_fp32=True, average_in_collective=False
         ),
-        dataset=GPTSFTDatasetConfig(dataset_root="", seq_length=seq_length, dataloader_type="batch", do_test=False),
+        dataset=GPTSFTDatasetConfig(seq_length, hf_dataset="squad", dataloader_type="batch", do_test=False),
         tokenizer=TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=""),
         checkpoint=CheckpointConfig(
             save=f"{run_directory}/checkpoints", load=f"{run_directory}/checkpoints", save_interval=100

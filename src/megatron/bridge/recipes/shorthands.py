@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron.bridge.data.presets import DATASETS
+from megatron.bridge.utils.hf_hub import is_hub_name
 from megatron.bridge.utils.interpolation import expand_home
 from megatron.bridge.utils.parallel_sizes import PARALLEL_SIZES
 
@@ -52,8 +54,8 @@ def add_shorthands(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dataset",
         type=expand_home,
-        metavar="DIRECTORY",
-        help="dataset.dataset_root, or dataset.hf_dataset where save_to_disk wrote it",
+        metavar="NAME",
+        help=f"a directory of JSONL files or a saved dataset, owner/name on the hub, or {', '.join(DATASETS)}",
     )
 
 
@@ -65,11 +67,11 @@ def overrides_of(arguments: argparse.Namespace) -> list[str]:
     """The `key=value` that the short options stand for.
 
     Raises:
-        ValueError: `--dataset` is no directory.
+        ValueError: `--dataset` is neither a directory nor a dataset's name.
     """
     given = {short.key: getattr(arguments, short.key) for short in SHORTHANDS}
     if arguments.dataset is not None:
-        given |= _dataset_options(Path(arguments.dataset))
+        given |= {"dataset.dataset_root": "", **_dataset_options(arguments.dataset)}
     return [f"{key}={_quoted(value)}" for key, value in given.items() if value is not None]
 
 
@@ -78,11 +80,14 @@ def _quoted(value: Any) -> str:
     return "'" + value.replace("'", "''") + "'" if isinstance(value, str) else repr(value)
 
 
-def _dataset_options(directory: Path) -> dict[str, str]:
-    if not directory.is_dir():
-        raise ValueError(
-            f"--dataset {directory}: there is no such directory; expected one with training.jsonl, or one that "
-            "save_to_disk wrote. Data isn't fetched from the hub: load it with the datasets library, and save it"
-        )
-    is_saved = (directory / "dataset_dict.json").is_file() or (directory / "state.json").is_file()
-    return {"dataset.hf_dataset" if is_saved else "dataset.dataset_root": str(directory)}
+def _dataset_options(dataset: str) -> dict[str, str]:
+    directory = Path(dataset)
+    if directory.is_dir():
+        has_training_lines = (directory / "training.jsonl").exists()
+        return {"dataset.dataset_root" if has_training_lines else "dataset.hf_dataset": dataset}
+    if dataset in DATASETS or directory.is_file() or ("/" in dataset and is_hub_name(dataset)):
+        return {"dataset.hf_dataset": dataset}
+    raise ValueError(
+        f"--dataset {dataset}: there is no such directory; expected one with training.jsonl, one that save_to_disk "
+        f"wrote, a dataset of the hub as owner/name, or one of {', '.join(DATASETS)}"
+    )

@@ -12,12 +12,12 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
 
-from megatron.bridge.data.config import DatasetBuildContext
 from megatron.bridge.data.loaders import (
     build_datasets,
-    build_evaluation_steps,
-    build_step_iterator,
-    padding_for,
+    context_of_run,
+    evaluation_iterator,
+    padding_of_run,
+    training_iterator,
     unit_of,
 )
 from megatron.bridge.data.tokenizer import build_tokenizer, check_tokenizer_fits
@@ -210,14 +210,7 @@ def _check_directories(cfg: ConfigContainer) -> None:
 
 def _build_data(state: GlobalState, provider: Callable[..., Any]) -> _Data:
     cfg, derived = state.cfg, state.derived
-    context = DatasetBuildContext(
-        train_samples=None if cfg.train.num_epochs is not None else derived.train_samples,
-        valid_samples=derived.valid_samples,
-        test_samples=derived.test_samples,
-        tokenizer=state.tokenizer,
-        multiple_validation_sets=cfg.validation.multiple_validation_sets,
-        validation_set_names=tuple(cfg.validation.validation_set_names or ()) or None,
-    )
+    context = context_of_run(cfg, derived, state.tokenizer)
     train, valid, test = provider(cfg.dataset, context)
     with raise_on_all_ranks("naming the validation sets"):
         sets = named_sets(valid, context)
@@ -225,14 +218,7 @@ def _build_data(state: GlobalState, provider: Callable[..., Any]) -> _Data:
     for name, dataset in {"training": train, **held_out, "test": test}.items():
         if dataset is not None:
             state.data_report[f"{name} data"] = _report_on(dataset)
-    divisor = cfg.model.tensor_model_parallel_size if cfg.model.sequence_parallel else 1
-    padding = padding_for(
-        cfg.dataset,
-        state.tokenizer,
-        seq_length=cfg.model.seq_length,
-        divisor=divisor * cfg.model.context_parallel_size,
-        per_micro_batch=cfg.model.pipeline_model_parallel_size == 1,
-    )
+    padding = padding_of_run(cfg, state.tokenizer)
     return _Data(train, valid if sets is None else sets, test, padding)
 
 
@@ -256,40 +242,19 @@ def _check_attention(state: GlobalState, data: _Data, model: list[Any]) -> None:
 
 def _train_iterator(state: GlobalState, data: _Data, pg_collection: ProcessGroupCollection) -> Any:
     """This rank's micro-batches of each step, from the train state's consumed samples on; None without training."""
-    if data.train is None or state.derived.skip_train:
-        return None
-    with raise_on_all_ranks("preparing the training data"):
-        return build_step_iterator(
-            data.train,
-            consumed_samples=state.train_state.consumed_train_samples,
-            micro_batch_size=state.derived.micro_batch_size,
-            global_batch_size=state.derived.global_batch_size,
-            data_parallel_rank=pg_collection.dp.rank(),
-            data_parallel_size=pg_collection.dp.size(),
-            seed=getattr(state.cfg.dataset, "seed", state.cfg.rng.seed),
-            shuffle=state.cfg.dataset.is_shuffled,
-            padding=data.padding,
-            num_workers=state.cfg.dataset.num_workers,
-            pin_memory=state.cfg.dataset.pin_memory,
-        )
+    ranks = _data_parallel_ranks(pg_collection)
+    return training_iterator(data.train, state.cfg, state.derived, state.train_state, padding=data.padding, **ranks)
 
 
 def _evaluation_steps(state: GlobalState, dataset: Any, data: _Data, pg_collection: ProcessGroupCollection) -> Any:
-    if dataset is None or state.derived.eval_iters == 0:
-        return None
-    if isinstance(dataset, dict):
-        return {name: _evaluation_steps(state, each, data, pg_collection) for name, each in dataset.items()}
-    return build_evaluation_steps(
-        dataset,
-        micro_batch_size=state.derived.eval_micro_batch_size,
-        global_batch_size=state.derived.eval_global_batch_size,
-        data_parallel_rank=pg_collection.dp.rank(),
-        data_parallel_size=pg_collection.dp.size(),
-        padding=data.padding,
-        max_batches=state.derived.eval_iters,
-        # Core's interleaved schedule takes micro-batches in groups of the pipeline size, and refuses a remainder of 1.
-        micro_batches_at_once=pg_collection.pp.size() if state.cfg.model.virtual_pipeline_model_parallel_size else 1,
-    )
+    # Core's interleaved schedule takes micro-batches in groups of the pipeline size, and refuses a remainder of 1.
+    at_once = pg_collection.pp.size() if state.cfg.model.virtual_pipeline_model_parallel_size else 1
+    ranks = _data_parallel_ranks(pg_collection)
+    return evaluation_iterator(dataset, state.derived, padding=data.padding, micro_batches_at_once=at_once, **ranks)
+
+
+def _data_parallel_ranks(pg_collection: ProcessGroupCollection) -> dict[str, int]:
+    return {"data_parallel_rank": pg_collection.dp.rank(), "data_parallel_size": pg_collection.dp.size()}
 
 
 def set_schedule_functions(model: list[Any], optimizer: Any, cfg: ConfigContainer) -> None:

@@ -35,9 +35,9 @@ _NOT_SAVED = "_not_saved_"
 
 RUNTIME_FIELDS = frozenset(
     "timers finalize_model_grads_func grad_scale_func no_sync_func grad_sync_func param_sync_func moe_grad_scale_func "
-    "mtp_grad_scale_func experimental_attention_variant_loss_scale_func".split()
+    "mtp_grad_scale_func experimental_attention_variant_loss_scale_func dataset_dict".split()
 )
-"""Fields of Megatron-Core's configurations into which a running job hangs its own functions: written as null."""
+"""Fields that hold what only a running job has, such as its own functions in Core's configurations: written as null."""
 
 
 class ConfigFileError(ValueError):

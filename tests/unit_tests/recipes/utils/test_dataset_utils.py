@@ -4,7 +4,17 @@
 import pytest
 
 from megatron.bridge.data.config import GPTDatasetConfig
-from megatron.bridge.recipes.utils.dataset_utils import get_blend_fields_from_data_paths
+from megatron.bridge.recipes.utils.dataset_utils import (
+    DATASET_PRESETS,
+    build_dataset_config,
+    dataset_train_mode,
+    get_blend_fields_from_data_paths,
+)
+from megatron.bridge.recipes.utils.finetune_utils import (
+    default_gsm8k_config,
+    default_openmathinstruct2_config,
+    default_squad_config,
+)
 
 SHARES = "9999,8,2"
 
@@ -44,3 +54,23 @@ def test_paths_may_stand_in_a_file(tmp_path):
 def test_contradictions_are_refused(options, says):
     with pytest.raises(ValueError, match=says):
         get_blend_fields_from_data_paths(**options)
+
+
+def test_presets_are_configurations_by_a_short_name():
+    for name in DATASET_PRESETS:
+        config = build_dataset_config(name, 64, seed=3) if name != "mock" else build_dataset_config(name, 64)
+        config.finalize()
+        assert config.seq_length == 64 and getattr(config, "hf_dataset", "mock") == name
+        assert dataset_train_mode(name) == ("pretrain" if name == "mock" else "finetune")
+    assert build_dataset_config("rajpurkar/squad", 64).source.title == "rajpurkar/squad/plain_text"
+    with pytest.raises(ValueError, match="dataset preset 'sqad': expected one of squad, gsm8k"):
+        dataset_train_mode("sqad")
+
+
+def test_the_defaults_of_recipes_by_their_functions():
+    packed = default_squad_config(64, packed_sequence=True, pad_seq_to_mult=8)
+    assert (packed.pack_size, packed.packing.pad_seq_to_mult, packed.hf_dataset) == (64, 8, "squad")
+    assert default_gsm8k_config(64, do_validation=False).pack_size is None
+    assert default_openmathinstruct2_config().pack_size == 4096
+    for config in (packed, default_gsm8k_config(64), default_openmathinstruct2_config()):
+        config.finalize()

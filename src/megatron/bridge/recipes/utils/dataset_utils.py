@@ -1,13 +1,45 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Public import path of what turns a script's data paths into the fields of a `GPTDatasetConfig`."""
+"""Dataset configurations from what a script is given: a short name, or data paths."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-__all__ = ["get_blend_fields_from_data_paths"]
+from megatron.bridge.data.config import DataloaderConfig, GPTSFTDatasetConfig, MockGPTDatasetConfig
+from megatron.bridge.data.presets import DATASETS, preset_named
+
+__all__ = ["DATASET_PRESETS", "build_dataset_config", "dataset_train_mode", "get_blend_fields_from_data_paths"]
+
+DATASET_PRESETS = (*DATASETS, "mock")
+"""The short names: datasets of the hub for finetuning, and Core's mock data for training from random weights."""
 
 Blend = tuple[list[str], list[float] | None]
 DEFAULT_SPLIT = "9999,8,2"
+
+
+def build_dataset_config(preset: str, seq_length: int, **fields: Any) -> DataloaderConfig:
+    """The configuration of a dataset with a short name.
+
+    Args:
+        preset: One of `DATASET_PRESETS`, or the name of its repository on the hub.
+        seq_length: Longest sample in tokens.
+        fields: Further fields of the configuration.
+
+    Raises:
+        ValueError: Another name.
+    """
+    if dataset_train_mode(preset) == "pretrain":
+        return MockGPTDatasetConfig(seq_length, **fields)
+    return GPTSFTDatasetConfig(seq_length, **{"hf_dataset": preset, "do_test": False, **fields})
+
+
+def dataset_train_mode(preset: str) -> str:
+    """What a dataset with a short name is for: "pretrain" or "finetune"; ValueError for another name."""
+    if preset == "mock":
+        return "pretrain"
+    if preset_named(preset) is None:
+        raise ValueError(f"dataset preset {preset!r}: expected one of {', '.join(DATASET_PRESETS)}")
+    return "finetune"
 
 
 def get_blend_fields_from_data_paths(
