@@ -44,6 +44,12 @@ def test_other_modules_are_refused():
         linear_layout(torch.nn.Linear(2, 2), "decoder.x")
 
 
+def test_grouped_experts_are_refused_with_the_way_out():
+    grouped = type("TEColumnParallelGroupedLinear", (torch.nn.Module,), {})()
+    with pytest.raises(ValueError, match=r"one layer of all experts: .* \(model\.moe_grouped_gemm=false\)"):
+        linear_layout(grouped, "decoder.layers.0.mlp.experts.linear_fc1")
+
+
 @pytest.mark.parametrize("kind", [LoRA, DoRA])
 def test_a_target_without_a_weight_is_refused_by_name(kind):
     expected = "peft.target_modules matches decoder.layers.0.self_attention.core_attention, which is a Identity"

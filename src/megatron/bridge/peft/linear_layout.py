@@ -60,6 +60,9 @@ def linear_layout(linear: CoreLinear, name: str) -> LinearLayout:
         ValueError: It is no linear layer that an adapter can stand beside.
     """
     kind = next((cls.__name__ for cls in type(linear).__mro__ if cls.__name__ in _SPLITS), None)
+    if kind is None and "GroupedLinear" in type(linear).__name__:
+        expected = "a layer for each expert (model.moe_grouped_gemm=false)"
+        raise ValueError(_refusal(name, f"a {type(linear).__name__}, one layer of all experts", expected))
     if kind is None:
         raise ValueError(_refusal(name, f"a {type(linear).__name__}", f"one of {', '.join(_SPLITS)}"))
     if linear.weight is None:
