@@ -63,7 +63,7 @@ def files_in_root(config: GPTSFTDatasetConfig) -> dict[str, Source]:
     if not root.exists():
         raise FileNotFoundError(f"dataset.dataset_root={str(root)!r} is no directory: expected training.jsonl in it")
     if config.hf_dataset is not None:
-        logger.warning("dataset.hf_dataset isn't read: dataset.dataset_root=%s is set", root)
+        logger.info("dataset.hf_dataset isn't read: dataset.dataset_root=%s is set", root)
     if root.is_file():
         return {"training": JsonlSource(root)}
     files = {split: root / f"{split}.jsonl" for split in SPLITS}

@@ -232,6 +232,7 @@ def test_a_direct_dataset_writes_nothing(squad, tokenizer):
 
 def test_a_directory_of_lines_goes_before_the_recipes_dataset(squad, write_jsonl, tokenizer, caplog):
     root = str(write_jsonl([{"input": "a", "output": "b"}]).parent)
+    caplog.set_level(logging.INFO)
     train, _, _ = build(tokenizer, "squad", dataset_root=root, do_validation=False)
     assert len(train) == 1 and "dataset.hf_dataset isn't read: dataset.dataset_root=" in caplog.text
 
