@@ -116,12 +116,14 @@ def _model_and_pack(directory):
 @torch.no_grad()
 def _losses(chunk, row):
     """The loss of each position of one row, [S]."""
+    from megatron.core.timers import Timers
+
     from megatron.bridge.data.padded_rows import pad_sample, stack_rows
     from megatron.bridge.training.gpt_step import forward_step
 
     batch = stack_rows([pad_sample(row, SEQ_LENGTH, pad_id=0)])
     unchecked = SimpleNamespace(check_for_nan_in_loss=False, check_for_spiky_loss=False)
-    state = SimpleNamespace(cfg=SimpleNamespace(rerun_state_machine=unchecked))
+    state = SimpleNamespace(cfg=SimpleNamespace(rerun_state_machine=unchecked), timers=Timers(0, "minmax"))
     return forward_step(state, iter([batch]), chunk)[0][0]
 
 
