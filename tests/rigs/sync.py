@@ -186,7 +186,7 @@ def start(cfg: Any, model: list[Any]) -> Run:
     state = GlobalState(cfg)
     bound = bind_forward_step(forward_step, state)
     batches = _micro_batches(cfg.train.micro_batch_size)
-    output = SetupOutput(state, model, optimizer, scheduler, None, None, None, {}, None)
+    output = SetupOutput(state, model, optimizer, scheduler, None, None, None, None, None)
     return Run(cfg, model, optimizer, scheduler, lambda: train_step(output, bound, batches))
 
 

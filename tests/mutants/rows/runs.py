@@ -20,7 +20,7 @@ RUNS = (
     Mutant(
         name="a stop without its code",
         breaks="a run that must be resumed looks like one that is done",
-        where="megatron.bridge.training.train:train",
+        where="megatron.bridge.training.train:run_training",
         change=without_call("Preempted"),
         tests=(f"{_PREEMPTION}a_run_stopped_again_and_again_ends_as_the_uninterrupted_one",),
     ),

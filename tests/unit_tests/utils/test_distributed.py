@@ -88,7 +88,7 @@ def _sizes_refused():
             distributed.initialize_model_parallel(*sizes)
         messages.append(str(refusal.value))
     with distributed.model_parallel_groups(), pytest.raises(ValueError) as refusal:
-        distributed.seed_everything(0)
+        distributed.seed_everything(-1)
     return [*messages, str(refusal.value)]
 
 
@@ -97,7 +97,7 @@ def test_sizes_that_do_not_divide_the_ranks_are_refused():
         assert "tensor_model_parallel_size=4" in tensor and "doesn't divide the 2 processes" in tensor
         assert "pipeline_model_parallel_size=4" in pipeline
         assert "= 4 doesn't divide" in both
-        assert seed == "rng.seed=0: expected a positive integer"
+        assert seed == "rng.seed=-1: expected 0 or a positive integer"
 
 
 def _groups_left_after_destroying():

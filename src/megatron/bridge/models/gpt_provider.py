@@ -5,7 +5,7 @@ import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
@@ -25,7 +25,6 @@ from megatron.bridge.models.model_provider import ModelProviderMixin
 from megatron.bridge.models.rope import Llama3RopeScaling, YarnRopeScaling, yarn_attention_factor
 from megatron.bridge.models.router_gemm import repair_router_gemm
 from megatron.bridge.models.vocab_padding import mask_padding_logits, padded_vocab_size
-from megatron.bridge.utils.parallel_sizes import parallel_sizes
 from megatron.bridge.utils.replaced import replaced
 from megatron.bridge.utils.section import open_to_all_names
 from megatron.bridge.utils.set_fields import RemembersSetFields, writes_that_nobody_set
@@ -273,21 +272,3 @@ class GPTModelProvider(RemembersSetFields, TransformerConfig, ModelProviderMixin
 
     def _yarn_attention_factor(self) -> float:
         return yarn_attention_factor(self.yarn_rotary_scaling_factor, self.yarn_mscale, self.yarn_mscale_all_dim)
-
-    def initialize_model_parallel(self, seed: int = 1234, **options: Any) -> None:
-        """Bring up the process group, Core's model-parallel state with this provider's sizes, and the seeds.
-
-        Args:
-            seed: For every random generator.
-            options: Further arguments of Core's `initialize_model_parallel`.
-        """
-        from megatron.bridge.utils.device import enter_device
-        from megatron.bridge.utils.distributed import (
-            init_process_group,
-            initialize_model_parallel,
-            seed_everything,
-        )
-
-        init_process_group(enter_device())
-        initialize_model_parallel(**parallel_sizes(self), **options)
-        seed_everything(seed)

@@ -9,14 +9,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module, MegatronModule
 
 from megatron.bridge.models.input_gradients import enable_input_gradients
 from megatron.bridge.utils.device import current_device
-from megatron.bridge.utils.parallel_sizes import sizes_of_groups
+from megatron.bridge.utils.parallel_sizes import parallel_sizes, sizes_of_groups
 
 ChunkHook = Callable[[list[MegatronModule]], list[MegatronModule] | None]
 """Gets the chunks; returns them, others in their place, or None to keep them."""
@@ -30,6 +30,7 @@ class ModelProviderMixin(abc.ABC):
         bf16: bool
         params_dtype: torch.dtype
         pipeline_dtype: torch.dtype | None
+        fp32_residual_connection: bool
         pipeline_model_parallel_size: int
         virtual_pipeline_model_parallel_size: int | None
         use_cpu_initialization: bool
@@ -79,7 +80,7 @@ class ModelProviderMixin(abc.ABC):
         pre_wrap_hook: ChunkHook | None = None,
         post_wrap_hook: ChunkHook | None = None,
     ) -> list[MegatronModule]:
-        """Build this rank's chunks. Core's model-parallel state must be up and its random tracker seeded.
+        """Build this rank's chunks. Core's model-parallel state is brought up at the provider's sizes, if it isn't.
 
         Args:
             ddp_config: For Core's data-parallel wrapper; None takes its defaults.
@@ -96,7 +97,10 @@ class ModelProviderMixin(abc.ABC):
         """
         self.use_cpu_initialization = self.use_cpu_initialization or use_cpu_initialization
         self.finalize()
+        if not parallel_state.is_initialized():
+            self.initialize_model_parallel()
         self._check_parallel_sizes()
+        self._check_pipeline_dtype()
         chunks = self._build_chunks()
         chunks = _call_hooks([*self._pre_wrap_hooks, *([pre_wrap_hook] if pre_wrap_hook else [])], chunks)
         for chunk in chunks:
@@ -124,6 +128,28 @@ class ModelProviderMixin(abc.ABC):
                     chunk.broadcast_params()
         return _call_hooks([*self._post_wrap_hooks, *([post_wrap_hook] if post_wrap_hook else [])], chunks)
 
+    def initialize_model_parallel(
+        self, seed: int | None = 1234, seed_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """Bring up the process group, Core's model-parallel state with this provider's sizes, and the seeds.
+
+        Args:
+            seed: For every random generator; None leaves them as they are.
+            seed_kwargs: Options of Core's `model_parallel_cuda_manual_seed`.
+            options: Further arguments of Core's `initialize_model_parallel`.
+        """
+        from megatron.bridge.utils.device import enter_device
+        from megatron.bridge.utils.distributed import (
+            init_process_group,
+            initialize_model_parallel,
+            seed_everything,
+        )
+
+        init_process_group(enter_device())
+        initialize_model_parallel(**{**parallel_sizes(self), **options})
+        if seed is not None:
+            seed_everything(seed, **(seed_kwargs or {}))
+
     def _build_chunks(self) -> list[MegatronModule]:
         num_stages = self.virtual_pipeline_model_parallel_size
         if num_stages is None or self.pipeline_model_parallel_size == 1:
@@ -143,6 +169,19 @@ class ModelProviderMixin(abc.ABC):
                     f"model.{name}={getattr(self, name)}, but the process groups were built for {size}: "
                     "initialize model parallelism with the model's sizes"
                 )
+
+    def _check_pipeline_dtype(self) -> None:
+        """Compare what stages expect of each other with what they send.
+
+        Raises:
+            ValueError: They differ: stages would wait for each other, or read garbage.
+        """
+        sent = torch.float32 if self.fp32_residual_connection else self.params_dtype
+        if self.pipeline_model_parallel_size > 1 and self.pipeline_dtype not in (None, sent):
+            raise ValueError(
+                f"model.pipeline_dtype={self.pipeline_dtype}, but stages send each other {sent}: set "
+                f"model.pipeline_dtype={sent}, or leave it open"
+            )
 
 
 def _call_hooks(hooks: list[ChunkHook], chunks: list[Any]) -> list[Any]:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,6 +96,9 @@ class CallbackContext:
 class Callback:
     """Override the events you need. They are called on every rank, in the order in which callbacks were passed."""
 
+    def on_data_init_start(self, context: CallbackContext) -> None:
+        """The process groups are up; tokenizer and data come next, then the model: `context.model` is empty."""
+
     def on_train_start(self, context: CallbackContext) -> None: ...
     def on_train_step_start(self, context: CallbackContext) -> None: ...
     def on_train_step_end(self, context: CallbackContext) -> None: ...
@@ -116,15 +119,60 @@ EVENTS = tuple(name for name in vars(Callback) if name.startswith("on_"))
 
 
 class CallbackManager:
-    """Calls a run's callbacks, in order."""
+    """Calls a run's callbacks and registered functions, in the order in which they were added."""
 
     def __init__(self, callbacks: Sequence[Callback] = ()) -> None:
-        self.callbacks = list(callbacks)
+        self.callbacks: list[Callback] = []
         self.user_state: dict[str, Any] = {}
+        """What callbacks see as `context.user_state`."""
+        self.add(callbacks)
 
-    def add(self, callback: Callback) -> None:
-        """Append a callback."""
-        self.callbacks.append(callback)
+    @property
+    def events(self) -> frozenset[str]:
+        """The events that there are."""
+        return frozenset(EVENTS)
+
+    def add(self, callback: Callback | Sequence[Callback]) -> None:
+        """Append a callback, or several.
+
+        Raises:
+            ValueError: One is not a `Callback`.
+        """
+        for added in [callback] if isinstance(callback, Callback) else callback:
+            if not isinstance(added, Callback):
+                raise ValueError(
+                    f"callbacks holds a {type(added).__name__}: expected instances of "
+                    "megatron.bridge.training.callbacks.Callback"
+                )
+            self.callbacks.append(added)
+
+    def register(self, event_name: str, fn: Callable[[CallbackContext], None]) -> None:
+        """Call a function at one event.
+
+        Args:
+            event_name: A name in `EVENTS`.
+            fn: Gets the context.
+
+        Raises:
+            ValueError: No event of this name.
+        """
+        _check_event(event_name)
+        self.callbacks.append(_RegisteredFunction(event_name, fn))
+
+    def list_callbacks(self, event_name: str) -> list[Callable[[CallbackContext], None]]:
+        """What is called at an event, in order: registered functions, and methods that a callback overrides.
+
+        Raises:
+            ValueError: No event of this name.
+        """
+        _check_event(event_name)
+        called: list[Callable[[CallbackContext], None]] = []
+        for callback in self.callbacks:
+            if isinstance(callback, _RegisteredFunction):
+                called += [callback.function] if callback.event == event_name else []
+            elif getattr(type(callback), event_name) is not getattr(Callback, event_name):
+                called.append(getattr(callback, event_name))
+        return called
 
     def fire(self, event: str, context: CallbackContext) -> None:
         """Call one event on all callbacks.
@@ -134,8 +182,26 @@ class CallbackManager:
             context: What they get.
         """
         context.user_state = self.user_state
-        for callback in self.callbacks:
-            getattr(callback, event)(context)
+        for called in self.list_callbacks(event):
+            called(context)
+
+
+class _RegisteredFunction(Callback):
+    """A function that is called at one event."""
+
+    def __init__(self, event: str, function: Callable[[CallbackContext], None]) -> None:
+        self.event = event
+        self.function = function
+
+
+def _check_event(name: str) -> None:
+    if name not in EVENTS:
+        raise ValueError(f"no event is named {name!r}: expected one of {', '.join(EVENTS)}")
+
+
+def should_fire(callback_manager: CallbackManager | None, event_name: str) -> bool:
+    """Whether anything is called at an event, and so its context is worth making."""
+    return callback_manager is not None and bool(callback_manager.list_callbacks(event_name))
 
 
 def normalize_callbacks(callbacks: Sequence[Callback] | CallbackManager | None) -> CallbackManager:
@@ -144,12 +210,4 @@ def normalize_callbacks(callbacks: Sequence[Callback] | CallbackManager | None) 
     Raises:
         ValueError: An element is not a `Callback`.
     """
-    if isinstance(callbacks, CallbackManager):
-        return callbacks
-    for callback in callbacks or ():
-        if not isinstance(callback, Callback):
-            raise ValueError(
-                f"callbacks holds a {type(callback).__name__}: expected instances of "
-                "megatron.bridge.training.callbacks.Callback"
-            )
-    return CallbackManager(callbacks or ())
+    return callbacks if isinstance(callbacks, CallbackManager) else CallbackManager(callbacks or ())

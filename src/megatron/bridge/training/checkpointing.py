@@ -8,6 +8,7 @@ weights were loaded, they are rebuilt from the weights. What the load did decide
 import logging
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from typing import Any
 from megatron.core import mpu
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 
 from megatron.bridge.checkpoint import iterations
 from megatron.bridge.checkpoint.close_save import close_save
+from megatron.bridge.checkpoint.iterations import checkpoint_exists
 from megatron.bridge.checkpoint.model_checkpoint import (
     load_model_state_dict,
     load_model_weights,
@@ -28,7 +31,8 @@ from megatron.bridge.checkpoint.model_checkpoint import (
 from megatron.bridge.checkpoint.sharded_save import plan_save
 from megatron.bridge.checkpoint.sharded_state import load_sharded
 from megatron.bridge.models.conversion.generation_config import write_generation_config
-from megatron.bridge.training.config import ConfigContainer
+from megatron.bridge.training.callbacks import CallbackContext, CallbackManager
+from megatron.bridge.training.config import CheckpointConfig, ConfigContainer
 from megatron.bridge.training.cpu_offload.param_copies import (
     HybridParamSync,
     check_hybrid_optimizer_param_copies,
@@ -37,8 +41,26 @@ from megatron.bridge.training.cpu_offload.param_copies import (
 from megatron.bridge.training.monitoring.finite_steps import check_weights_are_finite
 from megatron.bridge.training.run_state.adapters import check_adapted_layers
 from megatron.bridge.training.run_state.background import BackgroundSave
+from megatron.bridge.training.run_state.checkpoint_files import (
+    CheckpointType,
+    cleanup_old_non_persistent_checkpoint,
+    delete_extra_state,
+    find_checkpoint_rank_0,
+    get_checkpoint_version,
+    load_fsdp_dtensor_checkpoint,
+    maybe_load_dataloader_state,
+    maybe_save_dataloader_state,
+    preprocess_fsdp_dtensor_state_dict,
+    read_metadata,
+    save_fsdp_dtensor_checkpoint,
+    save_tokenizer_assets,
+    schedule_async_save,
+    set_checkpoint_version,
+)
+from megatron.bridge.training.run_state.collective_plan import plan_base_on_all_ranks, plan_on_all_ranks
 from megatron.bridge.training.run_state.content import (
     apply_peft_adapter_filter_to_state_dict,
+    generate_state_dict,
     optimizer_sharded_state,
     read_train_state,
     restored_train_state,
@@ -46,43 +68,75 @@ from megatron.bridge.training.run_state.content import (
     state_to_save,
     weights_to_store,
 )
-from megatron.bridge.training.run_state.load_plan import LoadPlan, Source, plan_base, plan_load, takes_pretrained
+from megatron.bridge.training.run_state.load_plan import LoadPlan, Source
 from megatron.bridge.training.run_state.local import (
-    find_local,
     open_local_checkpoints,
     read_local,
     remove_local_from_step,
     save_local,
+)
+from megatron.bridge.training.run_state.managers import (
+    CheckpointLoadContext,
+    CheckpointManager,
+    CheckpointSaveContext,
+    custom_manager_class,
 )
 from megatron.bridge.training.run_state.optimizer import advice_on
 from megatron.bridge.training.run_state.rng import get_rng_state, restore_rng_state
 from megatron.bridge.training.run_state.schedule import load_optimizer
 from megatron.bridge.training.state import GlobalState
 from megatron.bridge.utils.distributed import barrier, is_rank_0, raise_on_all_ranks
-from megatron.bridge.utils.hf_hub import is_hub_name
-from megatron.bridge.utils.hf_hub_ranks import find_on_all_ranks
 
 __all__ = [
+    "CheckpointLoadContext",
+    "CheckpointManager",
+    "CheckpointSaveContext",
+    "CheckpointType",
+    "DefaultCheckpointManager",
     "HybridParamSync",
     "apply_peft_adapter_filter_to_state_dict",
     "check_hybrid_optimizer_param_copies",
+    "checkpoint_exists",
+    "cleanup_old_non_persistent_checkpoint",
+    "create_checkpoint_manager",
+    "delete_extra_state",
+    "find_checkpoint_rank_0",
     "finish_background_save",
+    "generate_state_dict",
+    "get_checkpoint_version",
+    "get_rng_state",
     "init_checkpointing_context",
+    "is_empty_async_queue",
     "load_checkpoint",
+    "load_fsdp_dtensor_checkpoint",
+    "maybe_finalize_async_save",
+    "maybe_load_dataloader_state",
+    "maybe_save_dataloader_state",
+    "plan_base_on_all_ranks",
+    "plan_on_all_ranks",
+    "preprocess_fsdp_dtensor_state_dict",
+    "read_metadata",
     "save_checkpoint",
+    "save_fsdp_dtensor_checkpoint",
+    "save_tokenizer_assets",
+    "schedule_async_save",
+    "set_checkpoint_version",
     "sync_hybrid_optimizer_param_copies",
 ]
 
 logger = logging.getLogger(__name__)
 
 
-def init_checkpointing_context(cfg: ConfigContainer) -> dict[str, Any]:
+def init_checkpointing_context(cfg: CheckpointConfig | ConfigContainer) -> dict[str, Any]:
     """What the saves and loads of a run share: its local checkpoints, if it has any. Call on all ranks.
+
+    Args:
+        cfg: The checkpoint's section, or the whole configuration.
 
     Raises:
         ValueError: `checkpoint.non_persistent_local_ckpt_dir` can't be written.
     """
-    return open_local_checkpoints(cfg)
+    return open_local_checkpoints(cfg.checkpoint if isinstance(cfg, ConfigContainer) else cfg)
 
 
 def save_checkpoint(
@@ -92,8 +146,15 @@ def save_checkpoint(
     opt_param_scheduler: OptimizerParamScheduler | None,
     num_floating_point_operations_so_far: float = 0,
     checkpointing_context: dict[str, Any] | None = None,
-    *,
+    pipeline_rank: int | None = None,
+    tensor_rank: int | None = None,
     non_persistent_ckpt: bool = False,
+    train_data_iterator: Any = None,
+    preprocess_common_state_dict_fn: Callable | None = None,
+    prebuilt_state_dict: dict[str, Any] | None = None,
+    pg_collection: ProcessGroupCollection | None = None,
+    callback_manager: CallbackManager | None = None,
+    module_name: str | None = None,
 ) -> Path:
     """Write a checkpoint of the current step with all ranks. It is valid only once it is complete on disk.
 
@@ -107,16 +168,32 @@ def save_checkpoint(
         opt_param_scheduler: Its schedule, or None.
         num_floating_point_operations_so_far: Written into the train state.
         checkpointing_context: From `init_checkpointing_context`; None makes one.
+        pipeline_rank: Refused, as `tensor_rank`: all ranks write one checkpoint.
+        tensor_rank: Refused.
         non_persistent_ckpt: Write a checkpoint that the next one replaces (`checkpoint.non_persistent_ckpt_type`).
+        train_data_iterator: Accepted: which samples come next follows from those consumed.
+        preprocess_common_state_dict_fn: Refused: what ranks share is compared as it is.
+        prebuilt_state_dict: From `generate_state_dict`, to be written in place of one made here.
+        pg_collection: Process groups; those of Core's global state alone are supported.
+        callback_manager: Its `on_checkpoint_save` is called once the checkpoint is complete, unless it is written in
+            the background or non-persistent.
+        module_name: Refused: a run has one model.
 
     Returns:
         The iteration's directory; for a local checkpoint this rank's file.
 
     Raises:
-        ValueError: `checkpoint.save` is not set or can't be written.
+        ValueError: `checkpoint.save` is not set or can't be written, or an argument isn't supported.
         FloatingPointError: A weight is NaN or infinite. Nothing is written or removed.
         OSError: This rank can't write. The other ranks raise a RuntimeError with the same text.
     """
+    _refuse_arguments(
+        pg_collection,
+        pipeline_rank=pipeline_rank,
+        tensor_rank=tensor_rank,
+        preprocess_common_state_dict_fn=preprocess_common_state_dict_fn,
+        module_name=module_name,
+    )
     finish_background_save(state, wait=True)
     cfg = state.cfg
     check_weights_are_finite(model, state.train_state.step)
@@ -125,7 +202,7 @@ def save_checkpoint(
     step = state.train_state.step
     is_local = non_persistent_ckpt and cfg.checkpoint.non_persistent_ckpt_type == "local"
     metadata = sharding_metadata(cfg, is_local=is_local)
-    content = state_to_save(cfg, model, optimizer, opt_param_scheduler, step, metadata=metadata)
+    content = prebuilt_state_dict or state_to_save(cfg, model, optimizer, opt_param_scheduler, step, metadata=metadata)
     if is_local:
         return save_local(
             context,
@@ -138,7 +215,7 @@ def save_checkpoint(
     between = cfg.checkpoint.non_persistent_root(cfg.checkpoint.save)
     if non_persistent_ckpt:
         return _save_iteration(state, content, between, option="checkpoint.non_persistent_global_ckpt_dir", keep=1)
-    return _save_iteration(
+    directory = _save_iteration(
         state,
         content,
         cfg.checkpoint.save,
@@ -146,6 +223,22 @@ def save_checkpoint(
         keep=cfg.checkpoint.most_recent_k or 0,
         afterwards=partial(_remove_abandoned, cfg, context, step),
     )
+    if callback_manager is not None and state.background_save is None:
+        callback_manager.fire("on_checkpoint_save", CallbackContext(state, model, optimizer, opt_param_scheduler))
+    return directory
+
+
+def _refuse_arguments(pg_collection: ProcessGroupCollection | None, **arguments: Any) -> None:
+    """Refuse what only Megatron Bridge does, and process groups that aren't those of Core's global state.
+
+    Raises:
+        ValueError: Names the argument.
+    """
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(f"{name}={value!r} is not supported: leave it out")
+    if pg_collection is not None and pg_collection.dp is not mpu.get_data_parallel_group():
+        raise ValueError("pg_collection has groups of its own: leave it out, or initialize model parallelism with them")
 
 
 def _save_iteration(
@@ -222,6 +315,83 @@ def finish_background_save(state: GlobalState, *, wait: bool) -> Path | None:
     return directory
 
 
+def maybe_finalize_async_save(
+    global_state: GlobalState,
+    ckpt_cfg: CheckpointConfig | None = None,
+    blocking: bool = False,
+    terminate: bool = False,
+) -> None:
+    """Megatron Bridge's public name for `finish_background_save`. Call on all ranks.
+
+    Args:
+        global_state: The run.
+        ckpt_cfg: Accepted: the run knows whether a save is being written.
+        blocking: Wait until all ranks have written.
+        terminate: The run ends: wait too.
+    """
+    finish_background_save(global_state, wait=blocking or terminate)
+
+
+def is_empty_async_queue(global_state: GlobalState) -> bool:
+    """Whether no save is being written in the background."""
+    return global_state.background_save is None
+
+
+class DefaultCheckpointManager:
+    """Saves and loads with `save_checkpoint` and `load_checkpoint`."""
+
+    def __init__(self, checkpoint_config: CheckpointConfig) -> None:
+        """Call on all ranks.
+
+        Args:
+            checkpoint_config: The run's.
+        """
+        self.checkpoint_config = checkpoint_config
+        self.checkpointing_context = init_checkpointing_context(checkpoint_config)
+
+    def save(self, ctx: CheckpointSaveContext) -> Path:
+        """Save the current step; as `save_checkpoint`."""
+        return save_checkpoint(
+            ctx.state,
+            ctx.model,
+            ctx.optimizer,
+            ctx.opt_param_scheduler,
+            ctx.num_floating_point_operations_so_far,
+            self.checkpointing_context,
+            non_persistent_ckpt=ctx.non_persistent_ckpt,
+            train_data_iterator=ctx.train_data_iterator,
+        )
+
+    def load(self, ctx: CheckpointLoadContext) -> tuple[int, float]:
+        """Load what the configuration asks for; as `load_checkpoint`."""
+        return load_checkpoint(
+            ctx.state,
+            ctx.model,
+            ctx.optimizer,
+            ctx.opt_param_scheduler,
+            ctx.strict,
+            self.checkpointing_context,
+            ctx.skip_load_to_model_and_opt,
+            plan=ctx.plan,
+        )
+
+    def finalize_async_saves(self, state: GlobalState, blocking: bool = False, terminate: bool = False) -> None:
+        """Complete the save in the background, if all ranks have written; as `maybe_finalize_async_save`."""
+        maybe_finalize_async_save(state, self.checkpoint_config, blocking, terminate)
+
+
+def create_checkpoint_manager(checkpoint_config: CheckpointConfig) -> CheckpointManager:
+    """The manager that `checkpoint.custom_manager_class` names, else the default one. Call on all ranks.
+
+    Raises:
+        ValueError: There is no such class, or it isn't a manager.
+    """
+    name = checkpoint_config.custom_manager_class
+    return (
+        DefaultCheckpointManager(checkpoint_config) if name is None else custom_manager_class(name)(checkpoint_config)
+    )
+
+
 def _remove_abandoned(cfg: ConfigContainer, context: dict[str, Any], step: int) -> None:
     """Remove the non-persistent checkpoints of `step` and later steps, which a run that went back has abandoned."""
     remove_local_from_step(context, step)
@@ -233,42 +403,6 @@ def _remove_abandoned(cfg: ConfigContainer, context: dict[str, Any], step: int) 
     barrier()
 
 
-def plan_on_all_ranks(cfg: ConfigContainer, context: dict[str, Any], *, load_required: bool = False) -> LoadPlan | None:
-    """`plan_load` with what the ranks have on their own machines; an error of one is an error of all.
-
-    Args:
-        cfg: A checked configuration.
-        context: From `init_checkpointing_context`.
-        load_required: Finding nothing to load is an error.
-    """
-    local = find_local(context)
-    _find_pretrained(cfg, lambda: takes_pretrained(cfg, local) and cfg.peft is None)
-    with raise_on_all_ranks("planning the load"):
-        if is_rank_0() and cfg.checkpoint.load is not None:
-            for root in (cfg.checkpoint.load, cfg.checkpoint.non_persistent_root(cfg.checkpoint.load)):
-                for path in iterations.leftovers(root):
-                    logger.warning("%s is passed over: the process that wrote or removed it was killed", path)
-                for path in iterations.newer_than_tracker(root):
-                    logger.warning("%s is passed over: %s names an earlier one", path, iterations.TRACKER_FILE)
-        return plan_load(cfg, local, load_required=load_required)
-
-
-def plan_base_on_all_ranks(cfg: ConfigContainer) -> LoadPlan | None:
-    """`plan_base`; None without adapters. An error of one rank is an error of all."""
-    _find_pretrained(cfg, lambda: cfg.peft is not None)
-    with raise_on_all_ranks("planning the load"):
-        return None if cfg.peft is None else plan_base(cfg)
-
-
-def _find_pretrained(cfg: ConfigContainer, is_read: Callable[[], bool]) -> None:
-    """Fetch the weights that a run starts from, if they are on the hub, so that a plan finds them. Collective."""
-    name = cfg.checkpoint.pretrained_checkpoint
-    if name is not None:
-        find_on_all_ranks(
-            lambda: name if is_hub_name(name) and is_read() else None, option="checkpoint.pretrained_checkpoint"
-        )
-
-
 def load_checkpoint(
     state: GlobalState,
     model: list[MegatronModule],
@@ -276,6 +410,9 @@ def load_checkpoint(
     opt_param_scheduler: OptimizerParamScheduler | None,
     strict: bool = True,
     checkpointing_context: dict[str, Any] | None = None,
+    skip_load_to_model_and_opt: bool = False,
+    pg_collection: ProcessGroupCollection | None = None,
+    module_name: str | None = None,
     *,
     plan: LoadPlan | None = None,
 ) -> tuple[int, float]:
@@ -288,6 +425,9 @@ def load_checkpoint(
         opt_param_scheduler: Its schedule, or None.
         strict: Every tensor of the model must be in the checkpoint and fit.
         checkpointing_context: From `init_checkpointing_context`; None makes one.
+        skip_load_to_model_and_opt: Restore the train state alone.
+        pg_collection: Process groups; those of Core's global state alone are supported.
+        module_name: Refused: a run has one model.
         plan: From `plan_on_all_ranks`, with the same context; None makes one.
 
     Returns:
@@ -295,9 +435,10 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: The configuration names a checkpoint, and there is none.
-        ValueError: The checkpoint is incomplete or of another model.
+        ValueError: The checkpoint is incomplete or of another model, or an argument isn't supported.
         RuntimeError: The offloaded optimizer's masters don't match what was loaded.
     """
+    _refuse_arguments(pg_collection, module_name=module_name)
     finish_background_save(state, wait=True)
     context = init_checkpointing_context(state.cfg) if checkpointing_context is None else checkpointing_context
     plan = plan_on_all_ranks(state.cfg, context) if plan is None else plan
@@ -306,12 +447,16 @@ def load_checkpoint(
     if plan.adapters_only:
         with raise_on_all_ranks("comparing the checkpoint's adapters with the model's"):
             check_adapted_layers(state.cfg, plan.run_config, plan.path)
-    logger.info("loading %s", plan)
     started = time.monotonic()
-    if plan.source is Source.HUGGING_FACE:
+    loaded: dict[str, Any] = {}
+    if skip_load_to_model_and_opt:
+        optimizer, plan = None, replace(plan, train_state=plan.train_state and plan.source is Source.MEGATRON)
+        logger.info("%s: restoring the step alone", plan.path)
+    elif plan.source is Source.HUGGING_FACE:
+        logger.info("loading %s", plan)
         _load_hf_weights(model, plan.path)
-        loaded = {}
     else:
+        logger.info("loading %s", plan)
         loaded = _load_megatron(state.cfg, plan, model, optimizer, opt_param_scheduler, strict=strict, context=context)
     if optimizer is not None:
         bring_masters_in_line(state.cfg, optimizer, restored=plan.optimizer, loaded=loaded)

@@ -6,7 +6,7 @@ Shapes: B micro-batch, S sequence.
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -36,6 +36,32 @@ def get_batch(data_iterator: Iterator[dict[str, Any]]) -> dict[str, Any]:
         for key in BATCH_KEYS
     }
     return on_device | {"cu_seqlens": batch.get("cu_seqlens")}
+
+
+def get_batch_from_iterator(
+    data_iterator: Iterator[dict[str, Any]],
+    use_mtp: bool = False,
+    skip_getting_attention_mask_from_dataset: bool = True,
+    *,
+    is_first_pp_stage: bool = True,
+    is_last_pp_stage: bool = True,
+) -> dict[str, Any]:
+    """Megatron Bridge's name for `get_batch`.
+
+    Args:
+        data_iterator: As for `get_batch`.
+        use_mtp: Accepted: every stage gets tokens and labels.
+        skip_getting_attention_mask_from_dataset: Leave the attention mask None, for causal attention.
+        is_first_pp_stage: Accepted, as `is_last_pp_stage`: every stage gets the whole micro-batch.
+        is_last_pp_stage: Accepted.
+    """
+    batch = get_batch(data_iterator)
+    return batch | {"attention_mask": None} if skip_getting_attention_mask_from_dataset else batch
+
+
+def forward_step_modelopt(*args: Any, **options: Any) -> NoReturn:
+    """Refused: distilled by NVIDIA's ModelOpt, which isn't supported."""
+    raise NotImplementedError("forward_step_modelopt: ModelOpt is not supported; take forward_step")
 
 
 def forward_step(

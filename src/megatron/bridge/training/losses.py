@@ -4,6 +4,9 @@
 Shapes: B batch, S sequence.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
 
@@ -42,3 +45,15 @@ def masked_next_token_loss(
         )
     reported = torch.stack([loss.detach(), num_tokens.to(loss.dtype)])
     return loss, num_tokens, {"lm loss": reported}
+
+
+def create_masked_next_token_loss_function(
+    loss_mask: torch.Tensor, check_for_nan_in_loss: bool = True, check_for_spiky_loss: bool = False
+) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]:
+    """What a forward step returns beside the output: `masked_next_token_loss` of the output alone."""
+    return partial(
+        masked_next_token_loss,
+        loss_mask,
+        check_for_nan_in_loss=check_for_nan_in_loss,
+        check_for_spiky_loss=check_for_spiky_loss,
+    )

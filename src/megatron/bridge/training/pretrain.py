@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from megatron.bridge.training.callbacks import Callback, CallbackManager, normalize_callbacks
 from megatron.bridge.training.config import ConfigContainer, runtime_config_update
-from megatron.bridge.training.eval import evaluate, evaluate_once
+from megatron.bridge.training.eval import evaluate_once, evaluate_split
 from megatron.bridge.training.initialize import destroy_global_state, initialize_distributed
 from megatron.bridge.training.micro_batches import bind_forward_step
 from megatron.bridge.training.monitoring.hang_watchdog import watched
@@ -20,7 +20,7 @@ from megatron.bridge.training.monitoring.summary import RunSummary, log_start
 from megatron.bridge.training.monitoring.trackers import build_loggers
 from megatron.bridge.training.setup import maybe_log_and_save_config, setup
 from megatron.bridge.training.state import GlobalState
-from megatron.bridge.training.train import train
+from megatron.bridge.training.train import run_training
 from megatron.bridge.utils.distributed import raise_on_all_ranks
 from megatron.bridge.utils.interpolation import resolve_interpolations
 from megatron.bridge.utils.logging import log_to_rank_file
@@ -67,7 +67,9 @@ def train_from_config(
             summary = RunSummary()
             figures = build_step_figures(config)
             own = [*figures, ProgressBar(), summary, *build_loggers(config), *build_profilers(config)]
-            manager = CallbackManager([*own, *normalize_callbacks(callbacks).callbacks])
+            users = normalize_callbacks(callbacks)
+            manager = CallbackManager([*own, *users.callbacks])
+            manager.user_state = users.user_state
         maybe_log_and_save_config(config)
         with catch_exit_signal(config.train) as exit_signal:
             state = GlobalState(config, exit_signal=exit_signal)
@@ -92,7 +94,7 @@ def _run(
     load_required: bool,
 ) -> None:
     """Set up, train, and evaluate at the end."""
-    run = setup(state, load_required=load_required)
+    run = setup(state, callback_manager=callbacks, load_required=load_required)
     forward_step = bind_forward_step(forward_step_func, state)
     log_start(state, run.model, run.optimizer)
     try:
@@ -100,9 +102,9 @@ def _run(
             if state.cfg.validation.eval_at_start:
                 evaluate_once(run, forward_step, callbacks)
             if state.train_state.do_train:
-                train(run, forward_step_func, callbacks)
+                run_training(run, forward_step_func, callbacks)
             evaluate_once(run, forward_step, callbacks)
             if state.train_state.do_test:
-                evaluate(run, forward_step, callbacks, split="test")
+                evaluate_split(run, forward_step, callbacks, split="test")
     finally:
         summary.log_end(state)

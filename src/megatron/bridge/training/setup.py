@@ -24,10 +24,13 @@ from megatron.bridge.data.tokenizer import build_tokenizer, check_tokenizer_fits
 from megatron.bridge.data.validation_sets import named_sets
 from megatron.bridge.models.packed_attention import check_samples_are_kept_apart
 from megatron.bridge.models.trained_weights import check_trained_weights
+from megatron.bridge.training.callbacks import CallbackContext, CallbackManager
 from megatron.bridge.training.checkpointing import (
+    CheckpointLoadContext,
+    DefaultCheckpointManager,
+    create_checkpoint_manager,
     init_checkpointing_context,
     load_base_weights,
-    load_checkpoint,
     plan_base_on_all_ranks,
     plan_on_all_ranks,
 )
@@ -57,8 +60,15 @@ class SetupOutput(NamedTuple):
     """Iterable: one pass over the validation set, each step a list of micro-batches; with several sets, a dict of such
     by name. None: no validation set."""
     test_data_iterator: Any
-    checkpointing_context: dict[str, Any]
+    checkpoint_manager: Any
+    """A `CheckpointManager`: saves and loads the run."""
+
     pg_collection: ProcessGroupCollection
+
+    @property
+    def checkpointing_context(self) -> dict[str, Any]:
+        """What the manager's saves and loads share, as `save_checkpoint` takes it; empty if it has none."""
+        return getattr(self.checkpoint_manager, "checkpointing_context", {})
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,10 @@ class _Data:
 def setup(
     state: GlobalState,
     train_valid_test_datasets_provider: Callable[..., Any] = build_datasets,
+    get_embedding_ranks: Callable[..., Any] | None = None,
+    get_position_embedding_ranks: Callable[..., Any] | None = None,
+    restart_store: Any = None,
+    callback_manager: CallbackManager | None = None,
     *,
     load_required: bool = False,
 ) -> SetupOutput:
@@ -82,6 +96,10 @@ def setup(
     Args:
         state: A new run, with a configuration that `runtime_config_update` has resolved and checked.
         train_valid_test_datasets_provider: Called with the dataset configuration and a `DatasetBuildContext`.
+        get_embedding_ranks: Which ranks of a pipeline hold the embedding, for Core; None: the first and the last.
+        get_position_embedding_ranks: Which hold learned positions, for Core; None: the first.
+        restart_store: Refused: a restart within the process isn't supported.
+        callback_manager: Its `on_data_init_start` is called.
         load_required: The run must start from a checkpoint, as `finetune` says.
 
     Returns:
@@ -91,8 +109,15 @@ def setup(
         ValueError, FileNotFoundError: The configuration, the data or a checkpoint is invalid. Raised on all ranks.
     """
     cfg = state.cfg
-    pg_collection = initialize_megatron(cfg)
+    pg_collection = initialize_megatron(
+        cfg,
+        get_embedding_ranks=get_embedding_ranks,
+        get_position_embedding_ranks=get_position_embedding_ranks,
+        restart_store=restart_store,
+    )
     state.derived = cfg.derive(world_size())
+    if callback_manager is not None:
+        callback_manager.fire("on_data_init_start", CallbackContext(state, []))
     _check_directories(cfg)
     _load_tokenizer(state)
     data = _build_data(state, train_valid_test_datasets_provider)
@@ -101,7 +126,11 @@ def setup(
     # Too few samples or a wrong checkpoint should fail now, not after minutes of building. The iterator is made again
     # below, from the loaded train state.
     _train_iterator(state, data, pg_collection)
-    context = init_checkpointing_context(cfg)
+    manager = create_checkpoint_manager(cfg.checkpoint)
+    if isinstance(manager, DefaultCheckpointManager):
+        context = manager.checkpointing_context
+    else:
+        context = init_checkpointing_context(cfg)
     base_plan = plan_base_on_all_ranks(cfg)
     plan = plan_on_all_ranks(cfg, context, load_required=load_required)
     with raise_on_all_ranks("reading where a text ends"):
@@ -121,7 +150,7 @@ def setup(
     )
     set_schedule_functions(model, optimizer, cfg)
     if plan is not None:
-        load_checkpoint(state, model, optimizer, scheduler, checkpointing_context=context, plan=plan)
+        manager.load(CheckpointLoadContext(state, model, optimizer, scheduler, plan=plan))
 
     _note_what_there_is_to_do(state, data)
     return SetupOutput(
@@ -132,7 +161,7 @@ def setup(
         _train_iterator(state, data, pg_collection),
         _evaluation_steps(state, data.valid, data, pg_collection),
         _evaluation_steps(state, data.test, data, pg_collection),
-        context,
+        manager,
         pg_collection,
     )
 

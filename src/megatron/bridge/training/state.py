@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from megatron.core.timers import Timers
+from megatron.core.utils import StragglerDetector
 
 from megatron.bridge.training.config import ConfigContainer, DerivedConfig
 from megatron.bridge.training.monitoring.hang_watchdog import HangWatchdog
@@ -28,7 +30,7 @@ logger = logging.getLogger(__name__)
 class GlobalState:
     """The objects that belong to one run in this process."""
 
-    cfg: ConfigContainer
+    cfg: ConfigContainer = None  # type: ignore[assignment]  # a script may set it once the state is made
     train_state: TrainState = field(default_factory=TrainState)
     tokenizer: Any = None
     _derived: DerivedConfig | None = field(default=None, repr=False)
@@ -52,6 +54,9 @@ class GlobalState:
 
     watchdog: HangWatchdog = field(default_factory=HangWatchdog, repr=False)
     """Ends this rank if it hangs while it is `watched`."""
+
+    start_time: float = field(default_factory=time.time)
+    """When the run started, in seconds since 1970."""
 
     wandb_logger: Any = field(default=None, repr=False)
     """The Weights & Biases run, on rank 0; None on other ranks or without W&B."""
@@ -95,6 +100,27 @@ class GlobalState:
                 log_dir=self.cfg.logger.tensorboard_dir, max_queue=self.cfg.logger.tensorboard_queue_size
             )
         return self._tensorboard
+
+    @property
+    def straggler_timer(self) -> StragglerDetector:
+        """Core's straggler detector, which is off: as a context it does nothing."""
+        return StragglerDetector()
+
+    @property
+    def signal_handler(self) -> ExitSignal | None:
+        """Megatron Bridge's public name for `exit_signal`."""
+        return self.exit_signal
+
+    def initialize_async_checkpoint_worker(self) -> None:
+        """Nothing to do: a save in the background starts its own thread."""
+
+    def reset_for_restart(self) -> None:
+        """Forget how far the run is and what this process holds of it, so that `setup` can build it again."""
+        self.close()
+        self.train_state = TrainState()
+        self._derived = self._timers = self.evaluated_step = None
+        self.num_nonfinite_steps = 0
+        self.start_time = time.time()
 
     def close(self) -> None:
         """Close the loggers. A save that is still being written is abandoned."""

@@ -17,8 +17,8 @@ from megatron.core.utils import get_model_config
 
 from megatron.bridge.models.trained_weights import check_trained_as_wrapped
 from megatron.bridge.training.callbacks import CallbackContext, CallbackManager
-from megatron.bridge.training.checkpointing import finish_background_save, save_checkpoint
-from megatron.bridge.training.eval import evaluate
+from megatron.bridge.training.checkpointing import CheckpointManager, CheckpointSaveContext, DefaultCheckpointManager
+from megatron.bridge.training.eval import evaluate_split, refuse_non_loss_data
 from megatron.bridge.training.micro_batches import bind_forward_step, run_micro_batches
 from megatron.bridge.training.monitoring.finite_steps import checked_loss_of, step_if_finite
 from megatron.bridge.training.monitoring.flops import train_step_flops
@@ -30,6 +30,7 @@ from megatron.bridge.training.monitoring.gradient_figures import (
 from megatron.bridge.training.monitoring.hang_watchdog import shorten_timeouts
 from megatron.bridge.training.monitoring.metrics import learning_rate
 from megatron.bridge.training.monitoring.preemption import Preempted
+from megatron.bridge.training.monitoring.progress import ProgressBar
 from megatron.bridge.training.monitoring.reported_losses import means, tokens_of
 from megatron.bridge.training.monitoring.router_losses import (
     RouterLosses,
@@ -39,6 +40,7 @@ from megatron.bridge.training.monitoring.router_losses import (
 )
 from megatron.bridge.training.monitoring.step_times import phases_timed, timed
 from megatron.bridge.training.setup import SetupOutput
+from megatron.bridge.training.state import GlobalState
 from megatron.bridge.utils.device import current_device
 
 logger = logging.getLogger(__name__)
@@ -67,7 +69,53 @@ class TrainStepResult:
     """Norms and zeros of the gradients, if `logger` asks for them in this step."""
 
 
-def train(run: SetupOutput, forward_step_func: Callable, callbacks: CallbackManager) -> None:
+def train(
+    forward_step_func: Callable,
+    model: list[Any],
+    optimizer: Any,
+    scheduler: Any,
+    train_data_iterator: Any,
+    valid_data_iterator: Any,
+    global_state: GlobalState,
+    checkpoint_manager: CheckpointManager | dict[str, Any],
+    pg_collection: Any,
+    process_non_loss_data_func: Callable | None = None,
+    non_loss_data_func: Callable | None = None,
+    callback_manager: CallbackManager | None = None,
+) -> None:
+    """Train what `setup` built, for scripts that call the parts of a run themselves. Losses are logged.
+
+    Args:
+        forward_step_func: See `bind_forward_step`.
+        model: As the next seven, from `setup`.
+        optimizer: From `setup`.
+        scheduler: From `setup`.
+        train_data_iterator: From `setup`.
+        valid_data_iterator: From `setup`.
+        global_state: From `setup`.
+        checkpoint_manager: From `setup`, or a checkpointing context.
+        pg_collection: From `setup`.
+        process_non_loss_data_func: Refused, as `non_loss_data_func`.
+        non_loss_data_func: Refused.
+        callback_manager: Called around the run and each step.
+
+    Raises:
+        ValueError: An argument isn't supported.
+        Preempted: A signal stopped the run. The last checkpoint is complete on disk.
+    """
+    refuse_non_loss_data(process_non_loss_data_func, non_loss_data_func)
+    if isinstance(checkpoint_manager, dict):
+        context, checkpoint_manager = checkpoint_manager, DefaultCheckpointManager(global_state.cfg.checkpoint)
+        checkpoint_manager.checkpointing_context = context
+    data = train_data_iterator, valid_data_iterator, None
+    run = SetupOutput(global_state, model, optimizer, scheduler, *data, checkpoint_manager, pg_collection)
+    users = callback_manager or CallbackManager()
+    callbacks = CallbackManager([ProgressBar(), *users.callbacks])
+    callbacks.user_state = users.user_state
+    run_training(run, forward_step_func, callbacks)
+
+
+def run_training(run: SetupOutput, forward_step_func: Callable, callbacks: CallbackManager) -> None:
     """Train up to the configured number of steps. Evaluate and save in between and at the end.
 
     Args:
@@ -100,7 +148,7 @@ def train(run: SetupOutput, forward_step_func: Callable, callbacks: CallbackMana
             _complete_background_save(run, context, callbacks, wait=False)
             if _is_due(step, state.derived.eval_interval) and state.train_state.do_valid:
                 with _garbage_collection_around_evaluation(cfg.train), timed(state, "evaluate", 0):
-                    evaluate(run, forward_step, callbacks)
+                    evaluate_split(run, forward_step, callbacks)
             is_preempted = _is_preempted(run)
             asked_to_stop = is_preempted or _is_asked_to_stop(cfg.train, step, started)
             if cfg.checkpoint.save and (_is_due(step, cfg.checkpoint.save_interval) or asked_to_stop):
@@ -192,25 +240,30 @@ def _save(run: SetupOutput, context: CallbackContext, callbacks: CallbackManager
 def _complete_background_save(
     run: SetupOutput, context: CallbackContext, callbacks: CallbackManager, *, wait: bool
 ) -> None:
-    if run.state.background_save is None:
+    pending = run.state.background_save
+    if pending is None and isinstance(run.checkpoint_manager, DefaultCheckpointManager):
         return
     with run.state.watchdog.paused():
-        directory = finish_background_save(run.state, wait=wait)
+        run.checkpoint_manager.finalize_async_saves(run.state, blocking=wait)
     save = run.state.cfg.checkpoint.save
-    if directory is not None and save is not None and directory.parent == Path(save):
+    if pending is None or run.state.background_save is pending:
+        return
+    if save is not None and pending.root == Path(save):
         callbacks.fire("on_checkpoint_save", context)
 
 
 def _save_checkpoint(run: SetupOutput, *, non_persistent: bool = False) -> None:
     with run.state.watchdog.paused(), timed(run.state, "save-checkpoint", 0):
-        save_checkpoint(
-            run.state,
-            run.model,
-            run.optimizer,
-            run.scheduler,
-            run.state.train_state.floating_point_operations_so_far,
-            run.checkpointing_context,
-            non_persistent_ckpt=non_persistent,
+        run.checkpoint_manager.save(
+            CheckpointSaveContext(
+                run.state,
+                run.model,
+                run.optimizer,
+                run.scheduler,
+                run.state.train_state.floating_point_operations_so_far,
+                non_persistent_ckpt=non_persistent,
+                train_data_iterator=run.train_data_iterator,
+            )
         )
 
 

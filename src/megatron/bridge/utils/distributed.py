@@ -173,17 +173,17 @@ def seed_everything(seed: int, *, data_parallel_random_init: bool = False, **tra
     Megatron-LM's `_set_random_seed`, so that runs with the same seed initialise alike.
 
     Args:
-        seed: Positive.
+        seed: 0 or more.
         data_parallel_random_init: Different random numbers on each data-parallel rank.
         tracker_options: Options of Core's `model_parallel_cuda_manual_seed`.
 
     Raises:
-        ValueError: `seed` is not positive.
+        ValueError: `seed` is negative.
     """
     from megatron.core import parallel_state, tensor_parallel
 
-    if seed <= 0:
-        raise ValueError(f"rng.seed={seed}: expected a positive integer")
+    if seed < 0:
+        raise ValueError(f"rng.seed={seed}: expected 0 or a positive integer")
     seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
     if data_parallel_random_init:
         seed += 10 * parallel_state.get_data_parallel_rank()

@@ -117,7 +117,6 @@ UNSUPPORTED = (
     Unsupported("checkpoint.ckpt_assume_constant_structure"),
     Unsupported("checkpoint.storage_writers_per_rank", (1,)),
     Unsupported("checkpoint.dist_ckpt_workers", (1,)),
-    Unsupported("checkpoint.custom_manager_class"),
     Unsupported(
         "checkpoint.also_save_hf_checkpoint", (False,), "export afterwards: python -m megatron.bridge.convert export"
     ),

@@ -235,13 +235,14 @@ class CheckpointConversion(BridgeBase):
 
 
 def check_no_tokenizer_options(options: Mapping[str, Any] | None) -> None:
-    """Refuse `hf_tokenizer_kwargs`, which would change a tokenizer on its way into a checkpoint.
+    """Refuse `hf_tokenizer_kwargs` that would change a tokenizer on its way into a checkpoint.
 
     Raises:
         ValueError: There are some.
     """
-    if options:
+    changing = {name: value for name, value in (options or {}).items() if name != "trust_remote_code"}  # no code is run
+    if changing:
         raise ValueError(
-            f"hf_tokenizer_kwargs={dict(options)!r} is not supported: the tokenizer's files are copied as they are; "
+            f"hf_tokenizer_kwargs={changing!r} is not supported: the tokenizer's files are copied as they are; "
             "save the tokenizer as it is wanted (save_pretrained) and pass that directory as hf_tokenizer_path"
         )

@@ -3,6 +3,7 @@
 
 import abc
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -41,6 +42,11 @@ class MegatronModelBridge(abc.ABC):
     @abc.abstractmethod
     def mapping_registry(self) -> MegatronMappingRegistry:
         """The weights of the family."""
+
+    @staticmethod
+    def make_vocab_size_divisible_by(vocab_size: int) -> int:
+        """The highest power of two, up to 128, that divides a vocabulary: what it is padded to as a multiple of."""
+        return math.gcd(vocab_size, 128)
 
     @classmethod
     def register_bridge(

@@ -29,6 +29,10 @@ class CheckpointConfig(BridgeSection):
     most_recent_k: int | None = -1
     """Newest checkpoints to keep; older ones are deleted. -1 or None: all are kept."""
 
+    custom_manager_class: str | None = None
+    """Saves and loads in place of the default manager: `module.Class`, with the methods of CheckpointManager. The
+    script that starts the run imports it. None: the default one."""
+
     save_optim: bool = True
     """Write the optimizer's state."""
 

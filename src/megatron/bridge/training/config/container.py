@@ -19,6 +19,7 @@ from megatron.bridge.training.config.derived import DerivedConfig
 from megatron.bridge.training.config.precedence import forget_what_agrees
 from megatron.bridge.training.config.rules import RULES
 from megatron.bridge.training.config.rules.optimizer import log_what_is_offloaded
+from megatron.bridge.training.config.scheduler import SCHEDULE_LENGTHS
 from megatron.bridge.training.config.sections import RunSections
 from megatron.bridge.training.config.unsupported import log_options_without_effect
 from megatron.bridge.utils import distributed
@@ -32,7 +33,7 @@ class ConfigContainer(RunSections):
     """Everything that a run is told, and what can be done with it."""
 
     data_parallel_size: int | None = field(init=False, default=None, repr=False)
-    """Copies of the model, for scripts; the run reads `derive()`. Shown by runtime_config_update and
+    """Copies of the model, for scripts; the run reads `derive()`. Shown by `validate` and
     set_data_parallel_size; None before."""
 
     def __post_init__(self) -> None:
@@ -78,6 +79,13 @@ class ConfigContainer(RunSections):
             section.finalize()
         log_what_is_offloaded(self)
         log_options_without_effect(self)
+        self.show(self.derive(ranks))
+
+    def show(self, derived: DerivedConfig) -> None:
+        """Show scripts, in the sections, what follows from the configuration; the run itself reads `derived`."""
+        self.data_parallel_size = derived.data_parallel_size
+        for name in SCHEDULE_LENGTHS:
+            setattr(self.scheduler, name, getattr(derived, name))
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain dictionaries with `_target_`."""

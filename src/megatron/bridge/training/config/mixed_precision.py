@@ -98,6 +98,12 @@ class MixedPrecisionConfig(RemembersSetFields):
     reuse_grad_buf_for_mxfp8_param_ag: bool = False
     """Gather MXFP8 weights into the gradients' memory."""
 
+    fp4: Literal["e2m1"] | None = None
+    """FP4 format of matrix products (needs Transformer Engine and a Blackwell GPU). None: no FP4."""
+
+    fp4_recipe: Literal["nvfp4"] = "nvfp4"
+    """How FP4 scales are found, with fp4."""
+
     loss_scale: float | None = None
     """Fixed loss scale for FP16. None: it adapts."""
 
@@ -176,6 +182,8 @@ class MixedPrecisionConfig(RemembersSetFields):
         if self.fp8 is not None:
             values |= {name: getattr(self, name) for name in _FP8_FIELDS}
             values["fp8_param"] = self.fp8_param_gather
+        if self.fp4 is not None:
+            values |= {name: getattr(self, name) for name in ("fp4", "fp4_recipe")}
         return {name: value for name, value in values.items() if value is not None}
 
 
@@ -258,6 +266,12 @@ def bf16_with_mxfp8_mixed() -> MixedPrecisionConfig:
 def bf16_with_fp8_subchannel_scaling_mixed() -> MixedPrecisionConfig:
     """BF16 with matrix products in FP8, one scale for each block of a channel."""
     return replace(bf16_mixed(), fp8="hybrid", fp8_recipe="blockwise", fp8_param_gather=False)
+
+
+@register
+def bf16_with_nvfp4_mixed() -> MixedPrecisionConfig:
+    """BF16 with matrix products in FP4, one scale for each block of 16 numbers."""
+    return replace(bf16_mixed(), fp4="e2m1", fp4_recipe="nvfp4")
 
 
 def is_mixed_precision(value: Any) -> TypeGuard[str | MixedPrecisionConfig]:

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 _FORMATS = (
     "fp16 bf16 params_dtype pipeline_dtype enable_autocast autocast_dtype fp8 fp8_recipe fp8_param fp8_param_gather "
-    "reuse_grad_buf_for_mxfp8_param_ag"
+    "reuse_grad_buf_for_mxfp8_param_ag fp4 fp4_recipe"
 ).split()
 """Written together: one that differs would leave sections that don't fit each other."""
 

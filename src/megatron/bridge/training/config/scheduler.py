@@ -8,7 +8,7 @@ from megatron.bridge.training.config.fields import require_not_negative, require
 from megatron.bridge.utils.section import BridgeSection
 
 SCHEDULE_LENGTHS = ("lr_decay_steps", "lr_warmup_steps", "wd_incr_steps", "wsd_decay_steps")
-"""Fields of `DerivedConfig` that runtime_config_update shows here for scripts; the run reads `DerivedConfig`."""
+"""Fields of `DerivedConfig` that validate() shows here for scripts; the run reads `DerivedConfig`."""
 
 
 @dataclass(kw_only=True)
@@ -66,16 +66,16 @@ class SchedulerConfig(BridgeSection):
     """Which parameters get no weight decay. None: biases and one-dimensional parameters."""
 
     lr_decay_steps: int | None = field(init=False, default=None)
-    """Shown by runtime_config_update: decay length, in samples (the unit in which Core's scheduler counts)."""
+    """Shown once validated: decay length, in samples (the unit in which Core's scheduler counts)."""
 
     lr_warmup_steps: int | None = field(init=False, default=None)
-    """Shown by runtime_config_update: warm-up length, in samples."""
+    """Shown once validated: warm-up length, in samples."""
 
     wd_incr_steps: int | None = field(init=False, default=None)
-    """Shown by runtime_config_update: length of the weight decay's change, in samples."""
+    """Shown once validated: length of the weight decay's change, in samples."""
 
     wsd_decay_steps: int | None = field(init=False, default=None)
-    """Shown by runtime_config_update: length of WSD's falling part, in samples. None: not WSD."""
+    """Shown once validated: length of WSD's falling part, in samples. None: not WSD."""
 
     def finalize(self) -> None:
         """Check the section's own fields.

@@ -8,7 +8,6 @@ from megatron.bridge.training.config.container import ConfigContainer
 from megatron.bridge.training.config.derived import DerivedConfig, derive, with_known_length
 from megatron.bridge.training.config.precedence import apply_mixed_precision, share_between_ddp_and_optimizer
 from megatron.bridge.training.config.rules.schedule import check_schedule_fits_the_run
-from megatron.bridge.training.config.scheduler import SCHEDULE_LENGTHS
 from megatron.bridge.utils.distributed import world_size
 from megatron.bridge.utils.interpolation import resolve_interpolations
 
@@ -34,19 +33,27 @@ def runtime_config_update(cfg: ConfigContainer) -> None:
         ValueError: See `ConfigContainer.validate`.
     """
     resolve_interpolations(cfg)
-    for name, value in cfg.env_vars.items():
-        if name.startswith(_VARIABLES_OF_CODE):
-            raise ValueError(f"env_vars.{name} would make processes load other code: set it where the run is started")
-        if not isinstance(value, str | int | float):
-            raise ValueError(f"env_vars.{name} is {value!r}: expected a text; names of variables have no dots")
-        os.environ.setdefault(name, str(value))
+    apply_environment_variables(cfg)
     _move_deprecated_fields(cfg)
     apply_mixed_precision(cfg)
     share_between_ddp_and_optimizer(cfg)
     if cfg.logger.log_max_attention_logit:
         cfg.model.log_max_attention_logit = True  # Core's attention keeps it only then
     cfg.validate()
-    _show(cfg, cfg.derive())
+
+
+def apply_environment_variables(cfg: ConfigContainer) -> None:
+    """Set the variables of `env_vars` that this process hasn't set.
+
+    Raises:
+        ValueError: One would make processes load other code, or isn't a text.
+    """
+    for name, value in cfg.env_vars.items():
+        if name.startswith(_VARIABLES_OF_CODE):
+            raise ValueError(f"env_vars.{name} would make processes load other code: set it where the run is started")
+        if not isinstance(value, str | int | float):
+            raise ValueError(f"env_vars.{name} is {value!r}: expected a text; names of variables have no dots")
+        os.environ.setdefault(name, str(value))
 
 
 def derive_from_data(cfg: ConfigContainer, *, train_samples: int | None, unit: str = "samples") -> DerivedConfig:
@@ -73,20 +80,13 @@ def derive_from_data(cfg: ConfigContainer, *, train_samples: int | None, unit: s
             f"(train.global_batch_size={derived.global_batch_size}): add samples or lower train.global_batch_size"
         )
     check_schedule_fits_the_run(known, ranks)
-    _show(cfg, derived)
+    cfg.show(derived)
     left = epochs * train_samples - derived.train_samples
     logger.info(
         "train.num_epochs=%d over %d %s: %d steps of %d%s", epochs, train_samples, unit, derived.train_iters,
         derived.global_batch_size, f"; the last {left} make no whole global batch and are left out" if left else "",
     )  # fmt: skip
     return derived
-
-
-def _show(cfg: ConfigContainer, derived: DerivedConfig) -> None:
-    """Show scripts, in the sections, what they look for there."""
-    cfg.data_parallel_size = derived.data_parallel_size
-    for name in SCHEDULE_LENGTHS:
-        setattr(cfg.scheduler, name, getattr(derived, name))
 
 
 def _move_deprecated_fields(cfg: ConfigContainer) -> None:

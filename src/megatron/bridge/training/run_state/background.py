@@ -37,6 +37,11 @@ class BackgroundSave:
         self._thread = threading.Thread(target=save.write, name="checkpoint writer")
         self._thread.start()
 
+    @property
+    def root(self) -> Path:
+        """The directory that the iteration appears in."""
+        return Path(self._save.directory).parent
+
     def finish(self, *, wait: bool) -> Path | None:
         """Complete the save if all ranks have written. Call on all ranks.
 

@@ -14,7 +14,7 @@ from megatron.bridge.checkpoint.model_checkpoint import model_sharded_state_dict
 from megatron.bridge.checkpoint.partial_stacks import split_partial_stacks
 from megatron.bridge.checkpoint.safe_pickle import read_blob
 from megatron.bridge.peft.base import PEFT
-from megatron.bridge.training.config import ConfigContainer
+from megatron.bridge.training.config import CheckpointConfig, ConfigContainer
 from megatron.bridge.training.run_state.rng import get_rng_state
 from megatron.bridge.training.run_state.train_state import TrainState
 from megatron.bridge.utils.distributed import raise_on_all_ranks
@@ -83,12 +83,70 @@ def state_to_save(
     """
     weights = weights_to_store(cfg, model, metadata)
     content: dict[str, Any] = {"checkpoint_version": CHECKPOINT_VERSION, "iteration": step, **weights}
-    if cfg.checkpoint.save_optim and optimizer is not None:
-        content["optimizer"] = optimizer_sharded_state(optimizer, weights, metadata)
-        if opt_param_scheduler is not None:
-            content["opt_param_scheduler"] = opt_param_scheduler.state_dict()
+    if cfg.checkpoint.save_optim:
+        content |= _optimizer_content(optimizer, opt_param_scheduler, weights, metadata)
     if cfg.checkpoint.save_rng:
         content["rng_state"] = get_rng_state(cfg.rng.data_parallel_random_init)
+    return content
+
+
+def _optimizer_content(
+    optimizer: Any, opt_param_scheduler: Any, weights: dict[str, Any], metadata: dict[str, Any], **options: Any
+) -> dict[str, Any]:
+    if optimizer is None:
+        return {}
+    content = {"optimizer": optimizer_sharded_state(optimizer, weights, metadata, **options)}
+    if opt_param_scheduler is not None:
+        content["opt_param_scheduler"] = opt_param_scheduler.state_dict()
+    return content
+
+
+def generate_state_dict(
+    ckpt_cfg: CheckpointConfig,
+    model: list[Any],
+    optimizer: Any,
+    opt_param_scheduler: Any,
+    rng_state: Any,
+    iteration: int | None = None,
+    optim_sd_kwargs: dict[str, Any] | None = None,
+    model_sd_kwargs: dict[str, Any] | None = None,
+    rerun_state: dict[str, Any] | None = None,
+    pg_collection: Any = None,
+) -> dict[str, Any]:
+    """The sharded state of a whole checkpoint, with all weights, as `save_checkpoint(prebuilt_state_dict=)` takes it.
+
+    Args:
+        ckpt_cfg: Says what not to save.
+        model: This rank's chunks.
+        optimizer: Megatron optimizer, or None.
+        opt_param_scheduler: Its schedule, or None.
+        rng_state: From `get_rng_state`.
+        iteration: The step; None leaves it out.
+        optim_sd_kwargs: `is_loading`, whether the result is a template to load into; `metadata`.
+        model_sd_kwargs: `metadata`: how Core shards the state.
+        rerun_state: Accepted and left out: the rerun state machine is off.
+        pg_collection: Accepted: the groups are those of Core's global state.
+
+    Raises:
+        ValueError: Another argument for Core's `sharded_state_dict`.
+    """
+    of_optimizer, of_model = {**(optim_sd_kwargs or {})}, {**(model_sd_kwargs or {})}
+    for name in (of_optimizer.keys() - {"is_loading", "metadata"}) | (of_model.keys() - {"metadata"}):
+        raise ValueError(
+            f"generate_state_dict: {name} is not supported: expected metadata, and the optimizer's is_loading"
+        )
+    metadata: dict[str, Any] = {"chained_optim_avoid_prefix": True, "singleton_local_shards": False}
+    metadata |= {"distrib_optim_sharding_type": "dp_reshardable"} | (of_model.get("metadata") or {})
+    weights = model_sharded_state_dict(model, metadata)
+    content: dict[str, Any] = {"checkpoint_version": CHECKPOINT_VERSION, **weights}
+    if iteration is not None:
+        content["iteration"] = iteration
+    if ckpt_cfg.save_optim:
+        metadata = of_optimizer.get("metadata") or metadata
+        is_loading = of_optimizer.get("is_loading", False)
+        content |= _optimizer_content(optimizer, opt_param_scheduler, weights, metadata, is_loading=is_loading)
+    if ckpt_cfg.save_rng:
+        content["rng_state"] = rng_state
     return content
 
 

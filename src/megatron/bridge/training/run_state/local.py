@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, 
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict, ShardedTensor
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 
-from megatron.bridge.training.config import ConfigContainer
+from megatron.bridge.training.config import CheckpointConfig
 from megatron.bridge.utils.distributed import is_rank_0, raise_on_all_ranks, rank, world_size
 from megatron.bridge.utils.files import check_writable_directory
 
@@ -49,18 +49,18 @@ class LocalCheckpoint:
     holds_optimizer: bool
 
 
-def open_local_checkpoints(cfg: ConfigContainer) -> dict[str, Any]:
+def open_local_checkpoints(checkpoint: CheckpointConfig) -> dict[str, Any]:
     """The checkpointing context of a run with local checkpoints; empty for one without. Call on all ranks.
 
     Raises:
         ValueError: The directory can't be written on some rank.
     """
-    if cfg.checkpoint.non_persistent_ckpt_type != "local":
+    if checkpoint.non_persistent_ckpt_type != "local":
         return {}
     from megatron.bridge.training.run_state.local_files import LocalCheckpointFiles
 
-    assert cfg.checkpoint.non_persistent_local_ckpt_dir is not None  # finalize() refuses it
-    directory = Path(cfg.checkpoint.non_persistent_local_ckpt_dir)
+    assert checkpoint.non_persistent_local_ckpt_dir is not None  # finalize() refuses it
+    directory = Path(checkpoint.non_persistent_local_ckpt_dir)
     with raise_on_all_ranks(f"preparing {directory}"):
         check_writable_directory(directory / str(rank()), "checkpoint.non_persistent_local_ckpt_dir")
     return {CONTEXT_KEY: LocalCheckpointFiles(str(directory))}

@@ -30,6 +30,7 @@ __all__ = [
     "get_hf_model_id_from_checkpoint",
     "is_checkpoint_iteration_directory",
     "is_hf_checkpoint_dir",
+    "join_paths",
     "read_run_config",
     "read_train_state",
 ]
@@ -47,6 +48,11 @@ def _reads_each_time(reader: Reader) -> Reader:
 def file_exists(path: StrPath) -> bool:
     """Whether `path` is an existing file or directory."""
     return os.path.exists(path)
+
+
+def join_paths(*paths: StrPath) -> str:
+    """The parts of a path as one text."""
+    return os.path.join(*[os.fspath(path) for path in paths])
 
 
 def ensure_directory_exists(filename: StrPath, check_parent: bool = True) -> None:

@@ -1,0 +1,49 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Callbacks as classes and as registered functions."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from megatron.bridge.training.callbacks import (
+    EVENTS,
+    Callback,
+    CallbackManager,
+    normalize_callbacks,
+    should_fire,
+)
+
+
+class Noting(Callback):
+    def __init__(self, notes):
+        self.notes = notes
+
+    def on_eval_end(self, context):
+        self.notes.append("class")
+
+
+def test_classes_and_functions_are_called_in_order_and_share_their_state():
+    notes, manager = [], CallbackManager()
+    manager.register("on_eval_end", lambda context: notes.append(context.user_state["first"]))
+    manager.add([Noting(notes), Noting(notes)])
+    manager.register("on_eval_end", lambda context: notes.append("last"))
+    manager.register("on_eval_start", lambda context: context.user_state.update(first="first"))
+    for event in ("on_eval_start", "on_eval_end"):
+        manager.fire(event, SimpleNamespace())
+    assert notes == ["first", "class", "class", "last"] and manager.user_state == {"first": "first"}
+    assert manager.events == frozenset(EVENTS) and len(manager.list_callbacks("on_eval_end")) == 4
+
+
+def test_an_event_fires_only_where_something_is_called():
+    manager = CallbackManager([Noting([])])
+    assert should_fire(manager, "on_eval_end")
+    assert not should_fire(manager, "on_train_end") and not should_fire(None, "on_eval_end")
+
+
+def test_an_unknown_event_and_what_is_no_callback_are_refused():
+    with pytest.raises(ValueError, match="no event is named 'on_step_end'"):
+        CallbackManager().register("on_step_end", print)
+    with pytest.raises(ValueError, match="callbacks holds a str"):
+        normalize_callbacks([Noting([]), "mine"])
+    manager = CallbackManager()
+    assert normalize_callbacks(manager) is manager
