@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""What an RL framework does: set up by hand, load, sync, step, hand weights to the inference engine, save, go on."""
+"""What an RL framework does: set up by hand, load, sync, step, hand weights to the inference engine, save, continue."""
 
 import sys
 

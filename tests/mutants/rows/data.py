@@ -54,7 +54,7 @@ THE_DATA = (
     Mutant(
         name="one set for all",
         breaks="a set is reported under another's name",
-        where="megatron.bridge.training.eval:evaluate",
+        where="megatron.bridge.training.eval:evaluate_split",
         change=expression("means(totals).items()", "means(sums).items()"),
         tests=("tests/functional_tests/test_blended_finetune.py::test_sets_together_are_what_one_joined_set_is",),
     ),

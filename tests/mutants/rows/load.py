@@ -135,7 +135,7 @@ THE_LOAD = (
         name="plan made again",
         breaks="what is loaded is decided twice, and a directory that changes in between is loaded as nobody checked",
         where="megatron.bridge.training.setup:setup",
-        change=value("plan", "None", of="load_checkpoint"),
+        change=value("plan", "None", of="CheckpointLoadContext"),
         tests=("tests/functional_tests/test_load_cases.py::test_resume_restores_everything_and_goes_on[rank 0]",),
     ),
     Mutant(
