@@ -39,13 +39,6 @@ from megatron.bridge.training.config.resiliency import (
 from megatron.bridge.training.config.rng import RNGConfig
 from megatron.bridge.training.config.scheduler import SchedulerConfig
 from megatron.bridge.training.config.train import TrainingConfig
-from megatron.bridge.training.config.unbuilt_sections import (
-    FaultToleranceConfig,
-    InProcessRestartConfig,
-    NVRxStragglerDetectionConfig,
-    StragglerDetectionConfig,
-    TensorInspectConfig,
-)
 from megatron.bridge.training.config.update import apply_environment_variables, runtime_config_update
 from megatron.bridge.training.config.validation import ValidationConfig
 from megatron.bridge.utils.targets import publish
@@ -106,8 +99,6 @@ __all__ = [
     "RNGConfig",
     "RerunStateMachineConfig",
     "SchedulerConfig",
-    "StragglerDetectionConfig",
-    "TensorInspectConfig",
     "TokenizerConfig",
     "TrainingConfig",
     "ValidationConfig",
