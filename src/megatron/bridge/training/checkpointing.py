@@ -19,18 +19,13 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 
-from megatron.bridge.checkpoint import iterations
-from megatron.bridge.checkpoint.close_save import close_save
 from megatron.bridge.checkpoint.iterations import checkpoint_exists
 from megatron.bridge.checkpoint.model_checkpoint import (
     load_model_state_dict,
     load_model_weights,
-    prepare_save,
     read_in_fp32,
 )
-from megatron.bridge.checkpoint.sharded_save import plan_save
 from megatron.bridge.checkpoint.sharded_state import load_sharded
-from megatron.bridge.models.conversion.generation_config import write_generation_config
 from megatron.bridge.training.callbacks import CallbackContext, CallbackManager
 from megatron.bridge.training.config import CheckpointConfig, ConfigContainer
 from megatron.bridge.training.cpu_offload.param_copies import (
@@ -40,7 +35,6 @@ from megatron.bridge.training.cpu_offload.param_copies import (
 )
 from megatron.bridge.training.monitoring.finite_steps import check_weights_are_finite
 from megatron.bridge.training.run_state.adapters import check_adapted_layers
-from megatron.bridge.training.run_state.background import BackgroundSave
 from megatron.bridge.training.run_state.checkpoint_files import (
     CheckpointType,
     cleanup_old_non_persistent_checkpoint,
@@ -68,11 +62,17 @@ from megatron.bridge.training.run_state.content import (
     state_to_save,
     weights_to_store,
 )
+from megatron.bridge.training.run_state.iteration_save import (
+    finish_background_save,
+    is_empty_async_queue,
+    maybe_finalize_async_save,
+    remove_abandoned,
+    save_iteration,
+)
 from megatron.bridge.training.run_state.load_plan import LoadPlan, Source
 from megatron.bridge.training.run_state.local import (
     open_local_checkpoints,
     read_local,
-    remove_local_from_step,
     save_local,
 )
 from megatron.bridge.training.run_state.managers import (
@@ -85,7 +85,7 @@ from megatron.bridge.training.run_state.optimizer import advice_on
 from megatron.bridge.training.run_state.rng import get_rng_state, restore_rng_state
 from megatron.bridge.training.run_state.schedule import load_optimizer
 from megatron.bridge.training.state import GlobalState
-from megatron.bridge.utils.distributed import barrier, is_rank_0, raise_on_all_ranks
+from megatron.bridge.utils.distributed import barrier, raise_on_all_ranks
 
 __all__ = [
     "CheckpointLoadContext",
@@ -214,14 +214,14 @@ def save_checkpoint(
         )
     between = cfg.checkpoint.non_persistent_root(cfg.checkpoint.save)
     if non_persistent_ckpt:
-        return _save_iteration(state, content, between, option="checkpoint.non_persistent_global_ckpt_dir", keep=1)
-    directory = _save_iteration(
+        return save_iteration(state, content, between, option="checkpoint.non_persistent_global_ckpt_dir", keep=1)
+    directory = save_iteration(
         state,
         content,
         cfg.checkpoint.save,
         option="checkpoint.save",
         keep=cfg.checkpoint.most_recent_k or 0,
-        afterwards=partial(_remove_abandoned, cfg, context, step),
+        afterwards=partial(remove_abandoned, cfg, context, step),
     )
     if callback_manager is not None and state.background_save is None:
         callback_manager.fire("on_checkpoint_save", CallbackContext(state, model, optimizer, opt_param_scheduler))
@@ -239,102 +239,6 @@ def _refuse_arguments(pg_collection: ProcessGroupCollection | None, **arguments:
             raise ValueError(f"{name}={value!r} is not supported: leave it out")
     if pg_collection is not None and pg_collection.dp is not mpu.get_data_parallel_group():
         raise ValueError("pg_collection has groups of its own: leave it out, or initialize model parallelism with them")
-
-
-def _save_iteration(
-    state: GlobalState,
-    content: dict[str, Any],
-    root: str | None,
-    *,
-    option: str,
-    keep: int,
-    afterwards: Callable[[], None] = lambda: None,
-) -> Path:
-    """Write an iteration, commit it, and remove all but the newest `keep` iterations (0 or less: keep all).
-
-    Raises:
-        ValueError: `root`, which `option` names, is not set or can't be written.
-    """
-    cfg, step = state.cfg, state.train_state.step
-    if root is None:
-        raise ValueError(f"save_checkpoint needs {option}: set it to a directory")
-    started = time.monotonic()
-    unfinished = prepare_save(root, step, option=option)
-    save = plan_save(
-        content,
-        unfinished,
-        content_metadata=sharding_metadata(cfg),
-        parallel_group=mpu.get_data_parallel_group(with_context_parallel=True)
-        if cfg.checkpoint.fully_parallel_save
-        else None,
-    )
-    with raise_on_all_ranks(f"saving the tokenizer in {unfinished}"):
-        if is_rank_0() and cfg.checkpoint.save_tokenizer_assets and state.tokenizer is not None:
-            state.tokenizer.save_pretrained(unfinished / iterations.TOKENIZER_DIRECTORY)
-            if state.generation_config is not None:
-                write_generation_config(unfinished / iterations.TOKENIZER_DIRECTORY, state.generation_config)
-    close = partial(
-        close_save,
-        unfinished,
-        step,
-        keep=keep,
-        retain_interval=cfg.checkpoint.save_retain_interval,
-        run_config=cfg.to_dict(),
-        train_state=state.train_state.state_dict(),
-        started=started,
-        afterwards=afterwards,
-    )
-    if cfg.checkpoint.async_save:
-        state.background_save = BackgroundSave(save, close)
-        return iterations.checkpoint_name(root, step)
-    save.write(show_progress=True)
-    save.complete()
-    return close()
-
-
-def finish_background_save(state: GlobalState, *, wait: bool) -> Path | None:
-    """Complete the run's save in the background, if there is one and all ranks have written. Call on all ranks.
-
-    Args:
-        state: The run.
-        wait: Wait until all ranks have written.
-
-    Returns:
-        The directory of the iteration that is now complete, or None.
-
-    Raises:
-        OSError: This rank couldn't write. The other ranks raise a RuntimeError with the same text.
-    """
-    save = state.background_save
-    if save is None:
-        return None
-    state.background_save = None
-    directory = save.finish(wait=wait)
-    if directory is None:
-        state.background_save = save
-    return directory
-
-
-def maybe_finalize_async_save(
-    global_state: GlobalState,
-    ckpt_cfg: CheckpointConfig | None = None,
-    blocking: bool = False,
-    terminate: bool = False,
-) -> None:
-    """Megatron Bridge's public name for `finish_background_save`. Call on all ranks.
-
-    Args:
-        global_state: The run.
-        ckpt_cfg: Accepted: the run knows whether a save is being written.
-        blocking: Wait until all ranks have written.
-        terminate: The run ends: wait too.
-    """
-    finish_background_save(global_state, wait=blocking or terminate)
-
-
-def is_empty_async_queue(global_state: GlobalState) -> bool:
-    """Whether no save is being written in the background."""
-    return global_state.background_save is None
 
 
 class DefaultCheckpointManager:
@@ -390,17 +294,6 @@ def create_checkpoint_manager(checkpoint_config: CheckpointConfig) -> Checkpoint
     return (
         DefaultCheckpointManager(checkpoint_config) if name is None else custom_manager_class(name)(checkpoint_config)
     )
-
-
-def _remove_abandoned(cfg: ConfigContainer, context: dict[str, Any], step: int) -> None:
-    """Remove the non-persistent checkpoints of `step` and later steps, which a run that went back has abandoned."""
-    remove_local_from_step(context, step)
-    if cfg.checkpoint.non_persistent_ckpt_type == "global":
-        root = cfg.checkpoint.non_persistent_root(cfg.checkpoint.save)
-        with raise_on_all_ranks("removing abandoned checkpoints"):
-            if is_rank_0() and root is not None:
-                iterations.remove_from_step(root, step)
-    barrier()
 
 
 def load_checkpoint(
