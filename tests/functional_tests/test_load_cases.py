@@ -10,11 +10,22 @@ from pathlib import Path
 import pytest
 
 from megatron.bridge.checkpoint import iterations
+from megatron.bridge.training.checkpointing import (
+    generate_state_dict,
+    get_rng_state,
+    load_checkpoint,
+    save_checkpoint,
+)
+from megatron.bridge.training.finetune import finetune
+from megatron.bridge.training.gpt_step import forward_step
+from megatron.bridge.utils.replaced import replaced
 from tests.rigs.load import (
     SAVED_SEED,
     STATE,
     STILL,
+    Witness,
     digest,
+    facts_of,
     parts_equal,
     refusals,
     run_case,
@@ -289,3 +300,42 @@ def test_pruning_never_removes_the_trackers_iteration(directory, saved):
     assert run_on_ranks(_saved_twice_keeping_one, 2, directory) == [([2], 2)] * 2
     shutil.copytree(directory / "full", directory / "forked")
     assert run_on_ranks(_saved_below_a_newer_iteration, 2, directory) == [([3, 4], 3)] * 2
+
+
+class ByHand(Witness):
+    """Restores the step alone when its run starts, and saves what it built itself when the run ends."""
+
+    def __init__(self, directory):
+        super().__init__()
+        self.directory = directory
+
+    def on_train_start(self, context):
+        super().on_train_start(context)
+        state, before = context.state, context.state.train_state
+        with replaced(state.cfg.checkpoint, load=f"{self.directory}/full", ckpt_step=2):
+            found, _ = load_checkpoint(
+                state, context.model, context.optimizer, context.scheduler, skip_load_to_model_and_opt=True
+            )
+            assert found == state.train_state.step == 2
+            self.alone = parts_equal(facts_of(context), self.start)
+        state.train_state = before
+
+    def on_train_end(self, context):
+        super().on_train_end(context)
+        state, parts = context.state, (context.model, context.optimizer, context.scheduler)
+        content = generate_state_dict(state.cfg.checkpoint, *parts, get_rng_state(False), state.train_state.step)
+        with replaced(state.cfg.checkpoint, save=f"{self.directory}/built"):
+            save_checkpoint(state, *parts, prebuilt_state_dict=content)
+
+
+def _by_hand(directory):
+    witness = ByHand(directory)
+    finetune(start_config(directory, train_iters=5, checkpoint={"load": "full"}), forward_step, callbacks=[witness])
+    resumed = run_case(directory, train_iters=6, checkpoint={"load": "built"})
+    return witness.alone, parts_equal(witness.end, resumed["start"])
+
+
+def test_a_script_restores_the_step_alone_and_saves_what_it_built(directory, saved):
+    for alone, restored in run_on_ranks(_by_hand, 2, directory):
+        assert alone == STATE - {"step", "consumed"}
+        assert restored == STATE

@@ -29,7 +29,7 @@ class Witness(Recorder):
 
     def on_train_start(self, context):
         super().on_train_start(context)
-        self.start = _facts(context)
+        self.start = facts_of(context)
 
     def on_train_step_end(self, context):
         super().on_train_step_end(context)
@@ -37,10 +37,10 @@ class Witness(Recorder):
 
     def on_train_end(self, context):
         super().on_train_end(context)
-        self.end = _facts(context)
+        self.end = facts_of(context)
 
 
-def _facts(context):
+def facts_of(context):
     from megatron.bridge.training.monitoring.progress import learning_rate
     from megatron.bridge.training.run_state.rng import current_states
 
