@@ -208,14 +208,15 @@ class Disabled(Recorder):
     """The loss of one batch with adapters, without them, and with adapters merged into the weights."""
 
     def on_train_start(self, context):
-        from megatron.bridge.peft.adapted_linear import merge_adapters
+        from megatron.bridge.peft import LoRAMerge
 
         peft = context.state.cfg.peft
         self.adapted = _logits(context)
         with peft.disable_adapter(context.model):
             self.disabled = _logits(context)
         assert torch.equal(self.adapted, _logits(context))
-        assert merge_adapters(context.model) == 16
+        merge = LoRAMerge()
+        assert merge(context.model) is context.model and not merge.params_to_save
         self.merged = _logits(context)
         assert all(".adapter." not in name for chunk in context.model for name, _ in chunk.named_parameters())
         context.state.train_state.do_train = False

@@ -160,7 +160,8 @@ def test_a_dataset_of_ones_own(run, model, data, tmp_path):
 def test_adapters_from_the_first_step_to_the_merged_model(run, model, data, tmp_path):
     run("lora_cycle", model, data, tmp_path)
     assert (tmp_path / "peft" / "adapter_model.safetensors").is_file()
-    assert (tmp_path / "merged" / "model.safetensors").is_file()
+    run("merge_lora", model, tmp_path / "adapters" / "iter_0000004", tmp_path / "merged_by_hand")
+    _assert_same_weights(tmp_path / "merged_by_hand", tmp_path / "merged")
 
 
 def test_conversion_back(run, model, checkpoint, tmp_path):

@@ -9,6 +9,7 @@ _DOORS = {
     "PEFT": "megatron.bridge.peft.base",
     "DoRA": "megatron.bridge.peft.dora",
     "LoRA": "megatron.bridge.peft.lora",
+    "LoRAMerge": "megatron.bridge.peft.lora",
 }
 __all__ = list(_DOORS)
 

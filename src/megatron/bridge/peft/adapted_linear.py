@@ -57,11 +57,16 @@ def merge_adapters(chunks: list[torch.nn.Module]) -> int:
     """
     adapted = [module for chunk in chunks for module in chunk.modules() if isinstance(module, AdaptedLinear)]
     for linear in adapted:
-        with torch.no_grad():
-            linear.weight.copy_(linear.merged_weight())
-        del linear.adapter
-        linear.__class__ = type(linear).__bases__[1]
+        merge_adapter(linear)
     return len(adapted)
+
+
+@torch.no_grad()
+def merge_adapter(linear: AdaptedLinear) -> None:
+    """Add the adapter to the weight of its layer, in place, and remove it. Call on all tensor-parallel ranks."""
+    linear.weight.copy_(linear.merged_weight())
+    del linear.adapter
+    linear.__class__ = type(linear).__bases__[1]
 
 
 @functools.cache

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from megatron.bridge.peft.adapted_linear import add_adapter
+from megatron.bridge.peft.adapted_linear import AdaptedLinear, add_adapter, merge_adapter
 from megatron.bridge.peft.base import PEFT, Model
 from megatron.bridge.peft.linear_layout import CoreLinear, linear_layout
 from megatron.bridge.peft.lora_layers import INITIALISERS, LowRankAdapter
@@ -143,3 +143,17 @@ class LoRA(PEFT, ModuleMatcher):
                 "multiple of it; change peft.dim"
             )
         return replace(self, dim=self.dim // topk)
+
+
+@dataclass
+class LoRAMerge(PEFT):
+    """Called with a model that has adapters, of any kind, it adds them to the weights and removes them, in place.
+
+    Call it on all ranks. The merged model has no parameter that is trained.
+    """
+
+    def transform(self, module: torch.nn.Module, name: str = "", prefix: str = "") -> torch.nn.Module:
+        """Merge the adapter of one layer; see `PEFT.transform`."""
+        if isinstance(module, AdaptedLinear):
+            merge_adapter(module)
+        return module
