@@ -292,7 +292,7 @@ WRONG_OPTIONS = {
     "no tokenizer": (
         {},
         {"jsonl": "good", "tokenizer": "nowhere"},
-        ["tokenizer.tokenizer_model=", "nowhere' does not exist"],
+        ["tokenizer.tokenizer_model=", "nowhere' is no directory: expected a Hugging Face model's"],
     ),
     "saving below a file": (
         {"checkpoint": {"save": "file/checkpoints"}},

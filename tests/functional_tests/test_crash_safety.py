@@ -53,10 +53,11 @@ def _run(directory, **checkpoint):
 
 def _run_on_a_full_disk(directory, name):
     """The error of a run whose second save finds no space for the file `name`."""
-    from megatron.bridge.training import checkpointing
+    from megatron.bridge.training.run_state import iteration_save
     from megatron.bridge.utils.distributed import is_rank_0
+    from megatron.bridge.utils.replaced import replaced
 
-    prepare = checkpointing.prepare_save
+    prepare = iteration_save.prepare_save
 
     def prepare_on_a_full_disk(root, iteration, **options):
         unfinished = prepare(root, iteration, **options)
@@ -64,13 +65,11 @@ def _run_on_a_full_disk(directory, name):
             (unfinished / name).symlink_to("/dev/full")
         return unfinished
 
-    checkpointing.prepare_save = prepare_on_a_full_disk
     try:
-        _run(directory)
+        with replaced(iteration_save, prepare_save=prepare_on_a_full_disk):
+            _run(directory)
     except (OSError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
-    finally:
-        checkpointing.prepare_save = prepare
     return "no error"
 
 
