@@ -97,6 +97,23 @@ THE_LOAD = (
         tests=(_IN_PART,),
     ),
     Mutant(
+        name="another manager's load isn't looked at",
+        breaks="the first step writes stale masters over what the manager loaded",
+        where="megatron.bridge.training.setup:load_and_check",
+        change=condition("is_offloaded"),
+        tests=(f"{_AFTER}masters_that_do_not_follow_another_managers_load_are_found",),
+    ),
+    Mutant(
+        name="state that a script built, in a format of its own",
+        breaks="a load takes it for the format that the checkpoint names",
+        where="megatron.bridge.training.run_state.content:generate_state_dict",
+        change=value("fully", "False"),
+        tests=(
+            "tests/unit_tests/training/run_state/test_content.py::"
+            "test_the_optimizer_is_in_the_format_that_the_checkpoint_names",
+        ),
+    ),
+    Mutant(
         name="the sync before the reload",
         breaks="Core's reload has the last word on what the sync wrote",
         where="megatron.bridge.training.checkpointing:bring_masters_in_line",

@@ -83,6 +83,26 @@ RUNS = (
         tests=("tests/functional_tests/test_run_report.py::test_each_parameter_is_counted_once_in_every_layout",),
     ),
     Mutant(
+        name="an expert's parameter counted on each of its tensor-parallel ranks",
+        breaks="figures of adapters beside experts grow with expert tensor parallelism",
+        where="megatron.bridge.training.monitoring.whole_model:is_counted_here",
+        change=expression("mpu.get_expert_tensor_parallel_rank() == 0", "True"),
+        tests=(
+            "tests/unit_tests/training/monitoring/test_whole_model.py::"
+            "test_what_all_tensor_parallel_ranks_of_an_expert_hold_counts_on_the_first",
+        ),
+    ),
+    Mutant(
+        name="weights that nobody initialized have no mark",
+        breaks="on Core 0.16 clipping counts the parts of the first tensor-parallel rank alone",
+        where="megatron.bridge.models.model_provider:ModelProviderMixin.provide_distributed_model",
+        change=without_call("_mark_cut_weights"),
+        tests=(
+            "tests/unit_tests/models/test_gpt_provider.py::"
+            "test_the_gradient_norm_counts_each_ranks_part_of_a_weight_that_nothing_initialized",
+        ),
+    ),
+    Mutant(
         name="gradients that aren't reduced",
         breaks="norms and zeros count what each rank has for the parts of others",
         where="megatron.bridge.training.monitoring.gradient_figures:_own_gradients",

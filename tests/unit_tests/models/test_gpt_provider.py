@@ -214,3 +214,22 @@ def test_random_start_is_shared_by_data_parallel_ranks():
     assert first == second
     first, second = run_on_ranks(seeds_on_rank, 2, False)
     assert first != second
+
+
+def _marks(**fields):
+    provider = tiny(MixtralModelProvider, num_moe_experts=2, bf16=True, params_dtype=torch.bfloat16, **fields)
+    (chunk,) = provider.provide_distributed_model(wrap_with_ddp=False)
+    marks = ("tensor_model_parallel", "partition_dim")
+    return {name: tuple(getattr(parameter, mark) for mark in marks) for name, parameter in chunk.named_parameters()}
+
+
+def _marks_with_and_without_initialization(on_host):
+    return [_marks(perform_initialization=made, use_cpu_initialization=on_host) for made in (True, False)]
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+def test_the_gradient_norm_counts_each_ranks_part_of_a_weight_that_nothing_initialized(on_host):
+    """As where a provider loads weights itself. A weight that isn't marked counts on the first rank alone."""
+    (marks,) = run_on_ranks(_marks_with_and_without_initialization, 1, on_host)
+    initialized, loaded = marks
+    assert loaded == initialized and sum(is_cut for is_cut, _ in loaded.values()) > len(loaded) / 2

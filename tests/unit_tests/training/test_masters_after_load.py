@@ -1,13 +1,15 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Whose masters follow a load, and what has the last word on them, by the values in mocked optimizers."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megatron.bridge.training import checkpointing, optim
-from megatron.bridge.training.checkpointing import bring_masters_in_line
+from megatron.bridge.training.checkpointing import CheckpointLoadContext, bring_masters_in_line
+from megatron.bridge.training.setup import load_and_check
 from tests.unit_tests.training.cpu_offload.test_param_copies import WEIGHT, chained, mocked_optimizer
 
 OWNED = WEIGHT[1:3].float()
@@ -70,6 +72,22 @@ def test_without_offload_there_is_nothing_to_sync(restored):
     load = Load(offload=False, restored=restored, copies=5.0)
     assert load.reloaded_from == [None] * (not restored)
     assert load.holds(OWNED + 5.0 if restored else torch.full((2,), 9.0))
+
+
+@pytest.mark.parametrize("loaded", [OWNED, OWNED + 0.002, OWNED + 5.0], ids=["weights", "masters", "weights alone"])
+def test_masters_that_do_not_follow_another_managers_load_are_found(loaded):
+    optimizer, *copies = mocked_optimizer()
+
+    class Manager:
+        def load(self, context):
+            for copy in copies:
+                copy.copy_(loaded)
+
+    cfg = SimpleNamespace(optimizer=SimpleNamespace(optimizer_cpu_offload=True))
+    context = CheckpointLoadContext(SimpleNamespace(cfg=cfg), [], chained(optimizer))
+    follow = (loaded.to(WEIGHT.dtype) == WEIGHT[1:3]).all()
+    with contextlib.nullcontext() if follow else pytest.raises(RuntimeError, match="call sync_hybrid_optimizer_param"):
+        load_and_check(Manager(), context)
 
 
 def test_the_sync_is_defined_beside_the_load():

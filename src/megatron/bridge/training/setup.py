@@ -28,6 +28,7 @@ from megatron.bridge.training.callbacks import CallbackContext, CallbackManager
 from megatron.bridge.training.checkpointing import (
     CheckpointLoadContext,
     DefaultCheckpointManager,
+    check_hybrid_optimizer_param_copies,
     create_checkpoint_manager,
     init_checkpointing_context,
     load_base_weights,
@@ -150,7 +151,7 @@ def setup(
     )
     set_schedule_functions(model, optimizer, cfg)
     if plan is not None:
-        manager.load(CheckpointLoadContext(state, model, optimizer, scheduler, plan=plan))
+        load_and_check(manager, CheckpointLoadContext(state, model, optimizer, scheduler, plan=plan))
 
     _note_what_there_is_to_do(state, data)
     return SetupOutput(
@@ -164,6 +165,19 @@ def setup(
         manager,
         pg_collection,
     )
+
+
+def load_and_check(manager: Any, context: CheckpointLoadContext) -> None:
+    """Load; where another manager than the default one does it, see that an offloaded optimizer's masters followed.
+
+    Raises:
+        RuntimeError: A master isn't the loaded weight, here or on another rank.
+    """
+    manager.load(context)
+    is_offloaded = context.state.cfg.optimizer.optimizer_cpu_offload
+    if is_offloaded and type(manager).load is not DefaultCheckpointManager.load:
+        with raise_on_all_ranks(f"checking what {type(manager).__name__} loaded"):
+            check_hybrid_optimizer_param_copies(context.optimizer, exact=False)
 
 
 def _load_tokenizer(state: GlobalState) -> None:

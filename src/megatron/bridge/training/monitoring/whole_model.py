@@ -42,4 +42,7 @@ def is_of_expert(param: torch.nn.Parameter) -> bool:
 
 def is_counted_here(param: torch.nn.Parameter) -> bool:
     """Whether this rank is the one that counts a parameter, among the ranks that share a copy of the model."""
-    return is_of_expert(param) or (param_is_not_shared(param) and param_is_not_tensor_parallel_duplicate(param))
+    if is_of_expert(param):
+        # Whole on each of the expert's own tensor-parallel ranks: a bias, or one side of an adapter.
+        return getattr(param, "tensor_model_parallel", True) or mpu.get_expert_tensor_parallel_rank() == 0
+    return param_is_not_shared(param) and param_is_not_tensor_parallel_duplicate(param)

@@ -24,9 +24,13 @@ CHECKPOINT_VERSION = 3.0
 
 def sharding_metadata(cfg: ConfigContainer, *, is_local: bool = False) -> dict[str, Any]:
     """How Core shards the state; saved as `content_metadata`. Local checkpoints never use a reshardable format."""
+    fully = cfg.checkpoint.dist_ckpt_optim_fully_reshardable and not is_local
+    return _sharding(is_distributed=cfg.ddp.use_distributed_optimizer, fully=fully)
+
+
+def _sharding(*, is_distributed: bool, fully: bool) -> dict[str, Any]:
     metadata: dict[str, Any] = {"chained_optim_avoid_prefix": True, "singleton_local_shards": False}
-    if cfg.ddp.use_distributed_optimizer:
-        fully = cfg.checkpoint.dist_ckpt_optim_fully_reshardable and not is_local
+    if is_distributed:
         metadata["distrib_optim_sharding_type"] = "fully_reshardable" if fully else "dp_reshardable"
     return metadata
 
@@ -116,7 +120,7 @@ def generate_state_dict(
     """The sharded state of a whole checkpoint, with all weights, as `save_checkpoint(prebuilt_state_dict=)` takes it.
 
     Args:
-        ckpt_cfg: Says what not to save.
+        ckpt_cfg: Says what not to save, and in which format the optimizer's state is.
         model: This rank's chunks.
         optimizer: Megatron optimizer, or None.
         opt_param_scheduler: Its schedule, or None.
@@ -135,8 +139,8 @@ def generate_state_dict(
         raise ValueError(
             f"generate_state_dict: {name} is not supported: expected metadata, and the optimizer's is_loading"
         )
-    metadata: dict[str, Any] = {"chained_optim_avoid_prefix": True, "singleton_local_shards": False}
-    metadata |= {"distrib_optim_sharding_type": "dp_reshardable"} | (of_model.get("metadata") or {})
+    metadata = _sharding(is_distributed=True, fully=ckpt_cfg.dist_ckpt_optim_fully_reshardable)
+    metadata |= of_model.get("metadata") or {}
     weights = model_sharded_state_dict(model, metadata)
     content: dict[str, Any] = {"checkpoint_version": CHECKPOINT_VERSION, **weights}
     if iteration is not None:
