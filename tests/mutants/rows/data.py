@@ -33,6 +33,13 @@ THE_DATA = (
         tests=("tests/unit_tests/data/test_prepacked.py::test_rows_are_read_exactly",),
     ),
     Mutant(
+        name="tokens of another column",
+        breaks="a run on another column of conversations trains on the tokens that were kept of the first",
+        where="megatron.bridge.data.sources.renamed:RenamedSource.digest",
+        change=expression("self.columns.messages_column", "None"),
+        tests=("tests/unit_tests/data/sources/test_hf.py::test_the_column_that_is_named_is_learned_wherever_rows_lie",),
+    ),
+    Mutant(
         name="a blend that begins again",
         breaks="a run that resumes sees samples that it has seen, and others never",
         where="megatron.bridge.data.blends:draws",

@@ -141,6 +141,13 @@ def test_each_split_has_its_own_files(roots, tokenizer):
         build(tokenizer, blend_per_split=[per_split[0], None, ([code], None)])
 
 
+def test_one_cache_keeps_the_tokens_of_each_file(roots, tokenizer, tmp_path, caplog):
+    caplog.set_level("INFO")
+    for _ in range(2):
+        build(tokenizer, blend=(roots, None), path_to_cache=str(tmp_path / "cache"), do_test=False)
+    assert caplog.text.count("its tokens are taken from") == 4
+
+
 def test_one_file_can_be_cut(roots, tokenizer):
     parts = build(tokenizer, blend=([f"{roots[1]}/training.jsonl"] * 2, [1, 1]), split="50,30,20")
     assert [len(part) for part in parts] == [10, 6, 4]

@@ -6,6 +6,7 @@ In a blend with weights, draw k of set i has the time (2k + 1) / w_i, and the dr
 has which position depends on nothing that came before.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from megatron.bridge.data.presets import preset_named
 from megatron.bridge.data.sft_datasets import build_sft_datasets
 from megatron.bridge.data.validation_sets import names_of_sets
 from megatron.bridge.utils.distributed import raise_on_all_ranks
+
+logger = logging.getLogger(__name__)
 
 HF_NAMES = {"training": "train", "validation": "validation", "test": "test"}
 _FILES_OF_A_SAVED_DATASET = ("dataset_dict.json", "state.json")
@@ -119,6 +122,9 @@ def build_blended_datasets(config: GPTSFTDatasetConfig, context: DatasetBuildCon
     Returns:
         Training, validation and test; with `context.multiple_validation_sets`, validation is a dict of sets by name.
     """
+    if config.hf_dataset is not None:
+        name = "blend" if config.blend is not None else "blend_per_split"
+        logger.info("dataset.hf_dataset isn't read: dataset.%s is set", name)
     if config.blend is not None:
         paths, weights = config.blend
         members = [build_sft_datasets(_member(config, path), context) for path in paths]
@@ -155,6 +161,8 @@ def _member(config: GPTSFTDatasetConfig, path: str, **changes: Any) -> GPTSFTDat
     is_saved = any((Path(path) / name).is_file() for name in _FILES_OF_A_SAVED_DATASET)
     is_of_the_hub = not Path(path).exists() and preset_named(path) is not None
     root, saved = (None, path) if is_saved or is_of_the_hub else (path, None)
+    if config.path_to_cache:  # a folder for each: files of tokens are called as the file of rows, which are often alike
+        changes |= {"path_to_cache": str(Path(config.path_to_cache) / path.strip("/").replace("/", "--"))}
     return replace(config, blend=None, blend_per_split=None, dataset_root=root, hf_dataset=saved, **changes)
 
 

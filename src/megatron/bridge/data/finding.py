@@ -10,6 +10,7 @@ from megatron.bridge.data.sft_options import read_shares
 from megatron.bridge.data.sources import JsonlSource, Source
 from megatron.bridge.data.sources.hf_dataset_config import HFDatasetSourceConfig
 from megatron.bridge.data.sources.hf_splits import AdaptedSource, find_split, open_hf_source
+from megatron.bridge.data.sources.renamed import RenamedSource
 from megatron.bridge.data.tokenizer import Tokenizer
 from megatron.bridge.utils.distributed import all_gathered, is_rank_0, local_rank, raise_on_all_ranks, run_while_others_wait
 
@@ -47,6 +48,9 @@ def find_sources(
         found = splits_of_hf_dataset(config, tokenizer)
     with raise_on_all_ranks("finding the data"):
         sources, shares = choose_splits(config, found, packed=packed)
+    chat = config.preprocessing
+    if isinstance(chat, ChatSFTPreprocessingConfig) and chat.renames:
+        sources = {split: RenamedSource(source, chat) for split, source in sources.items()}
     seen = all_gathered(sorted(sources))
     if any(names != seen[0] for names in seen):
         raise ValueError(f"the ranks see different files ({seen}): give every machine the same data")
@@ -90,11 +94,9 @@ def splits_of_hf_dataset(config: GPTSFTDatasetConfig, tokenizer: Tokenizer) -> d
     opens = local_rank() == 0 or is_rank_0()
     own = run_while_others_wait(open_and_find if opens else None, doing=f"opening {source.title}")
     splits = next(found for found in all_gathered(own and own[1]) if found is not None)
-    rename = config.preprocessing.renamed if isinstance(config.preprocessing, ChatSFTPreprocessingConfig) else None
     opened = own and own[0]
     return {
-        split: AdaptedSource(source, said, opened=opened, tokenizer=tokenizer, rename=rename)
-        for split, said in splits.items()
+        split: AdaptedSource(source, said, opened=opened, tokenizer=tokenizer) for split, said in splits.items()
     }
 
 
@@ -110,8 +112,10 @@ def choose_splits(
     source = config.source
     where = str(beside(config.root)) if source is None else source.title
     if "training" not in (*found, *packed):
-        missing = f"{where}/training.jsonl does not exist" if source is None else f"{where} has no training split"
-        raise FileNotFoundError(f"{missing}: expected the training data")
+        missing = f"{where}/training.jsonl does not exist: expected the training data"
+        if source is not None:
+            missing = f"{where} has no training split: expected 'train', or the name of another in hf_dataset.split"
+        raise FileNotFoundError(missing)
     found = {split: rows for split, rows in found.items() if split not in packed}
     if config.split is not None:
         separate = [found[split].label for split in SPLITS[1:] if split in found]

@@ -106,6 +106,11 @@ class ChatSFTPreprocessingConfig(Section, metaclass=TakesAliases):
         """Whether the rows are taken as they are, by columns other than those that `process_example_fn` makes."""
         return self.messages_column not in (None, "messages", "conversations")
 
+    @property
+    def renames(self) -> bool:
+        """Whether a column is named, so that a row must go through `renamed`."""
+        return self.messages_column is not None or self.tools_column != "tools"
+
     def sft_options(self) -> dict[str, Any]:
         """The same as `dataset_kwargs`, without the template's."""
         return {
@@ -115,17 +120,29 @@ class ChatSFTPreprocessingConfig(Section, metaclass=TakesAliases):
         }
 
     def renamed(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A row with its columns by their usual names.
+        """A row with its columns by their usual names, in place of others that have these names.
 
         Raises:
             ValueError: It has no such column.
         """
-        names = {self.tools_column: "tools"}
-        if self.messages_column not in (None, "messages", "conversations"):
-            if self.messages_column not in row:
-                raise ValueError(f"no field {self.messages_column!r} (found: {', '.join(map(repr, row)) or 'none'})")
-            names[self.messages_column] = "messages"
-        return {names.get(key, key): value for key, value in row.items()}
+        column = self.messages_column
+        names = {self.tools_column: "tools"} if self.tools_column in row else {}
+        if column in ("messages", "conversations"):
+            names |= {column: column} if column in row else {}
+        elif column is not None:
+            if column not in row:
+                raise ValueError(f"no field {column!r} (found: {', '.join(map(repr, row)) or 'none'})")
+            names[column] = "conversations" if _has_speakers(row[column]) else "messages"
+        # What else has such a name is another conversation (or other tools) than the one that is asked for.
+        displaced = {*names, *names.values()} | ({"messages", "conversations"} if column in names else set())
+        kept = {key: value for key, value in row.items() if key not in displaced}
+        return kept | {name: row[key] for key, name in names.items()}
+
+
+def _has_speakers(entries: Any) -> bool:
+    """Whether a conversation is written with `from` and `value`."""
+    first = entries[0] if isinstance(entries, list) and entries else None
+    return isinstance(first, dict) and "from" in first and "role" not in first
 
 
 SFTPreprocessingConfig = PromptCompletionSFTPreprocessingConfig | ChatSFTPreprocessingConfig

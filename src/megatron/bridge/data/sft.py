@@ -149,8 +149,8 @@ def load_sft_dataset(
     recipe: dict[str, Any] = {"seq_length": seq_length, "max_samples": max_samples, "options": asdict(options)}
     recipe |= {"tokenizer": tokenizer.fingerprint, "limit": limit}
 
-    def tokenise() -> SFTDataset:
-        return _tokenise(
+    def make() -> SFTDataset:
+        return tokenise(
             source,
             tokenizer,
             seq_length=seq_length,
@@ -162,13 +162,13 @@ def load_sft_dataset(
 
     if cache_directory is None:
         with raise_on_all_ranks(f"reading {source}"):
-            return tokenise()
+            return make()
     path = cache_file(cache_directory, source.label, recipe)
-    return _through_cache(path, source, recipe, tokenise)
+    return _through_cache(path, source, recipe, make)
 
 
 def _through_cache(
-    path: Path, source: Source, recipe: dict[str, Any], tokenise: Callable[[], SFTDataset]
+    path: Path, source: Source, recipe: dict[str, Any], make: Callable[[], SFTDataset]
 ) -> SFTDataset:
     """Takes the tokens from a cache file, which the first process of each machine makes if it isn't there."""
 
@@ -180,7 +180,7 @@ def _through_cache(
         digest = source.digest()
         dataset = kept(digest)
         if dataset is None:
-            dataset = tokenise()
+            dataset = make()
             write_cache(
                 path, dataset.arrays, recipe={**recipe, "source": digest}, report=asdict(dataset.report)
             )
@@ -192,19 +192,20 @@ def _through_cache(
     own = run_while_others_wait(prepare if tokenises else None, doing=f"reading {source}")
     digest = next(digest for digest in all_gathered(own and own[0]) if digest)
     with raise_on_all_ranks(f"reading {source}"):
-        return own[1] if own else kept(digest) or tokenise()
+        return own[1] if own else kept(digest) or make()
 
 
-def _tokenise(
+def tokenise(
     source: Source,
     tokenizer: Tokenizer,
     *,
     seq_length: int,
     options: SFTOptions,
-    max_samples: int | None,
-    num_processes: int,
-    limit: str,
+    max_samples: int | None = None,
+    num_processes: int = 1,
+    limit: str = "seq_length",
 ) -> SFTDataset:
+    """As `load_sft_dataset` without a cache, on this rank alone."""
     rows = source.rows(show_progress=is_rank_0())
     first = next(rows, None)
     if first is None:

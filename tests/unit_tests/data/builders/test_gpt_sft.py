@@ -48,6 +48,14 @@ def test_one_split(root, tokenizer):
         build_gpt_sft_split(config, tokenizer, "dev")
 
 
+def test_a_blend_goes_before_a_dataset(root, tokenizer, caplog):
+    caplog.set_level("INFO")
+    config = GPTSFTDatasetConfig(64, blend=([root, root], [1, 2]), hf_dataset="squad", do_test=False)
+    train, valid, _ = GPTSFTDatasetBuilder(config, tokenizer).build()
+    assert (len(train), len(valid), train.weights) == (12, 4, [1, 2])
+    assert "dataset.hf_dataset isn't read: dataset.blend is set" in caplog.text
+
+
 def test_straight_from_rows(tokenizer):
     source = HFDatasetSourceConfig(dataset_dict={"train": ROWS, "validation": ROWS[:1]})
     train, valid, _ = DirectHFSFTDatasetBuilder(tokenizer=tokenizer, seq_length=64, hf_dataset=source).build()

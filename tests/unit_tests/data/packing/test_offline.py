@@ -39,6 +39,15 @@ def test_a_run_reads_what_was_written(write_jsonl, tokenizer, tmp_path, suffix, 
     assert json.loads(about.read_text())[0]["num_samples"] == len(ROWS)
 
 
+def test_one_rank_writes_without_the_others(write_jsonl, tokenizer, tmp_path, monkeypatch):
+    def wait_for_the_others(value):
+        raise AssertionError("a collective")
+
+    monkeypatch.setattr("megatron.bridge.utils.distributed.all_gathered", wait_for_the_others)
+    prepare_gpt_sft_packed_data(write_jsonl(ROWS), tmp_path / "packs.npy", None, 64, tokenizer)
+    assert (tmp_path / "packs.npy").is_file()
+
+
 def test_what_cannot_be_written_is_refused(write_jsonl, tokenizer, tmp_path):
     data = write_jsonl(ROWS)
     with pytest.raises(ValueError, match="expected a file that ends in .npy or .parquet"):

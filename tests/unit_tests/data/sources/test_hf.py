@@ -159,6 +159,37 @@ def test_another_function_makes_other_tokens(squad, tokenizer):
     assert [build_with(said) for said in ("b", "c", "b")] == ["a b<|im_end|>", "a c<|im_end|>", "a b<|im_end|>"]
 
 
+WORD = "b"
+
+
+def answer():
+    return WORD
+
+
+def test_another_word_in_the_functions_module_makes_other_tokens(squad, tokenizer, monkeypatch):
+    def build_with(function):
+        return texts(build(tokenizer, HFDatasetSourceConfig(str(squad), process_example_fn=function))[0], tokenizer)[0]
+
+    def by_keyword(word):
+        def function(row, *, said=word):
+            return {"input": "a", "output": said}
+
+        return function
+
+    assert [build_with(by_keyword(word)) for word in "bc"] == ["a b<|im_end|>", "a c<|im_end|>"]
+    for function in (lambda row: {"input": "d", "output": WORD}, lambda row: {"input": "e", "output": answer()}):
+        before = build_with(function)
+        monkeypatch.setitem(globals(), "WORD", WORD + "f")
+        assert build_with(function) == before.replace("<", "f<")
+
+
+def test_a_second_argument_with_a_value_is_not_the_tokenizer(squad):
+    source = HFDatasetSourceConfig(str(squad), filter_fn=lambda row, most=2: int(row["id"]) < most)
+    assert len(load_and_adapt_hf_dataset(source)) == 2
+    source.process_example_fn = lambda row, given=None: {"given": given}
+    assert load_and_adapt_hf_dataset(source, tokenizer="T") == [{"given": "T"}] * 2
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
@@ -211,6 +242,32 @@ def test_conversations_in_a_column_of_their_own(tokenizer):
         build(tokenizer, source, preprocessing=replace(chat, messages_column="talk"), do_validation=False)
 
 
+@pytest.mark.parametrize("place", ["dataset_root", "hf_dataset", "blend"])
+def test_the_column_that_is_named_is_learned_wherever_rows_lie(write_jsonl, tokenizer, place):
+    def talk(answer):
+        return [{"role": "user", "content": "the cat?"}, {"role": "assistant", "content": answer}]
+
+    spoken = [{"from": "human", "value": "the cat?"}, {"from": "gpt", "value": "spoken"}]
+    row = {"chosen": talk("good"), "rejected": talk("bad"), "messages": talk("other"), "conversation": spoken}
+    path = str(write_jsonl([row]))
+    where = {"dataset_root": path, "hf_dataset": path, "blend": ([path], None)}[place]
+    fields = {"do_validation": False, place: where}
+    template = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}<|im_end|>{% endfor %}"
+    answers = {None: "other", "chosen": "good", "rejected": "bad", "messages": "other", "conversation": "spoken"}
+    for column, answer in answers.items():  # tokens are kept: each column has its own
+        chat = ChatSFTPreprocessingConfig(messages_column=column, chat_template=template)
+        train, _, _ = build(tokenizer, fields.pop("hf_dataset", None), preprocessing=chat, **fields)
+        assert texts(train, tokenizer) == [f"user:the cat?<|im_end|>assistant:{answer}<|im_end|>"]
+        fields[place] = where
+
+
+def test_named_tools_go_before_others():
+    chat = ChatSFTPreprocessingConfig(messages_column="conversations", tools_column="functions")
+    row = {"tools": ["a"], "functions": ["b"], "conversations": [{"from": "human"}], "messages": [], "id": 1}
+    assert chat.renamed(row) == {"id": 1, "tools": ["b"], "conversations": [{"from": "human"}]}
+    assert chat.renamed({"messages": [], "tools": ["a"]}) == {"messages": [], "tools": ["a"]}
+
+
 def test_preprocessing_and_dataset_kwargs_must_agree(tokenizer):
     with pytest.raises(ValueError, match=r"dataset_kwargs.add_bos=True and dataset.preprocessing, which means False"):
         build(
@@ -252,7 +309,9 @@ def test_sources_that_cannot_work_are_refused(source, message):
         GPTSFTDatasetConfig(64, hf_dataset=source).finalize()
 
 
-def test_a_split_that_is_not_there_is_named(squad):
+def test_a_split_that_is_not_there_is_named(squad, tokenizer):
+    with pytest.raises(FileNotFoundError, match="has no training split: expected 'train', or .* in hf_dataset.split"):
+        build(tokenizer, HFDatasetSourceConfig(dataset_dict={"train_sft": ROWS}))
     with pytest.raises(FileNotFoundError, match=r"has no split 'dev' \(found: 'train', 'validation'\)"):
         load_and_adapt_hf_dataset(HFDatasetSourceConfig(str(squad), split="dev"))
 

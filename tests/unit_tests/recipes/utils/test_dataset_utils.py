@@ -39,6 +39,7 @@ def test_paths_may_stand_in_a_file(tmp_path):
     (tmp_path / "data.txt").write_text("0.5 a\n0.5 b\n")
     found = get_blend_fields_from_data_paths(data_args_path=tmp_path / "data.txt")
     assert found == ((["a", "b"], [0.5, 0.5]), None, SHARES)
+    assert found == get_blend_fields_from_data_paths("0.5 a 0.5 b")
 
 
 @pytest.mark.parametrize(

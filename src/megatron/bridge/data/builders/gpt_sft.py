@@ -3,8 +3,8 @@
 
 from typing import Any
 
+from megatron.bridge.data.build import Datasets, build_datasets
 from megatron.bridge.data.config import DatasetBuildContext, GPTSFTDatasetConfig
-from megatron.bridge.data.sft_datasets import Dataset, build_sft_datasets
 from megatron.bridge.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 __all__ = ["GPTSFTDatasetBuilder", "build_gpt_sft_split"]
@@ -56,20 +56,17 @@ class GPTSFTDatasetBuilder:
         """Tokenises the data and keeps the tokens for later, where the configuration does. Call on all ranks."""
         self.build()
 
-    def build(self) -> tuple[Dataset | None, Dataset | None, Dataset | None]:
+    def build(self) -> Datasets:
         """The training, validation and test datasets; None for one that isn't wanted. Call on all ranks.
 
         Raises:
             FileNotFoundError: The data, or a split of it, is missing.
             ValueError: The configuration or the data can't be used.
         """
-        self.config.finalize()
-        return build_sft_datasets(self.config, DatasetBuildContext(0, None, None, self.tokenizer))
+        return build_datasets(self.config, DatasetBuildContext(0, None, None, self.tokenizer))
 
 
-def build_gpt_sft_split(
-    config: GPTSFTDatasetConfig, tokenizer: Tokenizer | Any, split: str = "training"
-) -> Dataset | None:
+def build_gpt_sft_split(config: GPTSFTDatasetConfig, tokenizer: Tokenizer | Any, split: str = "training") -> Any:
     """One of a configuration's datasets; None where it isn't wanted. Call on all ranks.
 
     Args:

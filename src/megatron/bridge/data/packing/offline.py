@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from megatron.bridge.data.packing import PackedDataset
-from megatron.bridge.data.sft import SFTDataset, load_sft_dataset
+from megatron.bridge.data.sft import SFTDataset, tokenise
 from megatron.bridge.data.sft_options import SFTOptions, check_positive
-from megatron.bridge.data.sources import Source
+from megatron.bridge.data.sources import JsonlSource, Source
 from megatron.bridge.data.tokenizer import Tokenizer
 from megatron.bridge.utils.files import atomic_write
 
@@ -35,7 +35,7 @@ def prepare_gpt_sft_packed_data(
     dataset_kwargs: dict[str, Any] | None = None,
     pad_seq_to_mult: int = 1,
 ) -> None:
-    """Tokenises rows, packs them, and writes the packs. Call it in one process.
+    """Tokenises rows, packs them, and writes the packs. Call it on one rank; the others don't take part.
 
     Args:
         input_path: A JSONL file, or another source.
@@ -57,9 +57,9 @@ def prepare_gpt_sft_packed_data(
     for name, value in (("packed_sequence_size", packed_sequence_size), ("pad_seq_to_mult", pad_seq_to_mult)):
         check_positive(name, value)
     longest = packed_sequence_size // pad_seq_to_mult * pad_seq_to_mult
-    samples = load_sft_dataset(
-        input_path,
-        tokenizer=tokenizer,
+    samples = tokenise(
+        JsonlSource(input_path) if isinstance(input_path, str | Path) else input_path,
+        tokenizer,
         seq_length=min(longest, max_seq_length or longest),
         options=SFTOptions.from_kwargs(dataset_kwargs),
         limit="packed_sequence_size",

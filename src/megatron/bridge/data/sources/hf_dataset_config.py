@@ -151,10 +151,11 @@ def part_of(size: int, start: str | None, end: str | None) -> range:
 
 
 def takes_tokenizer(function: Callable[..., Any]) -> bool:
-    """Whether a function of a row has a second argument for the tokenizer."""
+    """Whether a function of a row has a second argument for the tokenizer; one with a value of its own is none."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
         return False
     positional = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
-    return len(positional) > 1 or any(one.name == "tokenizer" or one.kind == one.VAR_POSITIONAL for one in parameters)
+    has_second = len(positional) > 1 and (positional[1].default is None or positional[1].default is positional[1].empty)
+    return has_second or any(one.name == "tokenizer" or one.kind == one.VAR_POSITIONAL for one in parameters)

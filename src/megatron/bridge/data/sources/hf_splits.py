@@ -4,9 +4,9 @@
 import hashlib
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any
 
 from megatron.bridge.data.sources import Row, Source
@@ -25,6 +25,7 @@ USUAL_NAMES = {
 """What datasets call their splits."""
 
 _FIELDS = {"training": "split", "validation": "validation_split", "test": "test_split"}
+_PLAIN = (type(None), bool, int, float, str, bytes, tuple, list, dict, set, frozenset)
 ALONE = "alone"
 """The name of a dataset without splits."""
 
@@ -99,7 +100,6 @@ class AdaptedSource:
         *,
         opened: Mapping[str, Source] | None = None,
         tokenizer: Any = None,
-        rename: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     ) -> None:
         """Keeps what to read.
 
@@ -108,9 +108,7 @@ class AdaptedSource:
             split: As `find_split` returns.
             opened: As `open_hf_source` returns. None: opened when rows are read.
             tokenizer: For a `process_example_fn` that takes one.
-            rename: What gives the columns of an adapted row their usual names.
         """
-        self.rename = rename
         self.source = source
         self.label = split.replace("[", "-").replace("]", "").replace(":", "-").replace("%", "p")
         self.split = split
@@ -141,8 +139,7 @@ class AdaptedSource:
             if keeps is not None and not self._call("filter_fn", keeps, row, number):
                 left_out += 1
                 continue
-            adapted = row if process is None else self._adapted(process, row, number)
-            yield number, adapted if self.rename is None else self._renamed(adapted, number)
+            yield number, row if process is None else self._adapted(process, row, number)
         if left_out:
             logger.info("%s: filter_fn left out %d rows", self, left_out)
 
@@ -156,13 +153,6 @@ class AdaptedSource:
             found = type(made).__name__
             raise ValueError(f"{self}:{number}: process_example_fn returned {found}: expected a dict such as input, output")
         return made
-
-    def _renamed(self, row: dict[str, Any], number: int) -> dict[str, Any]:
-        assert self.rename is not None
-        try:
-            return self.rename(row)
-        except ValueError as error:
-            raise ValueError(f"{self}:{number}: {error}") from error
 
     def _call(self, what: str, function: Any, row: dict[str, Any], number: int) -> Any:
         try:
@@ -184,25 +174,50 @@ class AdaptedSource:
         return digest.hexdigest()
 
 
-def _code_of(function: Any) -> Any:
-    """What a function does, as plain data: its code and what it holds; not what it finds in its module."""
+def _code_of(function: Any, seen: tuple[Any, ...] = ()) -> Any:
+    """What a function does, as plain data: its code, what it holds, and what it takes by name from its own module.
+
+    Of the module's names, plain values and functions that are defined there count, not classes and other objects.
+    """
     if function is None:
         return None
     code = getattr(function, "__code__", None)
     if code is None:  # a partial, or an object that can be called
         inner = getattr(function, "func", None) or getattr(type(function), "__call__", None)
-        held = getattr(function, "args", ()), getattr(function, "keywords", {}), vars(function)
-        return _code_of(inner) if hasattr(inner, "__code__") else None, repr(held)
+        held = getattr(function, "args", ()), getattr(function, "keywords", {}), getattr(function, "__dict__", {})
+        return _code_of(inner, seen) if hasattr(inner, "__code__") else None, repr(held)
+    seen = (*seen, code)
     cells = [cell.cell_contents for cell in function.__closure__ or ()]
-    return _plain_code(code), repr(function.__defaults__), [_held(cell) for cell in cells]
+    bound = getattr(function, "__self__", None)
+    values = repr((function.__defaults__, function.__kwdefaults__, getattr(bound, "__dict__", bound)))
+    return _plain_code(code), values, [_held(cell, seen) for cell in cells], _taken_by_name(function, seen)
 
 
-def _held(value: Any) -> Any:
-    return _code_of(value) if callable(value) else repr(value)
+def _held(value: Any, seen: tuple[Any, ...]) -> Any:
+    if getattr(value, "__code__", None) in seen:  # a function that calls itself
+        return None
+    if isinstance(value, set | frozenset):  # which are in another order in each process
+        return sorted(map(repr, value))
+    return _code_of(value, seen) if callable(value) else repr(value)
+
+
+def _taken_by_name(function: Any, seen: tuple[Any, ...]) -> list[tuple[str, Any]]:
+    found = {name: function.__globals__[name] for name in _names(function.__code__) if name in function.__globals__}
+    return [
+        (name, _held(value, seen))
+        for name, value in found.items()
+        if isinstance(value, _PLAIN) or (isinstance(value, FunctionType) and value.__module__ == function.__module__)
+    ]
+
+
+def _names(code: CodeType) -> list[str]:
+    """The names that code, and code within it, looks up in its module (and names of attributes)."""
+    inner = [name for one in code.co_consts if isinstance(one, CodeType) for name in _names(one)]
+    return [*code.co_names, *inner]
 
 
 def _plain_code(code: CodeType) -> Any:
-    consts = [_plain_code(one) if isinstance(one, CodeType) else repr(one) for one in code.co_consts]
+    consts = [_plain_code(one) if isinstance(one, CodeType) else _held(one, ()) for one in code.co_consts]
     return code.co_code.hex(), consts, code.co_names
 
 

@@ -82,12 +82,13 @@ def get_blend_fields_from_data_paths(
     return None, None, None
 
 
-def blend_of(paths: Sequence[str]) -> Blend:
-    """Path prefixes and their weights, None where there are none.
+def blend_of(paths: str | Sequence[str]) -> Blend:
+    """Path prefixes and their weights, None where there are none; a text is cut at its blanks.
 
     Raises:
         ValueError: Weights and paths don't alternate.
     """
+    paths = paths.split() if isinstance(paths, str) else paths
     weights = [_as_weight(text) for text in paths[::2]]
     if weights[0] is None:
         if any(_as_weight(text) is not None for text in paths):
