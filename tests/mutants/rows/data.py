@@ -40,6 +40,13 @@ THE_DATA = (
         tests=("tests/unit_tests/data/sources/test_hf.py::test_the_column_that_is_named_is_learned_wherever_rows_lie",),
     ),
     Mutant(
+        name="ranks with other samples",
+        breaks="ranks that share a batch train on different tokens, unsaid",
+        where="megatron.bridge.data.same_data:check_same_on_all_ranks",
+        change=condition("others"),
+        tests=(f"{_CACHE}ranks_with_other_samples_end_together",),
+    ),
+    Mutant(
         name="a blend that begins again",
         breaks="a run that resumes sees samples that it has seen, and others never",
         where="megatron.bridge.data.blends:draws",

@@ -199,6 +199,23 @@ def test_a_rank_that_sees_no_cache_tokenises_for_itself(path, tokenizer_director
     assert results == [(40, 1), (40, 1)]
 
 
+def _load_own_rows(directory, tokenizer_directory):
+    """What a rank says whose file differs from the others' in one letter."""
+    from megatron.bridge.utils.distributed import rank
+
+    path = directory / f"{rank()}.jsonl"
+    path.write_text(json.dumps({"input": "the cat", "output": "abc"[rank()]}))
+    try:
+        return load(path, build_tokenizer(TokenizerConfig(tokenizer_model=str(tokenizer_directory))), cache=None)
+    except ValueError as error:
+        return str(error)
+
+
+def test_ranks_with_other_samples_end_together(tmp_path, tokenizer_directory):
+    for rank, error in enumerate(run_on_ranks(_load_own_rows, 2, tmp_path, tokenizer_directory)):
+        assert f"{rank}.jsonl: rank 1 made other samples of it than rank 0: give every machine the same data" in error
+
+
 def test_a_bad_line_ends_the_waiting_too(write_jsonl, tokenizer_directory):
     path = write_jsonl([*ROWS * 25, {"input": "a"}])  # behind a whole batch
     first, second = run_on_ranks(_load_on_ranks, 2, path, tokenizer_directory, slow=True)

@@ -19,7 +19,8 @@ from torch.utils.data import Dataset
 
 from megatron.bridge.data.object_arrays import read_object_array
 from megatron.bridge.data.packing import PackReport
-from megatron.bridge.utils.distributed import all_gathered, raise_on_all_ranks
+from megatron.bridge.data.same_data import check_same_on_all_ranks
+from megatron.bridge.utils.distributed import raise_on_all_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -116,9 +117,7 @@ def load_prepacked(pattern: str, option: str, *, form: PackedForm, metadata_path
             raise ValueError(f"{option}={pattern!r}: no token of its {len(rows)} rows is learned: {MAKE_AGAIN}")
         if metadata_path is not None:
             check_metadata(Path(metadata_path), dataset)
-    seen = all_gathered(dataset.report)
-    if any(report != seen[0] for report in seen):
-        raise ValueError(f"{option}={pattern!r}: the ranks read different rows ({seen}): give every machine the same data")
+    check_same_on_all_ranks((dataset._ids, dataset._learned, dataset._starts), f"{option}={pattern!r}")
     return dataset
 
 

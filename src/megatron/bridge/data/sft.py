@@ -21,6 +21,7 @@ from megatron.bridge.data.cache import cache_file, read_cache, write_cache
 from megatron.bridge.data.encoding import NO_LEARNED_TOKEN, SampleEncoder, TokenisedSample, encode_all
 from megatron.bridge.data.formats import choose_format
 from megatron.bridge.data.row_notes import NoteCount, NoteCounter, read_counts, shown
+from megatron.bridge.data.same_data import check_same_on_all_ranks
 from megatron.bridge.data.sft_options import SFTOptions
 from megatron.bridge.data.sources import JsonlSource, Source
 from megatron.bridge.data.tokenizer import Tokenizer
@@ -142,7 +143,7 @@ def load_sft_dataset(
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file cannot be read, a line has not the format, or no sample is left.
+        ValueError: The file cannot be read, a line has not the format, no sample is left, or the ranks' samples differ.
         RuntimeError: Another rank failed; its error's text.
     """
     source = JsonlSource(source) if isinstance(source, str | Path) else source
@@ -162,9 +163,11 @@ def load_sft_dataset(
 
     if cache_directory is None:
         with raise_on_all_ranks(f"reading {source}"):
-            return make()
-    path = cache_file(cache_directory, source.label, recipe)
-    return _through_cache(path, source, recipe, make)
+            dataset = make()
+    else:
+        dataset = _through_cache(cache_file(cache_directory, source.label, recipe), source, recipe, make)
+    check_same_on_all_ranks((dataset.arrays[name] for name in ARRAYS), str(source))
+    return dataset
 
 
 def _through_cache(
