@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron.bridge.checkpoint import iterations
+from megatron.bridge.utils.replaced import replaced
 from tests.rigs.load import refusal
 from tests.rigs.non_persistent import config_of, files_of, needs_the_package, run_saving
 from tests.rigs.on_ranks import make_pretrained
@@ -154,3 +155,21 @@ def test_another_layout_is_refused(both):
 def test_another_model_is_refused_before_anything_is_exchanged(both):
     for error in run_on_ranks(refusal, 2, run_saving, both, train_iters=5, model={"ffn_hidden_size": 64}):
         assert "linear_fc1.weight as this run's rank " in error and "\n" not in error
+
+
+def _step_alone(directory):
+    from megatron.bridge.training.checkpointing import load_checkpoint
+    from megatron.bridge.training.config.precedence import apply_mixed_precision
+    from megatron.bridge.training.run_state import content
+    from megatron.bridge.training.state import GlobalState
+
+    state = GlobalState(config_of(directory))
+    apply_mixed_precision(state.cfg)
+    with replaced(content, update_num_microbatches=lambda **options: None):  # there is no run to count them
+        step, _ = load_checkpoint(state, [], None, None, skip_load_to_model_and_opt=True)
+    return step, state.train_state.step
+
+
+@needs_the_package
+def test_the_step_alone_can_be_restored(both):
+    assert run_on_ranks(_step_alone, 2, both) == [(4, 4)] * 2

@@ -2,16 +2,22 @@
 """Callbacks as classes and as registered functions."""
 
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 
 from megatron.bridge.training.callbacks import (
     EVENTS,
     Callback,
+    CallbackContext,
     CallbackManager,
     normalize_callbacks,
     should_fire,
 )
+from megatron.bridge.training.config import CheckpointConfig
+from megatron.bridge.training.setup import SetupOutput
+from megatron.bridge.training.state import GlobalState
+from megatron.bridge.training.train import _save
 
 
 class Noting(Callback):
@@ -47,3 +53,19 @@ def test_an_unknown_event_and_what_is_no_callback_are_refused():
         normalize_callbacks([Noting([]), "mine"])
     manager = CallbackManager()
     assert normalize_callbacks(manager) is manager
+
+
+class WritesInItsOwnWay:
+    def save(self, context): ...
+    def finalize_async_saves(self, state, blocking=False, terminate=False): ...
+
+
+def test_a_save_of_another_manager_is_told_though_saves_are_in_the_background():
+    notes, manager = [], CallbackManager()
+    manager.register("on_checkpoint_save", notes.append)
+    checkpoint = CheckpointConfig(save="there", async_save=True)
+    state = GlobalState(SimpleNamespace(checkpoint=checkpoint), _timers=MagicMock())  # real ones need a device
+    run = SetupOutput(state, [], *[None] * 5, WritesInItsOwnWay(), None)
+    context = CallbackContext(state, [])
+    _save(run, context, manager)
+    assert notes == [context]

@@ -8,7 +8,6 @@ weights were loaded, they are rebuilt from the weights. What the load did decide
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,6 +72,7 @@ from megatron.bridge.training.run_state.load_plan import LoadPlan, Source
 from megatron.bridge.training.run_state.local import (
     open_local_checkpoints,
     read_local,
+    read_local_train_state,
     save_local,
 )
 from megatron.bridge.training.run_state.managers import (
@@ -343,8 +343,10 @@ def load_checkpoint(
     started = time.monotonic()
     loaded: dict[str, Any] = {}
     if skip_load_to_model_and_opt:
-        optimizer, plan = None, replace(plan, train_state=plan.train_state and plan.source is Source.MEGATRON)
-        logger.info("%s: restoring the step alone", plan.path)
+        optimizer = None
+        logger.info("%s: restoring %s", plan.path, "the step alone" if plan.train_state else "nothing")
+        if plan.source is Source.LOCAL:
+            loaded = {"train_state": read_local_train_state(context, plan.path)}
     elif plan.source is Source.HUGGING_FACE:
         logger.info("loading %s", plan)
         _load_hf_weights(model, plan.path)

@@ -233,7 +233,7 @@ def _take_step(run: SetupOutput, forward_step: Callable, context: CallbackContex
 def _save(run: SetupOutput, context: CallbackContext, callbacks: CallbackManager) -> None:
     _complete_background_save(run, context, callbacks, wait=True)
     _save_checkpoint(run)
-    if not run.state.cfg.checkpoint.async_save:
+    if run.state.background_save is None:  # another manager than the default one may write in its own way
         callbacks.fire("on_checkpoint_save", context)
 
 

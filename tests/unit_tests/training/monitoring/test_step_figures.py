@@ -7,9 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron.bridge.checkpoint.iterations import write_tracker
 from megatron.bridge.training.config import runtime_config_update
 from megatron.bridge.training.monitoring import energy
-from megatron.bridge.training.monitoring.step_figures import build_step_figures, tflops_per_device
+from megatron.bridge.training.monitoring.step_figures import (
+    PROGRESS_FILE,
+    ProgressFile,
+    build_step_figures,
+    tflops_per_device,
+)
 from megatron.bridge.training.monitoring.trackers import perplexity
 from tests.rigs.config_examples import make_config
 from tests.rigs.ranks import run_on_ranks
@@ -22,6 +28,14 @@ def test_throughput_is_the_work_of_all_steps_by_their_time():
 @pytest.mark.parametrize(("loss", "expected"), [(0.0, 1.0), (math.log(7), 7.0), (900.0, math.exp(20))])
 def test_perplexity_stays_a_number(loss, expected):
     assert perplexity(loss) == pytest.approx(expected)
+
+
+def test_the_progress_file_names_the_step_of_the_checkpoint_not_of_the_run(tmp_path):
+    write_tracker(tmp_path, 3)  # in the background, while the run went on
+    train_state = SimpleNamespace(step=6, floating_point_operations_so_far=2e12, consumed_train_samples=12)
+    state = SimpleNamespace(train_state=train_state, derived=SimpleNamespace(world_size=1))
+    ProgressFile(tmp_path).on_checkpoint_save(SimpleNamespace(state=state))
+    assert "Saved checkpoint\tStep: 3\t" in (tmp_path / PROGRESS_FILE).read_text()
 
 
 def test_energy_and_attention_logits_are_refused_by_name_where_nothing_counts_them():

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from megatron.bridge.checkpoint import iterations
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.training.config import ConfigContainer, LoggerConfig
 from megatron.bridge.training.monitoring.attention_logits import (
@@ -127,13 +128,18 @@ class ProgressFile(Callback):
         self._append(context, "Starting job")
 
     def on_checkpoint_save(self, context: CallbackContext) -> None:
+        if not is_rank_0():
+            return
         train_state = context.state.train_state
+        # Written in the background, the checkpoint is of an earlier step than the run is at.
+        tracker = iterations.read_tracker(self._file.parent)
+        saved_step = train_state.step if tracker is None else tracker.iteration
         operations = train_state.floating_point_operations_so_far
         steps = [(operations - self._operations_at_start, time.monotonic() - self._started)]
         throughput = tflops_per_device(deque(steps), context.state.derived.world_size)
         self._append(
             context,
-            f"Saved checkpoint\tStep: {train_state.step}\tThroughput since the start: {throughput:.3g} TFLOP/s/device"
+            f"Saved checkpoint\tStep: {saved_step}\tThroughput since the start: {throughput:.3g} TFLOP/s/device"
             f"\tFloating point operations: {operations:.3e}\tSamples: {train_state.consumed_train_samples}",
         )
 

@@ -194,6 +194,20 @@ def read_local(context: dict[str, Any], template: ShardedStateDict, *, path: Pat
     return {key: value for key, value in loaded.items() if key not in rest}
 
 
+def read_local_train_state(context: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The train state in the local checkpoint of `find_local`, as tensors. Call on all ranks.
+
+    Args:
+        context: From `open_local_checkpoints`.
+        path: This rank's file.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    with raise_on_all_ranks(f"reading {path}"):
+        return context[CONTEXT_KEY].read(path, mmap=True).common["train_state"]
+
+
 def _sharing_group() -> dist.ProcessGroup:
     """The ranks that hold the same weights; each writes a part of them."""
     return mpu.get_data_parallel_group(with_context_parallel=True)
