@@ -113,6 +113,25 @@ def test_two_ranks_say_what_one_says(checkpoint, one_rank):
             assert greedy == one_rank["greedy"] and drawn == one_rank["drawn"][0]
 
 
+def _of_a_broken_model(directory):
+    from megatron.bridge.models.generation import generate_tokens, load_for_generation
+    from megatron.bridge.utils.distributed import model_parallel_groups
+
+    with model_parallel_groups(1, 2):
+        model = load_for_generation(directory / "megatron")
+        for parameter in model[0].parameters():
+            torch.nn.init.constant_(parameter, float("nan"))
+        try:
+            list(generate_tokens(model, PROMPT, max_new_tokens=2))
+        except FloatingPointError as error:
+            return str(error)
+
+
+def test_logits_that_are_no_numbers_end_all_stages(checkpoint):
+    said = run_on_ranks(_of_a_broken_model, 2, checkpoint, timeout_seconds=120)
+    assert len(set(said)) == 1 and "logits are NaN" in said[0]
+
+
 def test_draws_keep_to_their_candidates():
     logits = torch.tensor([0.5, 0.1, 0.3, 0.1]).log()
     generator = torch.Generator().manual_seed(0)

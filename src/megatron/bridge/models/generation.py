@@ -17,6 +17,10 @@ from megatron.bridge.utils.device import current_device
 if TYPE_CHECKING:
     from megatron.core.transformer.module import MegatronModule
 
+_NOT_A_NUMBER = "the model's logits are NaN: look at the training that made the checkpoint"
+_NOTHING, _NAN = -1, -2
+"""In place of a token: none is awaited, or none can be chosen."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -55,7 +59,7 @@ class Sampling:
             FloatingPointError: The logits are not numbers.
         """
         if logits.isnan().any():
-            raise FloatingPointError("the model's logits are NaN: look at the training that made the checkpoint")
+            raise FloatingPointError(_NOT_A_NUMBER)
         if self.temperature == 0:
             return int(logits.argmax())
         logits, tokens = (logits / self.temperature).sort(descending=True)
@@ -136,6 +140,7 @@ def generate_tokens(
 
     Raises:
         ValueError: The prompt is empty or holds an unknown token, or the model can't continue it.
+        FloatingPointError: The logits are not numbers. Raised on all ranks.
     """
     limits: dict[str, Any] = {"max_new_tokens": [max_new_tokens], "end_ids": end_ids}
     for (token,) in generate_together(model, [prompt], sampling=sampling, **limits):
@@ -169,7 +174,7 @@ def generate_together(
         After each pass the new token of each row; None for a row that is still being read, or that has ended.
 
     Raises:
-        ValueError: As for `generate_tokens`.
+        ValueError, FloatingPointError: As for `generate_tokens`.
     """
     from megatron.core.inference.contexts import StaticInferenceContext
 
@@ -183,10 +188,12 @@ def generate_together(
         logits = _next_logits(model[0], [row[start:end] for row in rows], cache)
         awaited = [not done and len(row) == end for row, done in zip(rows, ended, strict=True)]
         chosen = [
-            sampling.choose(logits[index], generators[index]) if awaits and logits is not None else -1
+            _chosen(sampling, logits[index], generators[index]) if awaits and logits is not None else _NOTHING
             for index, awaits in enumerate(awaited)
         ]
         chosen = _from_last_stage(chosen)
+        if _NAN in chosen:
+            raise FloatingPointError(_NOT_A_NUMBER)
         for index, row in enumerate(rows):
             if len(row) > end:
                 continue
@@ -196,6 +203,14 @@ def generate_together(
             ended[index] = ended[index] or at_end
         start, end = end, end + 1
         yield [token if awaits else None for token, awaits in zip(chosen, awaited, strict=True)]
+
+
+def _chosen(sampling: Sampling, logits: torch.Tensor, generator: torch.Generator) -> int:
+    """A token, or `_NAN`: only the last stage sees the logits, and the error is one of all."""
+    try:
+        return sampling.choose(logits, generator)
+    except FloatingPointError:
+        return _NAN
 
 
 def _check_prompts(
