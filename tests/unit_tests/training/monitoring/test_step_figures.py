@@ -31,7 +31,7 @@ def test_perplexity_stays_a_number(loss, expected):
 
 
 def test_the_progress_file_names_the_step_of_the_checkpoint_not_of_the_run(tmp_path):
-    write_tracker(tmp_path, 3)  # in the background, while the run went on
+    write_tracker(tmp_path, 3)  # in the background, while the run trained
     train_state = SimpleNamespace(step=6, floating_point_operations_so_far=2e12, consumed_train_samples=12)
     state = SimpleNamespace(train_state=train_state, derived=SimpleNamespace(world_size=1))
     ProgressFile(tmp_path).on_checkpoint_save(SimpleNamespace(state=state))
