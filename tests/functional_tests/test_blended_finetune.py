@@ -42,16 +42,16 @@ def directory(tmp_path_factory):
     return path
 
 
-def _run(directory, *, sets=True, dataset=None, validation=None, **checkpoint):
+def _run(directory, *, sets=True, dataset=None, validation=None, global_batch_size=4, **checkpoint):
     from megatron.bridge.training.gpt_step import forward_step
     from megatron.bridge.training.pretrain import pretrain
 
     cfg = tiny_config(
         directory,
         model={"seq_length": SEQ_LENGTH},
-        train={"micro_batch_size": 1, "global_batch_size": 4},
+        train={"micro_batch_size": 1, "global_batch_size": global_batch_size},
         validation={"eval_iters": None, "multiple_validation_sets": sets, **(validation or {})},
-        scheduler={"lr_decay_iters": None},
+        scheduler={"lr_decay_iters": None, "override_opt_param_scheduler": True},
         checkpoint={"save": None, **checkpoint},
     )
     cfg.train.train_iters, cfg.train.num_epochs = None, 2
@@ -72,6 +72,10 @@ def test_it_trains_its_epochs_and_resumes_bit_exact_in_the_middle(directory, tmp
         assert continued.losses == uninterrupted.losses[3:]
         assert continued.of_sets == uninterrupted.of_sets
         assert differing(continued.weights_after, uninterrupted.weights_after) == {}
+    larger = run_on_ranks(_run, 2, directory, load=f"{tmp_path}/saved", ckpt_step=3, global_batch_size=8)
+    for one in larger:
+        taken = one.train_state["consumed_train_samples"]
+        assert taken == 3 * 4 + 8 * len(one.losses) and 0 <= state["consumed_train_samples"] - taken < 8
     for one in whole:
         assert list(one.of_sets[-1]) == ["lm loss", "books/lm loss", "code/lm loss"]
 

@@ -66,6 +66,17 @@ THE_DATA = (
         ),
     ),
     Mutant(
+        name="the steps of a run that has begun with another batch",
+        breaks="an epoch resumed with a larger global batch ends before its samples do",
+        where="megatron.bridge.training.config.update:count_steps_left",
+        change=expression(
+            "step + max(0, (total or 0) - consumed_samples) // derived.global_batch_size", "derived.train_iters"
+        ),
+        tests=(
+            "tests/unit_tests/training/config/test_update.py::test_what_is_left_of_a_resumed_run_is_counted_in_samples",
+        ),
+    ),
+    Mutant(
         name="one set for all",
         breaks="a set is reported under another's name",
         where="megatron.bridge.training.eval:evaluate_split",

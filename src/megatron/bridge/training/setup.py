@@ -36,7 +36,7 @@ from megatron.bridge.training.checkpointing import (
     plan_on_all_ranks,
 )
 from megatron.bridge.training.config import ConfigContainer, DistributedDataParallelConfig
-from megatron.bridge.training.config.update import derive_from_data
+from megatron.bridge.training.config.update import count_steps_left, derive_from_data
 from megatron.bridge.training.initialize import initialize_megatron
 from megatron.bridge.training.optim import setup_optimizer
 from megatron.bridge.training.run_state.end_tokens import generation_config_to_save
@@ -201,8 +201,15 @@ def _build_model(cfg: ConfigContainer, pg_collection: ProcessGroupCollection, ba
 
 
 def _note_what_there_is_to_do(state: GlobalState, data: _Data) -> None:
-    """Say in the train state what the run trains and evaluates on."""
-    derived, train_state = state.derived, state.train_state
+    """Count the steps that are left, and say in the train state what the run trains and evaluates on."""
+    train_state = state.train_state
+    state.derived = derived = count_steps_left(
+        state.cfg,
+        state.derived,
+        step=train_state.step,
+        consumed_samples=train_state.consumed_train_samples,
+        samples_per_epoch=_size(data.train),
+    )
     train_state.do_train = data.train is not None and derived.train_iters > 0 and not derived.skip_train
     train_state.do_valid = data.valid is not None and derived.eval_iters != 0
     train_state.do_test = data.test is not None and derived.eval_iters != 0

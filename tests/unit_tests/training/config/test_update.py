@@ -1,9 +1,10 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 import logging
+from dataclasses import replace
 
 import pytest
 
-from megatron.bridge.training.config.update import derive_from_data, runtime_config_update
+from megatron.bridge.training.config.update import count_steps_left, derive_from_data, runtime_config_update
 from tests.rigs.tiny import tiny_config
 
 
@@ -35,6 +36,26 @@ def test_epochs_follow_without_a_gap_and_what_is_left_is_said(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         assert derive_from_data(cfg, train_samples=16, unit="packs").train_iters == 6
     assert caplog.messages == ["train.num_epochs=3 over 16 packs: 6 steps of 8"]
+
+
+@pytest.mark.parametrize("length", [{"num_epochs": 2}, {"train_samples": 400}])
+def test_what_is_left_of_a_resumed_run_is_counted_in_samples(tmp_path, length):
+    cfg = tiny_config(tmp_path, scheduler={"lr_decay_iters": None})
+    cfg.train.train_iters = None
+    for name, value in length.items():
+        setattr(cfg.train, name, value)
+    runtime_config_update(cfg)
+    derived = derive_from_data(cfg, train_samples=200)
+
+    def last_step(step, consumed):
+        counted = count_steps_left(cfg, derived, step=step, consumed_samples=consumed, samples_per_epoch=200)
+        assert counted == replace(derived, train_iters=counted.train_iters)
+        return counted.train_iters
+
+    assert derived.train_iters == last_step(0, 0) == last_step(10, 80) == 50
+    assert [last_step(10, consumed) for consumed in (40, 160, 397, 480)] == [55, 40, 10, 10]
+    cfg.train.train_iters = 50
+    assert last_step(10, 40) == 50
 
 
 def test_without_epochs_the_data_changes_nothing(tmp_path):

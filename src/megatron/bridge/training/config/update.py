@@ -3,6 +3,7 @@
 
 import logging
 import os
+from dataclasses import replace
 
 from megatron.bridge.training.config.container import ConfigContainer
 from megatron.bridge.training.config.derived import DerivedConfig, derive, with_known_length
@@ -87,6 +88,31 @@ def derive_from_data(cfg: ConfigContainer, *, train_samples: int | None, unit: s
         derived.global_batch_size, f"; the last {left} make no whole global batch and are left out" if left else "",
     )  # fmt: skip
     return derived
+
+
+def count_steps_left(
+    cfg: ConfigContainer, derived: DerivedConfig, *, step: int, consumed_samples: int, samples_per_epoch: int | None
+) -> DerivedConfig:
+    """The same where steps were taken: those of a run whose length is in samples or epochs follow from what is left.
+
+    Args:
+        cfg: The run's configuration.
+        derived: As `derive_from_data` returns.
+        step: Steps that were taken, perhaps with another global batch.
+        consumed_samples: Samples that they took.
+        samples_per_epoch: Samples in the training data. None: there is none.
+    """
+    train = cfg.train
+    if train.train_iters is not None or step == 0:
+        return derived
+    total = train.train_samples if train.num_epochs is None else train.num_epochs * (samples_per_epoch or 0)
+    last_step = step + max(0, (total or 0) - consumed_samples) // derived.global_batch_size
+    if last_step != derived.train_iters:
+        logger.info(
+            "the first %d steps took %d samples: the other %d make %d steps of %d", step, consumed_samples,
+            max(0, (total or 0) - consumed_samples), last_step - step, derived.global_batch_size,
+        )  # fmt: skip
+    return replace(derived, train_iters=last_step)
 
 
 def _move_deprecated_fields(cfg: ConfigContainer) -> None:
