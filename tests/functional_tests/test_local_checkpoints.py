@@ -173,3 +173,21 @@ def _step_alone(directory):
 @needs_the_package
 def test_the_step_alone_can_be_restored(both):
     assert run_on_ranks(_step_alone, 2, both) == [(4, 4)] * 2
+
+
+def _read_with_a_context_of_its_own(directory):
+    from megatron.bridge.training.checkpointing import init_checkpointing_context, plan_on_all_ranks
+    from megatron.bridge.training.config.precedence import apply_mixed_precision
+    from megatron.bridge.training.run_state.local import read_local
+    from megatron.bridge.utils.distributed import model_parallel_groups
+
+    cfg = config_of(directory)
+    apply_mixed_precision(cfg)
+    plan = plan_on_all_ranks(cfg, init_checkpointing_context(cfg))
+    with model_parallel_groups():
+        return int(read_local(init_checkpointing_context(cfg), {}, path=plan.path)["train_state"]["step"])
+
+
+@needs_the_package
+def test_a_manager_that_wraps_the_default_one_reads_what_setup_planned(both):
+    assert run_on_ranks(_read_with_a_context_of_its_own, 2, both) == [4, 4]

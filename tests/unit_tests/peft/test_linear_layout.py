@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron.bridge.models.torch_norm import ZeroCenteredRMSNorm
 from megatron.bridge.peft.dora import DoRA
 from megatron.bridge.peft.linear_layout import linear_layout
 from megatron.bridge.peft.lora import LoRA
@@ -37,6 +38,18 @@ def test_the_adapter_gets_what_the_matrix_gets(normalization, zero_centered_gamm
             norm.bias.copy_(linear.layer_norm_bias)
     torch.testing.assert_close(layout.normalized(x), norm(x))
     assert (layout.split, layout.is_gated, layout.adds_bias, layout.is_cut) == ("output", True, True, False)
+
+
+def test_a_16_bit_weight_that_counts_from_0_keeps_its_bits():
+    linear = TELayerNormColumnParallelLinear(normalization="RMSNorm", zero_centered_gamma=True).bfloat16()
+    with torch.no_grad():
+        linear.layer_norm_weight.uniform_(-0.01, 0.01)
+    norm = ZeroCenteredRMSNorm(8, eps=1e-5).bfloat16()
+    norm.load_state_dict({"weight": linear.layer_norm_weight})
+    x = torch.randn(50, 2, 8).bfloat16()
+    expected = norm(x)
+    found = linear_layout(linear, "decoder.layers.0.mlp.linear_fc1").normalized(x)
+    assert found.dtype is torch.bfloat16 and (found == expected).double().mean() > 0.99
 
 
 def test_other_modules_are_refused():

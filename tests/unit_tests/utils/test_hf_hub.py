@@ -114,7 +114,9 @@ def test_an_incomplete_copy_names_what_it_lacks(cache, model):
     assert "lacks config.json" in refusal(NAME)
 
 
-def test_a_model_is_fetched_once_with_what_is_needed(cache, hub):
+def test_a_model_is_fetched_once_with_what_is_needed(cache, hub, model):
+    (model / "consolidated.safetensors").write_bytes(b"the weights again")
+    hub.put(NAME, model)
     directory = find_hf_directory(NAME, with_weights=False)
     assert directory == cache / "models--some-org--Tiny-1B" / "snapshots" / COMMIT
     assert sorted(hub.fetched()) == ["config.json", "tokenizer.json"]

@@ -99,9 +99,12 @@ def _fused_norm(linear: CoreLinear) -> Callable[[torch.Tensor], torch.Tensor]:
     """The norm inside Transformer Engine's LayerNormLinear, again: its result doesn't leave the layer."""
 
     def normalized(x: torch.Tensor) -> torch.Tensor:
-        weight = linear.layer_norm_weight + 1 if linear.zero_centered_gamma else linear.layer_norm_weight
+        weight, bias = linear.layer_norm_weight, linear.layer_norm_bias
+        if linear.zero_centered_gamma:  # in FP32, as there: beside 1, a 16-bit weight loses its last bits
+            weight, bias = 1 + weight.float(), None if bias is None else bias.float()
+        whole = x.to(weight.dtype)
         if linear.normalization == "RMSNorm":
-            return F.rms_norm(x, weight.shape, weight, linear.eps)
-        return F.layer_norm(x, weight.shape, weight, linear.layer_norm_bias, linear.eps)
+            return F.rms_norm(whole, weight.shape, weight, linear.eps).type_as(x)
+        return F.layer_norm(whole, weight.shape, weight, bias, linear.eps).type_as(x)
 
     return normalized

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
 """Configuration, tokenizer and licence."""
 WEIGHTS = ("*.safetensors",)
+_SECOND_COPY = ("consolidated*",)
+"""The weights again, under other names, which some models have beside those that transformers reads."""
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
@@ -113,7 +115,8 @@ class _Model:
 
         wanted = [*SMALL_FILES, *(WEIGHTS if self.with_weights else ())]
         try:
-            return Path(snapshot_download(self.name, allow_patterns=wanted, **{**self.options, **options}))
+            options = {"ignore_patterns": list(_SECOND_COPY), **self.options, **options}
+            return Path(snapshot_download(self.name, allow_patterns=wanted, **options))
         except Exception as error:  # OSError, and whatever the HTTP library of the installed version raises
             partial = getattr(error, "snapshot_path", None)
             if partial is not None:

@@ -183,6 +183,7 @@ def read_local(context: dict[str, Any], template: ShardedStateDict, *, path: Pat
     Raises:
         ValueError: A file is damaged, or lacks something that the template asks for.
     """
+    context[CONTEXT_KEY].find_latest()  # the plan may have been made with another context
     with raise_on_all_ranks(f"reading {path}"):
         stored, _ = context[CONTEXT_KEY].load()
         _check_fits(template, stored.sharded_state_dict, path)
