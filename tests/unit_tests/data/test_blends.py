@@ -141,6 +141,10 @@ def test_each_split_has_its_own_files(roots, tokenizer):
         build(tokenizer, blend_per_split=[per_split[0], None, ([code], None)])
 
 
+def test_a_directory_that_is_unset_by_an_empty_text_is_unset(roots):
+    GPTSFTDatasetConfig(64, blend=(roots, None), dataset_root="").finalize()
+
+
 def test_one_cache_keeps_the_tokens_of_each_file(roots, tokenizer, tmp_path, caplog):
     caplog.set_level("INFO")
     for _ in range(2):

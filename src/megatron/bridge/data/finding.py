@@ -75,7 +75,7 @@ def files_in_root(config: GPTSFTDatasetConfig) -> dict[str, Source]:
 
 
 def splits_of_hf_dataset(config: GPTSFTDatasetConfig, tokenizer: Tokenizer) -> dict[str, Source]:
-    """The rows of each split that a dataset has. Call on all ranks.
+    """The rows of each split that is wanted and that a dataset has. Call on all ranks.
 
     The first process of each machine fetches and opens it, and the others only if they need its rows.
 
@@ -88,7 +88,8 @@ def splits_of_hf_dataset(config: GPTSFTDatasetConfig, tokenizer: Tokenizer) -> d
 
     def open_and_find() -> tuple[dict[str, Source], dict[str, str]]:
         opened = open_hf_source(source)
-        found = {split: find_split(opened, source, split) for split in SPLITS}
+        wanted = {"training": True, "validation": config.do_validation, "test": config.do_test}
+        found = {split: find_split(opened, source, split) for split in SPLITS if wanted[split]}
         return opened, {split: said for split, said in found.items() if said is not None}
 
     opens = local_rank() == 0 or is_rank_0()

@@ -35,7 +35,7 @@ def check_blends(config: Any) -> None:
     if not blends:
         return
     others = ("dataset_root", "max_train_samples", *(("split",) if config.blend is None else ()))
-    if clash := [name for name in (*blends, *others) if getattr(config, name) is not None][1:]:
+    if clash := [name for name in (*blends, *others) if getattr(config, name) not in (None, "")][1:]:
         raise ValueError(f"dataset.{blends[0]} and dataset.{clash[0]} are both set: set one of them")
     if config.packing is not None and config.packing.are_read:
         raise ValueError(f"dataset.{blends[0]} with packs in files: name several files by a pattern instead")

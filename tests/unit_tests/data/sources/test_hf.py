@@ -314,6 +314,10 @@ def test_a_split_that_is_not_there_is_named(squad, tokenizer):
         build(tokenizer, HFDatasetSourceConfig(dataset_dict={"train_sft": ROWS}))
     with pytest.raises(FileNotFoundError, match=r"has no split 'dev' \(found: 'train', 'validation'\)"):
         load_and_adapt_hf_dataset(HFDatasetSourceConfig(str(squad), split="dev"))
+    source = HFDatasetSourceConfig(str(squad), validation_split="dev", process_example_fn="squad")
+    with pytest.raises(FileNotFoundError, match="has no split 'dev' .*: set hf_dataset.validation_split"):
+        build(tokenizer, source)
+    assert len(build(tokenizer, source, do_validation=False)[0]) == 20
 
 
 def test_names_of_other_libraries_mean_the_same():

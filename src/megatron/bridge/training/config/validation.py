@@ -14,7 +14,7 @@ class ValidationConfig(BridgeSection):
     _section = "validation"
 
     eval_iters: int | None = 100
-    """Global batches of one evaluation. None: the whole validation set. 0: no evaluation."""
+    """Global batches of one evaluation, of each set where there are several. None: the whole set. 0: no evaluation."""
 
     eval_interval: int | None = None
     """Steps between evaluations. None: only at the end of the run."""
