@@ -141,6 +141,14 @@ def test_micro_batches_of_a_step_count_in_the_estimate():
     assert two.weight_and_optimizer_bytes == one.weight_and_optimizer_bytes
 
 
+def test_a_run_of_epochs_is_estimated_without_its_data():
+    request = {"world_size": 2, "rank": 0, "num_microbatches": None}
+    cfg = _config("PP 2")
+    cfg.train.train_iters, cfg.train.num_epochs = None, 1
+    cfg.scheduler.lr_decay_iters, cfg.scheduler.lr_warmup_iters = None, 5
+    assert estimate_here(cfg, request) == estimate_here(_config("PP 2"), request)
+
+
 def test_a_model_that_only_this_process_knows_is_refused():
     cfg = _config("PP 2")
     cfg.model.init_method = lambda weight: weight

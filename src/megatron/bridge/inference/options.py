@@ -131,6 +131,10 @@ def add_prompt_args(parser: argparse.ArgumentParser) -> Group:
     return group
 
 
+class NotGiven(float):
+    """A default that can be told from the same number on a command line."""
+
+
 def add_sampling_args(parser: argparse.ArgumentParser) -> Group:
     """Add the options that say how tokens are chosen, and how many."""
     group = parser.add_argument_group("sampling")
@@ -142,7 +146,7 @@ def add_sampling_args(parser: argparse.ArgumentParser) -> Group:
         default=30,
         help="new tokens of each prompt (default: %(default)s)",
     )
-    group.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest (default: %(default)s)")
+    group.add_argument("--temperature", type=float, default=NotGiven(1), help="0: the likeliest (default: %(default)s)")
     _add(
         group,
         "--top-k",

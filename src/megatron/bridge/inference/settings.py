@@ -6,7 +6,7 @@ import importlib.util
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from megatron.bridge.inference.options import OF_THE_DYNAMIC_ENGINE
+from megatron.bridge.inference.options import OF_THE_DYNAMIC_ENGINE, NotGiven
 
 if TYPE_CHECKING:
     from megatron.core.inference.sampling_params import SamplingParams
@@ -83,7 +83,8 @@ def build_sampling_params(
 
     temperature, top_k, top_p = args.temperature, args.top_k, args.top_p
     if top_k is None:
-        top_k = 1 if temperature in (0, 1) and not top_p else 0
+        asks_for_draws = top_p or not (temperature == 0 or isinstance(temperature, NotGiven))
+        top_k = 0 if asks_for_draws else 1
     if temperature == 0:
         if top_k > 1 or top_p:
             raise ValueError("--temperature 0 takes the likeliest token: leave --top-k and --top-p out")
