@@ -34,6 +34,14 @@ def test_weight_decay_goes_from_its_start_to_its_end():
     assert (schedule.start_wd, schedule.end_wd) == (0.0, 0.25)
 
 
+@pytest.mark.parametrize("iters", [0, 1])
+def test_an_evaluation_alone_has_a_schedule_whatever_the_warm_up(iters):
+    cfg = make_config("validation.skip_train=true", f"train.train_iters={iters}", "scheduler.lr_decay_iters=null")
+    runtime_config_update(cfg)
+    assert cfg.derive().lr_warmup_steps >= cfg.derive().lr_decay_steps
+    build_scheduler(SimpleNamespace(param_groups=[{}]), cfg.optimizer, cfg.scheduler, cfg.derive())
+
+
 def test_a_schedule_of_unknown_length_is_refused():
     with pytest.raises(ValueError, match=r"scheduler.lr_decay_steps is None.*runtime_config_update\(cfg\)"):
         setup_optimizer(make_config().optimizer, SchedulerConfig(), [])

@@ -119,6 +119,9 @@ def build_scheduler(
     """Build the schedule of learning rate and weight decay. It counts in samples; `lengths` gives its lengths."""
     scheduler = scheduler_config
     start_weight_decay, end_weight_decay = weight_decay_ends(optimizer_config, scheduler)
+    sizes = {name: getattr(lengths, name) for name in SCHEDULE_LENGTHS}
+    if getattr(lengths, "skip_train", False):  # it won't be followed, but Core takes none without a falling part
+        sizes["lr_decay_steps"] = max(sizes["lr_decay_steps"], sizes["lr_warmup_steps"] + 1)
     return OptimizerParamScheduler(
         optimizer,
         init_lr=scheduler.lr_warmup_init,
@@ -131,7 +134,7 @@ def build_scheduler(
         use_checkpoint_opt_param_scheduler=scheduler.use_checkpoint_opt_param_scheduler,
         override_opt_param_scheduler=scheduler.override_opt_param_scheduler,
         lr_wsd_decay_style=scheduler.lr_wsd_decay_style,
-        **{name: getattr(lengths, name) for name in SCHEDULE_LENGTHS},
+        **sizes,
     )
 
 
