@@ -57,6 +57,7 @@ def test_settings_that_cannot_work_are_refused(words, message):
         ("", (1.0, 1, 0.0)),
         ("--temperature 0", (1.0, 1, 0.0)),
         ("--temperature 0.7", (0.7, 0, 0.0)),
+        ("--temperature 1", (1.0, 0, 0.0)),
         ("--top-p 0.9", (1.0, 0, 0.9)),
         ("--top-k 0", (1.0, 0, 0.0)),
         ("--top-k 5 --temperature 0.5", (0.5, 5, 0.0)),
