@@ -171,7 +171,9 @@ class PlannedRun:
         """The memory as configured, or with other options of the optimizer."""
         options = dataclasses.replace(self.cfg.optimizer, **optimizer_options)
         options.finalize()
-        optimizer, _ = setup_optimizer(options, self.cfg.scheduler, self.model, derived=self.cfg.derive())
+        # The steps of an epoch aren't known without the data, and Core refuses a warm-up that is longer than the run.
+        derived = dataclasses.replace(self.cfg.derive(), lr_warmup_steps=0)
+        optimizer, _ = setup_optimizer(options, self.cfg.scheduler, self.model, derived=derived)
         chunks = [unwrap_model(chunk) for chunk in self.model]
         micro_batch_size = self.cfg.train.required_micro_batch_size()
         activations = activation_bytes(
