@@ -5,6 +5,7 @@ They run in the ranks that the other tests use too. What a script does itself is
 """
 
 import importlib.util
+import itertools
 import json
 import os
 import runpy
@@ -42,10 +43,17 @@ def _run(name, store, *arguments):
             dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world_size)
 
 
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory):
+    """A new file for each process group that ranks keep for the tests that follow: it must outlive the test."""
+    directory = tmp_path_factory.mktemp("stores")
+    return (directory / str(number) for number in itertools.count())
+
+
 @pytest.fixture
-def run(tmp_path):
+def run(stores):
     def run_script(name, *arguments, ranks=1):
-        run_on_ranks(_run, ranks, name, tmp_path / f"store of {name}", *arguments)
+        run_on_ranks(_run, ranks, name, next(stores), *arguments)
 
     return run_script
 
@@ -61,11 +69,11 @@ def data(inputs):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(model, tmp_path_factory):
+def checkpoint(model, stores, tmp_path_factory):
     """A Megatron checkpoint, as the conversion script imports it."""
     directory = tmp_path_factory.mktemp("imported")
     arguments = "import", "--hf-model", model, "--megatron-path", directory / "pretrained", "--torch-dtype", "bfloat16"
-    run_on_ranks(_run, 1, "convert_checkpoints", directory / "store", *arguments, "--device-map", "auto")
+    run_on_ranks(_run, 1, "convert_checkpoints", next(stores), *arguments, "--device-map", "auto")
     return directory / "pretrained"
 
 
