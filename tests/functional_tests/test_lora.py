@@ -44,6 +44,10 @@ EXPERT_LAYOUTS = {
 class Witness(Recorder):
     """Keeps what the optimizer owns too."""
 
+    def on_train_step_end(self, context):
+        super().on_train_step_end(context)
+        self.rates = {group["lr"] for group in context.optimizer.param_groups if group["params"]}
+
     def on_train_start(self, context):
         super().on_train_start(context)
         children = getattr(context.optimizer, "chained_optimizers", [context.optimizer])
@@ -53,8 +57,11 @@ class Witness(Recorder):
         self.all = sum(param.numel() for param in params)
 
 
-def _config(directory, *, lora=None, scheme="lora", model=None, optimizer=None, precision="fp32", **checkpoint):
+def _config(
+    directory, *, lora=None, scheme="lora", model=None, optimizer=None, precision="fp32", ratio=None, **checkpoint
+):
     from megatron.bridge.recipes.common import default_peft_config
+    from megatron.bridge.training.config import LoRAPlusOverrideProvider
 
     kind = "experts" if (model or {}).get("num_moe_experts") else "dense"
     cfg = tiny_config(
@@ -70,6 +77,7 @@ def _config(directory, *, lora=None, scheme="lora", model=None, optimizer=None, 
     )
     cfg.peft = default_peft_config(scheme, **{**LORA, **(lora or {})})
     cfg.mixed_precision = precision
+    cfg.optimizer_config_override_provider = ratio and LoRAPlusOverrideProvider(lr_ratio=ratio)
     return cfg
 
 
@@ -173,7 +181,7 @@ def _check_layout(directory, trained, layout, *, run, **options):
 
 EXACT = {
     "no offload": {"precision": "bf16_mixed"},
-    "half": {"precision": "bf16_mixed", "optimizer": HALF},
+    "half, LoRA+": {"precision": "bf16_mixed", "optimizer": HALF, "ratio": 4.0},
     "all, precision-aware": {"precision": "bf16_mixed", "optimizer": AWARE},
     "half, TP 2, dropout, parts of fused layers": {
         "precision": "bf16_mixed",
@@ -199,6 +207,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(directory, cell):
         assert continued.losses == uninterrupted.losses[1:]
         assert differing(continued.weights_after, uninterrupted.weights_after) == {}
         assert differing(continued.weights_before, continued.weights_after) != {}
+        assert continued.rates == uninterrupted.rates and len(continued.rates) == (2 if "ratio" in options else 1)
     weights_only = run_on_ranks(_train, 2, directory, load=run, load_optim=False, **options)
     for uninterrupted, continued in zip(whole, weights_only, strict=True):
         assert differing(continued.weights_before, uninterrupted.weights_after) == {}
@@ -247,6 +256,10 @@ REFUSED = {
         r"holds adapters only: expected the weights",
     ),
     "another rank": ({"load": "{directory}/adapters", "lora": {"dim": 8}}, r"holds adapters of peft.dim=4, not 8"),
+    "LoRA+ where there was none": (
+        {"load": "{directory}/adapters", "ratio": 16.0},
+        r"has other learning rates of single parameters .*: \(highest, lowest\) none -> \[\(0.16, 0.0016\)\]",
+    ),
     "another scale": ({"load": "{directory}/adapters", "lora": {"alpha": 4}}, r"of peft.alpha=8, not 4: set it to 8"),
     "other layers": (
         {"load": "{directory}/adapters", "lora": {"target_modules": ["linear_qkv"]}},

@@ -8,6 +8,7 @@ import pytest
 SAME = [
     ("data.packing", "PackedSequenceSpecs", "data.sft_options"),
     ("peft", "LoRA", "peft.lora"),
+    ("peft.lora", "get_lora_plus_config_overrides", "peft.lora_plus"),
     ("peft", "CanonicalLoRA", "peft.canonical_lora"),
     ("peft", "DoRA", "peft.dora"),
     ("peft", "PEFT", "peft.base"),
@@ -23,6 +24,7 @@ SAME = [
     ("training.flex_dispatcher_backend", "apply_flex_dispatcher_backend", "models.expert_dispatch"),
     ("training.utils.moe_token_drop", "apply_moe_token_drop", "models.expert_dispatch"),
     ("training.utils.theoretical_memory_utils", "estimate_training_memory", "planning.theoretical_memory"),
+    ("recipes.gpt", "vanilla_gpt_pretrain_config", "recipes.gpt.vanilla_gpt"),
     ("recipes.llama.llama3", "llama32_1b_sft_config", "recipes.llama"),
     ("recipes.gemma", "gemma3_1b_peft_config", "recipes.gemma3"),
     ("recipes.gemma.gemma3", "gemma3_4b_sft_config", "recipes.gemma3"),

@@ -242,4 +242,18 @@ THE_RESUME = (
         value("saved", 'loaded["optimizer"]'),
         f"{RESUME}[experts-EP2-bf16-aware-0.5-overlap-fully-DP_2]",
     ),
+    _not_restored(
+        "learning rates of single parameters",
+        "LoRA+ and decoupled_lr resume with one rate for all, on Core 0.16.1",
+        "training.config.optimizer:OptimizerConfigOverrideProvider.build_config_overrides",
+        condition("max_lr"),
+        "tests/unit_tests/training/config/test_config.py::test_the_override_provider_gives_cores_usual_overrides",
+    ),
+    _not_restored(
+        "learning rates that are others than the checkpoint's",
+        "LoRA+ that is switched on at a resume fails with Core's KeyError",
+        "training.run_state.schedule:load_optimizer",
+        without_call("_check_rates_of_single_parameters"),
+        "tests/functional_tests/test_lora.py::test_what_cannot_work_is_refused_in_one_line[LoRA+ where there was none]",
+    ),
 )

@@ -10,8 +10,11 @@ from megatron.bridge.peft.adapted_linear import AdaptedLinear, add_adapter, merg
 from megatron.bridge.peft.base import PEFT, Model
 from megatron.bridge.peft.linear_layout import CoreLinear, linear_layout
 from megatron.bridge.peft.lora_layers import INITIALISERS, LowRankAdapter
+from megatron.bridge.peft.lora_plus import get_lora_plus_config_overrides
 from megatron.bridge.peft.matcher import ModuleMatcher
 from megatron.bridge.utils.distributed import all_gathered, raise_on_all_ranks
+
+__all__ = ["LoRA", "LoRAMerge", "get_lora_plus_config_overrides"]
 
 _INITIALISERS = f"one of {', '.join(INITIALISERS)}"
 _NEVER_GATHERED = "inputs of adapters are never gathered, and only dim channels travel between ranks"

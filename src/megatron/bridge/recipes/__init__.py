@@ -9,13 +9,16 @@ import importlib
 from typing import Any
 
 FAMILIES = ("gemma3", "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "smollm2")
-"""Modules of this package with a `RECIPES`, by name."""
+"""Modules of this package with a `FAMILY` and its `RECIPES`, by name."""
+
+OTHERS = ("gpt.vanilla_gpt",)
+"""Modules with a `RECIPES` alone: models that nobody published weights of."""
 
 
 @functools.cache
 def all_recipes() -> dict[str, Any]:
     """Every recipe, by name."""
-    modules = [importlib.import_module(f"{__name__}.{family}") for family in FAMILIES]
+    modules = [importlib.import_module(f"{__name__}.{family}") for family in (*FAMILIES, *OTHERS)]
     return {name: recipe for module in modules for name, recipe in module.RECIPES.items()}
 
 

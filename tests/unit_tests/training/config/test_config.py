@@ -165,7 +165,8 @@ def test_the_override_provider_gives_cores_usual_overrides():
     )
     overrides = OptimizerConfigOverrideProvider().build_config_overrides(context)
     assert {"wd_mult": 0.0} in overrides.values()
-    assert {"max_lr": 0.5} in overrides.values()
+    # The flag is what Core up to 0.16.1 tells groups in a checkpoint apart by; rates alone it confuses.
+    assert {"max_lr": 0.5, "is_decoupled_lr": True} in overrides.values()
 
 
 # --- derived values -------------------------------------------------------------------------------------------------

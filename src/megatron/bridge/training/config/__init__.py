@@ -25,6 +25,7 @@ from megatron.bridge.training.config.dist import DistributedInitConfig
 from megatron.bridge.training.config.logger import LoggerConfig
 from megatron.bridge.training.config.mixed_precision import MixedPrecisionConfig
 from megatron.bridge.training.config.optimizer import (
+    LoRAPlusOverrideProvider,
     OptimizerConfig,
     OptimizerConfigOverrideProvider,
     OptimizerConfigOverrideProviderContext,
@@ -57,6 +58,7 @@ publish(
     GPTDatasetConfig,
     GPTSFTDatasetConfig,
     InProcessRestartConfig,
+    LoRAPlusOverrideProvider,
     LoggerConfig,
     MockGPTDatasetConfig,
     NVRxStragglerDetectionConfig,
@@ -88,6 +90,7 @@ __all__ = [
     "GPTModelProvider",
     "GPTSFTDatasetConfig",
     "InProcessRestartConfig",
+    "LoRAPlusOverrideProvider",
     "LoggerConfig",
     "MixedPrecisionConfig",
     "MockGPTDatasetConfig",

@@ -14,7 +14,9 @@ from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
 from megatron.core.optimizer import get_standard_config_overrides, optimizer_config
 from megatron.core.utils import get_te_version
 
+from megatron.bridge.peft.lora_plus import get_lora_plus_config_overrides, is_b_matrix
 from megatron.bridge.training.config.scheduler import SchedulerConfig
+from megatron.bridge.utils.distributed import all_gathered
 from megatron.bridge.utils.replaced import replaced
 from megatron.bridge.utils.section import open_to_all_names
 from megatron.bridge.utils.set_fields import RemembersSetFields, writes_that_nobody_set
@@ -86,4 +88,31 @@ class OptimizerConfigOverrideProvider:
         if context.scheduler_config.no_weight_decay_cond_type == "qwen3_next":
             config = copy.copy(config)
             config.apply_wd_to_qk_layernorm = True
-        return get_standard_config_overrides(config)
+        overrides = get_standard_config_overrides(config)
+        for override in overrides.values():
+            if "max_lr" in override:
+                override["is_decoupled_lr"] = True  # up to 0.16.1 Core matches a checkpoint's groups by this alone
+        return overrides
+
+
+@dataclass
+class LoRAPlusOverrideProvider(OptimizerConfigOverrideProvider):
+    """LoRA+: B of each adapter learns faster than A."""
+
+    lr_ratio: float = 16.0
+    """How many times `optimizer.lr` the learning rate of B is."""
+
+    def build_config_overrides(self, context: OptimizerConfigOverrideProviderContext) -> dict[Any, Any] | None:
+        """See `OptimizerConfigOverrideProvider.build_config_overrides`. Collective.
+
+        Raises:
+            ValueError: No rank's model has adapters, or the rates can't be right.
+        """
+        names = (name for chunk in context.model for name, _ in chunk.named_parameters())
+        if not any(all_gathered(any(map(is_b_matrix, names)))):
+            raise ValueError(
+                "optimizer_config_override_provider is a LoRAPlusOverrideProvider, and the model has no adapters: "
+                "expected peft to be a LoRA, CanonicalLoRA or DoRA; set it, or unset the provider"
+            )
+        overrides = super().build_config_overrides(context) or {}
+        return overrides | get_lora_plus_config_overrides(context.optimizer_config, self.lr_ratio)

@@ -48,6 +48,7 @@ def load_optimizer(
     saved = match_optimizer_chain(optimizer, loaded["optimizer"])
     saved_groups = _param_groups(saved)
     saved_rates = _rates(saved_groups)
+    _check_rates_of_single_parameters(saved_groups, optimizer.param_groups, scheduler, path)
     _set_rates(saved_groups, _rates(optimizer.param_groups))
     optimizer.load_state_dict(saved)
     if scheduler is None:
@@ -70,6 +71,33 @@ def _check_schedule_is_decided(scheduler: OptimizerParamScheduler, saved: dict[s
             "scheduler.override_opt_param_scheduler=true to follow this run's, or "
             "scheduler.use_checkpoint_opt_param_scheduler=true to follow the checkpoint's"
         )
+
+
+def _check_rates_of_single_parameters(
+    saved: list[ParamGroup], own: list[ParamGroup], scheduler: OptimizerParamScheduler | None, path: Path
+) -> None:
+    """Refuse a resume in which other parameters have a learning rate of their own, or another one that nobody chose."""
+    saved_rates, own_rates = (
+        {_identity(group): (group.get("max_lr"), group.get("min_lr")) for group in groups if _is_decoupled(group)}
+        for groups in (saved, own)
+    )
+    is_decided = scheduler is None or (
+        scheduler.override_opt_param_scheduler or scheduler.use_checkpoint_opt_param_scheduler
+    )
+    if saved_rates == own_rates or (is_decided and saved_rates.keys() == own_rates.keys()):
+        return
+    shown = " -> ".join(str(sorted(set(rates.values())) or "none") for rates in (saved_rates, own_rates))
+    remedy = "set them as they were, or checkpoint.load_optim=false"
+    if saved_rates.keys() == own_rates.keys():
+        remedy = "set them as they were, or scheduler.override_opt_param_scheduler=true to follow this run's"
+    raise ValueError(
+        f"{path} (checkpoint.load) has other learning rates of single parameters than this run "
+        f"(optimizer_config_override_provider, optimizer.decoupled_lr): (highest, lowest) {shown}; {remedy}"
+    )
+
+
+def _is_decoupled(group: ParamGroup) -> bool:
+    return bool(group.get("is_decoupled_lr"))
 
 
 def _without_what_has_no_effect(saved: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
