@@ -26,6 +26,15 @@ class TinyModel:
 _EXPERTS = {"num_experts_per_tok": 2, "head_dim": 8}
 _ODD = {"vocab_size": 101}
 _TIED = {"tie_word_embeddings": True}
+_BIASED = {
+    "moe_intermediate_size": 20,
+    "n_group": 4,
+    "topk_group": 2,
+    "n_shared_experts": 2,
+    "routed_scaling_factor": 1.7,
+    "first_k_dense_replace": 1,
+    "attention_bias": True,
+}
 _SANDWICH = {"num_hidden_layers": 4, "sliding_window": 7, "query_pre_attn_scalar": 20, "pad_token_id": None}
 MODELS = {
     "gemma3": TinyModel(
@@ -59,6 +68,11 @@ MODELS = {
             },
             "mm_tokens_per_image": 16,
         },
+    ),
+    "glm4_moe": TinyModel(
+        "Glm4MoeForCausalLM",
+        "half of each head turns, biased router with groups, two shared experts, a dense first layer",
+        {**_BIASED, **_ODD, "head_dim": 16, "n_routed_experts": 8, "num_experts_per_tok": 4, "use_qk_norm": True},
     ),
     "llama": TinyModel("LlamaForCausalLM", "untied embeddings"),
     "llama3": TinyModel("LlamaForCausalLM", "llama3 rotary scaling", {**_ODD, "rope_parameters": LLAMA3_ROPE}),

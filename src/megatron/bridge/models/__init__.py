@@ -6,6 +6,7 @@ from typing import Any
 
 _DOORS = {
     "AutoBridge": "megatron.bridge.models.conversion.auto_bridge",
+    "GLM45ModelProvider": "megatron.bridge.models.glm4_moe",
     "GPTModelProvider": "megatron.bridge.models.gpt_provider",
     "Gemma3ModelProvider": "megatron.bridge.models.gemma3",
     "LlamaModelProvider": "megatron.bridge.models.llama",

@@ -55,11 +55,12 @@ class ExpertsModelProvider(DecoderModelProvider):
     moe_grouped_gemm: bool = True
 
 
-def decoder_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
+def decoder_fields(hf: Mapping[str, Any], *, partial_rotary: bool = False) -> dict[str, Any]:
     """The fields that every family reads alike from a Hugging Face configuration.
 
     Args:
         hf: From `as_read_by_transformers`, as in all functions here.
+        partial_rotary: Whether the family turns a part of each head's channels, `partial_rotary_factor`.
 
     Raises:
         ValueError: The configuration asks for what can't be expressed.
@@ -82,7 +83,7 @@ def decoder_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
         "init_method_std": hf["initializer_range"],
         "attention_dropout": hf["attention_dropout"],
         "share_embeddings_and_output_weights": hf["tie_word_embeddings"],
-        **rope_fields(hf),
+        **rope_fields(hf, partial=partial_rotary),
         **dtype_fields(hf),
     }
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 FAMILY_MODULES = {
     "Gemma3ForCausalLM": "megatron.bridge.models.gemma3",
     "Gemma3ForConditionalGeneration": "megatron.bridge.models.gemma3",
+    "Glm4MoeForCausalLM": "megatron.bridge.models.glm4_moe",
     "LlamaForCausalLM": "megatron.bridge.models.llama",
     "MistralForCausalLM": "megatron.bridge.models.mistral",
     "MixtralForCausalLM": "megatron.bridge.models.mixtral",
@@ -46,6 +47,8 @@ class ModelFamily:
     """Every weight that a model of the family may have; the built model says which ones it does."""
     ignored_tensors: tuple[str, ...] = ()
     """Patterns (fnmatch) of tensors that files may hold and the model has no place for."""
+    has_further_layers: bool = False
+    """Whether files may hold layers after the last one, which predict further tokens. They are left out."""
     write_own_keys: "Callable[[dict[str, Any], GPTModelProvider], None] | None" = None
     """Writes into a Hugging Face configuration what a trained model of this family has and others don't."""
     build_with: "Callable[[Mapping[str, Any]], GPTModelProvider] | None" = None

@@ -143,7 +143,7 @@ class GPTModelProvider(RemembersSetFields, TransformerConfig, ModelProviderMixin
         self._switch_off_fusions()
         if self.pipeline_model_parallel_size > 1 and self.pipeline_dtype is None:
             self.pipeline_dtype = self.params_dtype
-        TransformerConfig.__post_init__(self)
+        super().__post_init__()  # Core's, of the configuration class that comes next
         self._derived_init_methods = {name: getattr(self, name) for name in left_open}
 
     def _switch_off_fusions(self) -> None:

@@ -12,8 +12,9 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.module import Float16Module, MegatronModule
+from megatron.core.transformer.module import MegatronModule
 
+from megatron.bridge.models.expert_bias import in_16_bits
 from megatron.bridge.models.input_gradients import enable_input_gradients
 from megatron.bridge.utils.device import current_device
 from megatron.bridge.utils.parallel_sizes import parallel_sizes, sizes_of_groups
@@ -111,7 +112,7 @@ class ModelProviderMixin(abc.ABC):
             if wrap_with_ddp or not self.use_cpu_initialization:
                 chunk.to(current_device())
         if self.fp16 or self.bf16:
-            chunks = [Float16Module(self, chunk) for chunk in chunks]
+            chunks = in_16_bits(chunks, self)
         if wrap_with_ddp:
             chunks = [
                 DistributedDataParallel(

@@ -86,11 +86,14 @@ class YarnRopeScaling:
 
 def yarn_attention_factor(factor: float, mscale: float | None, mscale_all_dim: float | None) -> float:
     """What cosine and sine are multiplied by, as Core reckons it from `yarn_rotary_scaling_factor` and both mscales."""
+    if mscale is None or mscale_all_dim is None:
+        return yarn_mscale(factor, 1.0)
+    return yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all_dim)
 
-    def scale(weight: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
-    return scale(1.0) if mscale is None or mscale_all_dim is None else scale(mscale) / scale(mscale_all_dim)
+def yarn_mscale(factor: float, weight: float) -> float:
+    """How much YaRN of a factor scales attention, by the weight that a model gives it."""
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
 def mscale_of_attention_factor(factor: float, attention_factor: float) -> float:

@@ -56,6 +56,8 @@ MSCALES = {"yarn_mscale": 0.9, "yarn_mscale_all_dim": 0.7, "yarn_correction_rang
 CHANGES = {
     "rotary base": ("llama", {"rotary_base": 500_000}),
     "rotary base of scaled positions": ("llama3", {"rotary_base": 7_000.0}),
+    "part of a head that turns": ("glm4_moe", {"rotary_percent": 0.25}),
+    "rotary base of a part": ("glm4_moe", {"rotary_base": 7_000.0, "moe_router_topk_scaling_factor": 2.0}),
     "linear scaling": ("llama", {"seq_len_interpolation_factor": 2.0}),
     "llama3's scaling": ("llama", {"rope_scaling": True, **LLAMA3}),
     "YaRN": ("llama", {"position_embedding_type": "yarn", **YARN}),

@@ -78,6 +78,17 @@ BAD = {
         (["model.moe_aux_loss_coeff=0.1"], 1, "model.moe_aux_loss_coeff=0.1 in a model without experts"),
         (["model.moe_z_loss_coeff=0.1"], 1, "model.moe_z_loss_coeff=0.1 in a model without experts"),
     ],
+    "check_adapters_leave_router_biases": [
+        (
+            [
+                "model.num_moe_experts=4",
+                "model.moe_router_enable_expert_bias=true",
+                "peft={_target_: megatron.bridge.peft.lora.LoRA}",
+            ],
+            1,
+            "model.moe_router_bias_update_rate=0.001 with adapters",
+        ),
+    ],
     "check_model_has_a_size": [(["model.num_layers=0"], 1, "model.num_layers is not set")],
     "check_parallel_sizes_are_positive": [
         (["model.pipeline_model_parallel_size=0"], 1, "model.pipeline_model_parallel_size is 0"),

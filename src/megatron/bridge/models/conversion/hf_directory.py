@@ -14,7 +14,8 @@ from megatron.core.transformer.module import MegatronModule
 
 from megatron.bridge.models.conversion.export import export_weights, exported_places
 from megatron.bridge.models.conversion.hf_weights import INDEX_FILE, HFWeightsWriter, ShardPlan, names_of_tensors
-from megatron.bridge.models.conversion.load import cast, may_be_ignored
+from megatron.bridge.models.conversion.left_out import config_of_export, may_be_ignored
+from megatron.bridge.models.conversion.load import cast
 from megatron.bridge.models.conversion.tasks import local_tasks, model_config
 from megatron.bridge.models.conversion.tokenizer_files import TokenizerFiles, copy_files
 from megatron.bridge.models.conversion.trained_config import config_as_trained
@@ -173,5 +174,5 @@ def check_names(exported: set[str], family: ModelFamily, config: Any, source: Pa
 def _write_config(directory: Path, hf_config: dict[str, Any], dtype: torch.dtype) -> None:
     """Write `config.json` with the dtype that the weights really have."""
     key = "dtype" if "dtype" in hf_config else "torch_dtype"
-    config = {**hf_config, key: str(dtype).removeprefix("torch.")}
+    config = {**config_of_export(hf_config), key: str(dtype).removeprefix("torch.")}
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

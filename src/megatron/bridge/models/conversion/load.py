@@ -13,6 +13,11 @@ from megatron.core.transformer.module import MegatronModule
 from tqdm import tqdm
 
 from megatron.bridge.models.conversion.hf_weights import HFWeights
+from megatron.bridge.models.conversion.left_out import (
+    is_of_no_shared_expert,
+    may_be_ignored,
+    say_what_is_left_out,
+)
 from megatron.bridge.models.conversion.mapping import shard
 from megatron.bridge.models.conversion.tasks import (
     ConversionTask,
@@ -182,12 +187,23 @@ def check_weights(
                 raise ValueError(_wrong_shape(weights, name, found, shape, place, config))
     if is_rank_0():
         _check_tied_head(config, weights)
-    unexpected = [name for name in weights.files if name not in expected and not may_be_ignored(name, config, family)]
+    unexpected = [
+        name
+        for name in weights.files
+        if name not in expected
+        and (
+            not may_be_ignored(name, config, family)
+            or (is_of_no_shared_expert(name, config) and 0 not in weights.shape(name))
+        )
+    ]
     if unexpected:
         raise ValueError(
             f"{weights.files[unexpected[0]]} holds {unexpected[0]!r}, for which the model has no place "
             f"({len(unexpected)} such tensors): name the directory of this model, or correct the model's configuration"
         )
+    left_out = say_what_is_left_out(weights.files, config, family)
+    if left_out is not None and is_rank_0():
+        logger.warning("%s: %s", weights.directory, left_out)
     for dtype, count in dtypes.items():
         logger.warning("%d tensors of dtype %s are cast to the model's", count, dtype)
     return mismatched
@@ -225,10 +241,3 @@ def _wrong_shape(
         rows = place.full_length(config)
         return f"{line} for model.vocab_size={config.vocab_size} (padded to {rows}): set model.vocab_size={found[0]}"
     return f"{line} by the model's configuration: name the directory of this model, or correct the model's sizes"
-
-
-def may_be_ignored(name: str, config: TransformerConfig, family: ModelFamily) -> bool:
-    """Whether a file may hold a tensor that the model has no place for."""
-    if config.share_embeddings_and_output_weights and name == _HEAD:
-        return True
-    return any(fnmatchcase(name, pattern) for pattern in family.ignored_tensors)

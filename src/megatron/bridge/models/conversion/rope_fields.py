@@ -12,12 +12,13 @@ logger = logging.getLogger(__name__)
 _LLAMA3 = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
-def rope_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
+def rope_fields(hf: Mapping[str, Any], *, partial: bool = False) -> dict[str, Any]:
     """The provider's rotary fields.
 
     Args:
         hf: From `as_read_by_transformers`: `rope_parameters` has everything in transformers 5. Before, `rope_theta`
             stood by itself, and `rope_scaling` held the rest.
+        partial: Whether the family turns only `partial_rotary_factor` of each head's channels.
 
     Raises:
         ValueError: A kind of scaling other than "default", "linear", "llama3" and "yarn", or a number that is none.
@@ -31,8 +32,11 @@ def rope_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ("default", "linear", "llama3", "yarn"):
         raise ValueError(f"config.json: rope_type={kind!r} is not supported: expected default, linear, llama3 or yarn")
-    _check_all_channels_turn(hf, rope, kind)
     fields: dict[str, Any] = {"rotary_base": _number(rope, "rope_theta")}
+    if partial:
+        fields["rotary_percent"] = _part_that_turns(hf, rope)
+    else:
+        _check_all_channels_turn(hf, rope, kind)
     if kind == "linear":
         fields["seq_len_interpolation_factor"] = _number(rope, "factor")
     elif kind == "llama3":
@@ -46,7 +50,7 @@ def rope_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
 def _yarn_fields(hf: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of YaRN, with what transformers puts where the file says nothing."""
     original = _positive(rope, "original_max_position_embeddings")
-    given = {name for name, value in rope.items() if value is not None}
+    given = _given(rope)
     factor = _positive(rope, "factor") if "factor" in given else _number(hf, "max_position_embeddings") / original
     fields = {
         "position_embedding_type": "yarn",
@@ -88,6 +92,17 @@ def _positive(rope: Mapping[str, Any], name: str) -> float:
             f"config.json: {name} of the rotary positions (rope_parameters) is {value!r}: expected more than 0"
         )
     return value
+
+
+def _part_that_turns(hf: Mapping[str, Any], rope: Mapping[str, Any]) -> float:
+    factor = _positive({"partial_rotary_factor": 1.0, **_given(hf), **_given(rope)}, "partial_rotary_factor")
+    if factor > 1:
+        raise ValueError(f"config.json: partial_rotary_factor={factor}: expected 1 or less")
+    return factor
+
+
+def _given(hf: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in hf.items() if value is not None}
 
 
 def _check_all_channels_turn(hf: Mapping[str, Any], rope: Mapping[str, Any], kind: str) -> None:

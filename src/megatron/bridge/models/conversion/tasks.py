@@ -15,6 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 
 from megatron.bridge.models.conversion.mapping import Segment, WeightMapping, hf_lengths
+from megatron.bridge.models.expert_bias import expert_biases
 from megatron.bridge.models.families import ModelFamily
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
@@ -89,7 +90,8 @@ class ConversionTask:
     """One weight that this rank holds."""
 
     place: WeightPlace
-    parameter: torch.nn.Parameter
+    parameter: torch.Tensor
+    """The parameter, or the buffer of a router's bias."""
     layer: AdaptedLayer | None = None
     """The layer it is the weight of, if that has an adapter to be merged."""
 
@@ -146,7 +148,7 @@ def local_tasks(chunks: Sequence[MegatronModule], family: ModelFamily) -> list[l
     tasks = []
     for chunk in map(unwrap_model, chunks):
         chunk_tasks = []
-        parameters = dict(chunk.named_parameters())
+        parameters = {**dict(chunk.named_parameters()), **dict(expert_biases(chunk))}
         adapted = {name.partition(".adapter.")[0] for name in parameters if ".adapter." in name}
         for name, parameter in parameters.items():
             if ".adapter." in name:

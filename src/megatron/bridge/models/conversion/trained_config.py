@@ -25,6 +25,7 @@ _YARN = (
 )
 _ROTARY = (
     "rotary_base",
+    "rotary_percent",
     "position_embedding_type",
     "rope_scaling",
     *_SCALING,
@@ -35,7 +36,6 @@ _ROTARY = (
 COMPUTED_WITH = (
     *_ROTARY,
     "rotary_base_local",
-    "rotary_percent",
     "rotary_interleaved",
     "no_rope_freq",
     "window_size",
@@ -50,6 +50,9 @@ COMPUTED_WITH = (
     "moe_router_pre_softmax",
     "moe_router_score_function",
     "moe_router_topk_scaling_factor",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+    "moe_router_enable_expert_bias",
 )
 """The fields, beside sizes, that the logits of a model depend on."""
 
@@ -96,6 +99,8 @@ def config_as_trained(hf_config: Mapping[str, Any], trained: GPTModelProvider) -
         changed["num_experts_per_tok"] = trained.moe_router_topk
     if "moe_router_pre_softmax" in differing:
         changed["norm_topk_prob"] = not trained.moe_router_pre_softmax
+    if "moe_router_topk_scaling_factor" in differing:
+        changed["routed_scaling_factor"] = trained.moe_router_topk_scaling_factor
     if "window_size" in differing:
         changed["sliding_window"] = None if trained.window_size is None else trained.window_size[0] + 1
     write_own_keys = family_of(hf_config).write_own_keys
@@ -135,12 +140,14 @@ def _set_rotary(config: dict[str, Any], trained: GPTModelProvider) -> None:
         scaling = {"rope_type": "linear", "factor": trained.seq_len_interpolation_factor}
     else:
         scaling = {"rope_type": "default"}
+    part = {} if trained.rotary_percent == 1 else {"partial_rotary_factor": trained.rotary_percent}
     if "rope_parameters" in config:
         for name in ("rope_theta", "rope_scaling"):
             config.pop(name, None)
-        config["rope_parameters"] = {"rope_theta": trained.rotary_base, **scaling}
+        config.pop("partial_rotary_factor", None)
+        config["rope_parameters"] = {"rope_theta": trained.rotary_base, **part, **scaling}
         return
-    config["rope_theta"] = trained.rotary_base
+    config |= {"rope_theta": trained.rotary_base, **part}
     config["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
 
 

@@ -62,6 +62,17 @@ def check_router_losses_have_weights(cfg: RunSections, world_size: int) -> None:
             )
 
 
+def check_adapters_leave_router_biases(cfg: RunSections, world_size: int) -> None:
+    """Adapters are saved without the model under them, so what a step did to its routers would be lost."""
+    model = cfg.model
+    moves = model.moe_router_enable_expert_bias and model.moe_router_bias_update_rate
+    if moves and cfg.peft is not None:
+        raise ValueError(
+            f"model.moe_router_bias_update_rate={model.moe_router_bias_update_rate} with adapters (peft): it would "
+            "change routers that are saved nowhere; set it to 0"
+        )
+
+
 def _options(cfg: RunSections) -> Iterator[tuple[str, Any]]:
     """Each option and what it holds, of a list each item; not its default, such as Core's thresholds of infinity."""
     for section in (field.name for field in dataclasses.fields(cfg)):
@@ -81,4 +92,5 @@ VALUE_RULES = (
     check_paths_are_not_empty,
     check_optimizer_numbers_are_in_range,
     check_router_losses_have_weights,
+    check_adapters_leave_router_biases,
 )

@@ -1,0 +1,64 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""What a Hugging Face model has and the converted one doesn't: layers that predict further tokens, empty tensors.
+
+They are named once when weights are read, and an export doesn't speak of them.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from megatron.core.transformer import TransformerConfig
+
+from megatron.bridge.models.families import ModelFamily
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_FURTHER_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
+"""Keys of `config.json` that count them, as published and as transformers 5.20 and later names them."""
+
+
+def may_be_ignored(name: str, config: TransformerConfig, family: ModelFamily) -> bool:
+    """Whether a file may hold a tensor that the model has no place for.
+
+    Args:
+        name: The tensor's.
+        config: The provider that the model was built from.
+        family: The model's.
+    """
+    if config.share_embeddings_and_output_weights and name == "lm_head.weight":
+        return True
+    if is_of_further_layer(name, config, family) or is_of_no_shared_expert(name, config):
+        return True
+    return any(fnmatchcase(name, pattern) for pattern in family.ignored_tensors)
+
+
+def is_of_further_layer(name: str, config: TransformerConfig, family: ModelFamily) -> bool:
+    """Whether a tensor belongs to a layer after the last one."""
+    layer = _LAYER.match(name)
+    return family.has_further_layers and layer is not None and int(layer[1]) >= config.num_layers
+
+
+def is_of_no_shared_expert(name: str, config: TransformerConfig) -> bool:
+    """Whether a tensor is one of shared experts, which the model hasn't; transformers then writes it without values."""
+    return ".shared_experts." in name and not config.moe_shared_expert_intermediate_size
+
+
+def say_what_is_left_out(names: Iterable[str], config: TransformerConfig, family: ModelFamily) -> str | None:
+    """One line about the layers in some files that aren't read; None if there are none.
+
+    Args:
+        names: The tensors' in the files; as above for the others.
+    """
+    count = sum(is_of_further_layer(name, config, family) for name in names)
+    if not count:
+        return None
+    return (
+        f"{count} tensors of layers from model.layers.{config.num_layers} on, which predict further tokens "
+        "(multi-token prediction), are left out: they are neither trained nor exported"
+    )
+
+
+def config_of_export(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """A `config.json` that says no more than an export holds."""
+    return {key: 0 if key in _FURTHER_LAYERS and value else value for key, value in hf_config.items()}

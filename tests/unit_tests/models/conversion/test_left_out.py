@@ -1,0 +1,32 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+from types import SimpleNamespace
+
+import pytest
+
+from megatron.bridge.models.conversion.left_out import config_of_export, may_be_ignored, say_what_is_left_out
+from megatron.bridge.models.glm4_moe import FAMILY
+
+MODEL = SimpleNamespace(
+    num_layers=46, share_embeddings_and_output_weights=False, moe_shared_expert_intermediate_size=1408
+)
+LAST, FURTHER = "model.layers.45.mlp.gate.weight", "model.layers.46.eh_proj.weight"
+
+
+def test_layers_that_predict_further_tokens_are_named_once():
+    line = say_what_is_left_out([LAST, FURTHER, "model.norm.weight"], MODEL, FAMILY)
+    assert line.startswith("1 tensors of layers from model.layers.46 on")
+    assert say_what_is_left_out([LAST, "model.norm.weight"], MODEL, FAMILY) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [(LAST, False), (FURTHER, True), ("model.layers.3.mlp.shared_experts.up_proj.weight", False)],
+)
+def test_may_be_ignored(name, expected):
+    assert may_be_ignored(name, MODEL, FAMILY) is expected
+
+
+def test_an_export_does_not_speak_of_them():
+    content = {"num_nextn_predict_layers": 1, "num_hidden_layers": 46}
+    assert config_of_export(content) == {"num_nextn_predict_layers": 0, "num_hidden_layers": 46}
+    assert config_of_export({"num_hidden_layers": 46}) == {"num_hidden_layers": 46}
