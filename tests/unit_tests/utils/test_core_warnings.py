@@ -41,6 +41,16 @@ def test_another_warning_of_cores_stays():
     assert not said(program.format("Apex is not installed. Falling back to Torch Norm", "megatron.core.optimizer"))
 
 
+def test_the_collectives_that_core_calls_are_not_deprecated_for_a_user():
+    program = (
+        "import warnings, megatron.bridge; warnings.warn_explicit('`torch.distributed.{}` is deprecated. Please use',"
+        " FutureWarning, 'megatron', 1, 'torch.distributed.c10d_logger')"
+    )
+    assert not said(program.format("all_gather_into_tensor"))
+    assert not said(program.format("reduce_scatter_tensor"))
+    assert said(program.format("all_to_all_single"))
+
+
 def test_the_package_loads_nothing_heavy_for_it():
     program = "import sys, megatron.bridge; assert not {'torch', 'megatron.core'} & set(sys.modules)"
     assert said(program) == []
