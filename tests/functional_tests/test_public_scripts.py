@@ -195,6 +195,25 @@ def test_generation_without_an_engine(run, model):
     run("generate_text", "--hf_model_path", model, "--pp", 2, ranks=2)
 
 
+def test_generation_with_the_engine(run, model, tmp_path):
+    prompts = ["the cat sat", "on"]
+    arguments = "--hf-model-path", model, "--output", tmp_path / "texts.jsonl", "--max-new-tokens", 3
+    run("text_generation", *arguments, "--prompts", *prompts)
+    rows = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == prompts and all(row["text"] for row in rows)
+
+
+def test_data_of_the_hub(run, model, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"question": f"where sat {index}", "title": "cats", "answers": ["on the mat"]} for index in range(8)]
+    saved = datasets.DatasetDict(
+        {"train": datasets.Dataset.from_list(rows), "dev": datasets.Dataset.from_list(rows[:2])}
+    )
+    saved.save_to_disk(tmp_path / "cats")
+    run("hub_data", model, tmp_path / "cats", tmp_path / "run")
+    assert _tracker(tmp_path / "run") == "2"
+
+
 def test_what_an_rl_framework_does(run, model, data, tmp_path):
     run("rl_framework", model, data, tmp_path)
 
