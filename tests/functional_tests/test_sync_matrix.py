@@ -33,6 +33,10 @@ CELLS += [
     if layout not in ("TP1", "TP2")
     for precision_aware in (False, True)
 ]
+CELLS += [
+    Cell(Model("bf16", kind), precision_aware, 1.0, overlap, streamed)
+    for kind, precision_aware, overlap, streamed in (("dense", False, True, 0.5), ("experts", True, False, 1.0))
+]
 
 
 @pytest.fixture(scope="module")

@@ -26,11 +26,10 @@ def hybrid_of(hybrid_class: type, *, aware: bool, overlap: bool, fraction: float
         groups,
         offload_fraction=fraction,
         cpu_optimizer_cls=torch.optim.AdamW,
-        gpu_optimizer_cls=torch.optim.AdamW,
         param_update_in_fp32=True,
         overlap_cpu_optimizer_d2h_h2d=overlap,
         lr=1e-2,
-        **{"fused": True, **options},
+        **{"gpu_optimizer_cls": torch.optim.AdamW, "fused": True, **options},
     )
 
 

@@ -137,6 +137,7 @@ def resume_config(
             "optimizer_offload_fraction": fraction,
             "overlap_cpu_optimizer_d2h_h2d": saved.overlap and fraction > 0,
             "use_precision_aware_optimizer": saved.precision_aware and fraction > 0,
+            "optimizer_streamed_fraction": saved.streamed if fraction > 0 else 0.0,
             **({"lr": 0.0, "min_lr": 0.0, "weight_decay": 0.0} if still else {}),
         },
         scheduler={"lr_warmup_iters": 2, "lr_decay_iters": 10, "override_opt_param_scheduler": still},

@@ -74,6 +74,8 @@ class Saved:
     overlap: bool = False
     form: str = "fully_reshardable"
     """The format, as checkpoints name it."""
+    streamed: float = 0.0
+    """Of the offloaded part, what the device steps on."""
 
     def __str__(self) -> str:
         mode = "aware" if self.precision_aware else "shards"
@@ -81,7 +83,8 @@ class Saved:
         model = f"{self.kind}-{self.layout}".replace(", ", "+").replace(" ", "")
         if self.optimizer != "distributed":
             return f"{model}-{self.precision}-{self.optimizer}"
-        return f"{model}-{self.precision}-{mode}-{self.fraction}-{overlap}-{self.form.partition('_')[0]}"
+        streamed = f"-streamed-{self.streamed}" if self.streamed else ""
+        return f"{model}-{self.precision}-{mode}-{self.fraction}-{overlap}-{self.form.partition('_')[0]}{streamed}"
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,9 @@ OTHERS = [
         )
     ),
     Cell(Saved("experts", "EP 2", precision="fp32", fraction=0.0)),
+    Cell(Saved(precision_aware=True, overlap=True, form="dp_reshardable", streamed=1.0)),
+    Cell(Saved(streamed=0.5), "TP 2"),
+    Cell(Saved(streamed=0.5), "offload off"),
 ]
 """Beside the product: what is special about one model or layout."""
 

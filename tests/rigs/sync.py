@@ -67,12 +67,14 @@ class Cell:
     precision_aware: bool = False
     fraction: float = 1.0
     overlap: bool = False
+    streamed: float = 0.0
 
     def __str__(self) -> str:
         mode = "precision_aware" if self.precision_aware else "fp32_shards"
         overlap = "overlap" if self.overlap else "serial"
         model = f"{self.model.precision}-{self.model.kind}-{self.model.layout}".replace(" ", "_")
-        return f"{model}-{mode}-{self.fraction}-{overlap}"
+        streamed = f"-streamed-{self.streamed}" if self.streamed else ""
+        return f"{model}-{mode}-{self.fraction}-{overlap}{streamed}"
 
 
 class Run(NamedTuple):
@@ -130,6 +132,7 @@ def offload_options(cell: Cell) -> dict[str, Any]:
         "optimizer_offload_fraction": cell.fraction,
         "overlap_cpu_optimizer_d2h_h2d": cell.overlap,
         "use_precision_aware_optimizer": cell.precision_aware,
+        "optimizer_streamed_fraction": cell.streamed,
     }
 
 

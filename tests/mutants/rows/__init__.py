@@ -4,7 +4,7 @@
 `python -m tests.mutants` applies them.
 """
 
-from tests.mutants.rows import adapters, conversion, data, files, load, memory, resume, runs, sync
+from tests.mutants.rows import adapters, conversion, data, files, load, memory, resume, runs, streamed, sync
 
 MUTANTS = (
     *sync.THE_SYNC,
@@ -14,6 +14,7 @@ MUTANTS = (
     *resume.THE_FLAT_STEP,
     *resume.THE_WAITS,
     *resume.THE_RESUME,
+    *streamed.STREAMED,
     *conversion.THE_CONVERSION,
     *adapters.ADAPTERS,
     *data.THE_DATA,

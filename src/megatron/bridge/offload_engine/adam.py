@@ -44,6 +44,9 @@ class Bucket:
     Aligned parameters come first, so that they form the run; the others follow.
     """
 
+    pin_moments = False
+    """Pin the moments' memory; set it before they are first needed."""
+
     def __init__(self, params: Sequence[torch.Tensor], *, pin_masters: bool, pin_gradients: bool) -> None:
         """Allocate the masters. Gradients and moments are allocated when they are first needed.
 
@@ -68,12 +71,23 @@ class Bucket:
     def _state(self) -> dict[str, Slab]:
         """Moments, and step counters. The counters have no gaps, so that those of a run are one tensor."""
         scalars = [torch.Size()] * len(self.params)
-        return {**{name: Slab(self._shapes) for name in MOMENTS}, "step": Slab(scalars, alignment=1)}
+        moments = {name: Slab(self._shapes, pinned=self.pin_moments) for name in MOMENTS}
+        return {**moments, "step": Slab(scalars, alignment=1)}
 
     @property
     def masters(self) -> list[torch.Tensor]:
         """The masters, FP32 on the host, in the order of `params`."""
         return self._masters.tensors
+
+    @property
+    def counters(self) -> torch.Tensor:
+        """The step counters in the slab, FP32 on the host, in the order of `params`."""
+        return self._state["step"].run(0, len(self.params))
+
+    def memory(self) -> dict[str, torch.Tensor]:
+        """Masters and moments, by kind, each as one flat FP32 tensor in which every parameter is aligned."""
+        slabs = {"master": self._masters, **{name: self._state[name] for name in MOMENTS}}
+        return {name: slab.run(0, len(self.params)) for name, slab in slabs.items()}
 
     @property
     def has_all_gradients(self) -> bool:
@@ -93,7 +107,7 @@ class Bucket:
         Returns at once. The caller must wait for the stream before it reads the gradients or steps.
         """
         with device.bypass_simulation():
-            gradients = _gradients_of(self.params)
+            gradients = gradients_of(self.params)
             if all(map(is_not, gradients, repeat(None))):
                 there: Sequence[int] = range(len(gradients))
                 on_host, on_device = self._pairs(self._gradients, gradients)
@@ -204,7 +218,8 @@ class FlatAdam(torch.optim.Optimizer):
             buckets: In the order of the param groups.
         """
         taken: Any = optimizer
-        taken.__class__ = _flat(taken.__class__)
+        overrides: type = cls
+        taken.__class__ = _flat(overrides, taken.__class__)
         taken._starts, start = {}, 0
         for bucket in buckets:
             taken._starts[bucket.masters[0]] = bucket, start
@@ -263,11 +278,11 @@ class FlatAdam(torch.optim.Optimizer):
 
 
 @functools.cache
-def _flat(base: type) -> type:
-    return type(f"Flat{base.__name__}", (FlatAdam, base), {})
+def _flat(flat: type, base: type) -> type:
+    return type(f"{flat.__name__.removesuffix('Adam')}{base.__name__}", (flat, base), {})
 
 
-def _gradients_of(params: list[torch.Tensor]) -> list[Any]:
+def gradients_of(params: list[torch.Tensor]) -> list[Any]:
     """Each parameter's gradient, None where there is none. Core sets `decoupled_grad` in precision-aware mode."""
     try:
         return list(map(attrgetter("decoupled_grad"), params))

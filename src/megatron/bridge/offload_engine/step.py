@@ -44,13 +44,21 @@ class BucketedStep(HybridDeviceOptimizer):
         super()._init_sub_optimizers()
         buckets = iter(self._buckets)
         for optimizer in self.cpu_optimizers:
-            FlatAdam.take_over(optimizer, list(islice(buckets, len(optimizer.param_groups))))
+            self._take_over(optimizer, list(islice(buckets, len(optimizer.param_groups))))
         group_of = {param: at for at, group in enumerate(self.param_groups) for param in group["params"]}
         self._groups_of_parts = [
             [group_of[self.inner_param_to_orig_param[group["params"][0]]] for group in part.param_groups]
             for part in self.sub_optimizers
         ]
         self._synced: list[dict] = []
+
+    def _take_over(self, optimizer: torch.optim.Optimizer, buckets: list[Bucket]) -> None:
+        FlatAdam.take_over(optimizer, buckets)
+
+    @property
+    def _stepped_on_the_host(self) -> list[Any]:
+        """The sub-optimizers to which gradients are copied, and from which weights come back."""
+        return self.cpu_optimizers
 
     def _get_sub_optimizer_param_groups(self, offload_fraction: float) -> tuple:
         # A load makes Core build its sub-optimizers again. The buckets of the same parameters are kept: their memory
@@ -102,7 +110,7 @@ class BucketedStep(HybridDeviceOptimizer):
             for param, master in self._copies_on_device:
                 param.data.copy_(master)
 
-        for optimizer in self.cpu_optimizers:
+        for optimizer in self._stepped_on_the_host:
             optimizer.register_step_post_hook(copy_weights_to_device)
         if self.gpu_optimizer is not None:
             self.gpu_optimizer.register_step_post_hook(round_weights)
@@ -114,7 +122,7 @@ class BucketedStep(HybridDeviceOptimizer):
             if grad is not None:
                 master.grad = grad.to(master.dtype)
         with self._timed("offload-gradients-to-host"):
-            for optimizer in self.cpu_optimizers:
+            for optimizer in self._stepped_on_the_host:
                 for bucket in optimizer.buckets:
                     bucket.copy_gradients_to_host()
                 self._cpu_optimizer_map_data_event[optimizer] = self._d2h_stream.record_event()

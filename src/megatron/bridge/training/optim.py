@@ -12,6 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron.bridge.core_repairs.install import install_repairs, repaired_construction
 from megatron.bridge.offload_engine.host_threads import plan_host_threads, step_with
+from megatron.bridge.offload_engine.streamed_step import StreamedStep, stream_buckets
 from megatron.bridge.training.config import (
     DerivedConfig,
     OptimizerConfig,
@@ -71,6 +72,9 @@ def setup_optimizer(
     install_repairs(optimizer)
     if optimizer_config.optimizer_cpu_offload:
         _give_host_threads(optimizer, optimizer_config)
+        if optimizer_config.optimizer_streamed_fraction:
+            for found in find_hybrid_optimizers(optimizer):
+                stream_buckets(found.optimizer, optimizer_config.optimizer_streamed_fraction)
     logger.info("optimizer: %s", describe_optimizer(optimizer_config, optimizer))
     return optimizer, build_scheduler(optimizer, optimizer_config, scheduler_config, lengths)
 
@@ -151,6 +155,10 @@ def describe_optimizer(config: OptimizerConfig, optimizer: Any) -> str:
         total = sum(param.numel() for hybrid in hybrids for group in hybrid.param_groups for param in group["params"])
         mode = "precision-aware" if config.use_precision_aware_optimizer else "FP32 shards on the device"
         what += f"; offloaded to the CPU: {offloaded / max(total, 1):.0%} of this rank's {total:,} parameters ({mode})"
+        streaming = [bucket for one in hybrids if isinstance(one, StreamedStep) for bucket in one.streamed_buckets]
+        if streaming:
+            streamed = sum(param.numel() for bucket in streaming for param in bucket.params)
+            what += f", {streamed / max(offloaded, 1):.0%} of them streamed through the device"
     return what
 
 

@@ -124,6 +124,21 @@ def wait_for_stream(stream: torch.cuda.Stream) -> None:
     torch.cuda.current_stream().wait_stream(stream)
 
 
+def new_stream() -> torch.cuda.Stream:
+    """A new stream. Its work is in no order with that of other streams but by waits."""
+    return torch.cuda.Stream()
+
+
+def current_stream() -> torch.cuda.Stream:
+    """The stream on which work is queued now."""
+    return torch.cuda.current_stream()
+
+
+def on_stream(stream: torch.cuda.Stream) -> contextlib.AbstractContextManager:
+    """Queue the work of the context on `stream`, in no order with the current one."""
+    return torch.cuda.stream(stream)
+
+
 @contextlib.contextmanager
 def queued_on(stream: torch.cuda.Stream) -> Iterator[None]:
     """Queue the work of the context on `stream`, in order with the current stream.

@@ -213,6 +213,12 @@ BAD = {
         (["optimizer.optimizer_cpu_num_threads=2"], 1, "without optimizer.optimizer_cpu_offload=true"),
         ([*OFFLOAD, "optimizer.optimizer_cpu_num_threads=0"], 1, "it must be at least 1"),
     ],
+    "check_streamed_state_is_offloaded": [
+        ([*OFFLOAD, "optimizer.optimizer_streamed_fraction=1.5"], 1, "set 0 to 1"),
+        ([*OFFLOAD, "optimizer.optimizer_streamed_fraction=.nan"], 1, "optimizer.optimizer_streamed_fraction=nan"),
+        (["optimizer.optimizer_streamed_fraction=1"], 1, "without optimizer.optimizer_cpu_offload=true"),
+        ([*OFFLOAD, "optimizer.optimizer_streamed_fraction=1", "optimizer.optimizer=sgd"], 1, "only Adam's state"),
+    ],
     "check_offload_has_distributed_optimizer": [
         (
             [*OFFLOAD, "optimizer.use_distributed_optimizer=false", "ddp.use_distributed_optimizer=false"],

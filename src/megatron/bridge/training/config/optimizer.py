@@ -44,6 +44,10 @@ class OptimizerConfig(RemembersSetFields, CoreOptimizerConfig):
     """Threads that the offloaded part of a step runs with, on each rank. None: the rank's share of the machine's cores,
     whatever torchrun set; where the device is simulated, as many as the process has."""
 
+    optimizer_streamed_fraction: float = 0.0
+    """Part of the offloaded optimizer, 0 to 1 in whole buckets, that the device steps on: its state lives on the host
+    and passes through the device in each step. Bit-exact with the run without offload."""
+
     def __post_init__(self) -> None:
         """Do nothing yet: overrides and mixed precision come first."""
 

@@ -11,6 +11,7 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.utils import unwrap_model
 
+from megatron.bridge.offload_engine.streamed_step import StreamedStep
 from megatron.bridge.utils.device import is_on_device
 
 MOMENTS = {"adam": 2, "sgd": 1}
@@ -28,7 +29,7 @@ class StateBytes:
     masters: int
     """FP32 weights on the device."""
     moments: int
-    """The optimizer's own state on the device."""
+    """The optimizer's own state on the device, and the buffers of a streamed one."""
     host_masters: int
     host_moments: int
     host_gradients: int
@@ -61,9 +62,15 @@ def count_state(model: list[Any], optimizer: Any, *, kind: str = "adam") -> Stat
         if isinstance(torch_optimizer, HybridDeviceOptimizer):
             stepped_on = list(torch_optimizer.param_to_inner_param.values())
         masters.add([*outer, *stepped_on])
+        streamed: set[int] = set()
+        if isinstance(torch_optimizer, StreamedStep) and torch_optimizer.pipeline is not None:
+            device["moments"] += torch_optimizer.pipeline.buffer_bytes
+            streamed = {id(master) for bucket in torch_optimizer.streamed_buckets for master in bucket.masters}
         for param in stepped_on:
             side = device if is_on_device(param) else host
             side["moments"] += MOMENTS[kind] * param.numel() * param.element_size()
+            if id(param) in streamed:
+                continue  # its gradient stays where it is
             if side is host or (gradients.are_16_bit and param.dtype == torch.float32):
                 side["gradients"] += param.numel() * param.element_size()
     return StateBytes(

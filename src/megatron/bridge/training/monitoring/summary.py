@@ -127,8 +127,11 @@ def _precision(cfg: ConfigContainer) -> str:
 
 def _optimizer(cfg: ConfigContainer) -> str:
     text = f"{cfg.optimizer.optimizer}, lr {cfg.optimizer.lr:g} {cfg.scheduler.lr_decay_style}"
-    is_offloaded = cfg.optimizer.optimizer_cpu_offload
-    return f"{text}, offload fraction {cfg.optimizer.optimizer_offload_fraction:g}" if is_offloaded else text
+    if not cfg.optimizer.optimizer_cpu_offload:
+        return text
+    text += f", offload fraction {cfg.optimizer.optimizer_offload_fraction:g}"
+    streamed = cfg.optimizer.optimizer_streamed_fraction
+    return f"{text}, {streamed:.0%} of it streamed through the device" if streamed else text
 
 
 def _memory(state: StateBytes) -> str:

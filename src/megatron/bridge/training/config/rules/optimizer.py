@@ -44,6 +44,24 @@ def check_host_threads_have_work(cfg: RunSections, world_size: int) -> None:
         )
 
 
+def check_streamed_state_is_offloaded(cfg: RunSections, world_size: int) -> None:
+    """What passes through the device in a step is a part of Adam's state on the host."""
+    fraction = cfg.optimizer.optimizer_streamed_fraction
+    given = f"optimizer.optimizer_streamed_fraction={fraction}"
+    if not 0.0 <= fraction <= 1.0:
+        raise ValueError(f"{given}: it is the part of the offloaded optimizer that the device steps on; set 0 to 1")
+    if fraction and not _offloads(cfg):
+        raise ValueError(
+            f"{given} without optimizer.optimizer_cpu_offload=true: no state lives on the host, whence it could pass "
+            "through the device; set optimizer.optimizer_cpu_offload=true or leave it out"
+        )
+    if fraction and cfg.optimizer.optimizer != "adam":
+        raise ValueError(
+            f"{given} with optimizer.optimizer={cfg.optimizer.optimizer}: only Adam's state can pass through the "
+            "device; set optimizer.optimizer=adam or optimizer.optimizer_streamed_fraction=0"
+        )
+
+
 def check_offload_has_distributed_optimizer(cfg: RunSections, world_size: int) -> None:
     """Without it Core replaces the parameters that the offloaded optimizer knows, and the first step is a KeyError."""
     if _offloads(cfg) and not (cfg.optimizer.use_distributed_optimizer and cfg.ddp.use_distributed_optimizer):
@@ -279,6 +297,7 @@ def log_what_is_offloaded(cfg: RunSections) -> None:
 OPTIMIZER_RULES = (
     check_offload_fraction_is_a_part,
     check_host_threads_have_work,
+    check_streamed_state_is_offloaded,
     check_offload_has_no_fsdp,
     check_offload_knows_the_optimizer,
     check_offload_has_distributed_optimizer,
