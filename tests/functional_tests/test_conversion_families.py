@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron.bridge import AutoBridge
+from megatron.bridge.models.conversion.expert_stacks import open_weights
 from megatron.bridge.models.conversion.hf_weights import HFWeights
 from megatron.bridge.models.conversion.roundtrip import compare_with_files
 from tests.rigs.families import CELLS, LAYOUTS, MODELS
@@ -33,6 +34,11 @@ def models(tmp_path_factory):
     return of
 
 
+def weights_of(directory):
+    """The tensors by the names of the family's table: experts that files keep in one tensor one by one."""
+    return open_weights(directory, AutoBridge.from_hf_pretrained(directory).family.expert_stacks)
+
+
 def convert_on_rank(directory, sizes, tokens):
     """The logits of the model as it was loaded, and what became of each tensor after loading it again."""
     bridge = AutoBridge.from_hf_pretrained(directory)
@@ -47,7 +53,7 @@ def convert_on_rank(directory, sizes, tokens):
             for parameter in chunk.parameters():
                 parameter.fill_(7)
     bridge.load_hf_weights(chunks, show_progress=False)
-    results = compare_with_files(chunks, bridge.family, HFWeights(directory), show_progress=False)
+    results = compare_with_files(chunks, bridge.family, weights_of(directory), show_progress=False)
     return None if logits is None else logits.numpy(), results
 
 
@@ -63,16 +69,17 @@ def test_family_at_layout(model, layout, models, cell_counts):
     for output in outputs:
         assert (output[..., :vocab_size] - expected).abs().max() < LOGIT_TOLERANCE
         assert (output[..., vocab_size:] == -1e4).all()
-    names = sorted(HFWeights(directory).files)
+    names = sorted(weights_of(directory).files)
     for _, results in per_rank:
         assert [one for one in results if not one.is_equal] == []
         assert sorted(one.name for one in results) == names
     cell_counts.add(passed=1, failed=-1)
 
 
-def through_a_checkpoint_on_rank(directory, root):
+def through_a_checkpoint_on_rank(directory, root, whole_experts):
     """Import at one layout, export at another."""
-    AutoBridge.import_ckpt(directory, root / "megatron", show_progress=False, tensor_model_parallel_size=2)
+    sizes = {"tensor_model_parallel_size": 2, **({"expert_tensor_parallel_size": 1} if whole_experts else {})}
+    AutoBridge.import_ckpt(directory, root / "megatron", show_progress=False, **sizes)
     sizes = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
     AutoBridge.from_hf_pretrained(directory).export_ckpt(root / "megatron", root / "hf", False, **sizes)
 
@@ -85,7 +92,7 @@ def tensors_of(weights):
 def test_family_through_a_checkpoint(model, models, tmp_path):
     """What the family's fields say survives `run_config.yaml`, and every bit of the weights."""
     directory, tokens, expected = models(model)
-    run_on_ranks(through_a_checkpoint_on_rank, 2, directory, tmp_path)
+    run_on_ranks(through_a_checkpoint_on_rank, 2, directory, tmp_path, MODELS[model].has_biased_experts)
     before, after = map(tensors_of, (HFWeights(directory), HFWeights(tmp_path / "hf")))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert torch.equal(hf_logits(tmp_path / "hf", tokens), expected)

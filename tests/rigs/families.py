@@ -18,6 +18,9 @@ class TinyModel:
     options: dict[str, Any] = field(default_factory=dict)
     """Fields of its Hugging Face configuration that differ from `tiny_llama.SMALL`."""
 
+    has_biased_experts: bool = False
+    """Whether its experts have biases, with which Core doesn't share an expert's matrices among ranks."""
+
     @property
     def has_experts(self) -> bool:
         return "num_experts_per_tok" in self.options
@@ -74,6 +77,26 @@ MODELS = {
         "half of each head turns, biased router with groups, two shared experts, a dense first layer",
         {**_BIASED, **_ODD, "head_dim": 16, "n_routed_experts": 8, "num_experts_per_tok": 4, "use_qk_norm": True},
     ),
+    "gpt_oss": TinyModel(
+        "GptOssForCausalLM",
+        "sinks, sliding layers, experts with biases and a clamped gate in one tensor a layer, YaRN",
+        {
+            **_EXPERTS,
+            **_ODD,
+            "num_local_experts": 4,
+            "sliding_window": 7,
+            "swiglu_limit": 1.5,
+            "pad_token_id": None,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 150.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "truncate": False,
+            },
+        },
+        has_biased_experts=True,
+    ),
     "llama": TinyModel("LlamaForCausalLM", "untied embeddings"),
     "llama3": TinyModel("LlamaForCausalLM", "llama3 rotary scaling", {**_ODD, "rope_parameters": LLAMA3_ROPE}),
     "mistral": TinyModel("MistralForCausalLM", "sliding window, wide heads", {"sliding_window": 8, "head_dim": 16}),
@@ -112,6 +135,13 @@ class Layout:
     sizes: dict[str, Any]
     needs_experts: bool = False
 
+    def fits(self, model: TinyModel) -> bool:
+        """Whether a model can be shared so, of those that run on so many processes."""
+        shares_an_expert = self.sizes.get("expert_tensor_parallel_size", 1) > 1
+        if self.num_ranks > 2 and model not in [MODELS[name] for name in FOUR_RANKS]:
+            return False
+        return (model.has_experts or not self.needs_experts) and not (model.has_biased_experts and shares_an_expert)
+
 
 def _layout(
     num_ranks: int, *, experts: bool = False, sequence: bool = False, dispatcher: str | None = None, **axes: int
@@ -140,12 +170,7 @@ LAYOUTS = {
 }
 FOUR_RANKS = ("qwen3", "qwen3_moe")
 """The models that run on four processes too."""
-CELLS = [
-    (model, layout)
-    for model, of in MODELS.items()
-    for layout, at in LAYOUTS.items()
-    if (of.has_experts or not at.needs_experts) and (at.num_ranks < 4 or model in FOUR_RANKS)
-]
+CELLS = [(model, layout) for model, of in MODELS.items() for layout, at in LAYOUTS.items() if at.fits(of)]
 
 
 def table() -> str:

@@ -9,6 +9,7 @@ _DOORS = {
     "GLM45ModelProvider": "megatron.bridge.models.glm4_moe",
     "GPTModelProvider": "megatron.bridge.models.gpt_provider",
     "Gemma3ModelProvider": "megatron.bridge.models.gemma3",
+    "GPTOSSModelProvider": "megatron.bridge.models.gpt_oss",
     "LlamaModelProvider": "megatron.bridge.models.llama",
     "Llama3ModelProvider": "megatron.bridge.models.llama",
     "MistralModelProvider": "megatron.bridge.models.mistral",

@@ -8,3 +8,8 @@ import torch.nn.functional as F
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     """The approximation of GELU by tanh, in torch's own kernel. Core's `fast_gelu` is compiled at its first call."""
     return F.gelu(x, approximate="tanh")
+
+
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """The approximation of GELU by a sigmoid. Core's is compiled at its first call."""
+    return x * torch.sigmoid(1.702 * x)

@@ -170,7 +170,9 @@ def mlp_mappings(kind: str) -> tuple[WeightMapping, ...]:
     )
 
 
-def expert_mappings(block: str, *, gate: str, up: str, down: str) -> tuple[WeightMapping, ...]:
+def expert_mappings(
+    block: str, *, gate: str, up: str, down: str, router: str = "gate", kind: str = "weight"
+) -> tuple[WeightMapping, ...]:
     """Router and experts of a layer, in Core's module for each expert and in Transformer Engine's grouped one.
 
     Args:
@@ -178,16 +180,19 @@ def expert_mappings(block: str, *, gate: str, up: str, down: str) -> tuple[Weigh
         gate: Its name of an expert's gate matrix.
         up: Its name of the matrix that the gate multiplies.
         down: Its name of the output matrix.
+        router: Its name of the router.
+        kind: "weight" or "bias".
     """
     expert = f"{HF_LAYER}{block}.experts.{{expert}}."
-    gate, up, down = (f"{expert}{name}.weight" for name in (gate, up, down))
+    gate, up, down = (f"{expert}{name}.{kind}" for name in (gate, up, down))
     one_module, grouped = f"{LAYER}mlp.experts.local_experts.{{expert}}.", f"{LAYER}mlp.experts."
+    output = split_columns if kind == "weight" else replicated
     return (
-        replicated(f"{LAYER}mlp.router.weight", f"{HF_LAYER}{block}.gate.weight"),
-        fused_gate_up(f"{one_module}linear_fc1.weight", gate=gate, up=up),
-        split_columns(f"{one_module}linear_fc2.weight", down),
-        fused_gate_up(f"{grouped}linear_fc1.weight{{expert}}", gate=gate, up=up),
-        split_columns(f"{grouped}linear_fc2.weight{{expert}}", down),
+        replicated(f"{LAYER}mlp.router.{kind}", f"{HF_LAYER}{block}.{router}.{kind}"),
+        fused_gate_up(f"{one_module}linear_fc1.{kind}", gate=gate, up=up),
+        output(f"{one_module}linear_fc2.{kind}", down),
+        fused_gate_up(f"{grouped}linear_fc1.{kind}{{expert}}", gate=gate, up=up),
+        output(f"{grouped}linear_fc2.{kind}{{expert}}", down),
     )
 
 

@@ -14,12 +14,14 @@ from megatron.bridge.models.conversion.mapping import WeightMapping
 from megatron.bridge.models.conversion.transformers_config import as_read_by_transformers
 
 if TYPE_CHECKING:
+    from megatron.bridge.models.conversion.expert_stacks import ExpertStack
     from megatron.bridge.models.gpt_provider import GPTModelProvider
 
 FAMILY_MODULES = {
     "Gemma3ForCausalLM": "megatron.bridge.models.gemma3",
     "Gemma3ForConditionalGeneration": "megatron.bridge.models.gemma3",
     "Glm4MoeForCausalLM": "megatron.bridge.models.glm4_moe",
+    "GptOssForCausalLM": "megatron.bridge.models.gpt_oss",
     "LlamaForCausalLM": "megatron.bridge.models.llama",
     "MistralForCausalLM": "megatron.bridge.models.mistral",
     "MixtralForCausalLM": "megatron.bridge.models.mixtral",
@@ -51,6 +53,8 @@ class ModelFamily:
     """Whether files may hold layers after the last one, which predict further tokens. They are left out."""
     write_own_keys: "Callable[[dict[str, Any], GPTModelProvider], None] | None" = None
     """Writes into a Hugging Face configuration what a trained model of this family has and others don't."""
+    expert_stacks: "tuple[ExpertStack, ...]" = ()
+    """The tensors of its files that hold all experts of a layer; `mappings` names each expert's by itself."""
     build_with: "Callable[[Mapping[str, Any]], GPTModelProvider] | None" = None
     """Makes the provider of a Hugging Face configuration. None: the class, with its fields."""
 

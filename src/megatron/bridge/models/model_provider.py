@@ -16,6 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from megatron.bridge.models.expert_bias import in_16_bits
 from megatron.bridge.models.input_gradients import enable_input_gradients
+from megatron.bridge.models.weight_marks import mark_weights
 from megatron.bridge.utils.device import current_device
 from megatron.bridge.utils.parallel_sizes import parallel_sizes, sizes_of_groups
 
@@ -106,7 +107,7 @@ class ModelProviderMixin(abc.ABC):
         chunks = _call_hooks([*self._pre_wrap_hooks, *([pre_wrap_hook] if pre_wrap_hook else [])], chunks)
         for chunk in chunks:
             enable_input_gradients(chunk)
-            _mark_cut_weights(chunk)
+            mark_weights(chunk)
             for parameter in chunk.parameters():
                 tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
             if wrap_with_ddp or not self.use_cpu_initialization:
@@ -184,26 +185,6 @@ class ModelProviderMixin(abc.ABC):
                 f"model.pipeline_dtype={self.pipeline_dtype}, but stages send each other {sent}: set "
                 f"model.pipeline_dtype={sent}, or leave it open"
             )
-
-
-_CUT_ALONG = {
-    tensor_parallel.VocabParallelEmbedding: 0,
-    tensor_parallel.ColumnParallelLinear: 0,
-    tensor_parallel.RowParallelLinear: 1,
-}
-"""The axis along which tensor-parallel ranks share a layer's weight."""
-
-
-def _mark_cut_weights(chunk: MegatronModule) -> None:
-    """Mark the weights of which each tensor-parallel rank has a part, so that the gradient norm counts all parts.
-
-    Core 0.16 marks those alone that it initializes, and with `perform_initialization=False` it initializes none.
-    """
-    for module in chunk.modules():
-        axis = next((axis for kind, axis in _CUT_ALONG.items() if isinstance(module, kind)), None)
-        weight = getattr(module, "weight", None)
-        if axis is not None and weight is not None and not hasattr(weight, "tensor_model_parallel"):
-            tensor_parallel.set_tensor_model_parallel_attributes(weight, True, axis, 1)
 
 
 def _call_hooks(hooks: list[ChunkHook], chunks: list[Any]) -> list[Any]:

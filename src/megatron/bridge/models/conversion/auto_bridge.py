@@ -192,13 +192,13 @@ class AutoBridge(CheckpointConversion, AdapterExport):
             FileNotFoundError: No weights, or a shard is missing.
             ValueError: A tensor is missing, unexpected, or of the wrong shape; the model is unchanged then.
         """
-        from megatron.bridge.models.conversion.hf_weights import HFWeights
+        from megatron.bridge.models.conversion.expert_stacks import open_weights
         from megatron.bridge.models.conversion.load import load_weights
         from megatron.bridge.utils.distributed import run_while_others_wait
 
         directory = run_while_others_wait(lambda: self._weights_directory(hf_path), doing="finding the weights")
         assert directory is not None  # every rank has work
-        chunks, weights = as_chunks(model), HFWeights(directory)
+        chunks, weights = as_chunks(model), open_weights(directory, self.family.expert_stacks)
         allowed = allowed_mismatched_params or ()
         load_weights(chunks, self.family, weights, allowed_mismatched=allowed, show_progress=show_progress)
         return chunks
@@ -332,7 +332,7 @@ class AutoBridge(CheckpointConversion, AdapterExport):
         Returns:
             The result for each tensor, in the order of the model.
         """
-        from megatron.bridge.models.conversion.hf_weights import HFWeights
+        from megatron.bridge.models.conversion.expert_stacks import open_weights
         from megatron.bridge.models.conversion.roundtrip import compare_with_files
         from megatron.bridge.models.conversion.saved_provider import build_on_host
         from megatron.bridge.utils.distributed import model_parallel_groups
@@ -340,5 +340,5 @@ class AutoBridge(CheckpointConversion, AdapterExport):
         with model_parallel_groups(**sizes):
             chunks = build_on_host(self.to_megatron_provider(load_weights=False))
             self.load_hf_weights(chunks, show_progress=show_progress)
-            weights = HFWeights(self._weights_directory(None))
+            weights = open_weights(self._weights_directory(None), self.family.expert_stacks)
             return compare_with_files(chunks, self.family, weights, show_progress=show_progress)

@@ -10,6 +10,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from tqdm import tqdm
 
+from megatron.bridge.models.conversion.expert_stacks import stack_experts
 from megatron.bridge.models.conversion.mapping import Segment
 from megatron.bridge.models.conversion.tasks import (
     ConversionTask,
@@ -42,6 +43,7 @@ def export_weights(
     show_progress: bool = True,
     tasks: Sequence[ConversionTask] | None = None,
     copies: bool = True,
+    stacked: bool = True,
 ) -> Iterator[HFWeightTuple]:
     """Yield (name, tensor) pairs in the order of the layers. Collective: every rank must take every pair.
 
@@ -52,10 +54,31 @@ def export_weights(
         show_progress: Whether rank 0 shows a bar.
         tasks: Only these weights of this rank; None: all.
         copies: False: a tensor may be a view of the model's own weight, to be read before that changes.
+        stacked: False: experts that files keep in one tensor come one by one, by the names in the table.
 
     Yields:
         The Hugging Face name and the whole tensor, in the model's dtype; the same on all ranks.
+
+    Raises:
+        ValueError: `tasks` holds some of the experts that files keep in one tensor.
     """
+    tensors = _exported(chunks, family, cpu=cpu, show_progress=show_progress, tasks=tasks, copies=copies)
+    if family.expert_stacks and stacked:
+        tensors = stack_experts(tensors, family.expert_stacks, num_experts=model_config(chunks).num_moe_experts)
+    for name, tensor in tensors:
+        yield HFWeightTuple(name, tensor)
+
+
+def _exported(
+    chunks: Sequence[MegatronModule],
+    family: ModelFamily,
+    *,
+    cpu: bool,
+    show_progress: bool,
+    tasks: Sequence[ConversionTask] | None,
+    copies: bool,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each tensor that the table names."""
     config = model_config(chunks)
     by_chunk = local_tasks(chunks, family) if tasks is None else [tasks]
     mine = {task.megatron_name: task for chunk in by_chunk for task in chunk if not task.place.is_copy}
@@ -64,7 +87,7 @@ def export_weights(
         for place in bar:
             task = mine.get(place.mapping.megatron_name)
             for name, tensor in _hf_tensors(place, task, config, copies=copies):
-                yield HFWeightTuple(name, (tensor.cpu() if copies else host_view(tensor)) if cpu else tensor)
+                yield name, (tensor.cpu() if copies else host_view(tensor)) if cpu else tensor
 
 
 def exported_places(tasks: Sequence[Sequence[ConversionTask]]) -> list[WeightPlace]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.module import MegatronModule
 
+from megatron.bridge.models.conversion.expert_stacks import names_when_exported, stacked_sizes
 from megatron.bridge.models.conversion.export import export_weights, exported_places
 from megatron.bridge.models.conversion.hf_weights import INDEX_FILE, HFWeightsWriter, ShardPlan, names_of_tensors
 from megatron.bridge.models.conversion.left_out import config_of_export, may_be_ignored
@@ -62,7 +63,8 @@ def save_hf_directory(
     path = Path(path).expanduser()
     config = model_config(chunks)
     places = exported_places(local_tasks(chunks, family))
-    plan = ShardPlan.make((pair for place in places for pair in place.hf_bytes(config, dtype)), max_shard_bytes)
+    sizes = (pair for place in places for pair in place.hf_bytes(config, dtype))
+    plan = ShardPlan.make(stacked_sizes(sizes, family.expert_stacks), max_shard_bytes)
     with ExitStack() as stack:
         with raise_on_all_ranks(f"preparing {path}"):
             check_target(path, source)
@@ -113,7 +115,8 @@ def save_hf_weights(
     path = Path(path).expanduser()
     config = model_config(chunks)
     places = exported_places(local_tasks(chunks, family))
-    plan = ShardPlan.make((pair for place in places for pair in place.hf_bytes(config, None)), max_shard_bytes)
+    sizes = (pair for place in places for pair in place.hf_bytes(config, None))
+    plan = ShardPlan.make(stacked_sizes(sizes, family.expert_stacks), max_shard_bytes)
     with ExitStack() as stack:
         with raise_on_all_ranks(f"preparing {path}"):
             check_target(path, source)
@@ -158,6 +161,7 @@ def check_names(exported: set[str], family: ModelFamily, config: Any, source: Pa
     named = None if source is None else names_of_tensors(source)
     if named is None:
         return
+    named = names_when_exported(named, family.expert_stacks)
     in_source = {name for name in named if not may_be_ignored(name, config, family)}
     differing = sorted(in_source ^ exported)
     if differing:

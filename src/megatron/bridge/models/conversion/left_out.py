@@ -60,5 +60,6 @@ def say_what_is_left_out(names: Iterable[str], config: TransformerConfig, family
 
 
 def config_of_export(hf_config: Mapping[str, Any]) -> dict[str, Any]:
-    """A `config.json` that says no more than an export holds."""
-    return {key: 0 if key in _FURTHER_LAYERS and value else value for key, value in hf_config.items()}
+    """A `config.json` that says no more than an export holds: no further layers, and weights that aren't quantised."""
+    kept = {key: value for key, value in hf_config.items() if key != "quantization_config"}
+    return {key: 0 if key in _FURTHER_LAYERS and value else value for key, value in kept.items()}

@@ -35,20 +35,20 @@ def compare_with_files(
     Args:
         chunks: The model, wrapped or not.
         family: Its table of mappings.
-        weights: The files.
+        weights: The files, from `open_weights`.
         show_progress: Whether rank 0 shows a bar.
 
     Returns:
         The result for each exported tensor, in the order of the model.
     """
-    exported = export_weights(chunks, family, cpu=True, show_progress=show_progress, copies=False)
+    exported = export_weights(chunks, family, cpu=True, show_progress=show_progress, copies=False, stacked=False)
     return [TensorResult(name, tuple(tensor.shape), _compared(name, tensor, weights)) for name, tensor in exported]
 
 
 def _compared(name: str, tensor: torch.Tensor, weights: HFWeights) -> str:
     if name not in weights.files:
         return "not in the files"
-    original = weights.read(name)
+    original = weights.read(name).contiguous()
     if original.dtype != tensor.dtype or original.shape != tensor.shape:
         return f"{tensor.dtype}, in the file {original.dtype} {tuple(original.shape)}".replace("torch.", "")
     if torch.equal(original.view(torch.uint8), tensor.contiguous().view(torch.uint8)):

@@ -19,7 +19,7 @@ from megatron.bridge.models.expert_bias import expert_biases
 from megatron.bridge.models.families import ModelFamily
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
-_EXPERT = re.compile(r"(?<=\.experts\.)(local_experts\.|linear_fc[12]\.weight)(\d+)")
+_EXPERT = re.compile(r"(?<=\.experts\.)(local_experts\.|linear_fc[12]\.(?:weight|bias))(\d+)")
 _EMBEDDING = "embedding.word_embeddings.weight"
 _OUTPUT = "output_layer.weight"
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from megatron.bridge.models.conversion.auto_bridge import AutoBridge
 from megatron.bridge.models.conversion.bridge_base import as_chunks
-from megatron.bridge.models.conversion.hf_weights import HFWeights
+from megatron.bridge.models.conversion.expert_stacks import open_weights
 from megatron.bridge.models.conversion.roundtrip import as_table, compare_with_files
 
 if TYPE_CHECKING:
@@ -27,5 +27,5 @@ def weights_verification_table(bridge: AutoBridge, megatron_model: "Model") -> s
     Raises:
         FileNotFoundError, ValueError: There is no such directory, or it holds no weights.
     """
-    weights = HFWeights(bridge._weights_directory(None))
+    weights = open_weights(bridge._weights_directory(None), bridge.family.expert_stacks)
     return as_table(compare_with_files(as_chunks(megatron_model), bridge.family, weights, show_progress=False))
