@@ -221,6 +221,8 @@ def test_what_an_rl_framework_does(run, model, data, tmp_path):
 def test_a_loop_of_ones_own(run, model, data, tmp_path):
     run("custom_loop", model, data, tmp_path)
     assert _tracker(tmp_path) == "3"
+    steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps if line["split"] == "train"] == [1, 2] and steps[0]["throughput"] > 0
 
 
 def test_a_checkpoint_manager_of_ones_own(run, model, data, tmp_path):

@@ -33,6 +33,8 @@ class RecordingManager:
         return loaded
 
     def finalize_async_saves(self, state, blocking: bool = False, terminate: bool = False) -> None:
+        if terminate:
+            calls.append(("end", state.train_state.step))
         self.inner.finalize_async_saves(state, blocking=blocking, terminate=terminate)
 
 
@@ -47,4 +49,5 @@ if __name__ == "__main__":
         manager: CheckpointManager = create_checkpoint_manager(cfg.checkpoint)
         assert type(manager).__name__ == "RecordingManager"
         finetune(cfg, forward_step)
-    assert calls == [("load", 0), ("save", 2), ("load", 2), ("save", 4)], calls
+    expected = [("load", 0), ("save", 2), ("end", 2), ("load", 2), ("save", 4), ("end", 4)]
+    assert calls == expected, calls

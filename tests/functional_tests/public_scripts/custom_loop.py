@@ -19,6 +19,8 @@ from megatron.bridge.utils.common_utils import print_rank_0
 if __name__ == "__main__":
     hf_model, data, output = sys.argv[1:]
     cfg = finetuning_config(hf_model, data, output)
+    cfg.logger.timing_log_level = 1
+    cfg.logger.log_throughput = True
     runtime_config_update(cfg)
 
     state = GlobalState()

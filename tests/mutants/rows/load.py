@@ -100,8 +100,15 @@ THE_LOAD = (
         name="another manager's load isn't looked at",
         breaks="the first step writes stale masters over what the manager loaded",
         where="megatron.bridge.training.setup:load_and_check",
-        change=condition("is_offloaded"),
+        change=without_call("check_hybrid_optimizer_param_copies"),
         tests=(f"{_AFTER}masters_that_do_not_follow_another_managers_load_are_found",),
+    ),
+    Mutant(
+        name="another manager's load isn't looked at without offload",
+        breaks="the first step writes stale masters over what the manager loaded",
+        where="megatron.bridge.training.setup:load_and_check",
+        change=without_call("check_masters_on_device"),
+        tests=(f"{_AFTER}without_offload_too",),
     ),
     Mutant(
         name="state that a script built, in a format of its own",

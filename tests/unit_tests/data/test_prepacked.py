@@ -67,7 +67,7 @@ def test_rows_are_read_exactly(tmp_path, write):
 
 
 @pytest.mark.parametrize("kind", [list, np.array])
-def test_a_run_reads_the_packs_that_it_would_make_itself(tmp_path, write_jsonl, tokenizer, kind):
+def test_a_run_reads_the_packs_that_it_would_make_itself(tmp_path, write_jsonl, tokenizer, kind, caplog):
     path = write_jsonl([{"input": "a b", "output": "c" * number} for number in range(1, 30)])
     made = GPTSFTDatasetConfig(64, dataset_root=str(path.parent), enable_offline_packing=True, do_validation=False)
     context = DatasetBuildContext(10, 0, 0, tokenizer)
@@ -94,6 +94,11 @@ def test_a_run_reads_the_packs_that_it_would_make_itself(tmp_path, write_jsonl, 
     config = GPTSFTDatasetConfig(64, dataset_root=str(path.parent), packed_sequence_specs=mixed)
     train, validation, _ = build_datasets(config, context)
     assert (train.packs, len(validation)) == (own.packs, len(own) - 2)
+    assert "alone" not in caplog.text
+    write_jsonl([{"input": "a", "output": "b"}], name="validation.jsonl")
+    config = GPTSFTDatasetConfig(64, dataset_root=str(path.parent), packed_sequence_specs=specs, do_test=False)
+    assert len(build_datasets(config, context)[1]) == 1
+    assert f"packs to train on alone: validation samples are those of dataset.dataset_root={path.parent}" in caplog.text
 
 
 def test_one_token_and_a_start_at_the_end_have_no_position(tmp_path):

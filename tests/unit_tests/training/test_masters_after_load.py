@@ -83,11 +83,26 @@ def test_masters_that_do_not_follow_another_managers_load_are_found(loaded):
             for copy in copies:
                 copy.copy_(loaded)
 
-    cfg = SimpleNamespace(optimizer=SimpleNamespace(optimizer_cpu_offload=True))
-    context = CheckpointLoadContext(SimpleNamespace(cfg=cfg), [], chained(optimizer))
+    context = CheckpointLoadContext(SimpleNamespace(), [], chained(optimizer))
     follow = (loaded.to(WEIGHT.dtype) == WEIGHT[1:3]).all()
     with contextlib.nullcontext() if follow else pytest.raises(RuntimeError, match="call sync_hybrid_optimizer_param"):
         load_and_check(Manager(), context)
+
+
+@pytest.mark.parametrize("loaded", [OWNED, OWNED + 0.002, OWNED + 5.0], ids=["weights", "masters", "weights alone"])
+def test_without_offload_too(loaded):
+    optimizer, master, _ = mocked_optimizer()
+    optimizer.optimizer = torch.optim.AdamW([master])
+    layer = torch.nn.Module()
+    layer.norm = torch.nn.Module()
+    layer.norm.weight = torch.nn.Parameter(WEIGHT)
+    optimizer.model_float16_groups = [[layer.norm.weight]]
+    manager_class = type("Manager", (), {"load": lambda self, context: master.copy_(loaded)})
+    context = CheckpointLoadContext(SimpleNamespace(), [layer], chained(optimizer))
+    follow = (loaded.to(WEIGHT.dtype) == WEIGHT[1:3]).all()
+    message = r"master of norm.weight is not the loaded weight \(7, not 2\)"
+    with contextlib.nullcontext() if follow else pytest.raises(RuntimeError, match=message):
+        load_and_check(manager_class(), context)
 
 
 def test_the_sync_is_defined_beside_the_load():

@@ -2,6 +2,7 @@
 """A `GPTSFTDatasetConfig` to its three datasets: found, tokenised, cut and packed."""
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeAlias
 
@@ -16,7 +17,7 @@ from megatron.bridge.data.sft import SFTDataset, load_sft_dataset
 from megatron.bridge.data.sources import Source
 from megatron.bridge.data.sources.hf_loading import token_directory
 from megatron.bridge.data.tokenizer import HuggingFaceTokenizer, Tokenizer
-from megatron.bridge.utils.distributed import raise_on_all_ranks
+from megatron.bridge.utils.distributed import is_rank_0, raise_on_all_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,8 @@ def build_sft_datasets(
         tokenizer = tokenizer_for(config, context.tokenizer)
         packed = {split: pattern for split, (_, pattern) in packed_files(config).items()}
     sources, shares = find_sources(config, tokenizer, packed=tuple(packed))
+    if "training" in packed and sources and is_rank_0():
+        logger.warning("%s", _other_data_than_the_packs(config, sources))
     samples = {
         split: load_samples(config, tokenizer, source, split=split, is_cut=shares is not None)
         for split, source in sources.items()
@@ -50,6 +53,16 @@ def build_sft_datasets(
     datasets: dict[str, Dataset] = {split: _packed(config, context, part, split) for split, part in samples.items()}
     datasets |= {split: _read_packed(config, context, split) for split in packed}
     return datasets.get("training"), datasets.get("validation"), datasets.get("test")
+
+
+def _other_data_than_the_packs(config: GPTSFTDatasetConfig, sources: Iterable[str]) -> str:
+    """What to know of a run that trains on packs, and takes other splits from elsewhere, as a recipe's own data."""
+    option, _ = packed_files(config)["training"]
+    data = f"hf_dataset={config.source.title}" if config.source else f"dataset_root={config.dataset_root}"
+    return (
+        f"{option} names packs to train on alone: {' and '.join(sources)} samples are those of dataset.{data}; name "
+        "packs in packed_val_data_path, or set dataset.do_validation=false and dataset.do_test=false"
+    )
 
 
 def packed_files(config: GPTSFTDatasetConfig) -> dict[str, tuple[str, str]]:

@@ -41,6 +41,7 @@ from megatron.bridge.training.initialize import initialize_megatron
 from megatron.bridge.training.optim import setup_optimizer
 from megatron.bridge.training.run_state.end_tokens import generation_config_to_save
 from megatron.bridge.training.run_state.load_plan import LoadPlan
+from megatron.bridge.training.run_state.masters import check_masters_on_device
 from megatron.bridge.training.state import GlobalState
 from megatron.bridge.utils.distributed import is_rank_0, raise_on_all_ranks, world_size
 from megatron.bridge.utils.files import check_writable_directory
@@ -168,16 +169,16 @@ def setup(
 
 
 def load_and_check(manager: Any, context: CheckpointLoadContext) -> None:
-    """Load; where another manager than the default one does it, see that an offloaded optimizer's masters followed.
+    """Load; where another manager than the default one does it, see that the optimizer's masters followed.
 
     Raises:
         RuntimeError: A master isn't the loaded weight, here or on another rank.
     """
     manager.load(context)
-    is_offloaded = context.state.cfg.optimizer.optimizer_cpu_offload
-    if is_offloaded and type(manager).load is not DefaultCheckpointManager.load:
+    if type(manager).load is not DefaultCheckpointManager.load:
         with raise_on_all_ranks(f"checking what {type(manager).__name__} loaded"):
             check_hybrid_optimizer_param_copies(context.optimizer, exact=False)
+            check_masters_on_device(context.optimizer, context.model)
 
 
 def _load_tokenizer(state: GlobalState) -> None:

@@ -28,7 +28,7 @@ from megatron.bridge.training.monitoring.gradient_figures import (
     wanted_gradients,
 )
 from megatron.bridge.training.monitoring.hang_watchdog import shorten_timeouts
-from megatron.bridge.training.monitoring.metrics import learning_rate
+from megatron.bridge.training.monitoring.metrics import learning_rate, open_loggers
 from megatron.bridge.training.monitoring.preemption import Preempted
 from megatron.bridge.training.monitoring.progress import ProgressBar
 from megatron.bridge.training.monitoring.reported_losses import means, tokens_of
@@ -38,10 +38,13 @@ from megatron.bridge.training.monitoring.router_losses import (
     forget_router_losses,
     read_router_losses,
 )
+from megatron.bridge.training.monitoring.step_figures import build_step_figures
 from megatron.bridge.training.monitoring.step_times import phases_timed, timed
+from megatron.bridge.training.monitoring.trackers import build_loggers
 from megatron.bridge.training.setup import SetupOutput
 from megatron.bridge.training.state import GlobalState
 from megatron.bridge.utils.device import current_device
+from megatron.bridge.utils.distributed import raise_on_all_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +86,7 @@ def train(
     non_loss_data_func: Callable | None = None,
     callback_manager: CallbackManager | None = None,
 ) -> None:
-    """Train what `setup` built, for scripts that call the parts of a run themselves. Losses are logged.
+    """Train what `setup` built, for scripts that call the parts of a run themselves. Figures go where `logger` says.
 
     Args:
         forward_step_func: See `bind_forward_step`.
@@ -110,9 +113,13 @@ def train(
     data = train_data_iterator, valid_data_iterator, None
     run = SetupOutput(global_state, model, optimizer, scheduler, *data, checkpoint_manager, pg_collection)
     users = callback_manager or CallbackManager()
-    callbacks = CallbackManager([ProgressBar(), *users.callbacks])
+    with raise_on_all_ranks("checking what is logged"):
+        loggers = build_loggers(global_state.cfg)
+        own = [*build_step_figures(global_state.cfg), ProgressBar(), *loggers]
+    callbacks = CallbackManager([*own, *users.callbacks])
     callbacks.user_state = users.user_state
-    run_training(run, forward_step_func, callbacks)
+    with open_loggers(loggers, global_state):
+        run_training(run, forward_step_func, callbacks)
 
 
 def run_training(run: SetupOutput, forward_step_func: Callable, callbacks: CallbackManager) -> None:
@@ -164,7 +171,7 @@ def run_training(run: SetupOutput, forward_step_func: Callable, callbacks: Callb
     callbacks.fire("on_train_end", context)
     if cfg.checkpoint.save and saved_step != state.train_state.step:
         _save(run, context, callbacks)
-    _complete_background_save(run, context, callbacks, wait=True)
+    _complete_background_save(run, context, callbacks, wait=True, ends=True)
     if is_preempted:
         raise Preempted(state.train_state.step)
 
@@ -238,13 +245,13 @@ def _save(run: SetupOutput, context: CallbackContext, callbacks: CallbackManager
 
 
 def _complete_background_save(
-    run: SetupOutput, context: CallbackContext, callbacks: CallbackManager, *, wait: bool
+    run: SetupOutput, context: CallbackContext, callbacks: CallbackManager, *, wait: bool, ends: bool = False
 ) -> None:
     pending = run.state.background_save
     if pending is None and isinstance(run.checkpoint_manager, DefaultCheckpointManager):
         return
     with run.state.watchdog.paused():
-        run.checkpoint_manager.finalize_async_saves(run.state, blocking=wait)
+        run.checkpoint_manager.finalize_async_saves(run.state, blocking=wait, terminate=ends)
     save = run.state.cfg.checkpoint.save
     if pending is None or run.state.background_save is pending:
         return

@@ -90,4 +90,7 @@ def test_a_phase_above_the_level_is_not_timed_and_core_times_only_within_a_step(
     enter_device(choose_device("cpu"))
     with timed(state, "mine", 1), timed(state, "often", 2):
         pass
+    for _ in range(2):  # after an error the timer starts again
+        with pytest.raises(FloatingPointError), timed(state, "mine", 1):
+            raise FloatingPointError
     assert list(state.timers._timers) == timed_phases

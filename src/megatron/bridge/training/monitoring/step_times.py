@@ -35,8 +35,10 @@ def timed(state: GlobalState, phase: str, level: int) -> Iterator[None]:
     """Time the context, if `logger.timing_log_level` is at least `level`."""
     timer = state.timers(phase, log_level=level)
     timer.start()
-    yield
-    timer.stop()
+    try:
+        yield
+    finally:
+        timer.stop()  # one that is still running can't be started again
 
 
 @contextlib.contextmanager

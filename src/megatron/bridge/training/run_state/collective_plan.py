@@ -9,6 +9,7 @@ from megatron.bridge.checkpoint import iterations
 from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.training.run_state.load_plan import LoadPlan, plan_base, plan_load, takes_pretrained
 from megatron.bridge.training.run_state.local import find_local
+from megatron.bridge.training.run_state.order_of_data import warn_of_other_data
 from megatron.bridge.utils.distributed import is_rank_0, raise_on_all_ranks
 from megatron.bridge.utils.hf_hub import is_hub_name
 from megatron.bridge.utils.hf_hub_ranks import find_on_all_ranks
@@ -33,7 +34,10 @@ def plan_on_all_ranks(cfg: ConfigContainer, context: dict[str, Any], *, load_req
                     logger.warning("%s is passed over: the process that wrote or removed it was killed", path)
                 for path in iterations.newer_than_tracker(root):
                     logger.warning("%s is passed over: %s names an earlier one", path, iterations.TRACKER_FILE)
-        return plan_load(cfg, local, load_required=load_required)
+        plan = plan_load(cfg, local, load_required=load_required)
+        if plan is not None and plan.train_state and is_rank_0():
+            warn_of_other_data(cfg, plan.run_config, plan.path)
+        return plan
 
 
 def plan_base_on_all_ranks(cfg: ConfigContainer) -> LoadPlan | None:
