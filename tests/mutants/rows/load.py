@@ -43,7 +43,7 @@ THE_LOAD = (
         where="megatron.bridge.training.checkpointing:load_checkpoint",
         change=several(
             value("loaded", "{}", of="bring_masters_in_line"),
-            moved("bring_masters_in_line", before="_load_megatron"),
+            moved("bring_masters_in_line", before="load_megatron"),
         ),
         tests=(f"{_STILL}[1.0-False]",),
     ),
@@ -144,7 +144,7 @@ THE_LOAD = (
     Mutant(
         name="format of the run that loads",
         breaks="a checkpoint is read in the format that the run would save",
-        where="megatron.bridge.training.checkpointing:_load_megatron",
+        where="megatron.bridge.training.run_state.planned_load:load_megatron",
         change=expression("plan.content_metadata[key]", "metadata[key]"),
         tests=(NOT_OFFLOADED, RESHARDED),
     ),

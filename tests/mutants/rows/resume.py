@@ -189,7 +189,7 @@ THE_RESUME = (
     _not_restored(
         "random states",
         "dropout follows another course",
-        "training.checkpointing:_load_megatron",
+        "training.run_state.planned_load:load_megatron",
         without_call("restore_rng_state"),
         NOT_OFFLOADED,
     ),

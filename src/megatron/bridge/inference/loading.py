@@ -3,7 +3,6 @@
 
 import argparse
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,9 +67,9 @@ def load_bridge_model(
     from megatron.bridge.models.conversion.hf_config import precision_fields
     from megatron.bridge.models.conversion.saved_provider import set_parallel_sizes
     from megatron.bridge.models.generation import load_for_generation
-    from megatron.bridge.utils.distributed import run_while_others_wait
+    from megatron.bridge.utils.distributed import bring_up_groups, run_while_others_wait
 
-    bring_up_groups(args)
+    bring_up_groups(**_groups_asked_for(args))
     fields = {"inference_sampling_seed": getattr(args, "seed", 1234), **overrides}
     dtype, base = getattr(args, "dtype", None), getattr(args, "base", None)
     model, checkpoint = named_models(args)
@@ -90,43 +89,21 @@ def load_bridge_model(
     return chunk.eval()
 
 
-def bring_up_groups(args: argparse.Namespace) -> tuple[bool, bool]:
-    """Bring up the process group and model-parallel state, where there are none, as a command line says.
+def groups_of(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
+    """The process groups that `load_bridge_model` needs, as a context. What it creates is destroyed at its end."""
+    from megatron.bridge.utils.distributed import model_parallel_groups
 
-    Args:
-        args: As for `load_bridge_model`.
+    return model_parallel_groups(**_groups_asked_for(args))
 
-    Returns:
-        Whether this created the group, and the state.
-    """
-    from megatron.core import parallel_state
 
+def _groups_asked_for(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `bring_up_groups` that a command line, with the options of `load_bridge_model`, says."""
     from megatron.bridge.utils.device import choose_device, enter_device
-    from megatron.bridge.utils.distributed import init_process_group, initialize_model_parallel, seed_everything
 
     device, backend = getattr(args, "device", "auto"), getattr(args, "distributed_backend", "auto")
-    choice = enter_device(None if (device, backend) == ("auto", "auto") else choose_device(device, backend))
-    created_group = init_process_group(choice, getattr(args, "distributed_timeout_minutes", 10.0))
-    if parallel_state.is_initialized():
-        return created_group, False
-    sizes: dict[str, Any] = {size.field: getattr(args, short, size.default) for short, size in SIZES.items()}
-    initialize_model_parallel(**sizes)
-    seed_everything(getattr(args, "seed", 1234))
-    return created_group, True
-
-
-@contextlib.contextmanager
-def groups_of(args: argparse.Namespace) -> Iterator[None]:
-    """The process groups that `load_bridge_model` needs. What this creates is destroyed at the end."""
-    import torch.distributed as dist
-
-    from megatron.bridge.utils.distributed import destroy_model_parallel
-
-    created_group, created_state = bring_up_groups(args)
-    try:
-        yield
-    finally:
-        if created_state:
-            destroy_model_parallel()
-        if created_group:
-            dist.destroy_process_group()
+    return {
+        "choice": enter_device(None if (device, backend) == ("auto", "auto") else choose_device(device, backend)),
+        "seed": getattr(args, "seed", 1234),
+        "timeout_minutes": getattr(args, "distributed_timeout_minutes", 10.0),
+        **{size.field: getattr(args, short, size.default) for short, size in SIZES.items()},
+    }

@@ -19,12 +19,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 
 from megatron.bridge.checkpoint.iterations import checkpoint_exists
-from megatron.bridge.checkpoint.model_checkpoint import (
-    load_model_state_dict,
-    load_model_weights,
-    read_in_fp32,
-)
-from megatron.bridge.checkpoint.sharded_state import load_sharded
 from megatron.bridge.training.callbacks import CallbackContext, CallbackManager
 from megatron.bridge.training.config import CheckpointConfig, ConfigContainer
 from megatron.bridge.training.cpu_offload.param_copies import (
@@ -54,12 +48,10 @@ from megatron.bridge.training.run_state.collective_plan import plan_base_on_all_
 from megatron.bridge.training.run_state.content import (
     apply_peft_adapter_filter_to_state_dict,
     generate_state_dict,
-    optimizer_sharded_state,
     read_train_state,
     restored_train_state,
     sharding_metadata,
     state_to_save,
-    weights_to_store,
 )
 from megatron.bridge.training.run_state.iteration_save import (
     finish_background_save,
@@ -71,7 +63,6 @@ from megatron.bridge.training.run_state.iteration_save import (
 from megatron.bridge.training.run_state.load_plan import LoadPlan, Source
 from megatron.bridge.training.run_state.local import (
     open_local_checkpoints,
-    read_local,
     read_local_train_state,
     save_local,
 )
@@ -81,10 +72,10 @@ from megatron.bridge.training.run_state.managers import (
     CheckpointSaveContext,
     custom_manager_class,
 )
-from megatron.bridge.training.run_state.optimizer import advice_on
-from megatron.bridge.training.run_state.rng import get_rng_state, restore_rng_state
-from megatron.bridge.training.run_state.schedule import load_optimizer
+from megatron.bridge.training.run_state.planned_load import load_hf_weights, load_megatron
+from megatron.bridge.training.run_state.rng import get_rng_state
 from megatron.bridge.training.state import GlobalState
+from megatron.bridge.utils.arguments import refuse_arguments
 from megatron.bridge.utils.distributed import barrier, raise_on_all_ranks
 
 __all__ = [
@@ -187,13 +178,13 @@ def save_checkpoint(
         FloatingPointError: A weight is NaN or infinite. Nothing is written or removed.
         OSError: This rank can't write. The other ranks raise a RuntimeError with the same text.
     """
-    _refuse_arguments(
-        pg_collection,
+    refuse_arguments(
         pipeline_rank=pipeline_rank,
         tensor_rank=tensor_rank,
         preprocess_common_state_dict_fn=preprocess_common_state_dict_fn,
         module_name=module_name,
     )
+    _check_groups_are_cores(pg_collection)
     finish_background_save(state, wait=True)
     cfg = state.cfg
     check_weights_are_finite(model, state.train_state.step)
@@ -228,15 +219,8 @@ def save_checkpoint(
     return directory
 
 
-def _refuse_arguments(pg_collection: ProcessGroupCollection | None, **arguments: Any) -> None:
-    """Refuse what only Megatron Bridge does, and process groups that aren't those of Core's global state.
-
-    Raises:
-        ValueError: Names the argument.
-    """
-    for name, value in arguments.items():
-        if value is not None:
-            raise ValueError(f"{name}={value!r} is not supported: leave it out")
+def _check_groups_are_cores(pg_collection: ProcessGroupCollection | None) -> None:
+    """Raises ValueError if process groups aren't those of Core's global state."""
     if pg_collection is not None and pg_collection.dp is not mpu.get_data_parallel_group():
         raise ValueError("pg_collection has groups of its own: leave it out, or initialize model parallelism with them")
 
@@ -331,7 +315,8 @@ def load_checkpoint(
         ValueError: The checkpoint is incomplete or of another model, or an argument isn't supported.
         RuntimeError: The offloaded optimizer's masters don't match what was loaded.
     """
-    _refuse_arguments(pg_collection, module_name=module_name)
+    refuse_arguments(module_name=module_name)
+    _check_groups_are_cores(pg_collection)
     finish_background_save(state, wait=True)
     context = init_checkpointing_context(state.cfg) if checkpointing_context is None else checkpointing_context
     plan = plan_on_all_ranks(state.cfg, context) if plan is None else plan
@@ -349,10 +334,10 @@ def load_checkpoint(
             loaded = {"train_state": read_local_train_state(context, plan.path)}
     elif plan.source is Source.HUGGING_FACE:
         logger.info("loading %s", plan)
-        _load_hf_weights(model, plan.path)
+        load_hf_weights(model, plan.path)
     else:
         logger.info("loading %s", plan)
-        loaded = _load_megatron(state.cfg, plan, model, optimizer, opt_param_scheduler, strict=strict, context=context)
+        loaded = load_megatron(state.cfg, plan, model, optimizer, opt_param_scheduler, strict=strict, context=context)
     if optimizer is not None:
         bring_masters_in_line(state.cfg, optimizer, restored=plan.optimizer, loaded=loaded)
     if plan.train_state:
@@ -411,74 +396,3 @@ def bring_masters_in_line(
             if not restored:  # after the reload, which doesn't refresh offloaded copies
                 sync_hybrid_optimizer_param_copies(optimizer, main_params)
             check_hybrid_optimizer_param_copies(optimizer, exact=not restored and main_params is None)
-
-
-def load_base_weights(cfg: ConfigContainer, plan: LoadPlan, model: list[Any]) -> None:
-    """Load the frozen weights under adapters, before the adapters are added. Call on all ranks.
-
-    Args:
-        cfg: A checked configuration with `peft`.
-        plan: From `plan_base_on_all_ranks`.
-        model: This rank's bare chunks.
-
-    Raises:
-        FileNotFoundError, ValueError: As for `load_checkpoint`.
-    """
-    logger.info("loading the weights under the adapters: %s", plan)
-    if plan.source is Source.HUGGING_FACE:
-        _load_hf_weights(model, plan.path)
-    else:
-        checkpoint = cfg.checkpoint
-        load_model_weights(model, plan.path, strict=checkpoint.dist_ckpt_strictness, verify=checkpoint.verify_integrity)
-
-
-def _load_hf_weights(model: list[Any], path: Path) -> None:
-    from megatron.bridge.models.conversion.auto_bridge import AutoBridge
-
-    AutoBridge.from_hf_pretrained(str(path)).load_hf_weights(model)
-
-
-def _load_megatron(
-    cfg: ConfigContainer,
-    plan: LoadPlan,
-    model: list[Any],
-    optimizer: Any,
-    opt_param_scheduler: Any,
-    *,
-    strict: bool,
-    context: dict[str, Any],
-) -> dict[str, Any]:
-    """Read the planned parts of a Megatron checkpoint and restore them; returns what was read."""
-    metadata = sharding_metadata(cfg, is_local=plan.source is Source.LOCAL)
-    metadata.update((key, plan.content_metadata[key]) for key in metadata.keys() & plan.content_metadata.keys())
-    weights = weights_to_store(cfg, model, metadata)
-    if cfg.checkpoint.load_main_params_from_ckpt and not plan.optimizer and plan.source is not Source.LOCAL:
-        read_in_fp32(weights)
-    template = dict(weights)
-    with_optimizer = plan.optimizer and optimizer is not None
-    if with_optimizer:
-        template["optimizer"] = optimizer_sharded_state(optimizer, weights, metadata, is_loading=True)
-    if plan.rng:
-        template["rng_state"] = get_rng_state(cfg.rng.data_parallel_random_init)
-    if plan.source is Source.LOCAL:
-        loaded = read_local(context, template, path=plan.path)
-    else:
-        loaded = load_sharded(
-            template,
-            plan.path,
-            strict=cfg.checkpoint.dist_ckpt_strictness,
-            parallel_group=mpu.get_data_parallel_group(with_context_parallel=True)
-            if cfg.checkpoint.fully_parallel_load
-            else None,
-            exchange=cfg.checkpoint.ckpt_fully_parallel_load_exchange_algo,
-            check_sharding=cfg.checkpoint.ckpt_load_validate_sharding_integrity,
-            verify=cfg.checkpoint.verify_integrity,
-            advice=advice_on(model),
-        )
-    is_wanted = {} if cfg.peft is None else {"is_wanted": cfg.peft.adapter_key_filter}
-    load_model_state_dict(model, loaded, strict=strict, **is_wanted)
-    if with_optimizer:
-        load_optimizer(optimizer, opt_param_scheduler if plan.scheduler else None, loaded, plan.path)
-    if plan.rng:
-        restore_rng_state(loaded["rng_state"], data_parallel_random_init=cfg.rng.data_parallel_random_init)
-    return loaded

@@ -20,6 +20,7 @@ from megatron.bridge.training.config import (
     RNGConfig,
 )
 from megatron.bridge.utils import distributed
+from megatron.bridge.utils.arguments import refuse_arguments
 from megatron.bridge.utils.core_version import warn_of_an_untested_core
 from megatron.bridge.utils.device import choose_device
 from megatron.bridge.utils.logging import filter_modules, set_level_of_all, setup_logging
@@ -125,14 +126,11 @@ def torch_dist_init(
     Raises:
         ValueError: The parallel sizes don't divide the number of processes, or an argument isn't supported.
     """
-    refused = {
-        "skip_mpu_initialization": skip_mpu_initialization,
-        "restart_store": restart_store,
-        "use_inprocess_restart": use_inprocess_restart,
-    }
-    for name, value in refused.items():
-        if value:
-            raise ValueError(f"{name}={value!r} is not supported: leave it out")
+    refuse_arguments(
+        skip_mpu_initialization=skip_mpu_initialization,
+        restart_store=restart_store,
+        use_inprocess_restart=use_inprocess_restart,
+    )
     distributed.init_process_group(
         choose_device(dist_config.device, dist_config.distributed_backend), dist_config.distributed_timeout_minutes
     )

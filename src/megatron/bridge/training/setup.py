@@ -31,7 +31,6 @@ from megatron.bridge.training.checkpointing import (
     check_hybrid_optimizer_param_copies,
     create_checkpoint_manager,
     init_checkpointing_context,
-    load_base_weights,
     plan_base_on_all_ranks,
     plan_on_all_ranks,
 )
@@ -42,6 +41,7 @@ from megatron.bridge.training.optim import setup_optimizer
 from megatron.bridge.training.run_state.end_tokens import generation_config_to_save
 from megatron.bridge.training.run_state.load_plan import LoadPlan
 from megatron.bridge.training.run_state.masters import check_masters_on_device
+from megatron.bridge.training.run_state.planned_load import load_base_weights
 from megatron.bridge.training.state import GlobalState
 from megatron.bridge.utils.distributed import is_rank_0, raise_on_all_ranks, world_size
 from megatron.bridge.utils.files import check_writable_directory

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -136,9 +136,51 @@ def destroy_model_parallel() -> None:
     parallel_state.destroy_model_parallel()
 
 
+class CreatedGroups(NamedTuple):
+    """What `bring_up_groups` created, and what its caller takes down, sooner or later."""
+
+    process_group: bool
+    model_parallel: bool
+
+
+def bring_up_groups(
+    choice: DeviceChoice, *, seed: int = 1234, timeout_minutes: float = 10, **sizes: Any
+) -> CreatedGroups:
+    """Bring up a process group and model-parallel state, seeded, where there are none.
+
+    Args:
+        choice: Device and backend.
+        seed: For every random generator, if this creates the state.
+        timeout_minutes: As for `init_process_group`.
+        sizes: Arguments of `initialize_model_parallel`.
+
+    Raises:
+        ValueError: The sizes don't divide the number of processes. Nothing is left up.
+    """
+    from megatron.core import parallel_state
+
+    created = CreatedGroups(init_process_group(choice, timeout_minutes), not parallel_state.is_initialized())
+    try:
+        if created.model_parallel:
+            initialize_model_parallel(**sizes)
+            seed_everything(seed)
+    except Exception:
+        take_down_groups(created)
+        raise
+    return created
+
+
+def take_down_groups(created: CreatedGroups) -> None:
+    """Take down what `bring_up_groups` created."""
+    if created.model_parallel:
+        destroy_model_parallel()
+    if created.process_group:
+        dist.destroy_process_group()
+
+
 @contextlib.contextmanager
 def model_parallel_groups(
-    tensor_model_parallel_size: int = 1, pipeline_model_parallel_size: int = 1, *, seed: int = 1234, **options: Any
+    tensor_model_parallel_size: int = 1, pipeline_model_parallel_size: int = 1, **options: Any
 ) -> Iterator[None]:
     """A process group and model-parallel state for work outside a training run, such as a conversion.
 
@@ -147,23 +189,16 @@ def model_parallel_groups(
     Args:
         tensor_model_parallel_size: Ranks that share each layer's matrices.
         pipeline_model_parallel_size: Ranks that share the stack of layers.
-        seed: For every random generator.
-        options: The other arguments of Core's `initialize_model_parallel`.
+        options: Those of `bring_up_groups`. Without a `choice` this machine's device is taken.
     """
-    from megatron.core import parallel_state
-
-    created_group = init_process_group(enter_device())
-    created_state = not parallel_state.is_initialized()
-    if created_state:
-        initialize_model_parallel(tensor_model_parallel_size, pipeline_model_parallel_size, **options)
-        seed_everything(seed)
+    choice = options.pop("choice", None)
+    options["tensor_model_parallel_size"] = tensor_model_parallel_size
+    options["pipeline_model_parallel_size"] = pipeline_model_parallel_size
+    created = bring_up_groups(enter_device() if choice is None else choice, **options)
     try:
         yield
     finally:
-        if created_state:
-            destroy_model_parallel()
-        if created_group:
-            dist.destroy_process_group()
+        take_down_groups(created)
 
 
 def seed_everything(seed: int, *, data_parallel_random_init: bool = False, **tracker_options: Any) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
@@ -32,7 +31,7 @@ from megatron.bridge.models.conversion.saved_provider import (
 from megatron.bridge.models.conversion.tokenizer_files import TokenizerFiles
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.utils.device import choose_device
-from megatron.bridge.utils.distributed import init_process_group, model_parallel_groups
+from megatron.bridge.utils.distributed import model_parallel_groups
 from megatron.bridge.utils.yaml_io import from_yaml_dict
 
 __all__ = [
@@ -57,13 +56,8 @@ def temporary_distributed_context(backend: str = "gloo", **sizes: int) -> Iterat
         backend: "gloo", "nccl", or "auto".
         sizes: Parallel sizes, by their names in a provider.
     """
-    created = init_process_group(choose_device(distributed_backend=backend))
-    try:
-        with model_parallel_groups(**sizes):
-            yield
-    finally:
-        if created:
-            dist.destroy_process_group()
+    with model_parallel_groups(choice=choose_device(distributed_backend=backend), **sizes):
+        yield
 
 
 def load_model_config(checkpoint_path: str | Path) -> tuple[GPTModelProvider, None]:
