@@ -12,7 +12,8 @@ from megatron.core.dist_checkpointing import tensor_aware_state_dict
 from megatron.bridge.training.config import runtime_config_update
 from megatron.bridge.training.config.rules import RULES
 from tests.rigs.config_examples import make_config
-from tests.unit_tests.training.config.rule_cases import BAD, GOOD, OFFLOAD
+from tests.unit_tests.training.config.rule_cases import BAD
+from tests.unit_tests.training.config.working_configs import GOOD, OFFLOAD
 
 HAS_TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not None
 

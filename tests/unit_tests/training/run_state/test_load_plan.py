@@ -15,10 +15,14 @@ from tests.rigs.on_ranks import Recorder, make_pretrained, run_finetune
 from tests.rigs.ranks import run_on_ranks
 from tests.rigs.tiny import tiny_config
 from tests.unit_tests.models.tiny_llama import save_tiny_llama
-
-RESUMED = {"optimizer": True, "scheduler": True, "rng": True, "train_state": True}
-WEIGHTS_ONLY = {"optimizer": False, "scheduler": False, "rng": False, "train_state": False}
-FRESH_OPTIMIZER = {**RESUMED, "optimizer": False, "scheduler": False}
+from tests.unit_tests.training.run_state.load_plan_cases import (
+    FULL_2,
+    LOCAL,
+    LOCAL_PLANS,
+    PLANS,
+    REFUSALS,
+    REFUSALS_OF_PRETRAIN,
+)
 
 
 def _make_checkpoints(directory):
@@ -70,104 +74,6 @@ def plan_of(directory, options, *, load_required=True, local=None):
         assert repr(cfg) == before, "a plan only reads the configuration"
 
 
-PLANS = {
-    "resume": ({"load": "full"}, "full/iter_0000002", RESUMED, ()),
-    "resume from an iteration's folder": ({"load": "full/iter_0000001"}, "full/iter_0000001", RESUMED, ()),
-    "load wins over pretrained": (
-        {"load": "full", "pretrained_checkpoint": "pretrained"},
-        "full/iter_0000002",
-        RESUMED,
-        (),
-    ),
-    "ckpt_step": ({"load": "full", "ckpt_step": 1}, "full/iter_0000001", RESUMED, ()),
-    "load_optim=false": (
-        {"load": "full", "load_optim": False},
-        "full/iter_0000002",
-        FRESH_OPTIMIZER,
-        ("optimizer: checkpoint.load_optim=false",),
-    ),
-    "a run that saves no optimizer resumes with one": (
-        {"load": "full", "save": "other", "save_optim": False},
-        "full/iter_0000002",
-        RESUMED,
-        (),
-    ),
-    "saved without optimizer": (
-        {"load": "no_optim"},
-        "no_optim/iter_0000002",
-        FRESH_OPTIMIZER,
-        ("optimizer: the checkpoint has none",),
-    ),
-    "load_rng=false": (
-        {"load": "full", "load_rng": False},
-        "full/iter_0000002",
-        {**RESUMED, "rng": False},
-        ("rng: checkpoint.load_rng=false",),
-    ),
-    "saved without rng": (
-        {"load": "no_rng"},
-        "no_rng/iter_0000002",
-        {**RESUMED, "rng": False},
-        ("rng: the checkpoint has none",),
-    ),
-    "another layout, weights and step": (
-        {"load": "full", "load_optim": False, "model": {"tensor_model_parallel_size": 2}},
-        "full/iter_0000002",
-        {**FRESH_OPTIMIZER, "rng": False},
-        ("optimizer: checkpoint.load_optim=false", "rng: TP 1 -> 2"),
-    ),
-    "another layout, reshardable": (
-        {"load": "any_layout", "model": {"pipeline_model_parallel_size": 2}},
-        "any_layout/iter_0000002",
-        {**RESUMED, "rng": False},
-        ("rng: PP 1 -> 2",),
-    ),
-    "another layout of experts, reshardable": (
-        {"load": "any_layout", "model": {"num_moe_experts": 4, "expert_model_parallel_size": 2}},
-        "any_layout/iter_0000002",
-        RESUMED,
-        (),
-    ),
-    "finetune=true": (
-        {"load": "full", "finetune": True},
-        "full/iter_0000002",
-        WEIGHTS_ONLY,
-        ("checkpoint.finetune=true",),
-    ),
-    "pretrained root": (
-        {"pretrained_checkpoint": "pretrained"},
-        "pretrained/iter_0000000",
-        WEIGHTS_ONLY,
-        ("pretrained weights",),
-    ),
-    "pretrained iteration": (
-        {"pretrained_checkpoint": "full/iter_0000001"},
-        "full/iter_0000001",
-        WEIGHTS_ONLY,
-        ("pretrained weights",),
-    ),
-    "pretrained, nothing to resume yet": (
-        {"load": "empty", "save": "empty", "pretrained_checkpoint": "pretrained"},
-        "pretrained/iter_0000000",
-        WEIGHTS_ONLY,
-        ("pretrained weights",),
-    ),
-    "pretrained Hugging Face directory": (
-        {"pretrained_checkpoint": "hf"},
-        "hf",
-        WEIGHTS_ONLY,
-        ("pretrained weights",),
-    ),
-    "release": ({"load": "released"}, "released/release", WEIGHTS_ONLY, ("a release checkpoint",)),
-    "pretrained release": (
-        {"pretrained_checkpoint": "released"},
-        "released/release",
-        WEIGHTS_ONLY,
-        ("pretrained weights",),
-    ),
-}
-
-
 @pytest.mark.parametrize("case", PLANS)
 def test_plan(on_disk, case):
     options, path, restored, reasons = PLANS[case]
@@ -177,81 +83,6 @@ def test_plan(on_disk, case):
     assert {name: getattr(plan, name) for name in restored} == restored
     assert plan.reasons == reasons
     assert plan_of(on_disk, options) == plan, "asked again, the same"
-
-
-REFUSALS = {
-    "missing iteration": (
-        {"load": "full", "ckpt_step": 7},
-        FileNotFoundError,
-        r"checkpoint.load='.*full' has no iteration 7 \(checkpoint.ckpt_step\); there: 1, 2; name one of these",
-    ),
-    "half-written": (
-        {"load": "half"},
-        ValueError,
-        r"iter_0000002 \(checkpoint.load\) is not a complete checkpoint: metadata.json is missing: .*"
-        r"complete iterations there: 1 \(checkpoint.ckpt_step\)",
-    ),
-    "half-written iteration's folder, despite pretrained": (
-        {"load": "half/iter_0000002", "pretrained_checkpoint": "pretrained"},
-        ValueError,
-        "metadata.json is missing",
-    ),
-    "half-written, pretrained": (
-        {"pretrained_checkpoint": "half"},
-        ValueError,
-        r"iter_0000002 \(checkpoint.pretrained_checkpoint\) is not a complete checkpoint",
-    ),
-    "no configuration": ({"load": "no_config"}, FileNotFoundError, "run_config.yaml is missing: expected the config"),
-    "damaged configuration": ({"load": "damaged"}, ValueError, "run_config.yaml can't be read: expected plain YAML"),
-    "another layout": (
-        {"load": "full", "model": {"pipeline_model_parallel_size": 2}},
-        ValueError,
-        r"iter_0000002 \(checkpoint.load\) holds optimizer state of another layout \(PP 1 -> 2\).*"
-        "dist_ckpt_optim_fully_reshardable=true it fits any.*load_optim=false",
-    ),
-    "another layout, whatever this run saves": (
-        {
-            "load": "full",
-            "dist_ckpt_optim_fully_reshardable": True,
-            "model": {"tensor_model_parallel_size": 2},
-        },
-        ValueError,
-        r"holds optimizer state of another layout \(TP 1 -> 2\)",
-    ),
-    "another layout of experts": (
-        {"load": "full", "model": {"num_moe_experts": 4, "expert_model_parallel_size": 2}},
-        ValueError,
-        r"another layout \(EP 1 -> 2\), which can't be resharded: use the checkpoint's parallel sizes \(saved from",
-    ),
-    "resume from Hugging Face": (
-        {"load": "hf"},
-        ValueError,
-        r"checkpoint.load='.*hf' is a Hugging Face directory.*set checkpoint.pretrained_checkpoint to it",
-    ),
-    "nothing in pretrained": (
-        {"pretrained_checkpoint": "empty"},
-        FileNotFoundError,
-        "checkpoint.pretrained_checkpoint='.*empty' holds no checkpoint: .*latest_checkpointed_iteration.txt is miss",
-    ),
-    "finetune of nothing": ({}, FileNotFoundError, "neither checkpoint.load nor checkpoint.pretrained_checkpoint is"),
-    "finetune, load missing": (
-        {"load": "empty", "save": "empty"},
-        FileNotFoundError,
-        "checkpoint.load='.*empty' holds no checkpoint .* and checkpoint.pretrained_checkpoint is not set",
-    ),
-}
-
-REFUSALS_OF_PRETRAIN = {
-    "load missing and not save": (
-        {"load": "empty", "save": "other"},
-        "checkpoint.load='.*empty' holds no checkpoint .*: the run would start from random weights; correct the path",
-    ),
-    "load missing, nothing saved": ({"load": "nowhere"}, "would start from random weights"),
-    "exit_on_missing_checkpoint": (
-        {"load": "empty", "save": "empty", "exit_on_missing_checkpoint": True},
-        "holds no checkpoint .*, and checkpoint.exit_on_missing_checkpoint=true",
-    ),
-}
 
 
 @pytest.mark.parametrize("case", REFUSALS)
@@ -367,29 +198,6 @@ def local_of(directory, step, *, num_ranks=1, core=CORE_RELEASE, holds_optimizer
 
     run_config = tiny_config(directory, **sections).to_dict()
     return LocalCheckpoint(step, Path("/local/0/file.pt"), run_config, num_ranks, core, holds_optimizer)
-
-
-LOCAL, FULL_2 = "/local/0/file.pt", "full/iter_0000002"
-LOCAL_PLANS = {
-    "alone": ({}, {"step": 1}, LOCAL, RESUMED),
-    "newer": ({"load": "full"}, {"step": 3}, LOCAL, RESUMED),
-    "as new": ({"load": "full"}, {"step": 2}, LOCAL, RESUMED),
-    "older": ({"load": "full"}, {"step": 1}, FULL_2, RESUMED),
-    "pretrained named too": ({"pretrained_checkpoint": "pretrained"}, {"step": 1}, LOCAL, RESUMED),
-    "newer than a release": ({"load": "released"}, {"step": 1}, LOCAL, RESUMED),
-    "ckpt_step": ({"load": "full", "ckpt_step": 1}, {"step": 3}, "full/iter_0000001", RESUMED),
-    "an iteration's folder": ({"load": "full/iter_0000001"}, {"step": 3}, "full/iter_0000001", RESUMED),
-    "finetune=true": ({"load": "full", "finetune": True}, {"step": 3}, FULL_2, WEIGHTS_ONLY),
-    "load_optim=false": ({"load_optim": False}, {"step": 1}, LOCAL, FRESH_OPTIMIZER),
-    "saved without optimizer": ({}, {"step": 1, "holds_optimizer": False}, LOCAL, FRESH_OPTIMIZER),
-    "load_rng=false": ({"load_rng": False}, {"step": 1}, LOCAL, {**RESUMED, "rng": False}),
-    "saved without rng": (
-        {},
-        {"step": 1, "checkpoint": {"save_rng": False}},
-        LOCAL,
-        {**RESUMED, "rng": False},
-    ),
-}
 
 
 @pytest.mark.parametrize("case", LOCAL_PLANS)

@@ -1,0 +1,55 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Configurations that work, as overrides of the small one."""
+
+OFFLOAD = ("optimizer.optimizer_cpu_offload=true", "optimizer.optimizer_offload_fraction=1.0")
+
+GOOD = {
+    "plain": ((), 1),
+    "two ranks": ((), 2),
+    "batch from the ranks": (("train.global_batch_size=null",), 4),
+    "offload": (("mixed_precision=bf16_mixed", *OFFLOAD), 2),
+    "half offload, overlapped": (
+        ("mixed_precision=bf16_mixed", OFFLOAD[0], "optimizer.optimizer_offload_fraction=0.5")
+        + ("optimizer.overlap_cpu_optimizer_d2h_h2d=true",),
+        2,
+    ),
+    "offload of nothing": ((OFFLOAD[0],), 1),
+    "offload of SGD": ((*OFFLOAD, "optimizer.optimizer=sgd", "checkpoint.save_optim=false"), 1),
+    "fp16": (("mixed_precision=fp16_mixed",), 1),
+    "tensor and sequence parallel": (("model.tensor_model_parallel_size=2", "model.sequence_parallel=true"), 2),
+    "more tensor parallel ranks than groups": (("model.tensor_model_parallel_size=8",), 8),
+    "padded vocabulary": (
+        ("model.tensor_model_parallel_size=2", "model.vocab_size=97", "model.should_pad_vocab=true"),
+        2,
+    ),
+    "pipeline": (("model.pipeline_model_parallel_size=2", "mixed_precision=bf16_mixed"), 2),
+    "uneven pipeline": (
+        ("model.pipeline_model_parallel_size=2", "model.num_layers=5", "model.num_layers_in_first_pipeline_stage=2")
+        + ("mixed_precision=bf16_mixed",),
+        2,
+    ),
+    "virtual pipeline": (
+        ("model.pipeline_model_parallel_size=2", "model.virtual_pipeline_model_parallel_size=2")
+        + ("model.overlap_p2p_comm=true", "model.batch_p2p_comm=false", "mixed_precision=bf16_mixed"),
+        2,
+    ),
+    "counted in samples": (
+        ("train.train_iters=null", "train.train_samples=160", "scheduler.lr_warmup_iters=0")
+        + ("scheduler.lr_warmup_samples=16",),
+        1,
+    ),
+    "WSD": (("scheduler.lr_decay_style=WSD", "scheduler.lr_wsd_decay_iters=5"), 1),
+    "growing weight decay": (
+        ("scheduler.start_weight_decay=0.0", "scheduler.end_weight_decay=0.1")
+        + ("scheduler.weight_decay_incr_style=linear",),
+        1,
+    ),
+    "full recomputation": (
+        ("model.recompute_granularity=full", "model.recompute_method=uniform", "model.recompute_num_layers=1"),
+        1,
+    ),
+    "overlap": (("ddp.overlap_grad_reduce=true", "ddp.overlap_param_gather=true"), 2),
+    "evaluation only": (("validation.skip_train=true", "train.train_iters=0"), 1),
+    "a communication overlap that is all off": (("comm_overlap={tp_comm_overlap: false}",), 1),
+}
+"""Overrides and ranks."""
