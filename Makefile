@@ -20,7 +20,8 @@ BIN := $(VENV)/bin
 NVRX = $(if $(filter newest,$(CORE)),newest,$(if $(filter $(OLDEST_CORE),$(CORE)),0.4.1,0.6.0))
 # CORE and TORCH may also be `newest`: whatever the package index has.
 is = $(if $(filter newest,$1),,==$1)
-UPGRADE = --quiet $(if $(filter newest,$(CORE)),--upgrade --upgrade-strategy eager)
+# Python compiles a module when it first imports it, and most are never imported.
+UPGRADE = --quiet --no-compile $(if $(filter newest,$(CORE)),--upgrade --upgrade-strategy eager)
 export OMP_NUM_THREADS ?= 1
 # If it were set, each process would compile all sources again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -57,7 +58,7 @@ $(INSTALLED): pyproject.toml
 	test "$(CORE)" = $(OLDEST_CORE) || $(BIN)/pip install $(UPGRADE) triton
 	$(BIN)/pip install $(UPGRADE) --ignore-requires-python --no-deps megatron-core$(call is,$(CORE))
 	$(BIN)/pip install $(UPGRADE) --editable ".[demo,docs,recipes,test]"
-	$(BIN)/pip install --quiet --no-deps --upgrade --only-binary :all: --target $$($(BIN)/python -c \
+	$(BIN)/pip install --quiet --no-compile --no-deps --upgrade --only-binary :all: --target $$($(BIN)/python -c \
 		"import sysconfig; print(sysconfig.get_path('purelib'))") --platform manylinux_2_31_$$(uname -m) \
 		--platform manylinux_2_39_$$(uname -m) nvidia-resiliency-ext$(call is,$(NVRX)) \
 		|| echo "no nvidia-resiliency-ext $(NVRX) for this machine: the tests of local checkpoints will be skipped"
