@@ -368,6 +368,7 @@ finetune(cfg, forward_step)
 """
 
 
+@pytest.mark.any_core
 def test_an_error_on_rank_1_in_the_middle_of_a_run_ends_torchrun(directory, tmp_path):
     """Rank 0 waits for rank 1 in a collective; the launcher ends it."""
     script = tmp_path / "run.py"

@@ -26,6 +26,7 @@ def sleep_on_rank_1(state: GlobalState, data_iterator, model):
     return forward_step(state, data_iterator, model)
 
 
+@pytest.mark.any_core
 @pytest.mark.timeout(1800)
 def test_a_rank_that_hangs_and_the_one_that_waits_for_it_show_their_stacks_and_end(tmp_path):
     warm_up()

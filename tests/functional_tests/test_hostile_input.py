@@ -50,6 +50,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.any_core
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_configuration(tmp_path, name):
     text = CONFIGS[name].format(mark=tmp_path / "it ran")

@@ -92,6 +92,7 @@ def test_a_run_stopped_again_and_again_ends_as_the_uninterrupted_one(tmp_path, w
     check_equal(run, whole)
 
 
+@pytest.mark.any_core
 def test_torchrun_starts_a_killed_rank_again_and_hands_the_signal_on(tmp_path, whole):
     run = Run(tmp_path / "run")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]

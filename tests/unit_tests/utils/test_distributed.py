@@ -136,6 +136,7 @@ init_process_group(choose_device("cpu"), timeout_minutes=0.03)
 """
 
 
+@pytest.mark.any_core
 def test_a_rank_whose_partner_never_comes_ends_within_the_timeout():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
