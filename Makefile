@@ -14,6 +14,9 @@ TORCH ?= 2.13.0
 # How many test files run at a time. They keep their order: short ones come last, so that no core waits for a long one
 # at the end. Each starts processes of its own; with one at a time, a core is idle half of the time.
 JOBS ?= 2
+# What depends on the CPU's vector unit: products, Adam's bits, resumes, the demonstration.
+CPU_TESTS = tests/unit_tests/utils/test_matrix_products.py $(addprefix tests/functional_tests/test_, \
+	finetune_smollm2.py resume_matrix.py offloaded_finetune.py flat_step.py repairs.py)
 PARALLEL = --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 BIN := $(VENV)/bin
 # The version of the extra `local` that goes with this Core. It is built for Linux only; elsewhere its tests are skipped.
@@ -94,9 +97,7 @@ test-checkpoints: install ## run the checkpoint, load and resume tests: for anot
 
 # As on a CPU with AVX2 alone: `ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 make test-cpu`.
 test-cpu: install model ## run what depends on the CPU's vector unit: products, Adam's bits, resumes, the demonstration
-	$(BIN)/python -m pytest tests/unit_tests/utils/test_matrix_products.py tests/functional_tests/test_finetune_smollm2.py \
-		tests/functional_tests/test_resume_matrix.py tests/functional_tests/test_offloaded_finetune.py \
-		tests/functional_tests/test_flat_step.py tests/functional_tests/test_repairs.py $(PARALLEL) $(ARGS)
+	$(BIN)/python -m pytest $(CPU_TESTS) $(PARALLEL) $(ARGS)
 
 test-newest: ## run all tests on the newest release of everything, in an environment of its own
 	$(MAKE) --no-print-directory test VENV=.venv-newest CORE=newest TORCH=newest
