@@ -5,6 +5,7 @@ import functools
 import inspect
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,6 +13,8 @@ from unittest import mock
 import pytest
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
+from megatron.bridge.offload_engine.overlap import worker
+from megatron.bridge.offload_engine.overlap.hybrid import OverlappedStep
 from tests.rigs.adversarial_streams import adversarial_streams
 from tests.rigs.device_queues import DEFAULT_FIRST, HOST_FIRST, ORDERS, SIDES_FIRST
 from tests.rigs.hybrid_runs import RUNS, differing_states, states_after_steps
@@ -20,8 +23,10 @@ from tests.rigs.sync import Cell, Model, Rig, offload_options
 from tests.rigs.sync_matrix import copies_apart, run_way, traces_apart
 
 
-def _class_of_runs(*, in_buckets: bool, waits: bool) -> type:
+def _class_of_runs(*, in_buckets: bool, waits: bool, overlapped: bool) -> type:
     """Core's class with what its loads need, and the step in buckets and the wait for gradients where asked for.
+
+    Overlapped, it returns early.
 
     A new class each time: torch wraps a class's `step` once, whatever it is replaced by later.
     """
@@ -30,24 +35,28 @@ def _class_of_runs(*, in_buckets: bool, waits: bool) -> type:
     repairs = (*master_lookup.REPAIRS, *state_device.REPAIRS)
     repairs += offload_step.REPAIRS[:1] if in_buckets else ()
     repairs += gradient_wait.REPAIRS if waits else ()
-    return functools.reduce(lambda base, repair: repair.subclass(base), repairs, HybridDeviceOptimizer)
+    cls = functools.reduce(lambda base, repair: repair.subclass(base), repairs, HybridDeviceOptimizer)
+    return type("Overlapped", (OverlappedStep, cls), {"worker": worker.HostWorker(None)}) if overlapped else cls
 
 
-def _apart(run: str, *, aware: bool, overlap: bool, in_buckets: bool = True, waits: bool = True) -> dict[Any, int]:
+def _apart(
+    run: str, *, aware: bool, overlap: bool, in_buckets: bool = True, waits: bool = True, overlapped: bool = False
+) -> dict[Any, int]:
     """How many tensors differ from those of the ordinary accelerator, by the order of what ran; all that do."""
     of_run, kind = RUNS[run], {"aware": aware, "overlap": overlap}
-    expected = states_after_steps(_class_of_runs(in_buckets=in_buckets, waits=waits), of_run, **kind)
+    of_class = {"in_buckets": in_buckets, "waits": waits}
+    expected = states_after_steps(_class_of_runs(**of_class, overlapped=False), of_run, **kind)
     apart = {}
     for order in ORDERS:
         with adversarial_streams(order):
-            found = states_after_steps(_class_of_runs(in_buckets=in_buckets, waits=waits), of_run, **kind)
+            found = states_after_steps(_class_of_runs(**of_class, overlapped=overlapped), of_run, **kind)
         if differing := differing_states(expected, found):
             apart[order] = len(differing)
     return apart
 
 
-def _all_apart(runs: tuple[str, ...], *, aware: bool, overlap: bool) -> dict[str, dict[Any, int]]:
-    found = {run: _apart(run, aware=aware, overlap=overlap) for run in runs}
+def _all_apart(runs: tuple[str, ...], **kind: bool) -> dict[str, dict[Any, int]]:
+    found = {run: _apart(run, **kind) for run in runs}
     return {run: apart for run, apart in found.items() if apart}
 
 
@@ -59,6 +68,12 @@ UNLIKE = ("half, reloaded", "no gradient", "moments elsewhere")
 @pytest.mark.parametrize("aware", [False, True], ids=["default", "precision-aware"])
 def test_the_step_in_buckets_waits_for_all_it_needs(aware, overlap):
     assert run_on_ranks(_all_apart, 1, UNLIKE, aware=aware, overlap=overlap) == [{}]
+
+
+@pytest.mark.parametrize("aware", [False, True], ids=["default", "precision-aware"])
+def test_the_overlapped_step_waits_for_all_it_needs(aware):
+    kind = {"aware": aware, "overlap": True, "overlapped": True}
+    assert run_on_ranks(_all_apart, 1, UNLIKE, **kind) == [{}]
 
 
 CORES_WAITS = {
@@ -92,15 +107,18 @@ def _core_apart() -> dict[str, dict[Any, int]]:
 def test_what_core_waits_for_and_does_not_is_seen():
     (apart,) = run_on_ranks(_core_apart, 1)
     assert apart.pop("repaired") == {}
-    assert list(apart.pop("as it is")) == [DEFAULT_FIRST]  # its device's part doesn't wait for its gradients
+    assert DEFAULT_FIRST in apart.pop("as it is")  # its device's part doesn't wait for its gradients
     assert len(apart) == len(CORES_WAITS) and all(apart.values()), apart
 
 
 def _runs_apart(directory: Path, cell: Cell, ways: list[str]) -> dict[tuple[str, Any], str]:
-    """In what whole runs differ from those on the ordinary accelerator, by way of the weights and order."""
+    """In what whole runs differ from those on the ordinary accelerator, by way of the weights and order.
+
+    Where steps return early, the others are those of runs in which they don't.
+    """
     rig, apart = Rig(directory, cell.model), {}
     for way in ways:
-        expected = run_way(way, rig, offload_options(cell))[1]
+        expected = run_way(way, rig, offload_options(replace(cell, overlapped_step=False)))[1]
         for order in (HOST_FIRST, DEFAULT_FIRST, SIDES_FIRST):
             with adversarial_streams(order):
                 copies, found = run_way(way, rig, offload_options(cell))
@@ -112,6 +130,7 @@ def _runs_apart(directory: Path, cell: Cell, ways: list[str]) -> dict[tuple[str,
 CELLS = [
     Cell(Model("bf16", "dense"), precision_aware=False, fraction=1.0, overlap=False),
     Cell(Model("bf16", "experts"), precision_aware=True, fraction=0.5, overlap=True),
+    Cell(Model("bf16", "dense"), precision_aware=False, fraction=0.5, overlapped_step=True),
 ]
 
 

@@ -8,7 +8,8 @@ before; new ones NaN, or -1. Work on host tensors runs at once, on the bytes tha
 
 Some waits here are stricter than CUDA's: collectives, random numbers, and results whose shape depends on values wait
 for the current stream. So no alarm is false, but a missing wait may go unseen around these. Not simulated: memory that
-is freed before queued work reads it (the queue keeps it alive), and work of other threads.
+is freed before queued work reads it (the queue keeps it alive), and work of other threads,
+but for the one of an overlapped step (`late_worker.py`).
 """
 
 import contextlib
@@ -21,8 +22,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from megatron.bridge.offload_engine.overlap import worker
 from megatron.bridge.utils import simulated_accelerator
 from tests.rigs.device_queues import Device, Event, Stream
+from tests.rigs.late_worker import LateWorker
 
 aten: Any = torch.ops.aten
 _HOST_MARK = simulated_accelerator._HOST_MARK
@@ -307,6 +310,7 @@ def adversarial_streams(order: str | int) -> Iterator[Device]:
         for kind, methods in _MADE_OUTSIDE.items():
             for name in methods:
                 stack.enter_context(mock.patch.object(kind, name, _as_if_made_inside(name)))
+        stack.enter_context(mock.patch.object(worker, "HostWorker", lambda *_: LateWorker(order)))
         stack.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", backward))
         stack.enter_context(mock.patch.object(Stream, "device_in_force", device))
         stack.enter_context(queueing)

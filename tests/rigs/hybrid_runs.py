@@ -49,6 +49,9 @@ def take_step(hybrid: Any, step: int, without: tuple[int, ...] = ()) -> None:
         param.grad = None if at in without else gradient if step % 2 else gradient.clone()
     hybrid.param_groups[0]["lr"] *= 0.9
     hybrid.step()
+    for param in params:
+        if param.grad is not None:
+            param.grad.fill_(7.0)  # the next backward pass may write there
 
 
 def seen_of(hybrid: Any) -> dict[str, torch.Tensor]:
@@ -106,10 +109,11 @@ def states_after_steps(hybrid_class: type, run: Run, *, aware: bool, overlap: bo
     """What is there after each step."""
     hybrid, seen = hybrid_of(hybrid_class, aware=aware, overlap=overlap, **run.options), []
     for step in range(STEPS):
+        last_use = {f"{at} before": param.clone() for at, param in enumerate(params_of(hybrid))}
         take_step(hybrid, step, run.without_gradient if step in (0, 2) else ())
         if step == 1 and run.after_two_steps:
             run.after_two_steps(hybrid)
-        seen.append(seen_of(hybrid))
+        seen.append({**last_use, **seen_of(hybrid)})
     return seen
 
 

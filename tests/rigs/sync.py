@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron.bridge.checkpoint import model_checkpoint
+from megatron.bridge.offload_engine.overlap.connect import settle
 from tests.rigs.on_ranks import forget_last_forward, weights_of
 from tests.rigs.tiny import fp32_norm_layer_spec, tiny_config
 
@@ -67,11 +68,14 @@ class Cell:
     precision_aware: bool = False
     fraction: float = 1.0
     overlap: bool = False
+    """Of the copies with the steps on the host."""
+    overlapped_step: bool = False
+    """Whether the step returns early."""
     streamed: float = 0.0
 
     def __str__(self) -> str:
         mode = "precision_aware" if self.precision_aware else "fp32_shards"
-        overlap = "overlap" if self.overlap else "serial"
+        overlap = "overlapped_step" if self.overlapped_step else "overlap" if self.overlap else "serial"
         model = f"{self.model.precision}-{self.model.kind}-{self.model.layout}".replace(" ", "_")
         streamed = f"-streamed-{self.streamed}" if self.streamed else ""
         return f"{model}-{mode}-{self.fraction}-{overlap}{streamed}"
@@ -130,7 +134,8 @@ def offload_options(cell: Cell) -> dict[str, Any]:
     return {
         "optimizer_cpu_offload": True,
         "optimizer_offload_fraction": cell.fraction,
-        "overlap_cpu_optimizer_d2h_h2d": cell.overlap,
+        "overlap_cpu_optimizer_d2h_h2d": cell.overlap or cell.overlapped_step,
+        "overlap_cpu_optimizer_step": cell.overlapped_step,
         "use_precision_aware_optimizer": cell.precision_aware,
         "optimizer_streamed_fraction": cell.streamed,
     }
@@ -246,12 +251,23 @@ class Stepper:
             self.losses.append(result.losses["lm loss"])
         assert updated, "a step was skipped: the loss scale is too high for this model"
 
-    def trace(self) -> Trace:
-        """One step with learning rate 0, then the real ones."""
+    def settle(self) -> None:
+        """Wait for the weights of the last step, where it returned early."""
+        if self._run.cfg.optimizer.overlap_cpu_optimizer_step:
+            settle(self._run.optimizer)
+
+    def trace(self, *, only_last: bool = False) -> Trace:
+        """One step with learning rate 0, then the real ones.
+
+        Args:
+            only_last: Look at the weights after the last step alone, so that no other is waited for.
+        """
         for group in self._run.optimizer.param_groups:
             group["lr"] = 0.0
         weights = []
-        for _ in range(1 + STEPS):
+        for step in range(1 + STEPS):
             self.step()
-            weights.append(weights_of(self._run.model))
+            if step == STEPS or not only_last:
+                self.settle()
+                weights.append(weights_of(self._run.model))
         return Trace(self.losses, weights, self.gradients)

@@ -103,6 +103,7 @@ def bring_in(way: str, rig: Rig, run: Run, stepper: Stepper) -> None:
     if way == "running process":
         for _ in range(2):
             stepper.step()
+        stepper.settle()
         before = moments(run.optimizer) if is_offloaded else []
         rig.load_weights(run.model)
         if is_offloaded:
@@ -120,7 +121,12 @@ def bring_in(way: str, rig: Rig, run: Run, stepper: Stepper) -> None:
 
 
 def run_way(
-    way: str, rig: Rig, offload: dict[str, Any], replayed: list[list[torch.Tensor]] | None = None
+    way: str,
+    rig: Rig,
+    offload: dict[str, Any],
+    replayed: list[list[torch.Tensor]] | None = None,
+    *,
+    only_last: bool = False,
 ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], Trace]:
     """One run from random weights; the copies and weights it found before its first step, and what its steps did."""
     cfg = config(rig.directory, rig.model, offload=offload, checkpoint=WAYS.get(way, {}))
@@ -133,7 +139,7 @@ def run_way(
     stepper = Stepper(run, replayed)
     bring_in(way, rig, run, stepper)
     found = [(copy.detach().cpu().clone(), weight.cpu().clone()) for copy, weight in copies_and_weights(run.optimizer)]
-    return found, stepper.trace()
+    return found, stepper.trace(only_last=only_last)
 
 
 def run_cells(directory: Path, cells: list[Cell], ways: list[str]) -> dict[str, dict[str, str]]:

@@ -4,7 +4,7 @@
 `python -m tests.mutants` applies them.
 """
 
-from tests.mutants.rows import adapters, conversion, data, files, load, memory, resume, runs, streamed, sync
+from tests.mutants.rows import adapters, conversion, data, files, load, memory, overlap, resume, runs, streamed, sync
 
 MUTANTS = (
     *sync.THE_SYNC,
@@ -13,6 +13,7 @@ MUTANTS = (
     *resume.THE_REPAIRS,
     *resume.THE_FLAT_STEP,
     *resume.THE_WAITS,
+    *overlap.OVERLAP,
     *resume.THE_RESUME,
     *streamed.STREAMED,
     *conversion.THE_CONVERSION,

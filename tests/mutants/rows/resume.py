@@ -118,7 +118,7 @@ THE_WAITS = (
     _no_wait(
         "of the host for gradients",
         "Adam steps on gradients that are not on the host yet",
-        "offload_engine.step:BucketedStep._set_sub_optimizer_grads",
+        "offload_engine.step:BucketedStep._send_gradients",
         expression("self._d2h_stream.record_event()", "None"),
         f"{_ORDER}[default-serial]",
     ),

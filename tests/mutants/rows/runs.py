@@ -182,7 +182,7 @@ RUNS = (
         name="the host's step on the process's threads",
         breaks="under torchrun Adam runs on one core, however many the machine has",
         where="megatron.bridge.training.optim:setup_optimizer",
-        change=without_call("_give_host_threads"),
+        change=without_call("_prepare_steps_on_the_host"),
         tests=(
             "tests/functional_tests/test_options_in_a_run.py::test_an_offloaded_step_runs_with_the_threads_asked_for",
         ),

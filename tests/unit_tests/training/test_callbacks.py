@@ -46,6 +46,19 @@ def test_an_event_fires_only_where_something_is_called():
     assert not should_fire(manager, "on_train_end") and not should_fire(None, "on_eval_end")
 
 
+class Quiet(Noting):
+    reads_weights = False
+
+
+def test_weights_are_awaited_before_callbacks_that_read_them():
+    notes, manager = [], CallbackManager([Quiet([])])
+    manager.register("on_eval_start", lambda context: notes.append("read"))
+    manager.wait_before_reads(lambda: notes.append("waited"))
+    for event in ("on_eval_start", "on_eval_end", "on_train_step_end"):
+        manager.fire(event, SimpleNamespace())
+    assert notes == ["waited", "read"]
+
+
 def test_an_unknown_event_and_what_is_no_callback_are_refused():
     with pytest.raises(ValueError, match="no event is named 'on_step_end'"):
         CallbackManager().register("on_step_end", print)

@@ -23,7 +23,8 @@ from megatron.bridge.utils.distributed import all_gathered
 
 NODES = Path("/sys/devices/system/node")
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
-_CAN_PIN = hasattr(os, "sched_setaffinity")  # Linux
+CAN_PIN = hasattr(os, "sched_setaffinity")
+"""Whether threads can be bound to cores: on Linux."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def own_cores(node: int | None = None, *, nodes: Path = NODES) -> tuple[frozense
         node: That NUMA node; None asks the device.
         nodes: Where the machine describes its nodes.
     """
-    allowed = frozenset(os.sched_getaffinity(0)) if _CAN_PIN else frozenset(range(os.cpu_count() or 1))
+    allowed = frozenset(os.sched_getaffinity(0)) if CAN_PIN else frozenset(range(os.cpu_count() or 1))
     node = numa_node() if node is None else node
     file = nodes / f"node{node}" / "cpulist"
     if node is not None and file.is_file() and (near := allowed & parse_core_list(file.read_text())):
@@ -115,7 +116,7 @@ def step_with(optimizer: torch.optim.Optimizer, threads: HostThreads) -> None:
 
     def take(*_: Any) -> None:
         before["count"] = torch.get_num_threads()
-        if _CAN_PIN:
+        if CAN_PIN:
             # New threads run where the one that starts them may run, and are started by the first parallel loop.
             before["cores"] = os.sched_getaffinity(0)
             os.sched_setaffinity(0, threads.cores)

@@ -101,9 +101,7 @@ class BucketedStep(HybridDeviceOptimizer):
 
     def _register_param_copy_back_gpu_hook(self) -> None:
         def copy_weights_to_device(optimizer: FlatAdam, *_: Any) -> None:
-            with self._timed("offload-weights-to-device"), device.queued_on(self._h2d_stream):
-                for bucket in optimizer.buckets:
-                    bucket.copy_weights_to_device()
+            self._send_weights(optimizer)
 
         @torch.no_grad()
         def round_weights(*_: Any) -> None:
@@ -115,12 +113,20 @@ class BucketedStep(HybridDeviceOptimizer):
         if self.gpu_optimizer is not None:
             self.gpu_optimizer.register_step_post_hook(round_weights)
 
+    def _send_weights(self, optimizer: FlatAdam) -> None:
+        with self._timed("offload-weights-to-device"), device.queued_on(self._h2d_stream):
+            for bucket in optimizer.buckets:
+                bucket.copy_weights_to_device()
+
     def _set_sub_optimizer_grads(self) -> None:
         for param, master in self._copies_on_device:
             grad = getattr(param, "decoupled_grad", param.grad)
             master.requires_grad = grad is not None
             if grad is not None:
                 master.grad = grad.to(master.dtype)
+        self._send_gradients()
+
+    def _send_gradients(self) -> None:
         with self._timed("offload-gradients-to-host"):
             for optimizer in self._stepped_on_the_host:
                 for bucket in optimizer.buckets:

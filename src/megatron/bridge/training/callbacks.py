@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from megatron.bridge.training.state import GlobalState
+from megatron.bridge.utils.distributed import all_gathered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +97,10 @@ class CallbackContext:
 class Callback:
     """Override the events you need. They are called on every rank, in the order in which callbacks were passed."""
 
+    reads_weights: ClassVar[bool] = True
+    """Whether its events may read weights or the optimizer's state. If false, an overlapped step
+    (`optimizer.overlap_cpu_optimizer_step`) isn't waited for before they are called."""
+
     def on_data_init_start(self, context: CallbackContext) -> None:
         """The process groups are up; tokenizer and data come next, then the model: `context.model` is empty."""
 
@@ -125,6 +130,8 @@ class CallbackManager:
         self.callbacks: list[Callback] = []
         self.user_state: dict[str, Any] = {}
         """What callbacks see as `context.user_state`."""
+        self._waits_before: set[str] = set()
+        self._wait: Callable[[], None] = lambda: None
         self.add(callbacks)
 
     @property
@@ -174,6 +181,15 @@ class CallbackManager:
                 called.append(getattr(callback, event_name))
         return called
 
+    def wait_before_reads(self, wait: Callable[[], None]) -> None:
+        """From now on, wait before each event in which a callback of some rank reads weights. Collective.
+
+        Args:
+            wait: Waits until all weights are there. It may be collective.
+        """
+        own = {event for event in EVENTS for callback in self.callbacks if _reads_at(callback, event)}
+        self._waits_before, self._wait = set().union(*all_gathered(own)), wait
+
     def fire(self, event: str, context: CallbackContext) -> None:
         """Call one event on all callbacks.
 
@@ -182,6 +198,8 @@ class CallbackManager:
             context: What they get.
         """
         context.user_state = self.user_state
+        if event in self._waits_before:
+            self._wait()
         for called in self.list_callbacks(event):
             called(context)
 
@@ -192,6 +210,12 @@ class _RegisteredFunction(Callback):
     def __init__(self, event: str, function: Callable[[CallbackContext], None]) -> None:
         self.event = event
         self.function = function
+
+
+def _reads_at(callback: Callback, event: str) -> bool:
+    if isinstance(callback, _RegisteredFunction):
+        return callback.event == event
+    return callback.reads_weights and getattr(type(callback), event) is not getattr(Callback, event)
 
 
 def _check_event(name: str) -> None:

@@ -21,6 +21,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.bridge.checkpoint.iterations import checkpoint_exists
 from megatron.bridge.training.callbacks import CallbackContext, CallbackManager
 from megatron.bridge.training.config import CheckpointConfig, ConfigContainer
+from megatron.bridge.training.cpu_offload.overlapped_steps import wait_for_weights
 from megatron.bridge.training.cpu_offload.param_copies import (
     HybridParamSync,
     check_hybrid_optimizer_param_copies,
@@ -187,6 +188,7 @@ def save_checkpoint(
     _check_groups_are_cores(pg_collection)
     finish_background_save(state, wait=True)
     cfg = state.cfg
+    wait_for_weights(cfg, optimizer)
     check_weights_are_finite(model, state.train_state.step)
     context = init_checkpointing_context(cfg) if checkpointing_context is None else checkpointing_context
     state.train_state.floating_point_operations_so_far = num_floating_point_operations_so_far
@@ -318,6 +320,7 @@ def load_checkpoint(
     refuse_arguments(module_name=module_name)
     _check_groups_are_cores(pg_collection)
     finish_background_save(state, wait=True)
+    wait_for_weights(state.cfg, optimizer)
     context = init_checkpointing_context(state.cfg) if checkpointing_context is None else checkpointing_context
     plan = plan_on_all_ranks(state.cfg, context) if plan is None else plan
     if plan is None:

@@ -12,6 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron.bridge.core_repairs.install import install_repairs, repaired_construction
 from megatron.bridge.offload_engine.host_threads import plan_host_threads, step_with
+from megatron.bridge.offload_engine.overlap.connect import overlap_steps
 from megatron.bridge.offload_engine.streamed_step import StreamedStep, stream_buckets
 from megatron.bridge.training.config import (
     DerivedConfig,
@@ -71,10 +72,10 @@ def setup_optimizer(
     _drop_stub_optimizers(optimizer)
     install_repairs(optimizer)
     if optimizer_config.optimizer_cpu_offload:
-        _give_host_threads(optimizer, optimizer_config)
         if optimizer_config.optimizer_streamed_fraction:
             for found in find_hybrid_optimizers(optimizer):
                 stream_buckets(found.optimizer, optimizer_config.optimizer_streamed_fraction)
+        _prepare_steps_on_the_host(optimizer, optimizer_config, model)
     logger.info("optimizer: %s", describe_optimizer(optimizer_config, optimizer))
     return optimizer, build_scheduler(optimizer, optimizer_config, scheduler_config, lengths)
 
@@ -105,12 +106,17 @@ def _shown_lengths(scheduler: SchedulerConfig) -> SchedulerConfig:
     return scheduler
 
 
-def _give_host_threads(optimizer: Any, config: OptimizerConfig) -> None:
-    """Let the offloaded optimizer step with this rank's share of the machine's cores. Collective."""
+def _prepare_steps_on_the_host(optimizer: Any, config: OptimizerConfig, model: list[Any]) -> None:
+    """Let the offloaded optimizer step with this rank's share of the cores, and overlapped if asked for. Collective."""
     threads = plan_host_threads(config.optimizer_cpu_num_threads)
     if threads is not None:
         logger.info("the host's optimizer steps with %d threads (%s)", threads.count, threads.reason)
-        for hybrid in find_hybrid_optimizers(optimizer):
+    hybrids = find_hybrid_optimizers(optimizer)
+    if config.overlap_cpu_optimizer_step:
+        if hybrids:
+            overlap_steps(hybrids, model, threads)
+    elif threads is not None:
+        for hybrid in hybrids:
             step_with(hybrid.optimizer, threads)
 
 

@@ -52,6 +52,9 @@ class GlobalState:
     num_nonfinite_steps: int = 0
     """How many of the last steps in a row were skipped because a loss or a gradient was not finite."""
 
+    num_taken_steps: int = 0
+    """How many steps this process has taken; skipped ones don't count."""
+
     watchdog: HangWatchdog = field(default_factory=HangWatchdog, repr=False)
     """Ends this rank if it hangs while it is `watched`."""
 

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ from megatron.core.utils import get_model_config
 from megatron.bridge.models.trained_weights import check_trained_as_wrapped
 from megatron.bridge.training.callbacks import CallbackContext, CallbackManager
 from megatron.bridge.training.checkpointing import CheckpointManager, CheckpointSaveContext, DefaultCheckpointManager
+from megatron.bridge.training.cpu_offload.overlapped_steps import (
+    check_overlapped_step,
+    steps_overlap,
+    wait_for_weights,
+)
 from megatron.bridge.training.eval import evaluate_split, refuse_non_loss_data
 from megatron.bridge.training.micro_batches import bind_forward_step, run_micro_batches
 from megatron.bridge.training.monitoring.finite_steps import checked_loss_of, step_if_finite
@@ -139,6 +145,8 @@ def run_training(run: SetupOutput, forward_step_func: Callable, callbacks: Callb
     forget_router_losses()
     for chunk in run.model:
         chunk.train()
+    if steps_overlap(cfg):
+        callbacks.wait_before_reads(partial(wait_for_weights, cfg, run.optimizer))
     started = time.monotonic()
     saved_step = state.train_state.step  # nothing to save before the first step
     first_step = saved_step + 1
@@ -168,6 +176,8 @@ def run_training(run: SetupOutput, forward_step_func: Callable, callbacks: Callb
             if asked_to_stop:
                 logger.info("stopping at step %d of %d", step, state.derived.train_iters)
                 break
+    wait_for_weights(cfg, run.optimizer)
+    check_overlapped_step(cfg, run.optimizer, num_taken=state.num_taken_steps)
     callbacks.fire("on_train_end", context)
     if cfg.checkpoint.save and saved_step != state.train_state.step:
         _save(run, context, callbacks)
@@ -192,9 +202,11 @@ def train_step(run: SetupOutput, forward_step: Callable, micro_batches: list[dic
         totals = run_micro_batches(forward_step, micro_batches, run.model, checked_as=checked_loss_of(run.state))
         router_losses = read_router_losses(run.state.cfg.model, num_micro_batches=len(micro_batches))
         gradients = read_gradients_if_shown(run.state, run.model, run.optimizer)
+        check_overlapped_step(run.state.cfg, run.optimizer, num_taken=run.state.num_taken_steps)
         with timed(run.state, "optimizer", 1):
             updated, grad_norm = step_if_finite(run.state, run.model, run.optimizer)
     updated = _on_every_model_parallel_rank(updated)
+    run.state.num_taken_steps += updated
     if updated:
         run.scheduler.step(increment=get_current_global_batch_size())
     return TrainStepResult(means(totals), tokens_of(totals.values()), grad_norm, updated, router_losses, gradients)
@@ -260,6 +272,7 @@ def _complete_background_save(
 
 
 def _save_checkpoint(run: SetupOutput, *, non_persistent: bool = False) -> None:
+    wait_for_weights(run.state.cfg, run.optimizer)  # a manager of the user's may read weights in its own way
     with run.state.watchdog.paused(), timed(run.state, "save-checkpoint", 0):
         run.checkpoint_manager.save(
             CheckpointSaveContext(

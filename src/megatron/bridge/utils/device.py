@@ -2,11 +2,12 @@
 """The device that a process computes on: the only place that chooses between CUDA and a host without it."""
 
 import contextlib
+import functools
 import logging
 import os
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -150,6 +151,23 @@ def queued_on(stream: torch.cuda.Stream) -> Iterator[None]:
     with torch.cuda.stream(stream):
         yield
     stream.record_event().wait(torch.cuda.current_stream())
+
+
+def start_after_current(stream: torch.cuda.Stream) -> None:
+    """Let later work on `stream` wait for all work that is queued on the current stream now."""
+    stream.wait_stream(torch.cuda.current_stream())
+
+
+def wait_for_event(event: torch.cuda.Event) -> None:
+    """Let later work on the current stream wait for an event."""
+    event.wait(torch.cuda.current_stream())
+
+
+def entrance() -> Callable[[], None]:
+    """What a new thread calls to compute on this thread's device."""
+    if is_simulated():
+        return simulated_accelerator.enter_thread
+    return functools.partial(torch.cuda.set_device, torch.cuda.current_device())
 
 
 def bypass_simulation() -> contextlib.AbstractContextManager:

@@ -243,6 +243,15 @@ def format_ranks(ranks: list[int]) -> str:
     return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
 
 
+def any_rank(answer: bool) -> bool:
+    """Whether a question is true on any rank. Collective; one small reduction."""
+    if not dist.is_initialized() or world_size() == 1:
+        return answer
+    found = torch.tensor(int(answer), device=current_device())
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return bool(found.item())
+
+
 @contextlib.contextmanager
 def raise_on_all_ranks(doing: str) -> Iterator[None]:
     """If the body raises on any rank, raise on all ranks. Collective; the body itself must not run collectives.

@@ -271,6 +271,12 @@ def install() -> None:
     _mode.__enter__()
 
 
+def enter_thread() -> None:
+    """Make host memory pose as CUDA memory in this thread too, until it ends. `install` is the main thread's."""
+    assert _mode is not None, "the simulated accelerator is not installed"
+    _mode.__enter__()
+
+
 def _replace() -> None:
     for owner, name, stand_in in _replacements():
         _originals.append((owner, name, getattr(owner, name)))

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """At least one configuration for each rule that it refuses."""
 
-from tests.unit_tests.training.config.working_configs import OFFLOAD
+from tests.unit_tests.training.config.working_configs import OFFLOAD, OVERLAPPED
 
 BAD = {
     "check_numbers_are_finite": [
@@ -167,6 +167,14 @@ BAD = {
         ([*OFFLOAD, "optimizer.optimizer_streamed_fraction=.nan"], 1, "optimizer.optimizer_streamed_fraction=nan"),
         (["optimizer.optimizer_streamed_fraction=1"], 1, "without optimizer.optimizer_cpu_offload=true"),
         ([*OFFLOAD, "optimizer.optimizer_streamed_fraction=1", "optimizer.optimizer=sgd"], 1, "only Adam's state"),
+    ],
+    "check_overlapped_steps_can_run": [
+        (["optimizer.overlap_cpu_optimizer_step=true"], 1, "nothing is offloaded"),
+        ([*OFFLOAD[:1], "optimizer.overlap_cpu_optimizer_step=true"], 1, "optimizer_offload_fraction above 0"),
+        ([*OFFLOAD, "optimizer.overlap_cpu_optimizer_step=true"], 1, "set optimizer.overlap_cpu_optimizer_d2h_h2d"),
+        ([*OVERLAPPED, "optimizer.optimizer=sgd", "checkpoint.save_optim=false"], 1, "only adam steps so"),
+        ([*OVERLAPPED, "optimizer.optimizer_streamed_fraction=1"], 1, "optimizer_streamed_fraction=1"),
+        ([*OVERLAPPED, "model.cuda_graph_impl=local"], 1, "with CUDA graphs: a graph can't wait for the host"),
     ],
     "check_offload_has_distributed_optimizer": [
         (

@@ -2,6 +2,11 @@
 """Configurations that work, as overrides of the small one."""
 
 OFFLOAD = ("optimizer.optimizer_cpu_offload=true", "optimizer.optimizer_offload_fraction=1.0")
+OVERLAPPED = (
+    *OFFLOAD,
+    "optimizer.overlap_cpu_optimizer_d2h_h2d=true",
+    "optimizer.overlap_cpu_optimizer_step=true",
+)
 
 GOOD = {
     "plain": ((), 1),
@@ -13,6 +18,7 @@ GOOD = {
         + ("optimizer.overlap_cpu_optimizer_d2h_h2d=true",),
         2,
     ),
+    "offload, overlapped with the forward pass": (("mixed_precision=bf16_mixed", *OVERLAPPED), 2),
     "offload of nothing": ((OFFLOAD[0],), 1),
     "offload of SGD": ((*OFFLOAD, "optimizer.optimizer=sgd", "checkpoint.save_optim=false"), 1),
     "fp16": (("mixed_precision=fp16_mixed",), 1),

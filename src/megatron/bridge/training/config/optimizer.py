@@ -48,6 +48,10 @@ class OptimizerConfig(RemembersSetFields, CoreOptimizerConfig):
     """Part of the offloaded optimizer, 0 to 1 in whole buckets, that the device steps on: its state lives on the host
     and passes through the device in each step. Bit-exact with the run without offload."""
 
+    overlap_cpu_optimizer_step: bool = False
+    """Whether the offloaded part of a step runs on the host while the next forward pass begins: each layer waits for
+    its own weights. Bit-exact with the step that doesn't. Needs `overlap_cpu_optimizer_d2h_h2d`."""
+
     def __post_init__(self) -> None:
         """Do nothing yet: overrides and mixed precision come first."""
 

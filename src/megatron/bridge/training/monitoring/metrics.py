@@ -96,6 +96,8 @@ class MetricsLogger(Callback):
     that a slow destination doesn't delay a step.
     """
 
+    reads_weights = False
+
     title: str | None = None
     """Name of the destination, for the log. None: the class's name."""
 

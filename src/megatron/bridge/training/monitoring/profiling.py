@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 class _Recorder(Callback):
     """Records this rank from step `profile_step_start` until `profile_step_end`, counted from 0."""
 
+    reads_weights = False
+
     def __init__(self, config: ProfilingConfig) -> None:
         self._config = config
         self._is_recording = False
@@ -119,6 +121,8 @@ class MemoryHistory(_Recorder):
 
 class NamedPhases(Callback):
     """Core's phases as NVTX ranges."""
+
+    reads_weights = False
 
     def on_train_start(self, context: CallbackContext) -> None:
         configure_nvtx_profiling(True)

@@ -23,6 +23,8 @@ class ProgressBar(Callback):
     If standard error isn't a terminal, as in a batch job, it logs a line every `logger.log_interval` steps instead.
     """
 
+    reads_weights = False
+
     _bar: tqdm
     """From on_train_start on."""
 

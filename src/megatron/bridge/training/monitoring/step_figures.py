@@ -17,6 +17,7 @@ import torch
 from megatron.bridge.checkpoint import iterations
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.training.config import ConfigContainer, LoggerConfig
+from megatron.bridge.training.cpu_offload.overlapped_steps import wait_for_weights
 from megatron.bridge.training.monitoring.attention_logits import (
     check_attention_can_keep_logits,
     check_attention_keeps_logits,
@@ -38,6 +39,8 @@ PROGRESS_FILE = "progress.txt"
 
 class StepFigures(Callback):
     """Adds to each step's figures what `logger` asks for."""
+
+    reads_weights = False
 
     def __init__(self, config: LoggerConfig) -> None:
         self._config = config
@@ -88,6 +91,7 @@ class StepFigures(Callback):
         """Figures that cost collectives, or a pass over all weights."""
         config = self._config
         if config.log_params_norm:
+            wait_for_weights(context.state.cfg, context.optimizer)
             context.figures["params_norm"] = params_norm(context.model)
         if config.log_max_attention_logit:
             context.figures["max_attention_logit"] = max_attention_logit(context.model)
@@ -116,6 +120,8 @@ def params_norm(model: list[Any]) -> float:
 
 class ProgressFile(Callback):
     """`logger.log_progress`: a line in `progress.txt`, beside the checkpoints, at the start and at each save."""
+
+    reads_weights = False
 
     def __init__(self, directory: str | Path) -> None:
         self._file = Path(directory) / PROGRESS_FILE

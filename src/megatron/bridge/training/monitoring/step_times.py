@@ -83,6 +83,8 @@ def _parts(optimizer: Any) -> Iterator[Any]:
 class StepTimes(Callback):
     """Adds the timers to a step's figures, and logs a line with them every `log_interval` steps."""
 
+    reads_weights = False
+
     def __init__(self, config: LoggerConfig) -> None:
         self._config = config
         self._since_line, self._since_figures = _Times(), _Times()

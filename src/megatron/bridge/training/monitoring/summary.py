@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 class RunSummary(Callback):
     """Collects the steps of this process for the summary at the end."""
 
+    reads_weights = False
+
     def __init__(self) -> None:
         self._began = time.monotonic()
         self._steps = self._skipped = 0

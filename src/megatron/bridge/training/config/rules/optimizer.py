@@ -62,6 +62,49 @@ def check_streamed_state_is_offloaded(cfg: RunSections, world_size: int) -> None
         )
 
 
+def check_overlapped_steps_can_run(cfg: RunSections, world_size: int) -> None:
+    """A step that returns early needs buckets on the host, and modules that wait for their weights."""
+    if not cfg.optimizer.overlap_cpu_optimizer_step:
+        return
+    option, off = "optimizer.overlap_cpu_optimizer_step=true", "set optimizer.overlap_cpu_optimizer_step=false"
+    if not _offloads(cfg) or cfg.optimizer.optimizer_offload_fraction == 0.0:
+        raise ValueError(
+            f"{option}, but nothing is offloaded: set optimizer.optimizer_cpu_offload=true and "
+            "optimizer.optimizer_offload_fraction above 0, or leave it out"
+        )
+    if not cfg.optimizer.overlap_cpu_optimizer_d2h_h2d:
+        raise ValueError(
+            f"{option} with optimizer.overlap_cpu_optimizer_d2h_h2d=false: buckets would wait for each other; set "
+            "optimizer.overlap_cpu_optimizer_d2h_h2d=true"
+        )
+    if cfg.optimizer.optimizer != "adam":
+        raise ValueError(f"{option} with optimizer.optimizer={cfg.optimizer.optimizer}: only adam steps so; {off}")
+    model = cfg.model
+    streamed = cfg.optimizer.optimizer_streamed_fraction
+    hindrances = {
+        f"optimizer.optimizer_streamed_fraction={streamed}": (streamed, "the device can't step beside its own work"),
+        "weights kept in FP8 or FP4": (
+            model.fp8_param or model.fp4_param or getattr(cfg.ddp, "fp8_param_gather", False),
+            "they are quantised when the step ends",
+        ),
+        "CUDA graphs": (
+            model.enable_cuda_graph or model.external_cuda_graph or model.cuda_graph_impl != "none",
+            "a graph can't wait for the host",
+        ),
+        "model.overlap_moe_expert_parallel_comm=true": (
+            model.overlap_moe_expert_parallel_comm,
+            "it runs parts of layers, which wait for no weights",
+        ),
+        "optimizer.overlap_param_gather_with_optimizer_step=true": (
+            cfg.optimizer.overlap_param_gather_with_optimizer_step,
+            "it gathers weights before they are stepped on",
+        ),
+    }
+    for name, (is_on, why) in hindrances.items():
+        if is_on:
+            raise ValueError(f"{option} with {name}: {why}; {off}")
+
+
 def check_offload_has_distributed_optimizer(cfg: RunSections, world_size: int) -> None:
     """Without it Core replaces the parameters that the offloaded optimizer knows, and the first step is a KeyError."""
     if _offloads(cfg) and not (cfg.optimizer.use_distributed_optimizer and cfg.ddp.use_distributed_optimizer):
@@ -298,6 +341,7 @@ OPTIMIZER_RULES = (
     check_offload_fraction_is_a_part,
     check_host_threads_have_work,
     check_streamed_state_is_offloaded,
+    check_overlapped_steps_can_run,
     check_offload_has_no_fsdp,
     check_offload_knows_the_optimizer,
     check_offload_has_distributed_optimizer,

@@ -1,0 +1,134 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""Runs whose steps return early: the same bits, whoever reads a weight waits, and no error on the host is lost."""
+
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+
+from tests.rigs.device_queues import HOST_FIRST
+from tests.rigs.late_worker import LateWorker
+from tests.rigs.on_ranks import Recorder, differing
+from tests.rigs.ranks import run_on_ranks
+from tests.rigs.tiny import tiny_config
+
+SMALL_BUCKETS = {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 3000}
+
+
+class Case(NamedTuple):
+    """How weights come back, and what a layer waits for."""
+
+    precision_aware: bool
+    fraction: float
+    model: dict[str, Any] = {}
+    ddp: dict[str, Any] = {}
+    occasions: dict[str, dict[str, Any]] = {}
+    """Evaluations and saves."""
+
+
+CASES = {
+    "in one gather": Case(
+        False,
+        1.0,
+        occasions={"validation": {"eval_interval": 2, "eval_iters": 1}, "checkpoint": {"save_interval": 2}},
+    ),
+    "in a gather for each bucket": Case(True, 0.5, ddp=SMALL_BUCKETS),
+    "by layer": Case(False, 0.5, model={"tensor_model_parallel_size": 2}),
+}
+
+
+class OnlyRecords(Recorder):
+    """It reads weights at the end alone."""
+
+    reads_weights = False
+
+
+def _run(directory: str, case: Case, *, overlapped: bool, late: bool = False, **checkpoint: Any) -> Recorder:
+    from megatron.bridge.offload_engine import step
+    from megatron.bridge.offload_engine.overlap import worker
+    from megatron.bridge.training.gpt_step import forward_step
+    from megatron.bridge.training.pretrain import pretrain
+
+    sections = {name: dict(fields) for name, fields in case.occasions.items()}
+    sections["checkpoint"] = {"save": None, **sections.get("checkpoint", {}), **checkpoint}
+    cfg = tiny_config(
+        directory,
+        train_iters=4,
+        model={"hidden_size": 32, "ffn_hidden_size": 64, **case.model},
+        ddp=case.ddp,
+        scheduler={"lr_warmup_iters": 1, "lr_decay_iters": 10},
+        optimizer={
+            "optimizer_cpu_offload": True,
+            "optimizer_offload_fraction": case.fraction,
+            "use_precision_aware_optimizer": case.precision_aware,
+            "overlap_cpu_optimizer_d2h_h2d": True,
+            "overlap_cpu_optimizer_step": overlapped,
+        },
+        **sections,
+    )
+    recorder = OnlyRecords()
+    new_worker = (lambda *_: LateWorker(HOST_FIRST)) if late else worker.HostWorker
+    with mock.patch.object(step, "BUCKET_ELEMENTS", 2000), mock.patch.object(worker, "HostWorker", new_worker):
+        pretrain(cfg, forward_step, callbacks=[recorder])
+    return recorder
+
+
+def _apart(found: list[Recorder], expected: list[Recorder], *, steps: int = 0) -> list[str]:
+    """In what runs differ, from a step on."""
+    return [
+        what
+        for one, other in zip(found, expected, strict=True)
+        for what, is_equal in {
+            "losses": one.losses == other.losses[steps:],
+            "validation": one.validation == other.validation[steps // 2 :],
+            "weights": not differing(one.weights_after, other.weights_after),
+        }.items()
+        if not is_equal
+    ]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_weights_are_there_when_they_are_read(tmp_path, name):
+    case, saves = CASES[name], f"{tmp_path}/saved" if CASES[name].occasions else None
+    expected = run_on_ranks(_run, 2, str(tmp_path), case, overlapped=False)
+    found = run_on_ranks(_run, 2, str(tmp_path), case, overlapped=True, late=True, save=saves)
+    assert _apart(found, expected) == []
+    if saves:  # and by the thread itself
+        resumed = run_on_ranks(_run, 2, str(tmp_path), case, overlapped=True, load=saves, ckpt_step=2)
+        assert _apart(resumed, expected, steps=2) == []
+
+
+def _error_of_run(directory: str, fault: str) -> str:
+    """The error of a run in which the second rank's host can't take a step, or a weight doesn't follow it."""
+    from megatron.bridge.offload_engine.adam import Bucket
+    from megatron.bridge.offload_engine.overlap.arrivals import ShardsArriveLater
+
+    copy = Bucket.copy_weights_to_device
+
+    def fail(bucket: Bucket) -> None:
+        if torch.distributed.get_rank() == 1:
+            raise MemoryError("none left")
+        copy(bucket)
+
+    faults = {
+        "an error": mock.patch.object(Bucket, "copy_weights_to_device", fail),
+        "a weight": mock.patch.object(ShardsArriveLater, "copy_to_weights", lambda *_: None),
+    }
+    with faults[fault]:
+        try:
+            _run(directory, CASES["in one gather"]._replace(occasions={}), overlapped=True)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def test_an_error_on_one_host_ends_all_ranks(tmp_path):
+    error = "MemoryError: none left"
+    of_others = f"RuntimeError: the optimizer's step on the host failed on rank 1: {error}"
+    assert run_on_ranks(_error_of_run, 2, str(tmp_path), "an error") == [of_others, error]
+
+
+def test_a_weight_left_behind_ends_all_ranks(tmp_path):
+    for error in run_on_ranks(_error_of_run, 2, str(tmp_path), "a weight"):
+        assert error.startswith("RuntimeError: an overlapped step left a weight behind: the offloaded optimizer's copy")

@@ -1,0 +1,132 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""The mutants of the overlapped step: waits left out, errors lost."""
+
+from tests.mutants.changes import Change, without_call
+from tests.mutants.rows.mutant import Mutant
+
+_STEP = "tests/functional_tests/test_order_of_streams.py::test_the_overlapped_step_waits_for_all_it_needs"
+_RUNS = "tests/functional_tests/test_overlapped_step.py::test_"
+_RUN = f"{_RUNS}weights_are_there_when_they_are_read"
+_HYBRID = "offload_engine.overlap.hybrid"
+_ARRIVALS = "offload_engine.overlap.arrivals"
+_CALLBACKS = "tests/unit_tests/training/test_callbacks.py::test_"
+
+
+def _overlapped(what: str, breaks: str, where: str, change: Change, test: str) -> Mutant:
+    return Mutant(f"overlapped step, {what}", breaks, f"megatron.bridge.{where}", change, (test,))
+
+
+OVERLAP = (
+    _overlapped(
+        "no wait of the worker for gradients",
+        "Adam steps on gradients that are not on the host yet",
+        f"{_HYBRID}:Crossing._step",
+        without_call("synchronize"),
+        f"{_STEP}[default]",
+    ),
+    _overlapped(
+        "no wait of the next backward pass for gradients' copies",
+        "gradients are overwritten while they are copied",
+        f"{_HYBRID}:OverlappedStep.step",
+        without_call("wait_for_stream"),
+        f"{_STEP}[default]",
+    ),
+    _overlapped(
+        "no wait of weights for their last use",
+        "weights are overwritten that the step before still reads",
+        f"{_HYBRID}:OverlappedStep.step",
+        without_call("start_after_current"),
+        f"{_STEP}[precision-aware]",
+    ),
+    _overlapped(
+        "no wait of copies for gradients",
+        "gradients are copied before they are there",
+        f"{_HYBRID}:OverlappedStep._send_gradients",
+        without_call("start_after_current"),
+        f"{_STEP}[default]",
+    ),
+    _overlapped(
+        "no wait of readers for the way back",
+        "weights are read that are still being copied",
+        f"{_HYBRID}:Crossing.arrive",
+        without_call("wait_for_event"),
+        f"{_STEP}[precision-aware]",
+    ),
+    _overlapped(
+        "no wait of readers for the worker",
+        "weights are read before they are stepped on",
+        f"{_HYBRID}:Crossing.arrive",
+        without_call("result"),
+        f"{_STEP}[precision-aware]",
+    ),
+    _overlapped(
+        "no wait of readers of state",
+        "state is read before it is stepped on",
+        f"{_HYBRID}:_ReadAfterTheStep.__get__",
+        without_call("finish"),
+        f"{_STEP}[default]",
+    ),
+    _overlapped(
+        "no wait of a layer",
+        "a layer computes with the weights of before the step",
+        f"{_ARRIVALS}:Arrivals.wait_for",
+        without_call("_arrive"),
+        f"{_RUN}[by layer]",
+    ),
+    _overlapped(
+        "no gather for a layer",
+        "a layer computes with other ranks' weights of before the step",
+        f"{_ARRIVALS}:Arrivals.wait_for",
+        without_call("start_param_sync"),
+        f"{_RUN}[in one gather]",
+    ),
+    _overlapped(
+        "no wait of a gather",
+        "weights are gathered before they are stepped on",
+        f"{_ARRIVALS}:Arrivals.wait_for_group",
+        without_call("_arrive"),
+        f"{_RUN}[in a gather for each bucket]",
+    ),
+    _overlapped(
+        "no rounding of what arrived",
+        "16-bit weights stay those of before the step",
+        f"{_ARRIVALS}:Arrivals._arrive",
+        without_call("copy_to_weights"),
+        f"{_RUN}[in one gather]",
+    ),
+    _overlapped(
+        "no rounding of what the device stepped on",
+        "16-bit weights of the part that stays never change",
+        f"{_ARRIVALS}:ShardsArriveLater._copy_main_params_to_model_params",
+        without_call("copy_to_weights"),
+        f"{_RUN}[by layer]",
+    ),
+    _overlapped(
+        "no wait at the end",
+        "the last step's weights are not there when a run ends",
+        "training.train:run_training",
+        without_call("wait_for_weights"),
+        f"{_RUN}[by layer]",
+    ),
+    _overlapped(
+        "no wait for callbacks",
+        "a callback reads weights of before the step",
+        "training.callbacks:CallbackManager.fire",
+        without_call("_wait"),
+        f"{_CALLBACKS}weights_are_awaited_before_callbacks_that_read_them",
+    ),
+    _overlapped(
+        "a lost error",
+        "a run continues although the host can't step",
+        "training.cpu_offload.overlapped_steps:check_overlapped_step",
+        without_call("raise_failures"),
+        f"{_RUNS}an_error_on_one_host_ends_all_ranks",
+    ),
+    _overlapped(
+        "no guard",
+        "a weight that is left behind goes unseen",
+        "training.cpu_offload.overlapped_steps:check_overlapped_step",
+        without_call("_check_weights"),
+        f"{_RUNS}a_weight_left_behind_ends_all_ranks",
+    ),
+)
