@@ -14,6 +14,7 @@ from tests.mutants.changes import (
 from tests.mutants.rows.mutant import Mutant
 
 _CELL = "tests/functional_tests/test_conversion_families.py::test_family_at_layout"
+_GRADIENTS = "tests/functional_tests/test_families_finetune.py::test_every_weight_gets_the_gradient_of_one_rank"
 _COMMAND = "tests/functional_tests/test_conversion_command.py::test_"
 
 
@@ -30,6 +31,20 @@ def _converted_wrongly(name: str, breaks: str, where: str, change: Change, test:
 _UNIT = "tests/unit_tests/models/conversion/test_"
 
 THE_CONVERSION = (
+    _converted_wrongly(
+        "gradients of experts where tensor-parallel sizes differ",
+        "ranks that hold the same experts train them apart, and ranks with parts of one add up other parts",
+        "weight_marks:_splits_experts_otherwise",
+        returning("False"),
+        f"{_GRADIENTS}[mixtral-layouts1]",
+    ),
+    _converted_wrongly(
+        "biases of experts without expert parallelism",
+        "torch refuses the backward pass",
+        "gpt_oss:GPTOSSModelProvider.provide",
+        without_call("leave_communication_to_dispatcher"),
+        f"{_GRADIENTS}[gpt_oss-layouts0]",
+    ),
     _converted_wrongly(
         "values trained with",
         "an export says what its model said before it was changed",

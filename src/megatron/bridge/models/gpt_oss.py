@@ -8,7 +8,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from megatron.core.models.gpt import GPTModel
+
 from megatron.bridge.models.activations import quick_gelu
+from megatron.bridge.models.biased_experts import leave_communication_to_dispatcher
 from megatron.bridge.models.conversion.expert_stacks import ExpertStack
 from megatron.bridge.models.conversion.mapping import split_rows
 from megatron.bridge.models.conversion.transformers_config import expect_value
@@ -65,6 +68,14 @@ class GPTOSSModelProvider(ExpertsModelProvider):
                 "which Core adds on each rank; set it to 1"
             )
         super().finalize()
+
+    def provide(
+        self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
+    ) -> GPTModel:
+        """Build one bare chunk. See `GPTModelProvider.provide`."""
+        model = super().provide(pre_process, post_process, vp_stage)
+        leave_communication_to_dispatcher(model)
+        return model
 
 
 def _provider_fields(hf: Mapping[str, Any]) -> dict[str, Any]:

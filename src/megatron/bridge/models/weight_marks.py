@@ -4,6 +4,7 @@
 import re
 
 from megatron.core import tensor_parallel
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
 _CUT_ALONG = {
@@ -22,6 +23,8 @@ def mark_weights(chunk: MegatronModule) -> None:
 
     - Core 0.16 marks as cut those weights alone that it initializes, and with `perform_initialization=False` it
       initializes none. No Core marks attention's sinks, of which each rank has those of its heads.
+    - Core sums the gradients of experts over the ranks that hold the same ones only with expert parallelism. Without,
+      it takes those of the other weights, which are others where tensor-parallel sizes of the two differ.
     - Core marks the output bias of an expert for the sum over tensor-parallel ranks that norms need with sequence
       parallelism. But these ranks have other experts, or other tokens of the same whose gradients are summed already.
     """
@@ -30,12 +33,19 @@ def mark_weights(chunk: MegatronModule) -> None:
         weight = getattr(module, "weight", None)
         if axis is not None and weight is not None:
             _mark_cut(weight, axis)
+    splits_experts_otherwise = _splits_experts_otherwise(chunk.config)
     for name, parameter in chunk.named_parameters():
+        if splits_experts_otherwise and ".experts." in name:
+            parameter.allreduce = False
         if name.endswith(_SINKS):
             _mark_cut(parameter, 0)
         elif _EXPERT_OUTPUT_BIAS.search(name):
             parameter.sequence_parallel = False
             _mark_cut(parameter, 0)
+
+
+def _splits_experts_otherwise(config: TransformerConfig) -> bool:
+    return bool(config.num_moe_experts) and config.expert_tensor_parallel_size != config.tensor_model_parallel_size
 
 
 def _mark_cut(weight: object, axis: int) -> None:

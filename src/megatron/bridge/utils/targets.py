@@ -44,7 +44,7 @@ _FUNCTIONS = frozenset(
     + [f"torch.nn.init.{name}" for name in _INITIALISERS]
     + [f"torch.{name}" for name in ("relu", "sigmoid", "tanh")]
     + [f"megatron.core.activations.{name}" for name in ("fast_gelu", "quick_gelu", "squared_relu")]
-    + ["megatron.bridge.models.activations.gelu_tanh"]
+    + ["megatron.bridge.models.activations.gelu_tanh", "megatron.bridge.models.activations.quick_gelu"]
     + ["megatron.core.fusions.fused_bias_geglu.quick_gelu", "megatron.core.utils.squared_relu"]
 )
 _FUNCTION_MODULES = ("megatron.bridge.models.layer_specs", "megatron.bridge.models.gpt_provider")
