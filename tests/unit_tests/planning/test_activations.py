@@ -3,6 +3,7 @@
 
 import dataclasses
 
+from megatron.bridge.models.gemma3 import Gemma3ModelProvider
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.models.mixtral import MixtralModelProvider
 from megatron.bridge.planning.activations import activation_bytes, layer_bytes_per_token, logit_bytes
@@ -25,6 +26,17 @@ def test_tensor_parallel_ranks_share_all_but_the_norms_and_with_sequence_paralle
     assert layer_bytes_per_token(halved, is_moe=False) == (8 + 24 / 2) * 64
     halved.sequence_parallel = True
     assert layer_bytes_per_token(halved, is_moe=False) == (34 - 2) * 64 / 2
+
+
+def test_gemmas_norms_behind_attention_and_mlp_and_norms_of_queries_and_keys_count():
+    shape = {"num_layers": 1, "hidden_size": 64, "ffn_hidden_size": 256, "num_attention_heads": 4}
+    gemma = Gemma3ModelProvider(**shape, num_query_groups=1, kv_channels=16, vocab_size=100)
+    assert gemma.qk_layernorm
+    assert layer_bytes_per_token(gemma, is_moe=False) == 12 * 64 + 2 * (64 + 32) + 2 * 64 + 2 * (64 + 16) + 6 * 256
+    qwen = dataclasses.replace(GPT, qk_layernorm=True, tensor_model_parallel_size=2)
+    plain = dataclasses.replace(GPT, tensor_model_parallel_size=2)
+    added = layer_bytes_per_token(qwen, is_moe=False) - layer_bytes_per_token(plain, is_moe=False)
+    assert added == 2 * (64 + 64) / 2
 
 
 def test_recomputation_keeps_the_inputs_of_layers_and_all_of_one_group():

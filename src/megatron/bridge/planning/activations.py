@@ -6,7 +6,10 @@ counts what each layer of a GPT keeps in 16 bits: 34 bytes a token and hidden ch
 same count for a gated MLP, grouped queries and no dropout, with fused attention, which keeps no scores ("selective"):
 
     norms and their outputs       8 H                      / TP with sequence parallelism
+    norms of what attention and
+    MLP give (Gemma 3)            4 H                      / TP with sequence parallelism
     attention                     2 (Q + 2 K) + 2 Q        / TP
+    norms of queries and keys     2 (Q + K)                / TP
     MLP                           2 F (gate) + 2 F (up) + 2 F (product)     / TP
 
 in bytes a token, with H the hidden size, Q and K the channels of all query heads and of all query groups, F the MLP's
@@ -15,6 +18,7 @@ width. For the paper's GPT (Q = K = H, F = 4 H, no gate: 4 F) this is its 34 H l
 
 from collections.abc import Sequence
 
+from megatron.bridge.models.gemma3 import Gemma3ModelProvider
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 
 BYTES_PER_LOGIT = 8
@@ -32,8 +36,10 @@ def layer_bytes_per_token(model: GPTModelProvider, *, is_moe: bool) -> float:
     groups = model.num_query_groups or model.num_attention_heads
     channels = model.kv_channels or model.hidden_size // model.num_attention_heads
     query, key = model.num_attention_heads * channels, groups * channels
-    norms = 8 * model.hidden_size / sequence
+    norms = (12 if isinstance(model, Gemma3ModelProvider) else 8) * model.hidden_size / sequence
     attention = (2 * (query + 2 * key) + 2 * query) / tp
+    if model.qk_layernorm:
+        attention += 2 * (query + key) / tp
     gates = 2 if model.gated_linear_unit else 1
     if not is_moe:
         return norms + attention + 2 * (gates + 1) * model.ffn_hidden_size / tp
