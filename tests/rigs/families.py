@@ -39,6 +39,17 @@ _BIASED = {
     "attention_bias": True,
 }
 _SANDWICH = {"num_hidden_layers": 4, "sliding_window": 7, "query_pre_attn_scalar": 20, "pad_token_id": None}
+_DELTA_NET = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 10,
+    "linear_conv_kernel_dim": 3,
+    "eos_token_id": None,
+}
+_QWEN_EXPERTS = {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24}
+_QWEN_VISION = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32}
+_LINEAR_FIRST = ["linear_attention", "linear_attention", "full_attention", "linear_attention"]
 MODELS = {
     "gemma3": TinyModel(
         "Gemma3ForCausalLM",
@@ -107,6 +118,47 @@ MODELS = {
         {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     ),
     "qwen3": TinyModel("Qwen3ForCausalLM", "query and key norms, one query group", {"num_key_value_heads": 1}),
+    "qwen3_next": TinyModel(
+        "Qwen3NextForCausalLM",
+        "Gated DeltaNet beside gated attention, experts beside a shared one, a layer with an MLP",
+        {
+            **_EXPERTS,
+            **_ODD,
+            **_DELTA_NET,
+            **_QWEN_EXPERTS,
+            "mlp_only_layers": [1],
+            "full_attention_interval": 2,
+        },
+    ),
+    "qwen3_5": TinyModel(
+        "Qwen3_5ForCausalLM",
+        "Gated DeltaNet beside gated attention, tied embeddings, one query group",
+        {**_DELTA_NET, **_TIED, "head_dim": 16, "num_key_value_heads": 1, "layer_types": _LINEAR_FIRST},
+    ),
+    "qwen3_5_images": TinyModel(
+        "Qwen3_5ForConditionalGeneration",
+        "the language model out of one that takes images",
+        {"text_config": {**SMALL, **_DELTA_NET, "full_attention_interval": 4}, "vision_config": _QWEN_VISION},
+    ),
+    "qwen3_5_moe_images": TinyModel(
+        "Qwen3_5MoeForConditionalGeneration",
+        "the language model out of one that takes images, experts",
+        {
+            "text_config": {**SMALL, **_EXPERTS, **_DELTA_NET, **_QWEN_EXPERTS, "full_attention_interval": 2},
+            "vision_config": _QWEN_VISION,
+        },
+    ),
+    "qwen3_5_moe": TinyModel(
+        "Qwen3_5MoeForCausalLM",
+        "Gated DeltaNet and experts beside a shared one in every layer",
+        {
+            **_EXPERTS,
+            **_ODD,
+            **_DELTA_NET,
+            **_QWEN_EXPERTS,
+            "layer_types": _LINEAR_FIRST,
+        },
+    ),
     "mixtral": TinyModel("MixtralForCausalLM", "experts", {**_EXPERTS, "num_local_experts": 4}),
     "qwen3_moe": TinyModel(
         "Qwen3MoeForCausalLM",

@@ -17,6 +17,9 @@ _DOORS = {
     "Qwen2ModelProvider": "megatron.bridge.models.qwen2",
     "Qwen3ModelProvider": "megatron.bridge.models.qwen3",
     "Qwen3MoEModelProvider": "megatron.bridge.models.qwen3_moe",
+    "Qwen3NextModelProvider": "megatron.bridge.models.qwen3_next",
+    "Qwen35ModelProvider": "megatron.bridge.models.qwen3_5",
+    "Qwen35MoEModelProvider": "megatron.bridge.models.qwen3_5_moe",
 }
 __all__ = list(_DOORS)
 

@@ -28,6 +28,11 @@ FAMILY_MODULES = {
     "Qwen2ForCausalLM": "megatron.bridge.models.qwen2",
     "Qwen3ForCausalLM": "megatron.bridge.models.qwen3",
     "Qwen3MoeForCausalLM": "megatron.bridge.models.qwen3_moe",
+    "Qwen3NextForCausalLM": "megatron.bridge.models.qwen3_next",
+    "Qwen3_5ForCausalLM": "megatron.bridge.models.qwen3_5",
+    "Qwen3_5ForConditionalGeneration": "megatron.bridge.models.qwen3_5",
+    "Qwen3_5MoeForCausalLM": "megatron.bridge.models.qwen3_5_moe",
+    "Qwen3_5MoeForConditionalGeneration": "megatron.bridge.models.qwen3_5_moe",
 }
 
 REFUSED_ARCHITECTURES = {

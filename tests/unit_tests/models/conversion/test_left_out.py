@@ -16,11 +16,19 @@ def test_layers_that_predict_further_tokens_are_named_once():
     line = say_what_is_left_out([LAST, FURTHER, "model.norm.weight"], MODEL, FAMILY)
     assert line.startswith("1 tensors of layers from model.layers.46 on")
     assert say_what_is_left_out([LAST, "model.norm.weight"], MODEL, FAMILY) is None
+    assert say_what_is_left_out([LAST, "mtp.fc.weight", "mtp.norm.weight"], MODEL, FAMILY).startswith(
+        "2 tensors of mtp"
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [(LAST, False), (FURTHER, True), ("model.layers.3.mlp.shared_experts.up_proj.weight", False)],
+    [
+        (LAST, False),
+        (FURTHER, True),
+        ("mtp.fc.weight", True),
+        ("model.layers.3.mlp.shared_experts.up_proj.weight", False),
+    ],
 )
 def test_may_be_ignored(name, expected):
     assert may_be_ignored(name, MODEL, FAMILY) is expected
@@ -29,4 +37,5 @@ def test_may_be_ignored(name, expected):
 def test_an_export_does_not_speak_of_them():
     content = {"num_nextn_predict_layers": 1, "num_hidden_layers": 46}
     assert config_of_export(content) == {"num_nextn_predict_layers": 0, "num_hidden_layers": 46}
+    assert config_of_export({"mtp_num_hidden_layers": 1}) == {"mtp_num_hidden_layers": 0}
     assert config_of_export({"num_hidden_layers": 46}) == {"num_hidden_layers": 46}

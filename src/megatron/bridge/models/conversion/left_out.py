@@ -14,7 +14,9 @@ from megatron.core.transformer import TransformerConfig
 from megatron.bridge.models.families import ModelFamily
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
-_FURTHER_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
+_APART = "mtp."
+"""Before the names of Qwen's."""
+_FURTHER_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 """Keys of `config.json` that count them, as published and as transformers 5.20 and later names them."""
 
 
@@ -34,9 +36,10 @@ def may_be_ignored(name: str, config: TransformerConfig, family: ModelFamily) ->
 
 
 def is_of_further_layer(name: str, config: TransformerConfig, family: ModelFamily) -> bool:
-    """Whether a tensor belongs to a layer after the last one."""
+    """Whether a tensor belongs to a layer after the last one, or stands apart as Qwen's."""
     layer = _LAYER.match(name)
-    return family.has_further_layers and layer is not None and int(layer[1]) >= config.num_layers
+    is_after = name.startswith(_APART) if layer is None else int(layer[1]) >= config.num_layers
+    return family.has_further_layers and is_after
 
 
 def is_of_no_shared_expert(name: str, config: TransformerConfig) -> bool:
@@ -50,11 +53,12 @@ def say_what_is_left_out(names: Iterable[str], config: TransformerConfig, family
     Args:
         names: The tensors' in the files; as above for the others.
     """
-    count = sum(is_of_further_layer(name, config, family) for name in names)
-    if not count:
+    found = [name for name in names if is_of_further_layer(name, config, family)]
+    if not found:
         return None
+    where = f"{_APART}*" if found[0].startswith(_APART) else f"layers from model.layers.{config.num_layers} on"
     return (
-        f"{count} tensors of layers from model.layers.{config.num_layers} on, which predict further tokens "
+        f"{len(found)} tensors of {where}, which predict further tokens "
         "(multi-token prediction), are left out: they are neither trained nor exported"
     )
 

@@ -4,9 +4,13 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from megatron.bridge.models.conversion.transformers_config import NEEDED_SIZES, config_class_of
+from megatron.bridge.models.conversion.transformers_config import absent_sizes, config_class_of
 
-TEXT_TOWERS = {"Gemma3ForConditionalGeneration": "Gemma3ForCausalLM"}
+TEXT_TOWERS = {
+    "Gemma3ForConditionalGeneration": "Gemma3ForCausalLM",
+    "Qwen3_5ForConditionalGeneration": "Qwen3_5ForCausalLM",
+    "Qwen3_5MoeForConditionalGeneration": "Qwen3_5MoeForCausalLM",
+}
 """The architecture of the language model by that of the whole."""
 
 _PREFIXES = {
@@ -14,6 +18,8 @@ _PREFIXES = {
     "model.language_model.": "model.",
     "language_model.lm_head.": "lm_head.",
 }
+_OF_BOTH = ("lm_head.", "mtp.")
+"""How names begin that stand outside the language model in files of the whole, and are the same in its own."""
 """How files name the language model's tensors, and how its own files would."""
 _OF_THE_WHOLE = (
     *("dtype", "torch_dtype", "quantization_config", "tie_word_embeddings", "transformers_version"),
@@ -47,7 +53,7 @@ def as_text_model(hf_config: dict[str, Any]) -> dict[str, Any]:
         )
     architecture = TEXT_TOWERS[whole]
     config_class = config_class_of(architecture, text)
-    absent = [key for key in NEEDED_SIZES if key not in text]  # published files leave out what the class's default says
+    absent = absent_sizes(text, config_class)  # published files leave out what the class's default says
     defaults = config_class() if absent else None
     return {
         **{key: getattr(defaults, key) for key in absent},
@@ -74,4 +80,5 @@ def text_names(stored: Iterable[str]) -> dict[str, str]:
         for prefix, own in _PREFIXES.items()
         if name.startswith(prefix)
     }
-    return found or {name: name for name in stored}
+    own = [name for name in stored if not found or name.startswith(_OF_BOTH)]
+    return {**found, **{name: name for name in own}}

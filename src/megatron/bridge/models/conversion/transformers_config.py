@@ -22,12 +22,9 @@ def as_read_by_transformers(hf_config: Mapping[str, Any], architecture: str) -> 
         ValueError: It lacks a size, or transformers doesn't read it: a value of a wrong type, sizes that contradict
             each other, …
     """
-    for key in NEEDED_SIZES:
-        if key not in hf_config:
-            raise ValueError(
-                f"config.json lacks {key!r}, which {architecture} needs: restore the file from another copy"
-            )
     config_class = config_class_of(architecture, hf_config)
+    for key in absent_sizes(hf_config, config_class):
+        raise ValueError(f"config.json lacks {key!r}, which {architecture} needs: restore the file from another copy")
     model_type = hf_config.get("model_type", config_class.model_type)
     if model_type != (config_class.model_type or model_type):
         raise ValueError(
@@ -47,6 +44,20 @@ def as_read_by_transformers(hf_config: Mapping[str, Any], architecture: str) -> 
             f"config.json: transformers' {config_class.__name__} refuses it ({reason}): correct that key"
         ) from error
     return {**read, **{key: hf_config[key] for key in _OF_THE_FILE if key in hf_config}}
+
+
+def absent_sizes(hf_config: Mapping[str, Any], config_class: Any) -> list[str]:
+    """The needed sizes that a Hugging Face configuration lacks. A model of experts alone needs no size of an MLP.
+
+    Args:
+        hf_config: Content of `config.json`.
+        config_class: From `config_class_of`.
+    """
+    absent = [key for key in NEEDED_SIZES if key not in hf_config]
+    if absent == ["intermediate_size"]:
+        has_mlp = hasattr(config_class(), "intermediate_size") or "moe_intermediate_size" not in hf_config
+        return absent if has_mlp else []
+    return absent
 
 
 def expect_value(hf: Mapping[str, Any], key: str, expected: Any) -> None:
