@@ -146,7 +146,7 @@ THE_WAITS = (
     _no_wait(
         "of the device for its gradients",
         "the device steps on gradients that are not cast yet",
-        "core_repairs.gradient_wait:_wait_for_the_casts",
+        "core_repairs.gradient_wait:_gradient_wait",
         expression("wait_for_stream(self._d2h_stream)", "None"),
         f"{_ORDER}[precision-aware-overlap]",
     ),

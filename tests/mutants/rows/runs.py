@@ -43,7 +43,7 @@ RUNS = (
     Mutant(
         name="a gradient of NaN is stepped on",
         breaks="all weights become NaN",
-        where="megatron.bridge.core_repairs.finite_gradients:_end_the_step_at_the_norm.EndTheStepAtTheNorm.get_grad_norm",
+        where="megatron.bridge.core_repairs.finite_gradients:_finite_gradient_norm.FiniteGradientNorm.get_grad_norm",
         change=condition("isfinite"),
         tests=(f"{_FINITE}a_gradient_that_is_not_a_number_ends_the_run_before_the_step[precision-aware]",),
     ),

@@ -23,10 +23,10 @@ from megatron.bridge.core_repairs.repair import (
 )
 
 
-def _step_fused(base: type) -> type:
+def _fused_adam_kernel(base: type) -> type:
     """Overrides of `DistributedOptimizer`."""
 
-    class StepFused(base):
+    class FusedAdamKernel(base):
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
             super().load_state_dict(state_dict)
             self._choose_the_fused_kernel()
@@ -49,7 +49,7 @@ def _step_fused(base: type) -> type:
                         if "step" in state and state["step"].device != param.device:
                             state["step"] = state["step"].to(param.device)
 
-    return StepFused
+    return FusedAdamKernel
 
 
 def _offload_alone_is_fused(distributed_optimizer: DistributedOptimizer) -> bool:
@@ -64,7 +64,7 @@ REPAIRS = (
         threads=(),
         core_versions="0.16.1 to 0.19.2",
         target=DistributedOptimizer,
-        subclass=_step_fused,
+        subclass=_fused_adam_kernel,
         is_needed=_offload_alone_is_fused,
     ),
 )

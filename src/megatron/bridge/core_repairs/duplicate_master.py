@@ -14,10 +14,10 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.bridge.core_repairs.repair import Repair, source_of
 
 
-def _save_the_shard_alone(base: type) -> type:
+def _single_master(base: type) -> type:
     """Overrides of `DistributedOptimizer`."""
 
-    class SaveTheShardAlone(base):
+    class SingleMaster(base):
         def _get_main_param_and_optimizer_states(self, model_param: Any) -> dict[str, Any]:
             tensors = super()._get_main_param_and_optimizer_states(model_param)
             tensors.pop("master_param", None)
@@ -26,7 +26,7 @@ def _save_the_shard_alone(base: type) -> type:
         def _set_main_param_and_optimizer_states(self, model_param: Any, tensors: dict[str, Any]) -> None:
             super()._set_main_param_and_optimizer_states(model_param, {**tensors, "master_param": tensors["param"]})
 
-    return SaveTheShardAlone
+    return SingleMaster
 
 
 def _saves_the_master_twice(optimizer: DistributedOptimizer) -> bool:
@@ -44,7 +44,7 @@ REPAIRS = (
         threads=(),
         core_versions="0.16.1 to 0.19.2",
         target=DistributedOptimizer,
-        subclass=_save_the_shard_alone,
+        subclass=_single_master,
         is_needed=_saves_the_master_twice,
     ),
 )

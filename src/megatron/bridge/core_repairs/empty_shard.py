@@ -14,10 +14,10 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.bridge.core_repairs.repair import Repair
 
 
-def _count_without_parameters(base: type) -> type:
+def _empty_shard_state(base: type) -> type:
     """Overrides of `DistributedOptimizer`."""
 
-    class CountWithoutParameters(base):
+    class EmptyShardState(base):
         def step_with_ready_grads(self) -> bool:
             is_stepped = super().step_with_ready_grads()
             count_step(self.optimizer)
@@ -33,7 +33,7 @@ def _count_without_parameters(base: type) -> type:
                 state_dict["grad_scaler"] = self.grad_scaler.state_dict()
             return state_dict
 
-    return CountWithoutParameters
+    return EmptyShardState
 
 
 def has_no_parameters(optimizer: torch.optim.Optimizer) -> bool:
@@ -54,7 +54,7 @@ REPAIRS = (
         threads=("NVIDIA/Megatron-LM #345",),
         core_versions="0.16.1 to 0.19.2",
         target=DistributedOptimizer,
-        subclass=_count_without_parameters,
+        subclass=_empty_shard_state,
         is_needed=lambda optimizer: has_no_parameters(optimizer.optimizer),
     ),
 )

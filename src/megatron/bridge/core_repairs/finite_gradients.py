@@ -20,20 +20,20 @@ class NonFiniteGradients(FloatingPointError):
         self.norm = norm
 
 
-def _end_the_step_at_the_norm(base: type) -> type:
+def _finite_gradient_norm(base: type) -> type:
     """Overrides of `ChainedOptimizer`. Its `step` computes the norm once all gradients are reduced, before any update.
 
     The norm is the same on every rank that steps, so all of them raise together.
     """
 
-    class EndTheStepAtTheNorm(base):
+    class FiniteGradientNorm(base):
         def get_grad_norm(self) -> float:
             norm = super().get_grad_norm()
             if not math.isfinite(norm):
                 raise NonFiniteGradients(float(norm))
             return norm
 
-    return EndTheStepAtTheNorm
+    return FiniteGradientNorm
 
 
 def _steps_whatever_the_norm(optimizer: ChainedOptimizer) -> bool:
@@ -48,7 +48,7 @@ REPAIRS = (
         threads=("epfLLM/Megatron-LLM PR 34", "inclusionAI/AReaL #136"),
         core_versions="0.16.1 to 0.19.2",
         target=ChainedOptimizer,
-        subclass=_end_the_step_at_the_norm,
+        subclass=_finite_gradient_norm,
         is_needed=_steps_whatever_the_norm,
     ),
 )

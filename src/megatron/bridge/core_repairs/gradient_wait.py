@@ -15,10 +15,10 @@ from megatron.bridge.core_repairs.repair import Repair, source_of
 from megatron.bridge.utils.device import wait_for_stream
 
 
-def _wait_for_the_casts(base: type) -> type:
+def _gradient_wait(base: type) -> type:
     """Overrides of `HybridDeviceOptimizer`."""
 
-    class WaitForTheCasts(base):
+    class GradientWait(base):
         def step(self, closure: Any = None) -> None:
             if self.gpu_optimizer is None:
                 return super().step(closure)
@@ -29,7 +29,7 @@ def _wait_for_the_casts(base: type) -> type:
             finally:
                 hook.remove()
 
-    return WaitForTheCasts
+    return GradientWait
 
 
 def _steps_without_waiting(optimizer: HybridDeviceOptimizer) -> bool:
@@ -48,7 +48,7 @@ REPAIRS = (
         threads=("NVIDIA/Megatron-LM PR 7449",),
         core_versions="0.16.1 to 0.19.2",
         target=HybridDeviceOptimizer,
-        subclass=_wait_for_the_casts,
+        subclass=_gradient_wait,
         is_needed=_steps_without_waiting,
     ),
 )

@@ -19,10 +19,10 @@ _MADE_LATER = frozenset(HybridDeviceOptimizer._init_sub_optimizers.__code__.co_n
 """Every name that Core's `_init_sub_optimizers` uses, and so every attribute that it sets."""
 
 
-def _copy_when_asked(base: type) -> type:
+def _lazy_host_copies(base: type) -> type:
     """Overrides of `HybridDeviceOptimizer`."""
 
-    class CopyWhenAsked(base):
+    class LazyHostCopies(base):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self._is_asked = False
             super().__init__(*args, **kwargs)
@@ -38,7 +38,7 @@ def _copy_when_asked(base: type) -> type:
             self._init_sub_optimizers()
             return getattr(self, name)
 
-    return CopyWhenAsked
+    return LazyHostCopies
 
 
 def _builds_twice(to_build: ToBuild) -> bool:
@@ -55,7 +55,7 @@ REPAIRS = (
         threads=(),
         core_versions="0.16.1 to 0.19.2",
         target=HybridDeviceOptimizer,
-        subclass=_copy_when_asked,
+        subclass=_lazy_host_copies,
         is_needed=_builds_twice,
         while_building=True,
     ),

@@ -50,26 +50,26 @@ def _allocate_momentum(optimizer: torch.optim.Optimizer, group: dict[str, Any]) 
             optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param.data)
 
 
-def _allocate_before_template(base: type) -> type:
+def _allocated_template(base: type) -> type:
     """Overrides of `DistributedOptimizer`."""
 
-    class AllocateBeforeTemplate(base):
+    class AllocatedTemplate(base):
         def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
             if not self.is_stub_optimizer:
                 allocate_state(self.optimizer)
             return super().sharded_state_dict(*args, **kwargs)
 
-    return AllocateBeforeTemplate
+    return AllocatedTemplate
 
 
-def _allocate_instead_of_step(base: type) -> type:
+def _allocating_dummy_step(base: type) -> type:
     """Overrides of `HybridDeviceOptimizer`."""
 
-    class AllocateInsteadOfStep(base):
+    class AllocatingDummyStep(base):
         def dummy_step(self) -> None:
             allocate_state(self)
 
-    return AllocateInsteadOfStep
+    return AllocatingDummyStep
 
 
 def _asserts_a_step(distributed_optimizer: DistributedOptimizer) -> bool:
@@ -89,7 +89,7 @@ REPAIRS = (
         threads=THREADS,
         core_versions="0.16.1 to 0.19.2",
         target=DistributedOptimizer,
-        subclass=_allocate_before_template,
+        subclass=_allocated_template,
         is_needed=_asserts_a_step,
     ),
     Repair(
@@ -98,7 +98,7 @@ REPAIRS = (
         threads=THREADS,
         core_versions="0.16.1 to 0.19.2",
         target=HybridDeviceOptimizer,
-        subclass=_allocate_instead_of_step,
+        subclass=_allocating_dummy_step,
         is_needed=_dummy_step_steps,
     ),
 )

@@ -10,10 +10,10 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.bridge.core_repairs.repair import Repair, source_of
 
 
-def _masters_where_they_are(base: type) -> type:
+def _master_lookup(base: type) -> type:
     """Overrides of `HybridDeviceOptimizer`."""
 
-    class MastersWhereTheyAre(base):
+    class MasterLookup(base):
         def _update_fp32_params_by_new_state(self) -> None:
             if not self.param_update_in_fp32:
                 return
@@ -24,7 +24,7 @@ def _masters_where_they_are(base: type) -> type:
                     master.data.copy_(state["master_param"])
                 state["master_param"] = master
 
-    return MastersWhereTheyAre
+    return MasterLookup
 
 
 def _looks_up_every_parameter(optimizer: HybridDeviceOptimizer) -> bool:
@@ -38,7 +38,7 @@ REPAIRS = (
         threads=("NovaSky-AI/SkyRL PR 1401", "NVIDIA/Megatron-LM PR 6124"),
         core_versions="0.16.1 to 0.19.2",
         target=HybridDeviceOptimizer,
-        subclass=_masters_where_they_are,
+        subclass=_master_lookup,
         is_needed=_looks_up_every_parameter,
     ),
 )

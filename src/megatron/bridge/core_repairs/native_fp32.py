@@ -19,10 +19,10 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.bridge.core_repairs.repair import Repair, ToBuild, source_of
 
 
-def _shards_outside_autograd(base: type) -> type:
+def _detached_fp32_shards(base: type) -> type:
     """Overrides of `DistributedOptimizer`."""
 
-    class ShardsOutsideAutograd(base):
+    class DetachedFp32Shards(base):
         @classmethod
         def _build_model_and_main_param_groups(
             cls, gbuf_ranges: Any, param_gbuf_map: Any, opt_group_ranges: Any, config: Any
@@ -34,7 +34,7 @@ def _shards_outside_autograd(base: type) -> type:
                 group[:] = [detached.get(shard, shard) for shard in group]
             return groups
 
-    return ShardsOutsideAutograd
+    return DetachedFp32Shards
 
 
 def _detached(shard: torch.Tensor) -> torch.Tensor:
@@ -49,10 +49,10 @@ def _views_are_in_the_graph(to_build: ToBuild) -> bool:
     return to_build.trains_fp32() and "shard_model_param = model_param.view(-1)" in source
 
 
-def _read_decoupled_gradients(base: type) -> type:
+def _decoupled_fp32_gradients(base: type) -> type:
     """Overrides of `HybridDeviceOptimizer`."""
 
-    class ReadDecoupledGradients(base):
+    class DecoupledFp32Gradients(base):
         def _set_sub_optimizer_grads(self) -> None:
             for param, inner in self.param_to_inner_param.items():
                 if inner is param and hasattr(param, "decoupled_grad"):
@@ -60,7 +60,7 @@ def _read_decoupled_gradients(base: type) -> type:
                     param.grad = None if grad is None else grad.to(param.dtype)
             super()._set_sub_optimizer_grads()
 
-    return ReadDecoupledGradients
+    return DecoupledFp32Gradients
 
 
 def _steps_on_fp32_weights_without_their_gradients(optimizer: HybridDeviceOptimizer) -> bool:
@@ -78,7 +78,7 @@ REPAIRS = (
         threads=("NVIDIA/Megatron-LM #6212", "NVIDIA/Megatron-LM PR 7013"),
         core_versions="0.16.1 to 0.19.2",
         target=DistributedOptimizer,
-        subclass=_shards_outside_autograd,
+        subclass=_detached_fp32_shards,
         is_needed=_views_are_in_the_graph,
         while_building=True,
     ),
@@ -88,7 +88,7 @@ REPAIRS = (
         threads=("NVIDIA/Megatron-LM PR 7449",),
         core_versions="0.16.1 to 0.19.2",
         target=HybridDeviceOptimizer,
-        subclass=_read_decoupled_gradients,
+        subclass=_decoupled_fp32_gradients,
         is_needed=_steps_on_fp32_weights_without_their_gradients,
     ),
 )

@@ -13,10 +13,10 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.bridge.core_repairs.repair import Repair, source_of
 
 
-def _keep_step_in_groups(base: type) -> type:
+def _step_in_param_groups(base: type) -> type:
     """Overrides of `HybridDeviceOptimizer`."""
 
-    class KeepStepInGroups(base):
+    class StepInParamGroups(base):
         def _sync_sub_optimizers_state_to_hdo(self) -> None:
             super()._sync_sub_optimizers_state_to_hdo()
             if self.gpu_optimizer is None:
@@ -40,7 +40,7 @@ def _keep_step_in_groups(base: type) -> type:
                 for state in self.gpu_optimizer.state.values():
                     state.pop("step", None)
 
-    return KeepStepInGroups
+    return StepInParamGroups
 
 
 def _counts_in_its_groups(optimizer: HybridDeviceOptimizer) -> bool:
@@ -63,7 +63,7 @@ REPAIRS = (
         threads=("NVIDIA/Megatron-LM PR 7449",),
         core_versions="0.16.1 to 0.19.2",
         target=HybridDeviceOptimizer,
-        subclass=_keep_step_in_groups,
+        subclass=_step_in_param_groups,
         is_needed=_counts_in_its_groups,
     ),
 )
