@@ -25,7 +25,7 @@ def test_a_reader_that_goes_away_ends_a_command_in_silence(argument, statuses):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-@pytest.mark.parametrize(("argument", "unbuffered"), [("--list", ""), ("--list", "1"), ("--help", "")])
+@pytest.mark.parametrize(("argument", "unbuffered"), [("--list", ""), ("--list", "1"), ("--help", ""), ("--help", "1")])
 def test_output_that_cannot_be_written_ends_a_command_with_one_line(argument, unbuffered):
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     command = [sys.executable, str(RECIPES), argument]

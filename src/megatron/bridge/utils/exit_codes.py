@@ -1,10 +1,11 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Exit codes of a rank besides 0 (done) and 1 (an error, in the last line of its traceback)."""
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn, TextIO, cast
 
 PREEMPTED = 75
 """A signal stopped the run after its checkpoint was saved: start it again (EX_TEMPFAIL of sysexits.h).
@@ -41,10 +42,13 @@ def exit_with(main: Callable[[], int | None]) -> NoReturn:
     """
     status: str | int | None
     try:
-        try:
-            status = main()
-        except SystemExit as ended:  # argparse's
-            status = ended.code
+        with _errors_of_writing(sys.stdout) as errors:
+            try:
+                status = main()
+            except SystemExit as ended:  # argparse's
+                status = ended.code
+        if errors:
+            raise errors[0]
         if sys.stdout is not None:  # `>&-` closed it
             sys.stdout.flush()
     except OSError:
@@ -57,6 +61,34 @@ def exit_with(main: Callable[[], int | None]) -> NoReturn:
             sys.stderr.write(f"standard output can't be written ({refusal.strerror}): send it elsewhere\n")
             status = 1
     raise SystemExit(status)
+
+
+@contextlib.contextmanager
+def _errors_of_writing(stdout: TextIO | None) -> Iterator[list[OSError]]:
+    """Note the errors of writing to standard output: argparse swallows those of its --help."""
+    errors: list[OSError] = []
+    if stdout is None:
+        yield errors
+        return
+    with contextlib.redirect_stdout(cast(TextIO, _NotingErrors(stdout, errors))):
+        yield errors
+
+
+class _NotingErrors:
+    """A stream that notes each OSError of a write before it raises it."""
+
+    def __init__(self, stream: TextIO, errors: list[OSError]) -> None:
+        self._stream, self._errors = stream, errors
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._errors.append(error)
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _refusal_of_output() -> OSError | None:
