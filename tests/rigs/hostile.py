@@ -43,7 +43,7 @@ DOUBLED = b"\x80\x02]q\x00" + b"".join(b"]q%c(h%ch%ce" % (n + 1, n, n) for n in 
 
 LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 60))
 MERGED = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n}\n  <<: [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 60))
-YAML_BOMBS = {"aliases": LAUGHS, "merges": MERGED, "a list that holds itself": "a: &a [*a]\n", "nesting": "[" * 1500}
+YAML_BOMBS = {"aliases": LAUGHS, "merges": MERGED, "a list that holds itself": "a: &a [*a]\n", "nesting": "[\n" * 3000}
 
 
 CODE = """
