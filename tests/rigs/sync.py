@@ -148,6 +148,7 @@ class Rig:
         from megatron.bridge.training.initialize import initialize_megatron
 
         self.directory, self.model = directory, model
+        self._pretrained: dict[str, torch.Tensor] = {}
         cfg = config(directory, model, offload={}, checkpoint={})
         self._groups = initialize_megatron(cfg)
         self.whole = self._build(cfg)
@@ -171,7 +172,15 @@ class Rig:
         return self._build(cfg)
 
     def load_weights(self, chunks: list[Any]) -> None:
-        model_checkpoint.load_model_weights(chunks, self.directory / "pretrained")
+        """The weights of the checkpoint, which is read once."""
+        if not self._pretrained:
+            model_checkpoint.load_model_weights(chunks, self.directory / "pretrained")
+            self._pretrained = weights_of(chunks)
+            return
+        with torch.no_grad():
+            for index, chunk in enumerate(chunks):
+                for name, param in chunk.named_parameters():
+                    param.copy_(self._pretrained[f"{index}.{name}"])
 
     def close(self) -> None:
         """Let models and groups go."""
