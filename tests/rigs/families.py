@@ -36,8 +36,15 @@ _BIASED = {
     "n_shared_experts": 2,
     "routed_scaling_factor": 1.7,
     "first_k_dense_replace": 1,
-    "attention_bias": True,
 }
+_LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+}
+_YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
 _SANDWICH = {"num_hidden_layers": 4, "sliding_window": 7, "query_pre_attn_scalar": 20, "pad_token_id": None}
 _DELTA_NET = {
     "linear_num_key_heads": 2,
@@ -83,10 +90,45 @@ MODELS = {
             "mm_tokens_per_image": 16,
         },
     ),
+    "deepseek_v2": TinyModel(
+        "DeepseekV2ForCausalLM",
+        "latent attention with whole queries, groups of experts ranked by their best one, YaRN",
+        {
+            **_LATENT,
+            **_BIASED,
+            "q_lora_rank": None,
+            "topk_method": "group_limited_greedy",
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 4,
+            "rope_parameters": {**_YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+        },
+    ),
+    "deepseek_v3": TinyModel(
+        "DeepseekV3ForCausalLM",
+        "latent attention, biased router, groups of experts ranked by their best two, YaRN that scales scores too",
+        {
+            **_LATENT,
+            **_BIASED,
+            **_ODD,
+            "q_lora_rank": 24,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "rms_norm_eps": 1e-2,
+            "rope_parameters": {**_YARN, "mscale": 0.9, "mscale_all_dim": 0.5},
+        },
+    ),
     "glm4_moe": TinyModel(
         "Glm4MoeForCausalLM",
         "half of each head turns, biased router with groups, two shared experts, a dense first layer",
-        {**_BIASED, **_ODD, "head_dim": 16, "n_routed_experts": 8, "num_experts_per_tok": 4, "use_qk_norm": True},
+        {
+            **_BIASED,
+            **_ODD,
+            "head_dim": 16,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 4,
+            "use_qk_norm": True,
+            "attention_bias": True,
+        },
     ),
     "gpt_oss": TinyModel(
         "GptOssForCausalLM",

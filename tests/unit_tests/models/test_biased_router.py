@@ -28,6 +28,7 @@ def test_fields():
         "moe_router_topk_scaling_factor": 1.7,
         "moe_router_num_groups": 4,
         "moe_router_group_topk": 2,
+        "moe_router_pre_softmax": False,
     }
 
 
@@ -51,7 +52,7 @@ def test_forms(changes, expected):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"topk_group": 1}, "topk_group=1 of n_group=4"),
+        ({"topk_group": 1}, "num_experts_per_tok=4 out of topk_group=1 of n_group=4"),
         ({"norm_topk_prob": False}, "norm_topk_prob=False"),
         ({"num_experts_per_tok": 1, "n_group": 1}, "norm_topk_prob=True"),
     ],

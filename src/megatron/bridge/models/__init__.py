@@ -6,6 +6,8 @@ from typing import Any
 
 _DOORS = {
     "AutoBridge": "megatron.bridge.models.conversion.auto_bridge",
+    "DeepSeekV2ModelProvider": "megatron.bridge.models.deepseek_v2",
+    "DeepSeekV3ModelProvider": "megatron.bridge.models.deepseek_v3",
     "GLM45ModelProvider": "megatron.bridge.models.glm4_moe",
     "GPTModelProvider": "megatron.bridge.models.gpt_provider",
     "Gemma3ModelProvider": "megatron.bridge.models.gemma3",

@@ -7,11 +7,12 @@ from typing import Any, Literal
 
 from megatron.bridge.models.conversion.mapping import WeightMapping, fused_gate_up, replicated, split_columns
 from megatron.bridge.models.conversion.transformers_config import expect_value
-from megatron.bridge.models.decoder import HF_LAYER, LAYER, ExpertsModelProvider
+from megatron.bridge.models.decoder import HF_LAYER, LAYER
+from megatron.bridge.models.group_routing import GroupedRouterModelProvider, group_fields
 
 
 @dataclass
-class BiasedRouterModelProvider(ExpertsModelProvider):
+class BiasedRouterModelProvider(GroupedRouterModelProvider):
     """Experts chosen by the sigmoid of the router's output and a bias, which balances their load without a loss."""
 
     moe_router_score_function: Literal["softmax", "sigmoid"] = "sigmoid"
@@ -54,21 +55,10 @@ def biased_router_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     fields = layered_expert_fields(hf)
     if fields["num_moe_experts"] is None:
         return fields
-    topk, groups, best = hf["num_experts_per_tok"], hf["n_group"], hf["topk_group"]
-    if groups > 1 and best < groups and topk // best != 2:
-        raise ValueError(
-            f"config.json: num_experts_per_tok={topk} with topk_group={best} of n_group={groups} is not supported for "
-            f"{hf['architectures']}: Core ranks groups by their best {topk // best} experts, transformers by their "
-            "best 2; need twice as many experts as groups"
-        )
     # Core's weights add up to 1 unless there is but one.
-    expect_value(hf, "norm_topk_prob", topk > 1)
-    grouped = groups > 1 and best < groups
-    return {
-        **fields,
-        "moe_router_num_groups": groups if grouped else None,
-        "moe_router_group_topk": best if grouped else None,
-    }
+    expect_value(hf, "norm_topk_prob", hf["num_experts_per_tok"] > 1)
+    # To a sigmoid it says nothing, but Core asks for it where a token takes one expert.
+    return {**fields, **group_fields(hf), "moe_router_pre_softmax": hf["num_experts_per_tok"] == 1}
 
 
 EXPERT_BIAS_MAPPING = replicated(f"{LAYER}mlp.router.expert_bias", f"{HF_LAYER}mlp.gate.e_score_correction_bias")

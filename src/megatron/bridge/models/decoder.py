@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch.nn.functional as F
 
+from megatron.bridge.models.conversion.fp8_blocks import block_size
 from megatron.bridge.models.conversion.hf_config import dtype_fields, vocabulary_fields
 from megatron.bridge.models.conversion.mapping import (
     WeightMapping,
@@ -66,7 +67,9 @@ def decoder_fields(hf: Mapping[str, Any], *, partial_rotary: bool = False) -> di
         ValueError: The configuration asks for what can't be expressed.
     """
     expect_value(hf, "hidden_act", "silu")
-    for key in ("quantization_config", "transformers_weights", "per_layer_config"):
+    if block_size(hf.get("quantization_config")) is None:
+        expect_value(hf, "quantization_config", None)
+    for key in ("transformers_weights", "per_layer_config"):
         expect_value(hf, key, None)
     heads = hf["num_attention_heads"]
     return {

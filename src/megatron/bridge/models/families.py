@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from megatron.bridge.models.gpt_provider import GPTModelProvider
 
 FAMILY_MODULES = {
+    "DeepseekV2ForCausalLM": "megatron.bridge.models.deepseek_v2",
+    "DeepseekV3ForCausalLM": "megatron.bridge.models.deepseek_v3",
     "Gemma3ForCausalLM": "megatron.bridge.models.gemma3",
     "Gemma3ForConditionalGeneration": "megatron.bridge.models.gemma3",
     "Glm4MoeForCausalLM": "megatron.bridge.models.glm4_moe",

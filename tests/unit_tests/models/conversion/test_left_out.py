@@ -39,3 +39,9 @@ def test_an_export_does_not_speak_of_them():
     assert config_of_export(content) == {"num_nextn_predict_layers": 0, "num_hidden_layers": 46}
     assert config_of_export({"mtp_num_hidden_layers": 1}) == {"mtp_num_hidden_layers": 0}
     assert config_of_export({"num_hidden_layers": 46}) == {"num_hidden_layers": 46}
+
+
+def test_a_model_with_code_of_its_own_is_exported_as_one_that_needs_none():
+    """Kimi-K2's configuration is DeepSeek-V3's under another name."""
+    content = {"model_type": "kimi_k2", "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}, "eps": 1}
+    assert config_of_export(content) == {"model_type": "deepseek_v3", "eps": 1}

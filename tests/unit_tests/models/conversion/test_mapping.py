@@ -11,6 +11,8 @@ from megatron.bridge.models.conversion.mapping import (
     replicated,
     shard,
     split_columns,
+    split_rows,
+    split_rows_or_whole,
     vocabulary,
 )
 
@@ -84,3 +86,11 @@ def test_expert_number_is_filled_in():
     assert mapping.is_expert and not replicated("decoder.layers.{layer}.mlp.router.weight", "gate").is_expert
     filled = mapping.at_layer(3, 12)
     assert (filled.megatron_name, filled.hf_names) == ("layers.3.mlp.experts.linear_fc2.weight12", ("3.12.down",))
+
+
+def test_a_weight_that_a_rank_holds_whole_is_not_split():
+    """As Transformer Engine's layers hold what projects down, and Core's own layers don't."""
+    mapping = split_rows_or_whole("down", "hf.down", rows=("rank", "turning"))
+    sizes = SimpleNamespace(rank=5, turning=3)
+    assert (mapping.as_held(sizes, 8).dim, mapping.as_held(sizes, 4).dim) == (None, 0)
+    assert split_rows("other", "hf.other").as_held(sizes, 8).dim == 0

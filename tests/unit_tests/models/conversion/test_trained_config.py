@@ -56,6 +56,11 @@ MSCALES = {"yarn_mscale": 0.9, "yarn_mscale_all_dim": 0.7, "yarn_correction_rang
 CHANGES = {
     "rotary base": ("llama", {"rotary_base": 500_000}),
     "rotary base of scaled positions": ("llama3", {"rotary_base": 7_000.0}),
+    "YaRN of latent attention": ("deepseek_v3", {"rotary_base": 7_000.0, "mscale": 1.5, "beta_fast": 16.0}),
+    "YaRN of latent attention that leaves scores": (
+        "deepseek_v2",
+        {"rotary_scaling_factor": 8.0, "mscale_all_dim": 0.0},
+    ),
     "part of a head that turns": ("glm4_moe", {"rotary_percent": 0.25}),
     "rotary base of a part": ("glm4_moe", {"rotary_base": 7_000.0, "moe_router_topk_scaling_factor": 2.0}),
     "linear scaling": ("llama", {"seq_len_interpolation_factor": 2.0}),

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from megatron.bridge.models.conversion.fp8_blocks import SCALE, block_size, dequantized, without_scales
 from megatron.bridge.models.conversion.text_tower import text_names
 from megatron.bridge.utils.files import is_below, use_umask
 
@@ -46,7 +47,15 @@ class HFWeights:
             ValueError: A file is damaged or half-written, a shard lacks a tensor that the index puts there, or two
                 shards hold the same one.
         """
-        return {name: self._stored_files[stored] for name, stored in self._stored_names.items()}
+        names = without_scales(self._stored_names) if self._fp8_block else self._stored_names
+        return {name: self._stored_files[self._stored_names[name]] for name in names}
+
+    @cached_property
+    def _fp8_block(self) -> tuple[int, int] | None:
+        """Rows and columns of a block of weights in FP8, as `config.json` says; None where weights are in none."""
+        path = self.directory / "config.json"
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return block_size(content.get("quantization_config"))
 
     @cached_property
     def _stored_names(self) -> dict[str, str]:
@@ -85,16 +94,26 @@ class HFWeights:
         return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
-        """The dtype of a tensor as safetensors names it: `BF16`, `F16`, `F32`, …"""
-        return self._slice(name).get_dtype()
+        """The dtype in which a tensor is read, as safetensors names it: `BF16`, `F16`, `F32`, …"""
+        return "BF16" if self._is_in_fp8(name) else self._slice(name).get_dtype()
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor on the host, a view of the mapped file: what of it is looked at is read."""
-        return self._open(self.files[name]).get_tensor(self._stored_names[name])
+        """A tensor on the host, a view of the mapped file: what of it is looked at is read. One in FP8 becomes bf16."""
+        tensor = self._stored(name)
+        if not self._is_in_fp8(name):
+            return tensor
+        return dequantized(tensor, self._stored(name + SCALE), block=self._fp8_block or (1, 1), name=name)
 
     def close(self, path: Path) -> None:
         """Give back what is mapped of a file, apart from tensors still in use; reading from it again opens it."""
         self._files.pop(path, None)
+
+    def _is_in_fp8(self, name: str) -> bool:
+        return self._fp8_block is not None and name + SCALE in self._stored_names
+
+    def _stored(self, name: str) -> torch.Tensor:
+        stored = self._stored_names[name]
+        return self._open(self._stored_files[stored]).get_tensor(stored)
 
     def _slice(self, name: str) -> Any:
         return self._open(self.files[name]).get_slice(self._stored_names[name])
@@ -121,7 +140,7 @@ def names_of_tensors(directory: Path) -> set[str] | None:
     index = directory / INDEX_FILE
     if any(directory.glob("*.safetensors")):
         return set(HFWeights(directory).files)
-    return set(_read_index(index)) if index.is_file() else None
+    return set(without_scales(_read_index(index))) if index.is_file() else None
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron.core.transformer import TransformerConfig
 
+from megatron.bridge.models.conversion.transformers_config import SAME_AS
 from megatron.bridge.models.families import ModelFamily
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -65,5 +66,11 @@ def say_what_is_left_out(names: Iterable[str], config: TransformerConfig, family
 
 def config_of_export(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     """A `config.json` that says no more than an export holds: no further layers, and weights that aren't quantised."""
-    kept = {key: value for key, value in hf_config.items() if key != "quantization_config"}
+    dropped = {"quantization_config"}
+    model_type = hf_config.get("model_type")
+    if model_type in SAME_AS:
+        dropped.add("auto_map")  # an export has no code
+    kept = {key: value for key, value in hf_config.items() if key not in dropped}
+    if model_type in SAME_AS:
+        kept["model_type"] = SAME_AS[model_type]
     return {key: 0 if key in _FURTHER_LAYERS and value else value for key, value in kept.items()}

@@ -8,7 +8,7 @@ serves both directions: import copies each slice into its place, export copies i
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class ModelSizes(Protocol):
@@ -47,6 +47,8 @@ class WeightMapping:
     layout: Layout
     dim: int | None
     """The axis that tensor parallelism splits; None: every rank holds the whole weight."""
+    rows: tuple[str, ...] = ()
+    """Of a weight that some layers split and others hold whole on every rank: sizes that add up to its rows."""
 
     @property
     def is_vocabulary(self) -> bool:
@@ -65,6 +67,11 @@ class WeightMapping:
             return name.replace("{layer}", str(layer)).replace("{expert}", str(expert))
 
         return replace(self, megatron_name=filled(self.megatron_name), hf_names=tuple(map(filled, self.hf_names)))
+
+    def as_held(self, sizes: Any, rows: int) -> "WeightMapping":
+        """The same mapping, not split where a rank holds all rows of a weight that needn't be."""
+        is_whole = bool(self.rows) and sum(getattr(sizes, name) for name in self.rows) == rows
+        return replace(self, dim=None) if is_whole else self
 
     def segments(self, sizes: ModelSizes, tensor_parallel_size: int, full_length: int) -> list[Segment]:
         """The segments of the whole weight, whose length along the split axis is `full_length`."""
@@ -106,6 +113,11 @@ def replicated(megatron_name: str, hf_name: str) -> WeightMapping:
 def split_rows(megatron_name: str, hf_name: str) -> WeightMapping:
     """A matrix, or a bias, whose output features are split (Core's column-parallel layers)."""
     return WeightMapping(megatron_name, (hf_name,), _one_tensor, dim=0)
+
+
+def split_rows_or_whole(megatron_name: str, hf_name: str, *, rows: tuple[str, ...]) -> WeightMapping:
+    """A matrix that Core's own layers split by rows, and that each rank holds whole in Transformer Engine's."""
+    return WeightMapping(megatron_name, (hf_name,), _one_tensor, dim=0, rows=rows)
 
 
 def split_columns(megatron_name: str, hf_name: str) -> WeightMapping:

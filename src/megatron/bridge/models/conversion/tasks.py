@@ -163,7 +163,7 @@ def local_tasks(chunks: Sequence[MegatronModule], family: ModelFamily) -> list[l
                 raise ValueError(
                     f"the model's weight {name!r} has no mapping to Hugging Face: add one to the family's table"
                 )
-            mapping = table[template].at_layer(layer, expert)
+            mapping = table[template].at_layer(layer, expert).as_held(config, len(parameter))
             place = WeightPlace(mapping, tuple(parameter.shape), parameter.dtype, dist.get_rank(), is_copy)
             owner, _, kind = name.rpartition(".")
             adapted_layer = chunk.get_submodule(owner) if kind == "weight" and owner in adapted else None

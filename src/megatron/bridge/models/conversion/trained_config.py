@@ -23,6 +23,15 @@ _YARN = (
     "yarn_mscale_all_dim",
     "yarn_correction_range_round_to_int",
 )
+_LATENT_YARN = (
+    "rotary_scaling_factor",
+    "original_max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+)
+"""Core's names in latent attention."""
 _ROTARY = (
     "rotary_base",
     "rotary_percent",
@@ -30,12 +39,15 @@ _ROTARY = (
     "rope_scaling",
     *_SCALING,
     *_YARN,
+    "rope_type",
+    *_LATENT_YARN,
     "seq_len_interpolation_factor",
 )
 
 COMPUTED_WITH = (
     *_ROTARY,
     "rotary_base_local",
+    "latent_layernorm_epsilon",
     "rotary_interleaved",
     "no_rope_freq",
     "window_size",
@@ -52,6 +64,7 @@ COMPUTED_WITH = (
     "moe_router_topk_scaling_factor",
     "moe_router_num_groups",
     "moe_router_group_topk",
+    "moe_router_group_best",
     "moe_router_enable_expert_bias",
 )
 """The fields, beside sizes, that the logits of a model depend on."""
@@ -73,6 +86,8 @@ def changed_in_training(hf_config: Mapping[str, Any], trained: GPTModelProvider)
         names = [name for name in names if name not in _SCALING]
     if "yarn" not in (written.position_embedding_type, getattr(trained, "position_embedding_type", None)):
         names = [name for name in names if name not in _YARN]
+    if "yarn" not in (getattr(written, "rope_type", None), getattr(trained, "rope_type", None)):
+        names = [name for name in names if name not in _LATENT_YARN]
     pairs = {name: (_comparable(written, name), _comparable(trained, name)) for name in names}
     return {name: (before, after) for name, (before, after) in pairs.items() if before != after}
 
@@ -136,6 +151,8 @@ def _set_rotary(config: dict[str, Any], trained: GPTModelProvider) -> None:
         scaling = {"rope_type": "llama3", **{name: getattr(trained, f"rope_scaling_{name}") for name in _LLAMA3}}
     elif trained.position_embedding_type == "yarn":
         scaling = _yarn_parameters(trained)
+    elif getattr(trained, "rope_type", None) == "yarn":
+        scaling = _latent_yarn_parameters(trained)
     elif trained.seq_len_interpolation_factor is not None:
         scaling = {"rope_type": "linear", "factor": trained.seq_len_interpolation_factor}
     else:
@@ -169,6 +186,20 @@ def _yarn_parameters(trained: GPTModelProvider) -> dict[str, Any]:
     return parameters
 
 
+def _latent_yarn_parameters(trained: Any) -> dict[str, Any]:
+    """YaRN's settings of latent attention as transformers names them."""
+    factor, mscale, all_dim = trained.rotary_scaling_factor, trained.mscale, trained.mscale_all_dim
+    names = ("original_max_position_embeddings", "beta_fast", "beta_slow")
+    return {
+        "rope_type": "yarn",
+        "factor": factor,
+        **{name: getattr(trained, name) for name in names},
+        "truncate": trained.yarn_correction_range_round_to_int,
+        "mscale_all_dim": all_dim,
+        **({"mscale": mscale} if all_dim else {"attention_factor": yarn_attention_factor(factor, mscale, all_dim)}),
+    }
+
+
 def _check_reads_back(config: Mapping[str, Any], trained: GPTModelProvider) -> None:
     try:
         remaining = changed_in_training(config, trained)
@@ -184,6 +215,8 @@ def _check_reads_back(config: Mapping[str, Any], trained: GPTModelProvider) -> N
 
 def _comparable(provider: GPTModelProvider, name: str) -> Any:
     value = getattr(provider, name)
-    if name == "yarn_mscale" and value is not None:  # from an attention_factor, and so to the last digit only
+    if (
+        name in ("yarn_mscale", "mscale") and value is not None
+    ):  # from an attention_factor, and so to the last digit only
         return round(value, 9)
     return tuple(value) if isinstance(value, list) else value

@@ -7,6 +7,8 @@ from typing import Any
 
 NEEDED_SIZES = ("num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
 """Keys that a file must have. The default in transformers' class is only the size of one model of the family."""
+SAME_AS = {"kimi_k2": "deepseek_v3"}
+"""Model types with code of their own that reads what transformers reads, by the type that it is to transformers."""
 _OF_THE_FILE = ("dtype", "torch_dtype", "quantization_config")
 """Keys about the weights' files instead of the model. They are kept unchanged."""
 
@@ -26,6 +28,7 @@ def as_read_by_transformers(hf_config: Mapping[str, Any], architecture: str) -> 
     for key in absent_sizes(hf_config, config_class):
         raise ValueError(f"config.json lacks {key!r}, which {architecture} needs: restore the file from another copy")
     model_type = hf_config.get("model_type", config_class.model_type)
+    model_type = SAME_AS.get(model_type, model_type)
     if model_type != (config_class.model_type or model_type):
         raise ValueError(
             f"config.json: model_type={model_type!r}, and architectures names {architecture}, whose model_type is "
