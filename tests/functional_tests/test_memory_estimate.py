@@ -6,6 +6,7 @@ import gc
 import pytest
 import torch
 
+from megatron.bridge.offload_engine.overlap.connect import settle
 from megatron.bridge.planning.memory import plan_memory
 from megatron.bridge.planning.theoretical_memory import (
     estimate_here,
@@ -35,7 +36,9 @@ CASES = {
     "nothing offloaded": _offload(0.0),
     "half": _offload(0.5),
     "all": _offload(1.0),
-    "half, precision-aware": _offload(0.5, use_precision_aware_optimizer=True),
+    "half, precision-aware, overlapped": _offload(
+        0.5, use_precision_aware_optimizer=True, overlap_cpu_optimizer_d2h_h2d=True, overlap_cpu_optimizer_step=True
+    ),
     "all, precision-aware": _offload(1.0, use_precision_aware_optimizer=True),
     "gradients in 16 bits": {"ddp": {"grad_reduce_in_fp32": False}, "bf16_gradients": True},
     "not distributed": {"optimizer": {"use_distributed_optimizer": False}, "ddp": {"use_distributed_optimizer": False}},
@@ -84,6 +87,7 @@ def _held_after_a_step(case):
                 param.main_grad.fill_(1e-3)
         chunk.finish_grad_sync()
     optimizer.step()
+    settle(optimizer)
     gc.collect()
     held = {}
     for tensor in _tensors():

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """The mutants of the overlapped step: waits left out, errors lost."""
 
-from tests.mutants.changes import Change, without_call
+from tests.mutants.changes import Change, value, without_call
 from tests.mutants.rows.mutant import Mutant
 
 _STEP = "tests/functional_tests/test_order_of_streams.py::test_the_overlapped_step_waits_for_all_it_needs"
@@ -9,6 +9,7 @@ _RUNS = "tests/functional_tests/test_overlapped_step.py::test_"
 _RUN = f"{_RUNS}weights_are_there_when_they_are_read"
 _HYBRID = "offload_engine.overlap.hybrid"
 _ARRIVALS = "offload_engine.overlap.arrivals"
+_SENT = "tests/unit_tests/offload_engine/overlap/test_hybrid.py::test_"
 _CALLBACKS = "tests/unit_tests/training/test_callbacks.py::test_"
 
 
@@ -30,13 +31,6 @@ OVERLAP = (
         f"{_HYBRID}:OverlappedStep.step",
         without_call("wait_for_stream"),
         f"{_STEP}[default]",
-    ),
-    _overlapped(
-        "no wait of weights for their last use",
-        "weights are overwritten that the step before still reads",
-        f"{_HYBRID}:OverlappedStep.step",
-        without_call("start_after_current"),
-        f"{_STEP}[precision-aware]",
     ),
     _overlapped(
         "no wait of copies for gradients",
@@ -65,6 +59,13 @@ OVERLAP = (
         f"{_HYBRID}:_ReadAfterTheStep.__get__",
         without_call("finish"),
         f"{_STEP}[default]",
+    ),
+    _overlapped(
+        "masters in 32 bits",
+        "twice as many bytes cross, by way of pageable memory",
+        f"{_HYBRID}:Crossing.__init__",
+        value("rounds_on_the_host", "False"),
+        f"{_SENT}masters_cross_in_16_bits_rounded_as_the_device_does",
     ),
     _overlapped(
         "no wait of a layer",

@@ -14,45 +14,54 @@ import torch
 from megatron.bridge.utils import device
 
 ALIGNMENT = 64
-"""Alignment of each tensor, in FP32 elements: a multiple of every vector length that a CPU kernel uses."""
+"""Alignment of each tensor, in elements: a multiple of every vector length that a CPU kernel uses."""
 
 
 class Slab:
-    """FP32 tensors in one allocation of host memory, zero at first.
+    """Tensors of one dtype in one allocation of host memory, zero at first.
 
     Each tensor has a storage of its own size, although its neighbours share the allocation. Core's and torch's writers
     clone or pickle a tensor together with its storage. With one storage for all they would write the whole slab for
     each tensor.
     """
 
-    def __init__(self, shapes: Sequence[torch.Size], *, alignment: int = ALIGNMENT, pinned: bool = False) -> None:
+    def __init__(
+        self,
+        shapes: Sequence[torch.Size],
+        *,
+        alignment: int = ALIGNMENT,
+        pinned: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         """Allocate the memory.
 
         Args:
             shapes: Shapes of the tensors, in memory order.
             alignment: Alignment of each tensor, in elements.
             pinned: Lock the pages, if there is a real device.
+            dtype: Of the tensors.
         """
+        self.dtype = dtype
         self.sizes = [math.prod(shape) for shape in shapes]
         self._places = [0]
         for size in self.sizes:
             self._places.append(self._places[-1] + -(-size // alignment) * alignment)
         self._pages: _Pages | None = None
         if torch.empty(0, device="cpu").is_meta:  # a run is being planned: shapes are enough
-            self.tensors = [torch.empty(shape, device="cpu") for shape in shapes]
+            self.tensors = [torch.empty(shape, device="cpu", dtype=dtype) for shape in shapes]
             return
-        self._pages = _Pages(4 * max(self._places[-1], 1), pinned=pinned)
+        self._pages = _Pages(dtype.itemsize * max(self._places[-1], 1), pinned=pinned)
         self.tensors = [self.run(at, at + 1).view(shape) for at, shape in enumerate(shapes)]
 
     def run(self, start: int, stop: int) -> torch.Tensor:
-        """Tensors `start` to `stop` as one flat FP32 tensor that shares their memory.
+        """Tensors `start` to `stop` as one flat tensor that shares their memory.
 
         All but the last must be a multiple of the alignment in size, so that there is no gap between them.
         """
         size = self._places[stop - 1] + self.sizes[stop - 1] - self._places[start] if stop > start else 0
         if size == 0:
-            return torch.empty(0, device="cpu")
-        return device.host_tensor(self._pages, self._places[start], size)
+            return torch.empty(0, device="cpu", dtype=self.dtype)
+        return device.host_tensor(self._pages, self._places[start], size, dtype=self.dtype)
 
 
 class _Pages(mmap.mmap):

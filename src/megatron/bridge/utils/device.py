@@ -178,15 +178,16 @@ def bypass_simulation() -> contextlib.AbstractContextManager:
     return torch._C.DisableTorchFunction()
 
 
-def host_tensor(memory: Any, place: int, size: int) -> torch.Tensor:
-    """A flat FP32 tensor in existing host memory, with a storage of exactly its size. It keeps the memory alive.
+def host_tensor(memory: Any, place: int, size: int, *, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A flat tensor in existing host memory, with a storage of exactly its size. It keeps the memory alive.
 
     Args:
         memory: Anything with Python's buffer protocol.
         place: The first element, counted in elements.
         size: In elements; not 0.
+        dtype: Of the elements.
     """
-    tensor = torch.frombuffer(memory, dtype=torch.float32, offset=4 * place, count=size)
+    tensor = torch.frombuffer(memory, dtype=dtype, offset=dtype.itemsize * place, count=size)
     return simulated_accelerator.on_host(tensor) if is_simulated() else tensor
 
 

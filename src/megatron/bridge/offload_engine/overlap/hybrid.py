@@ -12,7 +12,7 @@ The buckets come in the order in which the next forward pass needs their weights
   the step may overwrite them or reuse their memory;
 * the worker waits for a bucket's event on d2h before it steps, and with that for the bucket's masters of the step
   before: they were on the device before that step's weights were read;
-* h2d waits for the current stream as it was before the step, so that nothing still reads what it overwrites;
+* h2d waits for nothing: the worker's wait covers all that still read the weights when the step began;
 * whoever reads a bucket's weights waits for the worker, and lets its stream wait for the bucket's event on h2d.
 """
 
@@ -31,6 +31,8 @@ class Crossing:
 
     def __init__(self, optimizer: FlatAdam, gradients_are_there: Any) -> None:
         self.params = [param for bucket in optimizer.buckets for param in bucket.params]
+        for bucket in optimizer.buckets:
+            bucket.rounds_on_the_host = True  # torch would round into pageable memory first, and wait for its copy
         self._optimizer, self._gradients_are_there = optimizer, gradients_are_there
         self._weights_are_there: Any = None
         self._task: Task | None = None
@@ -113,7 +115,6 @@ class OverlappedStep(BucketedStep):
         self.finish()
         self._sync_hdo_param_groups_to_sub_optimizers()
         self._set_sub_optimizer_grads()
-        device.start_after_current(self._h2d_stream)
         if self.gpu_optimizer is not None:
             self.gpu_optimizer.step()
         crossings = tuple(
@@ -123,6 +124,12 @@ class OverlappedStep(BucketedStep):
             crossing.start(self.worker, self._h2d_stream)
         self.crossings = crossings
         device.wait_for_stream(self._d2h_stream)
+
+    @property
+    def num_rounded_bytes(self) -> int:
+        """Host memory in which masters are rounded before they cross, from the first step on."""
+        params = (param for optimizer in self.cpu_optimizers for bucket in optimizer.buckets for param in bucket.params)
+        return sum(param.numel() * param.element_size() for param in params if param.dtype != torch.float32)
 
     def _in_order(self) -> list[FlatAdam]:
         """The optimizers on the host, by the first of their parameters that the forward pass needs."""

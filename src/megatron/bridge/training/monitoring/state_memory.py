@@ -11,6 +11,7 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.utils import unwrap_model
 
+from megatron.bridge.offload_engine.overlap.hybrid import OverlappedStep
 from megatron.bridge.offload_engine.streamed_step import StreamedStep
 from megatron.bridge.utils.device import is_on_device
 
@@ -31,6 +32,7 @@ class StateBytes:
     moments: int
     """The optimizer's own state on the device, and the buffers of a streamed one."""
     host_masters: int
+    """FP32 weights on the host, and what an overlapped step rounds them into."""
     host_moments: int
     host_gradients: int
     num_parameters: int
@@ -54,7 +56,7 @@ def count_state(model: list[Any], optimizer: Any, *, kind: str = "adam") -> Stat
     weights = _Storages([*params, *(buffer for chunk in model for buffer in unwrap_model(chunk).buffers())])
     gradients = _Storages(_gradient_buffers(model))
     masters = _Storages((), known=weights)
-    host = dict.fromkeys(("moments", "gradients"), 0)
+    host = dict.fromkeys(("moments", "gradients", "rounded"), 0)
     device = dict.fromkeys(("moments", "gradients"), 0)
     for torch_optimizer in _torch_optimizers(optimizer):
         outer = [param for group in torch_optimizer.param_groups for param in group["params"]]
@@ -66,6 +68,8 @@ def count_state(model: list[Any], optimizer: Any, *, kind: str = "adam") -> Stat
         if isinstance(torch_optimizer, StreamedStep) and torch_optimizer.pipeline is not None:
             device["moments"] += torch_optimizer.pipeline.buffer_bytes
             streamed = {id(master) for bucket in torch_optimizer.streamed_buckets for master in bucket.masters}
+        if isinstance(torch_optimizer, OverlappedStep):
+            host["rounded"] += torch_optimizer.num_rounded_bytes
         for param in stepped_on:
             side = device if is_on_device(param) else host
             side["moments"] += MOMENTS[kind] * param.numel() * param.element_size()
@@ -78,7 +82,7 @@ def count_state(model: list[Any], optimizer: Any, *, kind: str = "adam") -> Stat
         gradients=gradients.num_bytes(on_device=True) + device["gradients"],
         masters=masters.num_bytes(on_device=True),
         moments=device["moments"],
-        host_masters=masters.num_bytes(on_device=False),
+        host_masters=masters.num_bytes(on_device=False) + host["rounded"],
         host_moments=host["moments"],
         host_gradients=host["gradients"],
         num_parameters=sum(param.numel() for param in params),
