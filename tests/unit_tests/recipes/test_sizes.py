@@ -24,6 +24,8 @@ PUBLISHED_PARAMETERS = {
     "gemma3_4b": 3_880_263_168,
     "gemma3_12b": 11_766_034_176,
     "gemma3_27b": 27_009_346_304,
+    "gpt_oss_20b": 20_914_757_184,
+    "gpt_oss_120b": 116_829_156_672,
     "llama32_1b": 1_235_814_400,
     "llama32_3b": 3_212_749_824,
     "llama3_8b": 8_030_261_248,
@@ -100,6 +102,18 @@ def _gemma3(layers: int, hidden: int, ffn: int, heads: int = 8, groups: int = 4,
     return transformers.Gemma3TextConfig, (layers, hidden, ffn, heads), fields
 
 
+def _gpt_oss(layers: int, *, experts: int) -> Any:
+    rope = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
+    scaling = {**rope, "original_max_position_embeddings": 4096}
+    fields = {
+        "num_local_experts": experts,
+        "rope_theta": 150000,
+        "rope_scaling": scaling,
+        "router_aux_loss_coef": 0.001,
+    }
+    return transformers.GptOssConfig, (layers, 2880, 2880, 64), fields
+
+
 _GEMMA_IMAGES = {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
 
 PUBLISHED_CONFIGS = {
@@ -107,6 +121,8 @@ PUBLISHED_CONFIGS = {
     "gemma3_4b": _gemma3(34, 2560, 10240, **_GEMMA_IMAGES),
     "gemma3_12b": _gemma3(48, 3840, 15360, 16, 8, **_GEMMA_IMAGES),
     "gemma3_27b": _gemma3(62, 5376, 21504, 32, 16, head_dim=128, query_pre_attn_scalar=168, **_GEMMA_IMAGES),
+    "gpt_oss_20b": _gpt_oss(24, experts=32),
+    "gpt_oss_120b": _gpt_oss(36, experts=128),
     "llama32_1b": _llama(16, 2048, 8192, 32, head_dim=64, rope_scaling=_stretched(32.0), tie_word_embeddings=True),
     "llama32_3b": _llama(28, 3072, 8192, 24, head_dim=128, rope_scaling=_stretched(32.0), tie_word_embeddings=True),
     "llama3_8b": _llama(32, 4096, 14336, 32),

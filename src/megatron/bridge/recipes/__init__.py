@@ -8,7 +8,7 @@ import functools
 import importlib
 from typing import Any
 
-FAMILIES = ("gemma3", "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "smollm2")
+FAMILIES = ("gemma3", "gpt_oss", "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "smollm2")
 """Modules of this package with a `FAMILY` and its `RECIPES`, by name."""
 
 OTHERS = ("gpt.vanilla_gpt",)

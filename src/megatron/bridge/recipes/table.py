@@ -36,13 +36,14 @@ class Layout:
     ep: int = 1
     """Ranks that share the experts."""
     etp: int | None = None
-    """Ranks that share each expert's matrices; None: as many as share the others."""
+    """Ranks that share each expert's matrices; None: as the provider says, which is mostly TP."""
     counts_embeddings: bool = False
     """Whether embedding and output layer count as a layer each when layers are dealt to stages."""
 
     def fields(self) -> dict[str, Any]:
         """The provider's fields."""
-        fields: dict[str, Any] = {name: getattr(self, axis) for axis, name in _FIELDS.items()}
+        sizes = {name: getattr(self, axis) for axis, name in _FIELDS.items()}
+        fields: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
         fields["sequence_parallel"] = self.tp > 1
         if self.counts_embeddings:
             fields["account_for_embedding_in_pipeline_split"] = True

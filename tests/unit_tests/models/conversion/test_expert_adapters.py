@@ -26,6 +26,12 @@ def test_what_peft_would_leave_out_is_refused(name, message):
         complete_experts({LAYER + name: torch.ones(2, 8)}, family, CONFIG, rank=2)
 
 
+def test_an_adapter_of_one_expert_has_no_place_beside_a_tensor_of_all():
+    family = family_of({"architectures": ["GptOssForCausalLM"]})
+    with pytest.raises(ValueError, match=r"experts\.1\.up_proj is an expert's, .* one tensor for all experts"):
+        complete_experts({f"{LAYER}experts.1.up_proj.lora_A.weight": torch.ones(2, 8)}, family, CONFIG, rank=2)
+
+
 def test_zeros_stand_for_the_matrices_without_an_adapter():
     family = family_of({"architectures": ["Qwen3MoeForCausalLM"]})
     given = {f"{LAYER}experts.1.down_proj.lora_{side}.weight": torch.ones(2, 6) for side in "AB"}

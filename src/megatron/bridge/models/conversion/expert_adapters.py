@@ -34,6 +34,7 @@ def complete_experts(
     """
     if config.num_moe_experts is None:
         return dict(tensors)
+    _check_experts_are_modules(tensors, family)
     rows = _rows_of_experts(family)
     _check_peft_has_a_place(tensors, {_leaf(name) for row in rows for name in row.hf_names})
     layers = {int(found[1]): name for name in tensors if (found := _EXPERT.search(name))}
@@ -74,6 +75,17 @@ def _of_rank(rank: int, name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 def _rows_of_experts(family: ModelFamily) -> list[WeightMapping]:
     return [row for row in family.mappings if row.is_expert and "local_experts" in row.megatron_name]
+
+
+def _check_experts_are_modules(tensors: Mapping[str, torch.Tensor], family: ModelFamily) -> None:
+    for name in tensors:
+        if family.expert_stacks and _is_expert(name):
+            raise ValueError(
+                f"{name.split('.lora_')[0]} is an expert's, and files of this family have one tensor for all experts "
+                "of a layer, beside which peft has no place for that of one: merge the adapters into the weights "
+                "(python -m megatron.bridge.convert export), or train those of attention alone "
+                "(peft.target_modules=[linear_qkv,linear_proj])"
+            )
 
 
 def _check_peft_has_a_place(tensors: Mapping[str, torch.Tensor], matrices: set[str]) -> None:
