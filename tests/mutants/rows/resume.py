@@ -250,6 +250,13 @@ THE_RESUME = (
         "tests/unit_tests/training/config/test_config.py::test_the_override_provider_gives_cores_usual_overrides",
     ),
     _not_restored(
+        "rates that alone tell groups apart",
+        "a provider's groups all resume with the last one's rate, on Core 0.16.1",
+        "training.run_state.schedule:load_optimizer",
+        without_call("_tell_groups_apart"),
+        "tests/unit_tests/training/run_state/test_schedule.py::test_groups_that_only_their_rates_tell_apart_keep_them",
+    ),
+    _not_restored(
         "learning rates that are others than the checkpoint's",
         "LoRA+ that is switched on at a resume fails with Core's KeyError",
         "training.run_state.schedule:load_optimizer",

@@ -50,7 +50,9 @@ def load_optimizer(
     saved_rates = _rates(saved_groups)
     _check_rates_of_single_parameters(saved_groups, optimizer.param_groups, scheduler, path)
     _set_rates(saved_groups, _rates(optimizer.param_groups))
+    own_groups = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)
+    _tell_groups_apart(optimizer.param_groups, own_groups)
     if scheduler is None:
         return
     if scheduler.use_checkpoint_opt_param_scheduler:
@@ -133,6 +135,19 @@ def _rates(groups: list[ParamGroup]) -> dict[tuple, dict[str, float]]:
         if rates.setdefault(_identity(group), own) != own:
             ambiguous.add(_identity(group))
     return {identity: own for identity, own in rates.items() if identity not in ambiguous}
+
+
+def _tell_groups_apart(loaded: list[ParamGroup], own: list[ParamGroup]) -> None:
+    """Give groups that differ only in their rates their own again: up to 0.16.1 Core loads the last of them into each.
+
+    Args:
+        loaded: The optimizer's groups after the load.
+        own: The same groups before it, in the same order.
+    """
+    clear = _rates(own).keys()
+    for group, before in zip(loaded, own, strict=True):
+        if _identity(before) not in clear:
+            group.update({key: before[key] for key in (*GROUP_KEYS, "default_config") if key in before})
 
 
 def _set_rates(groups: list[ParamGroup], rates: dict[tuple, dict[str, float]]) -> None:
