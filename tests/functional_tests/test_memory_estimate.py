@@ -39,6 +39,7 @@ CASES = {
     "half, precision-aware, overlapped": _offload(
         0.5, use_precision_aware_optimizer=True, overlap_cpu_optimizer_d2h_h2d=True, overlap_cpu_optimizer_step=True
     ),
+    "all, most of it streamed": _offload(1.0, optimizer_streamed_fraction=0.6),
     "all, precision-aware": _offload(1.0, use_precision_aware_optimizer=True),
     "gradients in 16 bits": {"ddp": {"grad_reduce_in_fp32": False}, "bf16_gradients": True},
     "not distributed": {"optimizer": {"use_distributed_optimizer": False}, "ddp": {"use_distributed_optimizer": False}},
@@ -112,6 +113,17 @@ def test_the_estimate_is_what_ranks_hold(case):
         estimated_host = state.host_masters + state.host_moments + state.host_gradients
         assert estimated_device == pytest.approx(on_device, rel=0.03), "device"
         assert estimated_host == pytest.approx(on_host, rel=0.03, abs=1 << 14), "host"
+
+
+def test_a_fraction_that_the_run_will_settle_is_estimated_as_the_smallest_that_fits():
+    roomy = plan_memory(_config("half"), world_size=2, budget_bytes=1 << 60)
+    needed = (roomy.without_offload.device_bytes + roomy.all_offloaded.device_bytes) // 2
+    auto = _config("half")
+    auto.optimizer.optimizer_offload_fraction = "auto"
+    plan = plan_memory(auto, world_size=2, budget_bytes=needed)
+    assert plan.all_offloaded.device_bytes < plan.as_configured.device_bytes <= needed
+    auto.optimizer.optimizer_device_memory_gib = 1000.0
+    assert plan_memory(auto, world_size=2, budget_bytes=1).as_configured.state.host_moments == 0
 
 
 def _estimated_within_a_run(case):

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""The mutants of state that is streamed through the device: its waits left out, and the host's kernel in its place."""
+"""The mutants of streamed state, its waits left out, and of the placement that a run settles by itself."""
 
-from tests.mutants.changes import Change, returning, without_call
+from tests.mutants.changes import Change, expression, returning, without_call
 from tests.mutants.rows.mutant import Mutant
 
 _BITS = "tests/functional_tests/test_streamed_state.py::test_the_bits_are_those_without_offload_in_any_order"
@@ -41,5 +41,19 @@ STREAMED = (
         "state that is to be streamed is stepped on by the host, which rounds otherwise",
         "streamed_step:_count_first",
         returning("0"),
+    ),
+    Mutant(
+        "placement, a resume",
+        "a resume places the optimizer as if it were new, and on a GPU rounds otherwise than the run that saved",
+        "megatron.bridge.training.run_state.offload_placement:_recorded",
+        returning("None"),
+        ("tests/functional_tests/test_offload_placement.py::test_it_is_settled_once_recorded_kept_and_reported",),
+    ),
+    Mutant(
+        "placement, the rank with the least room",
+        "a placement that fits one rank is taken, and another runs out of memory",
+        "megatron.bridge.offload_engine.placement:choose",
+        expression("all", "any"),
+        ("tests/unit_tests/offload_engine/test_placement.py::test_the_rank_with_the_least_room_decides_for_all",),
     ),
 )

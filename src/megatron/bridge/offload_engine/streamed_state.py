@@ -61,9 +61,8 @@ class _Piece:
             adam: The class that steps on the device.
             options: Those of a param group that it needs to be built.
         """
-        memory = bucket.memory()
         self.buffer = buffer
-        self.on_host = [memory[kind][start:stop] for kind in KINDS]
+        self._bucket, self._range = bucket, slice(start, stop)
         self.on_device = [place[: stop - start] for place in buffer.memory.unbind()]
         self.parts = []
         states = []
@@ -80,6 +79,11 @@ class _Piece:
         self._adam = adam([{**options, "params": masters}])
         for master, state in zip(masters, states, strict=True):
             self._adam.state[master] = state
+
+    def on_host(self) -> list[torch.Tensor]:
+        """Its memory on the host, of each kind."""
+        memory = self._bucket.memory()
+        return [memory[kind][self._range] for kind in KINDS]
 
     def step(self, options: dict, params: list[torch.Tensor], gradients: list[Any], counters: list[float]) -> None:
         """Step on the buffer, and write the weights. All on the current stream; the host doesn't wait.
@@ -150,12 +154,12 @@ class Pipeline:
             with device.on_stream(self._up):
                 if piece.buffer.is_down is not None:
                     piece.buffer.is_down.wait(self._up)
-                _copy(piece.on_device, piece.on_host)
+                _copy(piece.on_device, piece.on_host())
             device.wait_for_stream(self._up)
             piece.step(options, bucket.params, gradients, counters)
             self._down.wait_stream(device.current_stream())
             with device.on_stream(self._down):
-                _copy(piece.on_host, piece.on_device)
+                _copy(piece.on_host(), piece.on_device)
             piece.buffer.is_down = self._down.record_event()
 
     def wait(self) -> None:

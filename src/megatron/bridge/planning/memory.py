@@ -2,8 +2,8 @@
 """Estimate the memory of a run on any number of ranks, in one process.
 
 Core builds one rank's model, data-parallel buffers and optimizer from tensors without memory, so shards, padding and
-the offloaded part are those of a real run. Activations are estimated by a formula (activations.py). Not counted: CUDA's
-and NCCL's own memory, fragmentation, and buffers of communication.
+the offloaded part are those of a real run. Activations are estimated by a formula (models/activation_memory.py). Not
+counted: CUDA's and NCCL's own memory, fragmentation, and buffers of communication.
 """
 
 import copy
@@ -14,18 +14,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.core.utils import unwrap_model
-
 from megatron.bridge.data.config import GPTDatasetConfig, MockGPTDatasetConfig, TokenizerConfig
-from megatron.bridge.planning.activations import activation_bytes, logit_bytes
+from megatron.bridge.models.activation_memory import stage_bytes
 from megatron.bridge.planning.world import planned_world
 from megatron.bridge.training.config import ConfigContainer, runtime_config_update
+from megatron.bridge.training.config.optimizer import AUTO
 from megatron.bridge.training.initialize import initialize_megatron
 from megatron.bridge.training.monitoring.state_memory import StateBytes, count_state
 from megatron.bridge.training.optim import setup_optimizer
 from megatron.bridge.utils.parallel_sizes import PARALLEL_SIZES
 
 GIB = 1 << 30
+WITHOUT_OFFLOAD: dict[str, Any] = {
+    "optimizer_cpu_offload": False,
+    "optimizer_offload_fraction": 0.0,
+    "optimizer_streamed_fraction": 0.0,
+    "use_precision_aware_optimizer": False,
+}
+UNLIMITED = 1 << 60
+"""A budget for everything."""
 _SOME_DIRECTORY = "."
 """Placeholder for directories that only a run reads. The checks of a configuration require existing ones."""
 
@@ -99,7 +106,7 @@ def ranks_to_compare(cfg: ConfigContainer, world_size: int) -> list[int]:
 
 def _plan_rank(cfg: ConfigContainer, world_size: int, rank: int, budget_bytes: int) -> MemoryPlan:
     with planned_run(cfg, world_size, rank) as run:
-        without = run.estimate(optimizer_cpu_offload=False, use_precision_aware_optimizer=False)
+        without = run.estimate(**WITHOUT_OFFLOAD)
         if run.cfg.optimizer.use_distributed_optimizer:
             offloaded = run.estimate(optimizer_cpu_offload=True, optimizer_offload_fraction=1.0)
             fraction, aware = run.smallest_fraction(budget_bytes, without)
@@ -109,7 +116,7 @@ def _plan_rank(cfg: ConfigContainer, world_size: int, rank: int, budget_bytes: i
             rank=rank,
             world_size=world_size,
             layout=run.layout(world_size),
-            as_configured=run.estimate(),
+            as_configured=run.as_configured(budget_bytes),
             without_offload=without,
             all_offloaded=offloaded,
             budget_bytes=budget_bytes,
@@ -174,44 +181,48 @@ class PlannedRun:
         # The steps of an epoch aren't known without the data, and Core refuses a warm-up that is longer than the run.
         derived = dataclasses.replace(self.cfg.derive(), lr_warmup_steps=0)
         optimizer, _ = setup_optimizer(options, self.cfg.scheduler, self.model, derived=derived)
-        chunks = [unwrap_model(chunk) for chunk in self.model]
-        micro_batch_size = self.cfg.train.required_micro_batch_size()
-        activations = activation_bytes(
+        activations, logits = stage_bytes(
             self.cfg.model,
-            moe_layers=[hasattr(layer.mlp, "router") for chunk in chunks for layer in chunk.decoder.layers],
-            micro_batch_size=micro_batch_size,
-            micro_batches_in_flight=self._micro_batches_in_flight(),
+            self.model,
+            micro_batch_size=self.cfg.train.required_micro_batch_size(),
+            num_micro_batches=self.cfg.derive().num_microbatches,
         )
-        has_logits = any(chunk.post_process for chunk in chunks)
-        return MemoryEstimate(
-            state=count_state(self.model, optimizer, kind=options.optimizer),
-            activations=activations,
-            logits=logit_bytes(self.cfg.model, micro_batch_size=micro_batch_size) if has_logits else 0,
-        )
+        state = count_state(self.model, optimizer, kind=options.optimizer)
+        return MemoryEstimate(state=state, activations=activations, logits=logits)
 
-    def _micro_batches_in_flight(self) -> int:
-        """In the 1F1B schedule a stage has one micro-batch in flight, and one more for each stage behind it."""
-        from megatron.core import parallel_state
+    def as_configured(self, budget_bytes: int) -> MemoryEstimate:
+        """The memory as configured; `optimizer_offload_fraction="auto"` stands for the smallest one that fits.
 
-        stages = self.cfg.model.pipeline_model_parallel_size
-        derived = self.cfg.derive()
-        return min(stages - parallel_state.get_pipeline_model_parallel_rank(), derived.num_microbatches)
+        Args:
+            budget_bytes: For "auto", where `optimizer.optimizer_device_memory_gib` sets no other.
+        """
+        options = self.cfg.optimizer
+        if options.optimizer_offload_fraction != AUTO:
+            return self.estimate()
+        if options.optimizer_device_memory_gib is not None:
+            budget_bytes = int(options.optimizer_device_memory_gib * GIB)
+        enough = self._smallest_hundredths(budget_bytes, options.use_precision_aware_optimizer)
+        return self.estimate(optimizer_offload_fraction=(100 if enough is None else enough) / 100)
 
     def smallest_fraction(self, budget_bytes: int, without: MemoryEstimate) -> tuple[float | None, bool]:
         """The smallest offload fraction that fits the budget, and whether it needs precision-aware mode."""
         if without.device_bytes <= budget_bytes:
             return 0.0, False
         for aware in sorted({self.cfg.optimizer.use_precision_aware_optimizer, True}):
-            if not self._fits(100, budget_bytes, aware):
-                continue
-            too_little, enough = 0, 100
-            while enough - too_little > 1:
-                middle = (too_little + enough) // 2
-                too_little, enough = (
-                    (too_little, middle) if self._fits(middle, budget_bytes, aware) else (middle, enough)
-                )
-            return enough / 100, aware
+            enough = self._smallest_hundredths(budget_bytes, aware)
+            if enough is not None:
+                return enough / 100, aware
         return None, False
+
+    def _smallest_hundredths(self, budget_bytes: int, is_precision_aware: bool) -> int | None:
+        if not self._fits(100, budget_bytes, is_precision_aware):
+            return None
+        too_little, enough = -1, 100
+        while enough - too_little > 1:
+            middle = (too_little + enough) // 2
+            fits = self._fits(middle, budget_bytes, is_precision_aware)
+            too_little, enough = (too_little, middle) if fits else (middle, enough)
+        return enough
 
     def _fits(self, hundredths: int, budget_bytes: int, is_precision_aware: bool) -> bool:
         estimate = self.estimate(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.bridge.data.config import MockGPTDatasetConfig, TokenizerConfig
-from megatron.bridge.planning.memory import GIB, MemoryEstimate, planned_run, ranks_to_compare
+from megatron.bridge.planning.memory import GIB, UNLIMITED, MemoryEstimate, planned_run, ranks_to_compare
 from megatron.bridge.training.config import CheckpointConfig, ConfigContainer, LoggerConfig
 from megatron.bridge.training.monitoring.state_memory import StateBytes
 from megatron.bridge.utils import distributed
@@ -219,7 +219,7 @@ def estimate_here(config: ConfigContainer, request: dict) -> TrainingMemoryEstim
                 )
             estimates.append(
                 TrainingMemoryEstimate(
-                    rank=rank, world_size=world_size, layout=run.layout(world_size), memory=run.estimate()
+                    rank=rank, world_size=world_size, layout=run.layout(world_size), memory=run.as_configured(UNLIMITED)
                 )
             )
     return max(estimates, key=lambda estimate: estimate.total_bytes)

@@ -22,6 +22,7 @@ from megatron.bridge.training.config import (
     SchedulerConfig,
 )
 from megatron.bridge.training.config.derived import weight_decay_ends
+from megatron.bridge.training.config.optimizer import AUTO
 from megatron.bridge.training.config.scheduler import SCHEDULE_LENGTHS
 from megatron.bridge.training.cpu_offload.param_copies import find_hybrid_optimizers, rebuild_param_copies
 
@@ -53,8 +54,13 @@ def setup_optimizer(
         The optimizer and its parameter scheduler.
 
     Raises:
-        ValueError: Nothing says how long the schedule is.
+        ValueError: Nothing says how long the schedule is, or the offload fraction is still "auto".
     """
+    if optimizer_config.optimizer_offload_fraction == AUTO:
+        raise ValueError(
+            f"setup_optimizer: optimizer.optimizer_offload_fraction is {AUTO!r}, which only `finetune` and `pretrain` "
+            "settle: expected a number; set 0 to 1"
+        )
     lengths = derived or _shown_lengths(scheduler_config)
     provider = optimizer_config_override_provider or OptimizerConfigOverrideProvider()
     with repaired_construction(optimizer_config, model):

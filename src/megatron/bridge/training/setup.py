@@ -24,6 +24,7 @@ from megatron.bridge.data.tokenizer import build_tokenizer, check_tokenizer_fits
 from megatron.bridge.data.validation_sets import named_sets
 from megatron.bridge.models.packed_attention import check_samples_are_kept_apart
 from megatron.bridge.models.trained_weights import check_trained_weights
+from megatron.bridge.offload_engine.met import report_what_was_met
 from megatron.bridge.training.callbacks import CallbackContext, CallbackManager
 from megatron.bridge.training.checkpointing import (
     CheckpointLoadContext,
@@ -36,11 +37,13 @@ from megatron.bridge.training.checkpointing import (
 )
 from megatron.bridge.training.config import ConfigContainer, DistributedDataParallelConfig
 from megatron.bridge.training.config.update import count_steps_left, derive_from_data
+from megatron.bridge.training.cpu_offload.param_copies import find_hybrid_optimizers
 from megatron.bridge.training.initialize import initialize_megatron
 from megatron.bridge.training.optim import setup_optimizer
 from megatron.bridge.training.run_state.end_tokens import generation_config_to_save
 from megatron.bridge.training.run_state.load_plan import LoadPlan
 from megatron.bridge.training.run_state.masters import check_masters_on_device
+from megatron.bridge.training.run_state.offload_placement import settle_placement
 from megatron.bridge.training.run_state.planned_load import load_base_weights
 from megatron.bridge.training.state import GlobalState
 from megatron.bridge.utils.distributed import is_rank_0, raise_on_all_ranks, world_size
@@ -142,6 +145,7 @@ def setup(
     _check_attention(state, data, model)
     if state.derived.train_iters > 0 and not state.derived.skip_train:
         check_trained_weights(model)
+    choice = settle_placement(cfg, model, state.derived, plan)
     optimizer, scheduler = setup_optimizer(
         cfg.optimizer,
         cfg.scheduler,
@@ -150,6 +154,8 @@ def setup(
         optimizer_config_override_provider=cfg.optimizer_config_override_provider,
         derived=state.derived,
     )
+    if choice is not None:
+        report_what_was_met([found.optimizer for found in find_hybrid_optimizers(optimizer)], choice)
     set_schedule_functions(model, optimizer, cfg)
     if plan is not None:
         load_and_check(manager, CheckpointLoadContext(state, model, optimizer, scheduler, plan=plan))

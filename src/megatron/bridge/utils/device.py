@@ -140,6 +140,11 @@ def on_stream(stream: torch.cuda.Stream) -> contextlib.AbstractContextManager:
     return torch.cuda.stream(stream)
 
 
+def timed_event() -> torch.cuda.Event:
+    """An event that knows when it was reached: `start.elapsed_time(end)` is in milliseconds."""
+    return torch.cuda.Event(enable_timing=True)
+
+
 @contextlib.contextmanager
 def queued_on(stream: torch.cuda.Stream) -> Iterator[None]:
     """Queue the work of the context on `stream`, in order with the current stream.
@@ -276,6 +281,14 @@ def memory_stats() -> dict[str, int]:
         return {f"{what}_bytes.all.{kind}": size for what in ("allocated", "reserved") for kind, size in kinds.items()}
     torch.cuda.init()  # it is empty before
     return torch.cuda.memory_stats()
+
+
+def free_memory_bytes() -> int | None:
+    """Device memory that this process can still allocate; None under simulation, whose device has none of its own."""
+    if not has_gpu():
+        return None
+    free, _ = torch.cuda.mem_get_info()
+    return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
 def device_memory_used_bytes() -> int:

@@ -3,6 +3,8 @@
 
 from tests.unit_tests.training.config.working_configs import OFFLOAD, OVERLAPPED
 
+AUTO = ["optimizer.optimizer_offload_fraction=auto"]
+
 BAD = {
     "check_numbers_are_finite": [
         (["optimizer.lr=nan"], 1, "optimizer.lr=nan: expected a finite number"),
@@ -157,6 +159,13 @@ BAD = {
         (["optimizer.optimizer_offload_fraction=1.5"], 1, "optimizer.optimizer_offload_fraction is 1.5"),
         (["optimizer.optimizer_offload_fraction=-0.1"], 1, "set 0 to 1"),
         (["optimizer.optimizer_offload_fraction=.nan"], 1, "optimizer.optimizer_offload_fraction is nan"),
+        (["optimizer.optimizer_offload_fraction=half"], 1, "is 'half': set 0 to 1, or auto"),
+    ],
+    "check_auto_has_a_choice": [
+        (["optimizer.optimizer_offload_fraction=auto"], 1, "without optimizer.optimizer_cpu_offload=true"),
+        ([*OFFLOAD, "optimizer.optimizer_device_memory_gib=0"], 1, "it must be above 0"),
+        ([*OFFLOAD, *AUTO, "optimizer.optimizer=sgd"], 1, "only Adam is planned"),
+        ([*OFFLOAD, *AUTO, "optimizer.optimizer_streamed_fraction=0.5"], 1, "auto chooses both"),
     ],
     "check_host_threads_have_work": [
         (["optimizer.optimizer_cpu_num_threads=2"], 1, "without optimizer.optimizer_cpu_offload=true"),

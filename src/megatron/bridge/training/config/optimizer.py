@@ -36,9 +36,22 @@ def _absent_transformer_engine_is_old() -> AbstractContextManager[None]:
     return replaced(optimizer_config, is_te_min_version=is_te_min_version)
 
 
+AUTO = "auto"
+"""The offload fraction that a run settles by itself, once, before its first step."""
+
+
 @dataclass
 class OptimizerConfig(RemembersSetFields, CoreOptimizerConfig):
     """Megatron-Core's optimizer options, checked in `finalize()` instead of at birth."""
+
+    optimizer_offload_fraction: float | str = 0.0
+    """Part of the optimizer, 0 to 1, that lives on the host. "auto": this and `optimizer_streamed_fraction` are chosen
+    before the first step, such that the optimizer takes the least time within the device's memory; a resume keeps what
+    the saved run chose."""
+
+    optimizer_device_memory_gib: float | None = None
+    """For `optimizer_offload_fraction="auto"`: device memory that the run may use, in GiB, without CUDA's and NCCL's
+    own. None: all that is free once the model is built."""
 
     optimizer_cpu_num_threads: int | None = None
     """Threads that the offloaded part of a step runs with, on each rank. None: the rank's share of the machine's cores,

@@ -6,6 +6,7 @@ import logging
 
 import torch
 
+from megatron.bridge.training.config.optimizer import AUTO
 from megatron.bridge.training.config.sections import RunSections
 from megatron.bridge.utils.section import unbuilt_values
 
@@ -20,13 +21,36 @@ def _offloads(cfg: RunSections) -> bool:
 
 
 def check_offload_fraction_is_a_part(cfg: RunSections, world_size: int) -> None:
-    """The offloaded part is between nothing and everything."""
+    """The offloaded part is between nothing and everything, or left to the run."""
     fraction = cfg.optimizer.optimizer_offload_fraction
+    if fraction == AUTO:
+        return
+    if isinstance(fraction, str):
+        raise ValueError(f"optimizer.optimizer_offload_fraction is {fraction!r}: set 0 to 1, or {AUTO}")
     if not 0.0 <= fraction <= 1.0:
         raise ValueError(
             f"optimizer.optimizer_offload_fraction is {fraction}: it is the part of the optimizer that lives on "
             f"the CPU; "
             "set 0 to 1, e.g. optimizer.optimizer_offload_fraction=1.0"
+        )
+
+
+def check_auto_has_a_choice(cfg: RunSections, world_size: int) -> None:
+    """What a run is to settle by itself isn't ruled out or settled already."""
+    options = cfg.optimizer
+    gib, given = options.optimizer_device_memory_gib, f"optimizer.optimizer_offload_fraction={AUTO}"
+    if gib is not None and not gib > 0:
+        raise ValueError(f"optimizer.optimizer_device_memory_gib is {gib}: it must be above 0, or null")
+    if options.optimizer_offload_fraction != AUTO:
+        return
+    if not _offloads(cfg):
+        raise ValueError(f"{given} without optimizer.optimizer_cpu_offload=true: set it, or leave the fraction out")
+    if options.optimizer != "adam":
+        raise ValueError(f"{given} with optimizer.optimizer={options.optimizer}: only Adam is planned; set a number")
+    if options.optimizer_streamed_fraction:
+        raise ValueError(
+            f"{given} with optimizer.optimizer_streamed_fraction={options.optimizer_streamed_fraction}: {AUTO} chooses "
+            "both; leave out optimizer.optimizer_streamed_fraction"
         )
 
 
@@ -325,12 +349,18 @@ def check_overlaps_can_run(cfg: RunSections, world_size: int) -> None:
 def log_what_is_offloaded(cfg: RunSections) -> None:
     """Say it when nothing is offloaded although something in the configuration reads as if it were."""
     fraction = cfg.optimizer.optimizer_offload_fraction
+    if cfg.optimizer.optimizer_device_memory_gib is not None and fraction != AUTO:
+        logger.info(
+            "optimizer.optimizer_device_memory_gib=%s has no effect: it is for optimizer.optimizer_offload_fraction=%s",
+            cfg.optimizer.optimizer_device_memory_gib,
+            AUTO,
+        )
     if _offloads(cfg) and fraction == 0.0:
         logger.info(
             "optimizer.optimizer_cpu_offload=true with optimizer.optimizer_offload_fraction=0: nothing is offloaded; "
             "set the fraction to 1.0 to offload everything"
         )
-    elif fraction > 0.0 and not _offloads(cfg):
+    elif not isinstance(fraction, str) and fraction > 0.0 and not _offloads(cfg):
         logger.info(
             "optimizer.optimizer_offload_fraction=%s with optimizer.optimizer_cpu_offload=false: nothing is offloaded",
             fraction,
@@ -339,6 +369,7 @@ def log_what_is_offloaded(cfg: RunSections) -> None:
 
 OPTIMIZER_RULES = (
     check_offload_fraction_is_a_part,
+    check_auto_has_a_choice,
     check_host_threads_have_work,
     check_streamed_state_is_offloaded,
     check_overlapped_steps_can_run,

@@ -17,6 +17,10 @@ width. For the paper's GPT (Q = K = H, F = 4 H, no gate: 4 F) this is its 34 H l
 """
 
 from collections.abc import Sequence
+from typing import Any
+
+from megatron.core import parallel_state
+from megatron.core.utils import unwrap_model
 
 from megatron.bridge.models.gemma3 import Gemma3ModelProvider
 from megatron.bridge.models.gpt_provider import GPTModelProvider
@@ -79,3 +83,28 @@ def logit_bytes(model: GPTModelProvider, *, micro_batch_size: int) -> int:
     """What the last stage holds for the loss of one micro-batch."""
     rows = model.padded_vocab_size() // model.tensor_model_parallel_size
     return BYTES_PER_LOGIT * micro_batch_size * model.seq_length * rows
+
+
+def stage_bytes(
+    model: GPTModelProvider, chunks: list[Any], *, micro_batch_size: int, num_micro_batches: int
+) -> tuple[int, int]:
+    """What this rank keeps at the peak of a step: (activations, logits), in bytes.
+
+    In the 1F1B schedule a stage has one micro-batch in flight, and one more for each stage behind it.
+
+    Args:
+        model: The provider.
+        chunks: This rank's, wrapped or not.
+        micro_batch_size: Samples of one forward pass.
+        num_micro_batches: Forward passes of a step.
+    """
+    plain = [unwrap_model(chunk) for chunk in chunks]
+    behind = model.pipeline_model_parallel_size - parallel_state.get_pipeline_model_parallel_rank()
+    activations = activation_bytes(
+        model,
+        moe_layers=[hasattr(layer.mlp, "router") for chunk in plain for layer in chunk.decoder.layers],
+        micro_batch_size=micro_batch_size,
+        micro_batches_in_flight=min(behind, num_micro_batches),
+    )
+    has_logits = any(chunk.post_process for chunk in plain)
+    return activations, logit_bytes(model, micro_batch_size=micro_batch_size) if has_logits else 0

@@ -3,10 +3,10 @@
 
 import dataclasses
 
+from megatron.bridge.models.activation_memory import activation_bytes, layer_bytes_per_token, logit_bytes
 from megatron.bridge.models.gemma3 import Gemma3ModelProvider
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.models.mixtral import MixtralModelProvider
-from megatron.bridge.planning.activations import activation_bytes, layer_bytes_per_token, logit_bytes
 
 GPT = GPTModelProvider(
     num_layers=4, hidden_size=64, ffn_hidden_size=256, num_attention_heads=4, seq_length=32, vocab_size=100
