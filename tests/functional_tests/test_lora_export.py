@@ -31,6 +31,12 @@ CELLS = {
         {"target_modules": ["linear_qkv", "*.layers.1.*.linear_proj"]},
     ),
     "qwen2 with biases, LoRA in one layer, PP 2": ("qwen2", "lora", PP2, {"target_modules": ["*.layers.1.*.linear_*"]}),
+    "qwen3_5, LoRA of gated attention and of Gated DeltaNet, TP 2": (
+        "qwen3_5",
+        "lora",
+        TP2,
+        {"target_modules": ["linear_qkv", "linear_proj", "in_proj", "out_proj"]},
+    ),
     "qwen2 with biases, DoRA, TP 2": ("qwen2", "dora", TP2, {}),
     "qwen2 with biases, parts of fused layers, TP 2": ("qwen2", "canonical_lora", TP2, {}),
     "llama3, DoRA, of another kind in one layer": (

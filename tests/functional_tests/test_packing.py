@@ -216,8 +216,11 @@ def _refusals(directory):
     chunk, _, _ = _model_and_pack(directory)
     softmax = chunk.decoder.layers[1].self_attention.core_attention.scale_mask_softmax
     softmax.scaled_masked_softmax_fusion = softmax.input_in_float16 = True
-    foreign = SimpleNamespace(decoder=SimpleNamespace(layers=[SimpleNamespace(self_attention=None)]))
-    for chunks, rows in (([chunk], 1), ([foreign], 2), ([foreign], 1)):
+    foreign, none = (  # Transformer Engine's, and a stage on which something else stands in for attention
+        SimpleNamespace(decoder=SimpleNamespace(layers=[SimpleNamespace(self_attention=attention)]))
+        for attention in (SimpleNamespace(core_attention=torch.nn.Identity()), torch.nn.Identity())
+    )
+    for chunks, rows in (([chunk], 1), ([foreign], 2), ([foreign], 1), ([none], 2)):
         try:
             check_samples_are_kept_apart(chunks, micro_batch_size=rows)
         except ValueError as error:

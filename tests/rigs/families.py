@@ -21,6 +21,9 @@ class TinyModel:
     has_biased_experts: bool = False
     """Whether its experts have biases, with which Core doesn't share an expert's matrices among ranks."""
 
+    layouts: tuple[str, ...] | None = None
+    """Where it is converted; None: at every layout that it fits. Others of the family show the rest."""
+
     @property
     def has_experts(self) -> bool:
         return "num_experts_per_tok" in self.options
@@ -181,6 +184,7 @@ MODELS = {
         "Qwen3_5ForConditionalGeneration",
         "the language model out of one that takes images",
         {"text_config": {**SMALL, **_DELTA_NET, "full_attention_interval": 4}, "vision_config": _QWEN_VISION},
+        layouts=("one process",),
     ),
     "qwen3_5_moe_images": TinyModel(
         "Qwen3_5MoeForConditionalGeneration",
@@ -189,6 +193,7 @@ MODELS = {
             "text_config": {**SMALL, **_EXPERTS, **_DELTA_NET, **_QWEN_EXPERTS, "full_attention_interval": 2},
             "vision_config": _QWEN_VISION,
         },
+        layouts=("one process",),
     ),
     "qwen3_5_moe": TinyModel(
         "Qwen3_5MoeForCausalLM",
@@ -200,6 +205,7 @@ MODELS = {
             **_QWEN_EXPERTS,
             "layer_types": _LINEAR_FIRST,
         },
+        layouts=("one process", "TP2 EP2 ETP1"),
     ),
     "mixtral": TinyModel("MixtralForCausalLM", "experts", {**_EXPERTS, "num_local_experts": 4}),
     "qwen3_moe": TinyModel(
@@ -264,7 +270,12 @@ LAYOUTS = {
 }
 FOUR_RANKS = ("qwen3", "qwen3_moe")
 """The models that run on four processes too."""
-CELLS = [(model, layout) for model, of in MODELS.items() for layout, at in LAYOUTS.items() if at.fits(of)]
+CELLS = [
+    (model, layout)
+    for model, of in MODELS.items()
+    for layout, at in LAYOUTS.items()
+    if at.fits(of) and (of.layouts is None or layout in of.layouts)
+]
 
 
 def table() -> str:

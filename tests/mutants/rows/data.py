@@ -9,6 +9,7 @@ _CONVERSATIONS = "tests/unit_tests/data/test_conversations.py::test_"
 _CACHE = "tests/unit_tests/data/test_cache.py::test_"
 _GENERATE = "tests/functional_tests/test_generate.py::test_"
 _BATCHES = "tests/functional_tests/test_text_generation.py::test_"
+_QWEN3_NEXT = "tests/functional_tests/test_qwen3_next.py::test_"
 
 THE_DATA = (
     Mutant(
@@ -17,6 +18,30 @@ THE_DATA = (
         where="megatron.bridge.models.packed_attention:separate_causal_mask",
         change=expression("same", "torch.ones_like(same)"),
         tests=(f"{_PACKED}a_sample_moves_no_other_and_costs_what_it_costs_alone",),
+    ),
+    Mutant(
+        name="packed states",
+        breaks="Gated DeltaNet's state reaches from a packed sample into the next",
+        where="megatron.bridge.models.delta_rule:_reach_of",
+        change=condition("sample_of"),
+        tests=("tests/unit_tests/models/test_delta_rule.py::test_samples_are_computed_as_if_alone",),
+    ),
+    Mutant(
+        name="packed convolution",
+        breaks="Gated DeltaNet's convolution reaches from a packed sample into the next",
+        where="megatron.bridge.models.gated_delta_net:GatedDeltaNet._convolved",
+        change=expression("sample_of", "None"),
+        tests=(f"{_QWEN3_NEXT}checkpoint_and_export_say_the_same_and_packed_samples_what_they_say_alone",),
+    ),
+    Mutant(
+        name="a norm of each rank's heads",
+        breaks="tensor-parallel ranks train different weights of Gated DeltaNet's norm",
+        where="megatron.bridge.models.gated_delta_net:GatedDeltaNet._gated_norm",
+        change=expression(
+            "copy_to_tensor_model_parallel_region(self.norm_weight.float(), group=self.tp_group)",
+            "self.norm_weight.float()",
+        ),
+        tests=(f"{_QWEN3_NEXT}offload_and_recomputation_change_no_bit_and_ranks_keep_what_they_share",),
     ),
     Mutant(
         name="packed beside a window",

@@ -26,7 +26,7 @@ def attention_arguments(model: torch.nn.Module, cu_seqlens: torch.Tensor, *, seq
     Returns:
         `attention_mask` for Core's own attention; `packed_seq_params`, and no mask, for another.
     """
-    if _core_attentions(model):
+    if _takes_a_mask(model):
         return {"attention_mask": separate_causal_mask(cu_seqlens.to(current_device()), seq_length=seq_length)}
     return {"attention_mask": None, "packed_seq_params": packed_seq_params(cu_seqlens[0], seq_length=seq_length)}
 
@@ -75,8 +75,8 @@ def check_samples_are_kept_apart(chunks: Sequence[torch.nn.Module], *, micro_bat
             for one.
     """
     for chunk in chunks:
-        attentions = _core_attentions(chunk)
-        if not attentions and micro_batch_size != 1:
+        attentions = [one for one in _attentions(chunk) if isinstance(one, DotProductAttention)]
+        if not _takes_a_mask(chunk) and micro_batch_size != 1:
             raise ValueError(
                 f"train.micro_batch_size={micro_batch_size} with packed samples: Transformer Engine's attention takes "
                 "one row at a time; set train.micro_batch_size=1 and pack longer rows"
@@ -95,8 +95,13 @@ def check_samples_are_kept_apart(chunks: Sequence[torch.nn.Module], *, micro_bat
                 )
 
 
-def _core_attentions(model: torch.nn.Module) -> list[DotProductAttention]:
-    """Core's own attention in each layer of a chunk; none where the layers are Transformer Engine's."""
+def _takes_a_mask(model: torch.nn.Module) -> bool:
+    """Whether a chunk's attention is Core's own, or there is none: what stands in for it takes a mask too."""
+    return all(isinstance(attention, DotProductAttention) for attention in _attentions(model))
+
+
+def _attentions(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """What weighs keys in the layers of a chunk that have it: Core's own attention or Transformer Engine's."""
     layers = unwrap_model(model).decoder.layers
     found = [getattr(layer.self_attention, "core_attention", None) for layer in layers]
-    return [attention for attention in found if isinstance(attention, DotProductAttention)]
+    return [attention for attention in found if attention is not None]
