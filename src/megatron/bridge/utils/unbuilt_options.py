@@ -81,7 +81,6 @@ UNSUPPORTED = (
     Unsupported("dist.high_priority_stream_groups", (None, [])),
     # the model: what Core only knows the number of, and needs more of a run than its configuration
     Unsupported("model.mtp_num_layers", (None, 0), "layers that predict further tokens aren't built; leave it unset"),
-    Unsupported("model.multi_latent_attention", (False,), "no supported family has it"),
     Unsupported("model.heterogeneous_block_specs", (False,), "set model.transformer_layer_spec instead"),
     Unsupported("model.qk_clip", (False,)),
     Unsupported("model.use_mup"),  # Core from 0.18

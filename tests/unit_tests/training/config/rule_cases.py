@@ -40,6 +40,9 @@ BAD = {
             "model.moe_router_bias_update_rate=0.001 with adapters",
         ),
     ],
+    "check_latent_attention_has_its_sizes": [
+        (["model.multi_latent_attention=true"], 1, "model.multi_latent_attention=True in a "),
+    ],
     "check_model_has_a_size": [(["model.num_layers=0"], 1, "model.num_layers is not set")],
     "check_parallel_sizes_are_positive": [
         (["model.pipeline_model_parallel_size=0"], 1, "model.pipeline_model_parallel_size is 0"),

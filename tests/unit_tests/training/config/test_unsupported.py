@@ -175,9 +175,7 @@ def test_an_option_without_effect_has_a_type(whole):
         make_config("checkpoint.async_strategy=best")
 
 
-@pytest.mark.parametrize(
-    "override", ["model.mtp_num_layers=1", "model.qk_clip=true", "model.multi_latent_attention=true"]
-)
+@pytest.mark.parametrize("override", ["model.mtp_num_layers=1", "model.qk_clip=true"])
 def test_what_core_would_take_in_silence_is_refused(override):
     with pytest.raises(ValueError, match=f"{override.partition('=')[0]}=.* is not built yet"):
         make_config(override).validate(1)

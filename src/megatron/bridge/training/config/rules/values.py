@@ -73,6 +73,15 @@ def check_adapters_leave_router_biases(cfg: RunSections, world_size: int) -> Non
         )
 
 
+def check_latent_attention_has_its_sizes(cfg: RunSections, world_size: int) -> None:
+    """Latent attention is that of a provider which has its sizes."""
+    if cfg.model.multi_latent_attention and not hasattr(cfg.model, "kv_lora_rank"):
+        raise ValueError(
+            f"model.multi_latent_attention=True in a {type(cfg.model).__name__}, which has no sizes for it: take a "
+            "DeepSeekV3ModelProvider or a DeepSeekV2ModelProvider, or set it to False"
+        )
+
+
 def _options(cfg: RunSections) -> Iterator[tuple[str, Any]]:
     """Each option and what it holds, of a list each item; not its default, such as Core's thresholds of infinity."""
     for section in (field.name for field in dataclasses.fields(cfg)):
@@ -93,4 +102,5 @@ VALUE_RULES = (
     check_optimizer_numbers_are_in_range,
     check_router_losses_have_weights,
     check_adapters_leave_router_biases,
+    check_latent_attention_has_its_sizes,
 )
