@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron.core import mpu
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -76,7 +75,7 @@ from megatron.bridge.training.run_state.managers import (
 from megatron.bridge.training.run_state.planned_load import load_hf_weights, load_megatron
 from megatron.bridge.training.run_state.rng import get_rng_state
 from megatron.bridge.training.state import GlobalState
-from megatron.bridge.utils.arguments import refuse_arguments
+from megatron.bridge.utils.arguments import refuse_arguments, refuse_other_groups
 from megatron.bridge.utils.distributed import barrier, raise_on_all_ranks
 
 __all__ = [
@@ -185,7 +184,7 @@ def save_checkpoint(
         preprocess_common_state_dict_fn=preprocess_common_state_dict_fn,
         module_name=module_name,
     )
-    _check_groups_are_cores(pg_collection)
+    refuse_other_groups(pg_collection)
     finish_background_save(state, wait=True)
     cfg = state.cfg
     wait_for_weights(cfg, optimizer)
@@ -219,12 +218,6 @@ def save_checkpoint(
     if callback_manager is not None and state.background_save is None:
         callback_manager.fire("on_checkpoint_save", CallbackContext(state, model, optimizer, opt_param_scheduler))
     return directory
-
-
-def _check_groups_are_cores(pg_collection: ProcessGroupCollection | None) -> None:
-    """Raises ValueError if process groups aren't those of Core's global state."""
-    if pg_collection is not None and pg_collection.dp is not mpu.get_data_parallel_group():
-        raise ValueError("pg_collection has groups of its own: leave it out, or initialize model parallelism with them")
 
 
 class DefaultCheckpointManager:
@@ -318,7 +311,7 @@ def load_checkpoint(
         RuntimeError: The offloaded optimizer's masters don't match what was loaded.
     """
     refuse_arguments(module_name=module_name)
-    _check_groups_are_cores(pg_collection)
+    refuse_other_groups(pg_collection)
     finish_background_save(state, wait=True)
     wait_for_weights(state.cfg, optimizer)
     context = init_checkpointing_context(state.cfg) if checkpointing_context is None else checkpointing_context
