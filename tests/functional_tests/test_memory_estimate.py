@@ -26,6 +26,9 @@ SIZES = {
 }
 EXPERTS = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 96, "expert_model_parallel_size": 2}
 
+BF16_ON_HOST = dict.fromkeys(("exp_avg_dtype", "exp_avg_sq_dtype", "main_grads_dtype"), torch.bfloat16)
+BF16_ON_HOST["adam_beta2"] = 0.98
+
 
 def _offload(fraction, **options):
     return {"optimizer": {"optimizer_cpu_offload": True, "optimizer_offload_fraction": fraction, **options}}
@@ -41,6 +44,7 @@ CASES = {
     ),
     "all, most of it streamed": _offload(1.0, optimizer_streamed_fraction=0.6),
     "all, precision-aware": _offload(1.0, use_precision_aware_optimizer=True),
+    "all, BF16 on the host": _offload(1.0, use_precision_aware_optimizer=True, **BF16_ON_HOST),
     "gradients in 16 bits": {"ddp": {"grad_reduce_in_fp32": False}, "bf16_gradients": True},
     "not distributed": {"optimizer": {"use_distributed_optimizer": False}, "ddp": {"use_distributed_optimizer": False}},
     "TP 2": {"model": {"tensor_model_parallel_size": 2, "sequence_parallel": True}, **_offload(0.5)},

@@ -7,9 +7,9 @@ Inside `adversarial_streams(order)`, work on device tensors is queued on the cur
 before; new ones NaN, or -1. Work on host tensors runs at once, on the bytes that are there.
 
 Some waits here are stricter than CUDA's: collectives, random numbers, and results whose shape depends on values wait
-for the current stream. So no alarm is false, but a missing wait may go unseen around these. Not simulated: memory that
-is freed before queued work reads it (the queue keeps it alive), and work of other threads,
-but for the one of an overlapped step (`late_worker.py`).
+for the current stream. So no alarm is false, but a missing wait may go unseen around these. Memory that is given back
+before another stream has read it is overwritten (`freed_memory.py`). Not simulated: work of other threads, but for that
+of an overlapped step (`late_worker.py`).
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from megatron.bridge.offload_engine.overlap import worker
 from megatron.bridge.utils import simulated_accelerator
 from tests.rigs.device_queues import Device, Event, Stream
+from tests.rigs.freed_memory import FreedMemory
 from tests.rigs.late_worker import LateWorker
 
 aten: Any = torch.ops.aten
@@ -78,12 +79,17 @@ class _Queueing(TorchDispatchMode):
     def __init__(self, device: Device) -> None:
         super().__init__()
         self._device = device
+        self.freed = FreedMemory(device.default)
+        device.before_issue = self.freed.look
         self.is_host_copy = False
         """Whether the operation on its way is the copy of a `.cpu()`, for which the host waits."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         with torch._C.DisableTorchFunction():
-            return self._dispatched(func, args, kwargs or {})
+            self.freed.look()
+            result = self._dispatched(func, args, kwargs or {})
+            self.freed.made(_new_tensors(func, result), self._device.current)
+            return result
 
     def _dispatched(self, func: Any, args: tuple, kwargs: dict) -> Any:
         tensors, stream = _tensors((args, kwargs)), self._device.current
@@ -114,11 +120,15 @@ class _Queueing(TorchDispatchMode):
             stream.synchronize()
             return func(*args, **kwargs)
 
+        held: list[torch.Tensor] = []
+
         def captured(tensor: torch.Tensor) -> torch.Tensor:
             """The memory of now; of the host, where it may be overwritten at once, the bytes of now."""
             if by_value and _is_host(tensor):
                 return aten.clone.default(tensor)
-            return aten.alias.default(tensor)
+            alias = aten.alias.default(tensor)
+            held.extend([] if _is_host(tensor) else [alias])
+            return alias
 
         later_args, later_kwargs = tree_map_only(torch.Tensor, captured, (args, kwargs))
         result, new = _promised(func, args, kwargs)
@@ -128,7 +138,11 @@ class _Queueing(TorchDispatchMode):
                 computed = func(*later_args, **later_kwargs)
                 for place, value in zip(new, _fresh(func, computed), strict=True):
                     aten.copy_.default(place, value)
+                self.freed.release(held, stream)
 
+        held += new
+        self.freed.made(new, stream)
+        self.freed.hold(held, stream)
         stream.issue(run)
         return result
 
@@ -200,6 +214,14 @@ def _fresh(func: Any, computed: Any) -> list[torch.Tensor]:
     ]
 
 
+def _new_tensors(func: Any, result: Any) -> list[torch.Tensor]:
+    """Of what an operation returned, the device tensors in memory of their own."""
+    returns = func._schema.returns
+    values = [result] if len(returns) == 1 else list(result or ())
+    of_own = [value for one, value in zip(returns, values, strict=True) if one.alias_info is None]
+    return [tensor for tensor in _tensors(of_own) if not _is_host(tensor)]
+
+
 class _HostReads(TorchFunctionMode):
     """Lets the host wait where it reads a device tensor other than by torch's dispatcher."""
 
@@ -212,8 +234,6 @@ class _HostReads(TorchFunctionMode):
         subject = args[0] if args and isinstance(args[0], torch.Tensor) else None
         if func is torch.Tensor.is_pinned:
             return subject is not None and _is_host(subject)
-        if func is torch.Tensor.record_stream:
-            return None
         if func in _READ_BY_THE_HOST and not all(map(_is_host, _tensors(args))):
             self._device.synchronize()
         waits = func is torch.Tensor.cpu or (func is torch.Tensor.to and not _is_non_blocking(args, kwargs))
@@ -291,6 +311,10 @@ def adversarial_streams(order: str | int) -> Iterator[Device]:
         finally:
             device.current = before
 
+    def record_stream(tensor: torch.Tensor, stream: Any) -> None:
+        with torch._C.DisableTorchFunction():
+            queueing.freed.record(tensor, adopted(stream))
+
     def backward(*args: Any, **kwargs: Any) -> Any:
         with reads:
             return run_backward(*args, **kwargs)
@@ -310,6 +334,7 @@ def adversarial_streams(order: str | int) -> Iterator[Device]:
         for kind, methods in _MADE_OUTSIDE.items():
             for name in methods:
                 stack.enter_context(mock.patch.object(kind, name, _as_if_made_inside(name)))
+        stack.enter_context(mock.patch.object(torch.Tensor, "record_stream", record_stream))
         stack.enter_context(mock.patch.object(worker, "HostWorker", lambda *_: LateWorker(order)))
         stack.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", backward))
         stack.enter_context(mock.patch.object(Stream, "device_in_force", device))

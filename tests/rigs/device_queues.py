@@ -43,6 +43,8 @@ class Stream:
     def issue(self, task: Point | Callable[[], None]) -> None:
         """Queue work, or a wait for a place in another stream."""
         self.move_to_device_in_force()
+        if self.owner is not None:
+            self.owner.before_issue()
         self.tasks.append(task)
         self.num_issued += 1
         if self.owner is not None:
@@ -150,6 +152,7 @@ class Device:
         self.default = self.current = Stream(of=self)
         self._random = random.Random(order)
         self._is_running = False
+        self.before_issue: Callable[[], None] = lambda: None
 
     def runs_at_once(self, stream: Stream) -> bool:
         """Whether work for a stream would run before it is issued."""

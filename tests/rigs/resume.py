@@ -26,6 +26,10 @@ from tests.rigs.resume_matrix import AXES, BUCKETS, FRACTIONS, LAYOUTS, MODELS, 
 from tests.rigs.tiny import VOCAB_SIZE, tiny_config
 
 GLOBAL_BATCH = 12
+BF16_STATE = {
+    **dict.fromkeys(("exp_avg_dtype", "exp_avg_sq_dtype", "main_grads_dtype"), torch.bfloat16),
+    "adam_beta2": 0.98,
+}
 LOSS_TOLERANCE = 1e-2
 """Relative, for sums in another order: weights are 16-bit."""
 
@@ -138,6 +142,7 @@ def resume_config(
             "overlap_cpu_optimizer_d2h_h2d": saved.overlap and fraction > 0,
             "use_precision_aware_optimizer": saved.precision_aware and fraction > 0,
             "optimizer_streamed_fraction": saved.streamed if fraction > 0 else 0.0,
+            **(BF16_STATE if saved.in_bf16 else {}),
             **({"lr": 0.0, "min_lr": 0.0, "weight_decay": 0.0} if still else {}),
         },
         scheduler={"lr_warmup_iters": 2, "lr_decay_iters": 10, "override_opt_param_scheduler": still},

@@ -76,6 +76,8 @@ class Saved:
     """The format, as checkpoints name it."""
     streamed: float = 0.0
     """Of the offloaded part, what the device steps on."""
+    in_bf16: bool = False
+    """Whether the host keeps moments and gradients in BF16."""
 
     def __str__(self) -> str:
         mode = "aware" if self.precision_aware else "shards"
@@ -83,6 +85,7 @@ class Saved:
         model = f"{self.kind}-{self.layout}".replace(", ", "+").replace(" ", "")
         if self.optimizer != "distributed":
             return f"{model}-{self.precision}-{self.optimizer}"
+        mode += "+BF16" if self.in_bf16 else ""
         streamed = f"-streamed-{self.streamed}" if self.streamed else ""
         return f"{model}-{self.precision}-{mode}-{self.fraction}-{overlap}-{self.form.partition('_')[0]}{streamed}"
 
@@ -117,6 +120,7 @@ def every_cell() -> list[Cell]:
     return [
         *(Cell(saved, change) for saved in _every_saved() for change in _changes_of(saved)),
         *OTHERS,
+        *IN_BF16,
         *NOT_DISTRIBUTED,
     ]
 
@@ -178,6 +182,18 @@ OTHERS = [
 ]
 """Beside the product: what is special about one model or layout."""
 
+IN_BF16 = [
+    Cell(Saved("experts", "EP 2", "bf16", "distributed", fraction, True, overlap, form, in_bf16=True), change)
+    for fraction, overlap, form, change in (
+        (1.0, False, "fully_reshardable", SAME),
+        (1.0, True, "dp_reshardable", SAME),
+        (1.0, True, "fully_reshardable", "TP 2, EP 2"),
+        (0.5, True, "fully_reshardable", SAME),
+        (0.5, False, "dp_reshardable", SAME),
+    )
+]
+"""The host's moments and gradients in BF16. Of these the cut has one."""
+
 
 def _plain(optimizer: str, precision: str = "bf16", kind: str = "dense", layout: str = "DP 2") -> Saved:
     return Saved(kind, layout, precision, optimizer, fraction=0.0)
@@ -216,7 +232,7 @@ def cut(cells: list[Cell]) -> list[Cell]:
 
     Of what is refused, one of each kind; of what isn't distributed, a few.
     """
-    product = [cell for cell in cells if cell not in OTHERS and cell not in NOT_DISTRIBUTED]
+    product = [cell for cell in cells if cell not in (*OTHERS, *IN_BF16, *NOT_DISTRIBUTED)]
     left = {pair for cell in product for pair in _pairs(cell)}
     chosen: list[Cell] = []
     while left:
@@ -224,11 +240,12 @@ def cut(cells: list[Cell]) -> list[Cell]:
         best = max(product, key=lambda cell: (len(left & _pairs(cell)), cell.saved in runs))
         chosen.append(best)
         left -= _pairs(best)
-    return chosen + OTHERS + NOT_DISTRIBUTED_IN_SHORT
+    return chosen + OTHERS + IN_BF16[-1:] + NOT_DISTRIBUTED_IN_SHORT
 
 
 def _pairs(cell: Cell) -> set[Any]:
     if cell.refused:
         return {cell.refused}
     values = [*vars(cell.saved).items(), ("change", cell.change)]
+    values.remove(("in_bf16", False))
     return set(itertools.combinations(values, 2))

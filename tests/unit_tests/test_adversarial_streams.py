@@ -57,6 +57,40 @@ def _up(left_out: str) -> torch.Tensor:
     return read
 
 
+def _let_go(left_out: str) -> list[float]:
+    """A stream beside reads a tensor that the current stream has made, and that the program then lets go."""
+    side, on_host = torch.cuda.Stream(), torch.zeros(2, device="cpu")
+    gradient = torch.ones(2, device="cuda").mul_(3)
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        on_host.copy_(gradient[:] if left_out == "a view kept" else gradient, non_blocking=True)
+    if left_out == "nothing":
+        gradient.record_stream(side)
+    if left_out == "nothing, waiting":
+        torch.cuda.current_stream().wait_stream(side)
+    kept = gradient.view(2) if left_out == "a view kept" else None
+    del gradient
+    torch.zeros(2, device="cuda")
+    side.synchronize()
+    assert kept is None or kept.numel() == 2
+    return on_host.tolist()
+
+
+def _made_beside(waits: bool) -> float:
+    """The current stream reads a tensor that a stream beside has made, and whose memory goes back to that stream."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        made = torch.full((1,), 5.0, device="cuda")
+    torch.cuda.current_stream().wait_stream(side)
+    read = made + 1
+    if waits:
+        side.wait_stream(torch.cuda.current_stream())
+    del made
+    torch.cuda.Event().record(side)
+    side.wait_stream(side)
+    return read.item()
+
+
 def _queued_on(reads_after: bool) -> torch.Tensor:
     """A tensor that is read, then written by the work of a stream beside, and read again."""
     from megatron.bridge.utils.device import queued_on
@@ -143,6 +177,20 @@ MISSING = {
     "target read before it is written": (_up, "the reader's wait", DEFAULT_FIRST, [[0.0, 0.0], [0.0, 0.0]]),
     "source overwritten too early": (_up, "the host's wait", HOST_FIRST, [[0.0, 0.0], [14.0, 14.0]]),
 }
+
+
+def _let_go_in_each_way() -> dict[str, set[str]]:
+    found = {what: _outcomes(_let_go, what) for what in ("nothing", "nothing, waiting", "a view kept", "record_stream")}
+    found |= {f"made beside, {waits}": _outcomes(_made_beside, waits) for waits in (True, False)}
+    return {what: set(map(str, outcomes.values())) for what, outcomes in found.items()}
+
+
+def test_memory_let_go_while_another_stream_reads_it_is_seen():
+    (found,) = run_on_ranks(_let_go_in_each_way, 1)
+    assert found.pop("record_stream") == {"[nan, nan]", "[3.0, 3.0]"}
+    assert found.pop("made beside, False") == {"nan", "6.0"}
+    assert found.pop("made beside, True") == {"6.0"}
+    assert found == dict.fromkeys(("nothing", "nothing, waiting", "a view kept"), {"[3.0, 3.0]"})
 
 
 @pytest.mark.parametrize("what", MISSING)

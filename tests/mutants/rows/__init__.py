@@ -12,6 +12,7 @@ MUTANTS = (
     *load.THE_LOAD,
     *resume.THE_REPAIRS,
     *resume.THE_FLAT_STEP,
+    *resume.THE_STATE_FORMATS,
     *resume.THE_WAITS,
     *overlap.OVERLAP,
     *resume.THE_RESUME,

@@ -104,6 +104,42 @@ THE_FLAT_STEP = (
 )
 
 
+def _formats(what: str, breaks: str, where: str, change: Change, *tests: str) -> Mutant:
+    path = "tests/unit_tests/offload_engine/test_state_formats.py::test_"
+    return Mutant(
+        f"state formats, {what}",
+        breaks,
+        f"megatron.bridge.offload_engine.{where}",
+        change,
+        tuple(map(path.__add__, tests)),
+    )
+
+
+THE_STATE_FORMATS = (
+    _formats(
+        "not handed over",
+        "what is asked for in BF16 is kept in FP32",
+        "state_formats:keep_state_in",
+        condition("are_fp32", becomes="True"),
+        "the_bytes_held_are_those_asked_for",
+    ),
+    _formats(
+        "moments not stored",
+        "moments in BF16 stay zero",
+        "piecewise_adam:step_in_pieces",
+        without_call("piece.copy_"),
+        "pieces_have_the_bits_of_one_call[dtype1]",
+    ),
+    _formats(
+        "parameters without a gradient",
+        "they are stepped on with what their gradient's memory holds",
+        "adam:FlatAdam._step_in_pieces",
+        without_operand("has_all_gradients"),
+        "a_run_is_that_in_fp32_with_rounded_moments",
+    ),
+)
+
+
 _ORDER = "tests/functional_tests/test_order_of_streams.py::test_the_step_in_buckets_waits_for_all_it_needs"
 _STREAMS = "tests/unit_tests/test_adversarial_streams.py::test_our_waits_order_streams"
 _SYNCED = "tests/functional_tests/test_order_of_streams.py::test_runs_load_sync_and_step_the_same"

@@ -14,9 +14,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron.bridge.core_repairs.repair import Repair, source_of
+from megatron.bridge.offload_engine.state_formats import saved_dtype
 
 STATE = ("param", "exp_avg", "exp_avg_sq")
-"""The tensors that Core stores for a bucket, all FP32, also in precision-aware mode."""
+"""The tensors that Core stores for a bucket, also in precision-aware mode."""
 
 
 class _EmptyShard(NamedTuple):
@@ -39,10 +40,13 @@ def _pad_empty_shards(base: type) -> type:
         def get_parameter_state_dp_reshardable(self) -> dict[Any, Any]:
             state = super().get_parameter_state_dp_reshardable()
             for shard in _empty_shards(self):
-                padding = {key: torch.zeros(shard.stored) for key in STATE} if shard.stored else {}
+                padding = self._zeros(shard.stored) if shard.stored else {}
                 ends = {"gbuf_local_start": 0, "gbuf_local_end": shard.stored, "padding": True}
                 state[shard.buffer][shard.dtype][shard.bucket].append({**padding, **ends})
             return state
+
+        def _zeros(self, size: int) -> dict[str, torch.Tensor]:
+            return {key: torch.zeros(size, dtype=saved_dtype(self.optimizer, key)) for key in STATE}
 
         def sharded_param_state_dp_reshardable(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
             state = super().sharded_param_state_dp_reshardable(*args, **kwargs)

@@ -21,12 +21,17 @@ from megatron.bridge.core_repairs.repair import (
     stepping_optimizers,
     steps_by_torch_adam_or_hybrid,
 )
+from megatron.bridge.offload_engine.state_formats import saved_dtype
 
 
 def _restore_step_and_masters(base: type) -> type:
     """Overrides of `DistributedOptimizer`."""
 
     class RestoreStepAndMasters(base):
+        def _get_main_param_and_optimizer_states(self, model_param: Any) -> dict[str, Any]:
+            state = super()._get_main_param_and_optimizer_states(model_param)
+            return {name: tensor.to(saved_dtype(self.optimizer, name)) for name, tensor in state.items()}
+
         def _set_main_param_and_optimizer_states(self, model_param: Any, tensors: dict[str, Any]) -> None:
             # dp_reshardable adds a flag for padding, which would stay in a precision-aware hybrid's state.
             state = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}

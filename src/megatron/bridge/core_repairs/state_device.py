@@ -9,6 +9,7 @@ import torch
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
 from megatron.bridge.core_repairs.repair import Repair, source_of
+from megatron.bridge.offload_engine.adam import FlatAdam
 
 
 def _follow_the_parameter(base: type) -> type:
@@ -21,7 +22,8 @@ def _follow_the_parameter(base: type) -> type:
                     for key, value in state.items():
                         # The step stays where it is: torch's Adam keeps it on the host.
                         if isinstance(value, torch.Tensor) and key != "step":
-                            state[key] = value.to(param)
+                            dtype = None if isinstance(optimizer, FlatAdam) else param.dtype  # its state may be 16-bit
+                            state[key] = value.to(param.device, dtype)
 
     return FollowTheParameter
 

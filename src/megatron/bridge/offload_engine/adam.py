@@ -19,6 +19,8 @@ from typing import Any
 import torch
 
 from megatron.bridge.offload_engine.host_memory import ALIGNMENT, Slab
+from megatron.bridge.offload_engine.piecewise_adam import step_in_pieces
+from megatron.bridge.offload_engine.state_formats import FP32_STATE, StateFormats
 from megatron.bridge.utils import device
 
 State = dict[str, Any]
@@ -50,14 +52,23 @@ class Bucket:
     rounds_on_the_host = False
     """Round the masters of 16-bit parameters into host memory of their own before they cross: half as many bytes."""
 
-    def __init__(self, params: Sequence[torch.Tensor], *, pin_masters: bool, pin_gradients: bool) -> None:
+    def __init__(
+        self,
+        params: Sequence[torch.Tensor],
+        *,
+        pin_masters: bool,
+        pin_gradients: bool,
+        formats: StateFormats = FP32_STATE,
+    ) -> None:
         """Allocate the masters. Gradients and moments are allocated when they are first needed.
 
         Args:
             params: This rank's shards of the parameters, on the device.
             pin_masters: Pin the masters' memory; they are copied to the device after each step.
             pin_gradients: Pin the gradients' memory; they are copied from the device before each step.
+            formats: Of moments and gradients.
         """
+        self.formats = formats
         self.params = sorted(params, key=lambda param: not is_aligned(param))
         self._in_run = sum(map(is_aligned, params))
         self._shapes = [param.shape for param in self.params]
@@ -73,13 +84,15 @@ class Bucket:
 
     @functools.cached_property
     def _gradients(self) -> Slab:
-        return Slab(self._shapes, pinned=self._pin_gradients)
+        return Slab(self._shapes, pinned=self._pin_gradients, dtype=self.formats.gradient)
 
     @functools.cached_property
     def _state(self) -> dict[str, Slab]:
         """Moments, and step counters. The counters have no gaps, so that those of a run are one tensor."""
         scalars = [torch.Size()] * len(self.params)
-        moments = {name: Slab(self._shapes, pinned=self.pin_moments) for name in MOMENTS}
+        moments = {
+            name: Slab(self._shapes, pinned=self.pin_moments, dtype=getattr(self.formats, name)) for name in MOMENTS
+        }
         return {**moments, "step": Slab(scalars, alignment=1)}
 
     @property
@@ -101,6 +114,10 @@ class Bucket:
     def has_all_gradients(self) -> bool:
         """Whether every parameter has had a gradient since the last `forget_gradients`."""
         return len(self._have_gradient) == len(self.params)
+
+    def has_gradient(self, at: int) -> bool:
+        """Whether parameter number `at` has had a gradient since the last `forget_gradients`."""
+        return at in self._have_gradient
 
     def forget_gradients(self) -> None:
         """Drop all gradients, as if no parameter had ever had one."""
@@ -125,7 +142,7 @@ class Bucket:
             if there:
                 torch._foreach_copy_(on_host, on_device, non_blocking=True)
         if not self.has_all_gradients:
-            for at in there:
+            for at in there if self.formats.are_fp32 else ():  # torch takes no gradient of another format
                 self.masters[at].grad = self._gradients.tensors[at]
             self._have_gradient.update(there)
 
@@ -211,6 +228,12 @@ class Bucket:
                 lists[name].insert(0, slab.tensors[0] if name == "step" else slab.run(0, self._in_run))
         return lists
 
+    def separate_lists(self) -> dict[str, list[torch.Tensor]]:
+        """The same lists with each parameter by itself, of those that have had a gradient."""
+        slabs = {"master": self._masters, "gradient": self._gradients, **self._state}
+        there = sorted(self._have_gradient)
+        return {name: [slab.tensors[at] for at in there] for name, slab in slabs.items()}
+
     def _counters_of_run(self) -> torch.Tensor:
         return self._state["step"].run(0, self._in_run)
 
@@ -261,6 +284,9 @@ class FlatAdam(torch.optim.Optimizer):
 
     def _init_group(self, group: dict[str, Any], *arguments: Any) -> bool:
         """Fill the lists that torch's `adam` takes: parameters, gradients, moments, largest moments, counters."""
+        if not self._starts[group["params"][0]][0].formats.are_fp32:
+            self._step_in_pieces(group)
+            return False  # nothing is left for torch's `adam` to step on
         bucket = self._bucket_to_step_on(group)
         if bucket is None:
             adam: Any = super()
@@ -270,6 +296,20 @@ class FlatAdam(torch.optim.Optimizer):
         for listed, kind in zip(lists, ("master", "gradient", *MOMENTS, "largest", "step"), strict=True):
             listed += of_kind.get(kind, [])
         return False
+
+    def _step_in_pieces(self, group: dict[str, Any]) -> None:
+        """Step on a bucket whose state isn't FP32. It has only this way, whatever it lacks."""
+        bucket, start = self._starts[group["params"][0]]
+        if group["amsgrad"]:
+            raise RuntimeError(f"amsgrad with {bucket.formats} on the host isn't built: use FP32 there")
+        found = self._states(bucket, start)
+        for at, (master, state) in enumerate(zip(bucket.masters, found, strict=True)):
+            if not state and bucket.has_gradient(at):
+                self.state[master] = found[at] = bucket.initial_state(at)
+        if not bucket.place([state or bucket.initial_state(at) for at, state in enumerate(found)]):
+            raise RuntimeError(f"an optimizer with {bucket.formats} on the host lacks a moment or a step counter")
+        together = bucket.has_all_gradients and bucket.counters_agree()
+        step_in_pieces(bucket.step_lists() if together else bucket.separate_lists(), group)
 
     def _bucket_to_step_on(self, group: dict[str, Any]) -> Bucket | None:
         """A group's bucket with all its state in the slabs; None if its masters must be stepped on one by one.

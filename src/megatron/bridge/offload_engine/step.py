@@ -28,6 +28,7 @@ import torch
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
 from megatron.bridge.offload_engine.adam import Bucket, FlatAdam, states_hold
+from megatron.bridge.offload_engine.state_formats import formats_of, kept_by_loads
 from megatron.bridge.utils import device
 
 BUCKET_ELEMENTS = 1 << 23
@@ -71,7 +72,10 @@ class BucketedStep(HybridDeviceOptimizer):
         for group, offloaded, staying in _split(self.param_groups, offload_fraction):
             for params in split_into_buckets(offloaded):
                 bucket = known.get(frozenset(map(id, params))) or Bucket(
-                    params, pin_masters=self.pin_cpu_params, pin_gradients=self.pin_cpu_grads
+                    params,
+                    pin_masters=self.pin_cpu_params,
+                    pin_gradients=self.pin_cpu_grads,
+                    formats=formats_of(self),
                 )
                 self._buckets.append(bucket)
                 self._fill(bucket)
@@ -165,6 +169,10 @@ class BucketedStep(HybridDeviceOptimizer):
             and len(self.state) == sum(map(len, states))
             and all(states_hold(state.values(), "master_param", state) for state in states)
         )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        with kept_by_loads(self):
+            super().load_state_dict(state_dict)
 
     def _sync_hdo_state_to_sub_optimizers(self) -> None:
         # Core would first move loaded state to the host, and `place` copy it again: twice the memory for a moment.

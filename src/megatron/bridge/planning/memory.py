@@ -14,11 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from megatron.bridge.data.config import GPTDatasetConfig, MockGPTDatasetConfig, TokenizerConfig
 from megatron.bridge.models.activation_memory import stage_bytes
 from megatron.bridge.planning.world import planned_world
 from megatron.bridge.training.config import ConfigContainer, runtime_config_update
-from megatron.bridge.training.config.optimizer import AUTO
+from megatron.bridge.training.config.optimizer import AUTO, PRECISION_AWARE_DTYPES
 from megatron.bridge.training.initialize import initialize_megatron
 from megatron.bridge.training.monitoring.state_memory import StateBytes, count_state
 from megatron.bridge.training.optim import setup_optimizer
@@ -177,6 +179,9 @@ class PlannedRun:
     def estimate(self, **optimizer_options: Any) -> MemoryEstimate:
         """The memory as configured, or with other options of the optimizer."""
         options = dataclasses.replace(self.cfg.optimizer, **optimizer_options)
+        if not options.use_precision_aware_optimizer:
+            in_fp32: dict[str, Any] = dict.fromkeys(PRECISION_AWARE_DTYPES, torch.float32)
+            options = dataclasses.replace(options, **in_fp32)
         options.finalize()
         # The steps of an epoch aren't known without the data, and Core refuses a warm-up that is longer than the run.
         derived = dataclasses.replace(self.cfg.derive(), lr_warmup_steps=0)

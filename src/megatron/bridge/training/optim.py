@@ -13,6 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.bridge.core_repairs.install import install_repairs, repaired_construction
 from megatron.bridge.offload_engine.host_threads import plan_host_threads, step_with
 from megatron.bridge.offload_engine.overlap.connect import overlap_steps
+from megatron.bridge.offload_engine.state_formats import formats_asked_for, formats_of, keep_state_in
 from megatron.bridge.offload_engine.streamed_step import StreamedStep, stream_buckets
 from megatron.bridge.training.config import (
     DerivedConfig,
@@ -78,6 +79,8 @@ def setup_optimizer(
     _drop_stub_optimizers(optimizer)
     install_repairs(optimizer)
     if optimizer_config.optimizer_cpu_offload:
+        for hybrid in find_hybrid_optimizers(optimizer):
+            keep_state_in(hybrid.optimizer, formats_asked_for(optimizer_config))
         if optimizer_config.optimizer_streamed_fraction:
             for found in find_hybrid_optimizers(optimizer):
                 stream_buckets(found.optimizer, optimizer_config.optimizer_streamed_fraction)
@@ -171,6 +174,8 @@ def describe_optimizer(config: OptimizerConfig, optimizer: Any) -> str:
         if streaming:
             streamed = sum(param.numel() for bucket in streaming for param in bucket.params)
             what += f", {streamed / max(offloaded, 1):.0%} of them streamed through the device"
+        formats = formats_of(hybrids[0])
+        what += "" if formats.are_fp32 else f"; on the host, {formats}"
     return what
 
 

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """At least one configuration for each rule that it refuses."""
 
-from tests.unit_tests.training.config.working_configs import OFFLOAD, OVERLAPPED
+from tests.unit_tests.training.config.working_configs import AWARE, OFFLOAD, OVERLAPPED
 
 AUTO = ["optimizer.optimizer_offload_fraction=auto"]
 
@@ -225,11 +225,29 @@ BAD = {
     "check_offload_decouples_weight_decay": [
         ([*OFFLOAD, "optimizer.decoupled_weight_decay=false"], 1, "set optimizer.decoupled_weight_decay=true")
     ],
-    "check_offload_keeps_state_in_fp32": [
-        ([*OFFLOAD, "optimizer.exp_avg_dtype=bf16"], 1, "optimizer.exp_avg_dtype=torch.bfloat16"),
-        ([*OFFLOAD, "optimizer.exp_avg_sq_dtype=fp16"], 1, "the offloaded optimizer ignores it"),
-        ([*OFFLOAD, "optimizer.main_grads_dtype=bfloat16"], 1, "set optimizer.main_grads_dtype=float32"),
-        ([*OFFLOAD, "optimizer.main_params_dtype=float16"], 1, "set optimizer.main_params_dtype=float32"),
+    "check_offload_can_store_the_formats": [
+        ([*OFFLOAD, AWARE, "optimizer.exp_avg_dtype=uint8"], 1, "set optimizer.exp_avg_dtype=bfloat16 or float32"),
+        ([*OFFLOAD, AWARE, "optimizer.exp_avg_sq_dtype=fp16"], 1, "FP16 has no room for small moments"),
+        ([*OFFLOAD, AWARE, "optimizer.main_params_dtype=float16"], 1, "set optimizer.main_params_dtype=float32"),
+        ([OFFLOAD[0], AWARE, "optimizer.main_grads_dtype=bf16"], 1, "nothing is on the host"),
+        (
+            [*OFFLOAD, AWARE, "optimizer.exp_avg_dtype=bf16", "optimizer.optimizer_streamed_fraction=0.5"],
+            1,
+            "the device steps on FP32 state alone",
+        ),
+        (
+            [OFFLOAD[0], AWARE, "optimizer.exp_avg_dtype=bf16", "optimizer.optimizer_offload_fraction=auto"],
+            1,
+            "it places FP32 state alone",
+        ),
+    ],
+    "check_stored_moments_can_change": [
+        ([*OFFLOAD, AWARE, "optimizer.exp_avg_sq_dtype=bf16"], 1, "set optimizer.adam_beta2 to 0.996 at most"),
+        (
+            [*OFFLOAD, AWARE, "optimizer.exp_avg_dtype=bf16", "optimizer.adam_beta1=0.999"],
+            1,
+            "optimizer.adam_beta1=0.999: a step changes a moment by 0.001 of its value, which BF16 rounds away",
+        ),
     ],
     "check_optimizer_is_known": [(["optimizer.optimizer=muon"], 1, "optimizer.optimizer=muon is not built yet")],
     "check_precision_aware_mode_can_run": [
@@ -252,7 +270,8 @@ BAD = {
         )
     ],
     "check_state_dtypes_need_precision_aware_mode": [
-        (["optimizer.exp_avg_dtype=bf16"], 1, "or optimizer.use_precision_aware_optimizer=true")
+        (["optimizer.exp_avg_dtype=bf16"], 1, "or optimizer.use_precision_aware_optimizer=true"),
+        ([*OFFLOAD, "optimizer.main_grads_dtype=bf16"], 1, "without precision-aware mode: only float32 works"),
     ],
     "check_fp8_has_transformer_engine": [
         (["model.fp8_param=true"], 1, "model.fp8_param=true with model.fp8=null"),

@@ -2,6 +2,7 @@
 """Configurations that work, as overrides of the small one."""
 
 OFFLOAD = ("optimizer.optimizer_cpu_offload=true", "optimizer.optimizer_offload_fraction=1.0")
+AWARE = "optimizer.use_precision_aware_optimizer=true"
 OVERLAPPED = (
     *OFFLOAD,
     "optimizer.overlap_cpu_optimizer_d2h_h2d=true",
@@ -19,6 +20,11 @@ GOOD = {
         2,
     ),
     "offload, overlapped with the forward pass": (("mixed_precision=bf16_mixed", *OVERLAPPED), 2),
+    "state in BF16 on the host": (
+        ("mixed_precision=bf16_mixed", *OVERLAPPED, AWARE, "optimizer.adam_beta2=0.98")
+        + ("optimizer.exp_avg_dtype=bf16", "optimizer.exp_avg_sq_dtype=bf16", "optimizer.main_grads_dtype=bf16"),
+        2,
+    ),
     "offload of nothing": ((OFFLOAD[0],), 1),
     "offload of SGD": ((*OFFLOAD, "optimizer.optimizer=sgd", "checkpoint.save_optim=false"), 1),
     "fp16": (("mixed_precision=fp16_mixed",), 1),

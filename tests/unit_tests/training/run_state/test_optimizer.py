@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron.bridge.training.run_state.optimizer import advice_on, check_kind_of_optimizer
+from megatron.bridge.training.run_state.optimizer import advice_on, changed_moments, check_kind_of_optimizer
 
 BY_BUCKET, FULLY = ({"distrib_optim_sharding_type": name} for name in ("dp_reshardable", "fully_reshardable"))
 PLAIN = {"chained_optim_avoid_prefix": True}
@@ -48,6 +48,16 @@ def test_state_of_another_kind_is_refused(metadata, saved, now, line):
         _check(metadata, saved, **now)
     assert str(error.value).endswith("load its weights alone with checkpoint.load_optim=false")
     assert "\n" not in str(error.value)
+
+
+def test_moments_in_another_format_are_named():
+    cfg = SimpleNamespace(optimizer=SimpleNamespace(exp_avg_dtype=torch.bfloat16, exp_avg_sq_dtype=torch.float32))
+    saved = {"exp_avg_dtype": {"_target_": "torch.float32"}, "exp_avg_sq_dtype": "torch.bfloat16"}
+    assert list(changed_moments(cfg, {"optimizer": saved})) == [
+        "exp_avg is rounded to optimizer.exp_avg_dtype=torch.bfloat16 from torch.float32",
+        "exp_avg_sq is widened to optimizer.exp_avg_sq_dtype=torch.float32 from torch.bfloat16",
+    ]
+    assert list(changed_moments(cfg, {})) == []
 
 
 @pytest.mark.parametrize("saved", [_saved(bf16=True), _saved(fp16=True), {}])

@@ -21,6 +21,9 @@ from megatron.bridge.utils.replaced import replaced
 from megatron.bridge.utils.section import open_to_all_names
 from megatron.bridge.utils.set_fields import RemembersSetFields, writes_that_nobody_set
 
+PRECISION_AWARE_DTYPES = ("main_params_dtype", "main_grads_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
+"""Core's options that only precision-aware mode follows; FP32 in all others."""
+
 
 def _absent_transformer_engine_is_old() -> AbstractContextManager[None]:
     """While Core checks its options: a Transformer Engine that is not installed is older than any version.
@@ -60,6 +63,8 @@ class OptimizerConfig(RemembersSetFields, CoreOptimizerConfig):
     optimizer_streamed_fraction: float = 0.0
     """Part of the offloaded optimizer, 0 to 1 in whole buckets, that the device steps on: its state lives on the host
     and passes through the device in each step. Bit-exact with the run without offload."""
+    # With optimizer_cpu_offload, Core's exp_avg_dtype, exp_avg_sq_dtype and main_grads_dtype (float32 or bfloat16, in
+    # precision-aware mode) are what the host stores; see docs/training/cpu-offload.md.
 
     overlap_cpu_optimizer_step: bool = False
     """Whether the offloaded part of a step runs on the host while the next forward pass begins: each layer waits for

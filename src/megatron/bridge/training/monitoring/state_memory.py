@@ -12,6 +12,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.utils import unwrap_model
 
 from megatron.bridge.offload_engine.overlap.hybrid import OverlappedStep
+from megatron.bridge.offload_engine.state_formats import formats_of
 from megatron.bridge.offload_engine.streamed_step import StreamedStep
 from megatron.bridge.utils.device import is_on_device
 
@@ -64,6 +65,7 @@ def count_state(model: list[Any], optimizer: Any, *, kind: str = "adam") -> Stat
         if isinstance(torch_optimizer, HybridDeviceOptimizer):
             stepped_on = list(torch_optimizer.param_to_inner_param.values())
         masters.add([*outer, *stepped_on])
+        formats = formats_of(torch_optimizer)
         streamed: set[int] = set()
         if isinstance(torch_optimizer, StreamedStep) and torch_optimizer.pipeline is not None:
             device["moments"] += torch_optimizer.pipeline.buffer_bytes
@@ -71,6 +73,10 @@ def count_state(model: list[Any], optimizer: Any, *, kind: str = "adam") -> Stat
         if isinstance(torch_optimizer, OverlappedStep):
             host["rounded"] += torch_optimizer.num_rounded_bytes
         for param in stepped_on:
+            if not is_on_device(param) and not formats.are_fp32:
+                host["moments"] += formats.moment_bytes * param.numel()
+                host["gradients"] += formats.gradient.itemsize * param.numel()
+                continue
             side = device if is_on_device(param) else host
             side["moments"] += MOMENTS[kind] * param.numel() * param.element_size()
             if id(param) in streamed:

@@ -15,7 +15,7 @@ from megatron.bridge.checkpoint.sharded_state import read_common_state, stored_c
 from megatron.bridge.training.config import CheckpointConfig, ConfigContainer
 from megatron.bridge.training.run_state.adapters import check_adapters
 from megatron.bridge.training.run_state.local import CORE_RELEASE, LocalCheckpoint
-from megatron.bridge.training.run_state.optimizer import check_kind_of_optimizer
+from megatron.bridge.training.run_state.optimizer import changed_moments, check_kind_of_optimizer
 from megatron.bridge.utils.distributed import world_size
 from megatron.bridge.utils.hf_hub import find_hf_directory, is_hub_name
 from megatron.bridge.utils.parallel_sizes import PARALLEL_SIZES, parallel_sizes
@@ -49,6 +49,9 @@ class LoadPlan:
     reasons: tuple[str, ...] = ()
     """Why something is not restored."""
 
+    notes: tuple[str, ...] = ()
+    """What is restored in another form than it was saved in."""
+
     adapters_only: bool = False
     """Whether the weights are adapters; the weights under them come from elsewhere."""
 
@@ -64,7 +67,8 @@ class LoadPlan:
         restored = ", ".join([weights, *(name for name, is_restored in parts.items() if is_restored)])
         fresh = ", ".join(name for name, is_restored in parts.items() if not is_restored)
         because = f" ({'; '.join(self.reasons)})" if self.reasons else ""
-        return f"{self.path}: restoring {restored}" + (f"; not {fresh}{because}" if fresh else "")
+        not_restored = f"; not {fresh}{because}" if fresh else ""
+        return "; ".join([f"{self.path}: restoring {restored}{not_restored}", *self.notes])
 
 
 def plan_load(
@@ -211,6 +215,7 @@ def _whole_resume(
         rng=why_not_rng is None,
         train_state=True,
         reasons=tuple(reasons),
+        notes=tuple(changed_moments(cfg, saved)) if with_optimizer else (),
         adapters_only=cfg.peft is not None,
         run_config=saved,
     )

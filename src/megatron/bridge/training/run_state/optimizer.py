@@ -2,7 +2,7 @@
 """Check that a checkpoint's optimizer state is of the kind that this run has."""
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from megatron.core.utils import unwrap_model
 
 from megatron.bridge.checkpoint.sharded_state import Advice, default_advice
 from megatron.bridge.training.config import ConfigContainer
+from megatron.bridge.utils.targets import dtype_named
 
 _WEIGHTS_ALONE = "load its weights alone with checkpoint.load_optim=false"
 _MOMENT = re.compile(r"^optimizer\.(.*\.)?(exp_avg|exp_avg_sq|momentum_buffer)(\.|$)")
@@ -68,6 +69,22 @@ def _check_precision(cfg: ConfigContainer, saved: dict[str, Any], directory: Pat
             f"this run has {cfg.ddp.grad_reduce_in_fp32}: set it to {reduced} (in mixed_precision, where that is set), "
             f"or {_WEIGHTS_ALONE}"
         )
+
+
+def changed_moments(cfg: ConfigContainer, saved: dict[str, Any]) -> Iterator[str]:
+    """A note for each moment that was stored in another format than this run stores it in.
+
+    Args:
+        cfg: A checked configuration.
+        saved: The checkpoint's `run_config.yaml`; missing options count as equal to this run's.
+    """
+    for name in ("exp_avg_dtype", "exp_avg_sq_dtype"):
+        stored = _section(saved, "optimizer").get(name)
+        was = dtype_named(stored["_target_"] if isinstance(stored, dict) else str(stored))
+        now = getattr(cfg.optimizer, name)
+        if was is not None and was != now:
+            how = "rounded to" if now.itemsize < was.itemsize else "widened to"
+            yield f"{name.removesuffix('_dtype')} is {how} optimizer.{name}={now} from {was}"
 
 
 def advice_on(model: Sequence[Any]) -> Advice:

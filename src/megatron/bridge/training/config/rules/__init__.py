@@ -31,6 +31,7 @@ from megatron.bridge.training.config.rules.schedule import (
     check_schedule_fits_the_run,
     check_weight_decay_grows,
 )
+from megatron.bridge.training.config.rules.state_formats import STATE_FORMAT_RULES
 from megatron.bridge.training.config.rules.values import VALUE_RULES
 from megatron.bridge.training.config.sections import RunSections
 from megatron.bridge.training.config.unsupported import check_options_are_built
@@ -43,6 +44,7 @@ RULES: tuple[Callable[[RunSections, int], None], ...] = (
     check_virtual_pipeline_fits,
     check_sequence_lengths_agree,
     *OPTIMIZER_RULES,
+    *STATE_FORMAT_RULES,
     check_schedule_counts_as_the_run_does,
     check_schedule_fits_the_run,
     check_learning_rates_are_ordered,

@@ -4,15 +4,11 @@
 import importlib.util
 import logging
 
-import torch
-
 from megatron.bridge.training.config.optimizer import AUTO
 from megatron.bridge.training.config.sections import RunSections
 from megatron.bridge.utils.section import unbuilt_values
 
 logger = logging.getLogger(__name__)
-
-_DTYPE_OPTIONS = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
 
 
 def _offloads(cfg: RunSections) -> bool:
@@ -191,20 +187,6 @@ def check_offload_decouples_weight_decay(cfg: RunSections, world_size: int) -> N
         )
 
 
-def check_offload_keeps_state_in_fp32(cfg: RunSections, world_size: int) -> None:
-    """Core never hands these number formats to the offloaded optimizer: set to something else, they'd do nothing."""
-    if not _offloads(cfg):
-        return
-    for name in _DTYPE_OPTIONS:
-        dtype = getattr(cfg.optimizer, name)
-        if dtype != torch.float32:
-            raise ValueError(
-                f"optimizer.{name}={dtype} with optimizer.optimizer_cpu_offload=true: the offloaded optimizer "
-                f"ignores it "
-                f"and keeps FP32; set optimizer.{name}=float32"
-            )
-
-
 def check_optimizer_is_known(cfg: RunSections, world_size: int) -> None:
     """Adam and SGD are built; Core's others are not wired up yet."""
     if cfg.optimizer.optimizer not in ("adam", "sgd"):
@@ -260,20 +242,6 @@ def check_precision_aware_mode_clips_fp32_gradients(cfg: RunSections, world_size
             f"ddp.grad_reduce_in_fp32=false) and optimizer.clip_grad={cfg.optimizer.clip_grad}: Core can't clip them; "
             "set ddp.grad_reduce_in_fp32=true or optimizer.clip_grad=0"
         )
-
-
-def check_state_dtypes_need_precision_aware_mode(cfg: RunSections, world_size: int) -> None:
-    """Only precision-aware mode keeps gradients, weights or moments in less than FP32."""
-    if cfg.optimizer.use_precision_aware_optimizer:
-        return
-    for name in _DTYPE_OPTIONS:
-        dtype = getattr(cfg.optimizer, name)
-        if dtype != torch.float32:
-            raise ValueError(
-                f"optimizer.{name}={dtype} without precision-aware mode: only float32 works; set "
-                f"optimizer.{name}=float32 "
-                "or optimizer.use_precision_aware_optimizer=true"
-            )
 
 
 def has_transformer_engine() -> bool:
@@ -378,12 +346,10 @@ OPTIMIZER_RULES = (
     check_offload_has_distributed_optimizer,
     check_offload_has_no_fp8_weights,
     check_offload_decouples_weight_decay,
-    check_offload_keeps_state_in_fp32,
     check_optimizer_is_known,
     check_sgd_is_not_distributed,
     check_precision_aware_mode_can_run,
     check_precision_aware_mode_clips_fp32_gradients,
-    check_state_dtypes_need_precision_aware_mode,
     check_fp8_has_transformer_engine,
     check_model_and_optimizer_agree_on_precision,
     check_ddp_and_optimizer_agree,
