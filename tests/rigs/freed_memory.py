@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import _disable_current_modes
 
 from tests.rigs.device_queues import Stream
@@ -44,20 +45,24 @@ class FreedMemory:
 
     def __init__(self, default: Stream) -> None:
         self._default = default
-        self._made_on: dict[int, Stream] = {}
+        self._made_on: dict[int, tuple[StorageWeakRef, Stream]] = {}
+        """By storage, where that isn't the default stream. The reference keeps another from having its address."""
         self._recorded: defaultdict[int, set[Stream]] = defaultdict(set)
         self._used: dict[int, _Used] = {}
         self._shared: set[int] = set()
         """Of these, what another stream than that of its making uses, and was not overwritten yet."""
 
-    def made(self, tensors: Iterable[torch.Tensor], stream: Stream) -> None:
+    def made(self, tensors: list[torch.Tensor], stream: Stream) -> None:
         """New tensors: another one that had the same storage is gone."""
-        for storage in _storages(tensors):
+        for tensor, storage in zip(tensors, _storages(tensors), strict=True):
             self._recorded.pop(storage, None)
-            if stream is self._default:
-                self._made_on.pop(storage, None)
-            else:
-                self._made_on[storage] = stream
+            if stream is not self._default:
+                self._made_on[storage] = StorageWeakRef(tensor.untyped_storage()), stream
+        if len(self._made_on) > 1000:
+            self._made_on = {at: made for at, made in self._made_on.items() if not made[0].expired()}
+
+    def _maker(self, storage: int) -> Stream:
+        return self._made_on[storage][1] if storage in self._made_on else self._default
 
     def record(self, tensor: torch.Tensor, stream: Stream) -> None:
         """`record_stream`: the memory isn't given back before the stream has got here."""
@@ -70,7 +75,7 @@ class FreedMemory:
                 self._used[storage] = _Used(tensor)
             used = self._used[storage]
             used.by[stream] += 1
-            if stream is not self._made_on.get(storage, self._default):
+            if stream is not self._maker(storage):
                 self._shared.add(storage)
 
     def release(self, tensors: list[torch.Tensor], stream: Stream) -> None:
@@ -90,7 +95,7 @@ class FreedMemory:
                 if not used.is_let_go:
                     continue
                 self._shared.discard(storage)
-                made_on = self._made_on.get(storage, self._default)
+                made_on = self._maker(storage)
                 readers = {stream for stream, count in used.by.items() if count} - {made_on}
                 if readers - self._recorded[storage]:
                     _overwrite_later(used.tensor, made_on)
