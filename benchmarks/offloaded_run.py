@@ -47,7 +47,7 @@ def measure(arguments: argparse.Namespace) -> list[Figure]:
     logging.disable(logging.INFO)
     device.enter_device()
     cases = [(0.0, "ours"), *((fraction, whose) for fraction in FRACTIONS for whose in ("ours", "stock"))]
-    rounds = [{case: _run(arguments, *case) for case in cases} for _ in range(arguments.rounds + 1)][1:]
+    rounds = [{case: seconds_and_peak(arguments, *case) for case in cases} for _ in range(arguments.rounds + 1)][1:]
     seconds = {case: tuple(each[case][0] for each in rounds) for case in cases}
     peaks = {case: tuple(float(each[case][1]) for each in rounds) for case in cases}
     none, figures = seconds[0.0, "ours"], []
@@ -64,7 +64,9 @@ def measure(arguments: argparse.Namespace) -> list[Figure]:
     return figures
 
 
-def _run(arguments: argparse.Namespace, fraction: float, whose: str) -> tuple[float, int]:
+def seconds_and_peak(
+    arguments: argparse.Namespace, fraction: float, whose: str, *, aware: bool = False, overlap: bool = True
+) -> tuple[float, int]:
     """Seconds of a step, and the peak of the device's memory in bytes (0 where it is simulated)."""
     clock, ours = Clock(), install.REPAIRS
     shape = model_shape(arguments.hidden_size, num_layers=arguments.num_layers)
@@ -73,7 +75,8 @@ def _run(arguments: argparse.Namespace, fraction: float, whose: str) -> tuple[fl
         cfg = config(shape, arguments.seq_length, steps, Path(directory), micro_batches=arguments.micro_batches)
         cfg.optimizer.optimizer_cpu_offload = fraction > 0
         cfg.optimizer.optimizer_offload_fraction = fraction
-        cfg.optimizer.overlap_cpu_optimizer_d2h_h2d = fraction > 0
+        cfg.optimizer.overlap_cpu_optimizer_d2h_h2d = overlap and fraction > 0
+        cfg.optimizer.use_precision_aware_optimizer = aware
         gc.collect()
         if not device.is_simulated():
             torch.accelerator.reset_peak_memory_stats()
