@@ -33,7 +33,7 @@ def _state(run: Run) -> dict[str, torch.Tensor]:
 
 
 def _stopped_and_resumed(rig: Rig, cell: Cell, name: str) -> list[dict[str, torch.Tensor]]:
-    """What the run that goes on comes to, and what the one that resumes its checkpoint does."""
+    """What the run that continues comes to, and what the one that resumes its checkpoint does."""
     from megatron.bridge.training.checkpointing import save_checkpoint
     from megatron.bridge.training.state import GlobalState
 
