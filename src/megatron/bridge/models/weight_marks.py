@@ -33,7 +33,7 @@ def mark_weights(chunk: MegatronModule) -> None:
         weight = getattr(module, "weight", None)
         if axis is not None and weight is not None:
             _mark_cut(weight, axis)
-    splits_experts_otherwise = _splits_experts_otherwise(chunk.config)
+    splits_experts_otherwise = isinstance(chunk, MegatronModule) and _splits_experts_otherwise(chunk.config)
     for name, parameter in chunk.named_parameters():
         if splits_experts_otherwise and ".experts." in name:
             parameter.allreduce = False
