@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
+from tests.rigs.adversarial_streams import adversarial_streams
 from tests.rigs.device_queues import HOST_FIRST
 from tests.rigs.late_worker import LateWorker
 from tests.rigs.on_ranks import Recorder, differing
@@ -97,6 +98,18 @@ def test_weights_are_there_when_they_are_read(tmp_path, name):
     if saves:  # and by the thread itself
         resumed = run_on_ranks(_run, 2, str(tmp_path), case, overlapped=True, load=saves, ckpt_step=2)
         assert _apart(resumed, expected, steps=2) == []
+
+
+def _apart_by_streams(directory: str) -> list[str]:
+    case = Case(True, 0.5, occasions={"validation": {"eval_interval": 2, "eval_iters": 1}})
+    expected = _run(directory, case, overlapped=False)
+    with adversarial_streams(HOST_FIRST):
+        found = _run(directory, case, overlapped=True)
+    return _apart([found], [expected])
+
+
+def test_a_whole_run_waits_for_all_it_needs(tmp_path):
+    assert run_on_ranks(_apart_by_streams, 1, str(tmp_path)) == [[]]
 
 
 def _error_of_run(directory: str, fault: str) -> str:

@@ -40,6 +40,10 @@ _READ_BY_THE_HOST = (
     *(torch.tensor, torch.as_tensor),
 )
 """They read memory past torch's dispatcher."""
+_DEVICE_OF: Any = torch.Tensor.device.__get__
+_THE_DEVICE = torch.device("cpu", 0)
+"""What a device tensor says where it lies. The simulation says `cpu` on both sides, and so takes what is made with
+`device=tensor.device` for host memory, which isn't queued. The index tells the two apart, and torch takes either."""
 
 
 def _is_host(tensor: torch.Tensor) -> bool:
@@ -232,6 +236,10 @@ class _HostReads(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         subject = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        if func == _DEVICE_OF:
+            return func(*args, **kwargs) if _is_host(args[0]) else _THE_DEVICE
+        args = tuple(map(_as_asked_for, args))
+        kwargs = {name: _as_asked_for(one) for name, one in kwargs.items()}
         if func is torch.Tensor.is_pinned:
             return subject is not None and _is_host(subject)
         if func in _READ_BY_THE_HOST and not all(map(_is_host, _tensors(args))):
@@ -246,6 +254,10 @@ class _HostReads(TorchFunctionMode):
             self._queueing.is_host_copy = before
 
 
+def _as_asked_for(argument: Any) -> Any:
+    return "cuda" if isinstance(argument, torch.device) and argument == _THE_DEVICE else argument
+
+
 def _is_non_blocking(args: tuple, kwargs: dict) -> bool:
     return bool(kwargs.get("non_blocking")) or any(one is True for one in args[1:])
 
@@ -258,6 +270,13 @@ def _goes_to_host(func: Any, args: tuple, kwargs: dict) -> bool:
         _is_host(one) if isinstance(one, torch.Tensor) else simulated_accelerator._named_device(one) == "cpu"
         for one in named
     )
+
+
+def _simulation_in_force() -> contextlib.AbstractContextManager:
+    """The simulation's mode, where torch has set it aside: its own autograd function would put it above ours."""
+    mode: Any = simulated_accelerator._mode
+    is_in_force = any(one is mode for one in torch.overrides._get_current_function_mode_stack())
+    return contextlib.nullcontext() if is_in_force else mode
 
 
 _MADE_OUTSIDE: dict[type, tuple[str, ...]] = {
@@ -316,7 +335,7 @@ def adversarial_streams(order: str | int) -> Iterator[Device]:
             queueing.freed.record(tensor, adopted(stream))
 
     def backward(*args: Any, **kwargs: Any) -> Any:
-        with reads:
+        with _simulation_in_force(), reads:
             return run_backward(*args, **kwargs)
 
     stand_ins: dict[str, Callable[..., Any]] = {

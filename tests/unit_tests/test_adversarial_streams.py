@@ -140,6 +140,31 @@ def _backward() -> list[float]:
     return weight.grad.tolist()
 
 
+class _MaskedByIndex(torch.autograd.Function):
+    """As Core's cross entropy, it makes a tensor beside its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor + 1
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return torch.arange(2, device=gradient.device) * gradient + 1
+
+
+def _made_beside_a_tensor() -> torch.Tensor:
+    """Tensors that are made where another one lies, as Core does for rotary embeddings and outputs without a view."""
+    tensor = torch.ones(2, device="cuda", requires_grad=True)
+    read = tensor.detach() * 3
+    product = torch.arange(2, device=read.device) * read
+    viewless = torch.empty(1, device=read.device)
+    viewless.data = read * 2
+    (_MaskedByIndex.apply(tensor) * 2).sum().backward()
+    assert read.to(viewless.device) is read and read.device.type == "cpu"
+    assert tensor.grad is not None
+    return torch.cat([product + 1, viewless + 1, tensor.grad + 1])
+
+
 def _kept_stream() -> list[Any]:
     """A stream and an event that are made before, and used in every order and between."""
     side, event, found = torch.cuda.Stream(), torch.cuda.Event(), []
@@ -233,6 +258,11 @@ READ = {
 def test_the_host_waits_where_it_reads():
     (found,) = run_on_ranks(_all_readers, 1, list(READ))
     assert found == {reader: [outcome] * len(ORDERS) for reader, outcome in READ.items()}
+
+
+def test_what_is_made_beside_a_device_tensor_is_queued():
+    outcomes = run_on_ranks(_outcomes, 1, _made_beside_a_tensor)[0]
+    assert outcomes == dict.fromkeys(ORDERS, [1.0, 4.0, 7.0, 7.0, 2.0, 4.0])
 
 
 def test_backward_computes_the_same():

@@ -9,6 +9,7 @@ parameters by where they live. `install()` lets all of that run unchanged on a l
 * streams and events order nothing (host work is already in order), pinned memory is plain memory.
 
 Not simulated: the error for mixing host and device tensors, a separate generator for the device, device memory limits.
+`tensor.device` says `cpu` on both sides, so what is made with `device=tensor.device` counts as a host tensor.
 Both kinds of tensor share storage rules with stock torch, so all arithmetic is the CPU's, but for products of 16-bit
 matrices where it has none for them (`matrix_products.py`).
 """
