@@ -13,7 +13,13 @@ from megatron.bridge.models.conversion.hf_weights import HFWeights
 from megatron.bridge.models.conversion.roundtrip import compare_with_files
 from tests.rigs.families import CELLS, LAYOUTS, MODELS
 from tests.rigs.ranks import run_on_ranks
-from tests.unit_tests.models.tiny_llama import hf_logits, megatron_logits, save_tiny_model, some_tokens
+from tests.unit_tests.models.tiny_llama import (
+    hf_logits,
+    megatron_logits,
+    save_tiny_model,
+    some_tokens,
+    stack_experts,
+)
 
 LOGIT_TOLERANCE = 1e-4
 
@@ -27,6 +33,8 @@ def models(tmp_path_factory):
         if name not in made:
             model = MODELS[name]
             directory = save_tiny_model(root / name, model.architecture, **model.options)
+            if model.is_stacked:
+                stack_experts(directory)
             tokens = some_tokens(model.options.get("vocab_size", 96))
             made[name] = directory, tokens, hf_logits(directory, tokens)
         return made[name]
@@ -36,7 +44,7 @@ def models(tmp_path_factory):
 
 def weights_of(directory):
     """The tensors by the names of the family's table: experts that files keep in one tensor one by one."""
-    return open_weights(directory, AutoBridge.from_hf_pretrained(directory).family.expert_stacks)
+    return open_weights(directory, AutoBridge.from_hf_pretrained(directory).family.stacks_in_files)
 
 
 def convert_on_rank(directory, sizes, tokens):
@@ -93,6 +101,7 @@ def test_family_through_a_checkpoint(model, models, tmp_path):
     """What the family's fields say survives `run_config.yaml`, and every bit of the weights."""
     directory, tokens, expected = models(model)
     run_on_ranks(through_a_checkpoint_on_rank, 2, directory, tmp_path, MODELS[model].has_biased_experts)
-    before, after = map(tensors_of, (HFWeights(directory), HFWeights(tmp_path / "hf")))
+    source = weights_of(directory) if MODELS[model].is_stacked else HFWeights(directory)
+    before, after = map(tensors_of, (source, HFWeights(tmp_path / "hf")))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert torch.equal(hf_logits(tmp_path / "hf", tokens), expected)

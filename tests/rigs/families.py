@@ -21,6 +21,9 @@ class TinyModel:
     has_biased_experts: bool = False
     """Whether its experts have biases, with which Core doesn't share an expert's matrices among ranks."""
 
+    is_stacked: bool = False
+    """Whether its files have one tensor for all experts of a layer, as the published ones; transformers reads both."""
+
     layouts: tuple[str, ...] | None = None
     """Where it is converted; None: at every layout that it fits. Others of the family show the rest."""
 
@@ -188,11 +191,12 @@ MODELS = {
     ),
     "qwen3_5_moe_images": TinyModel(
         "Qwen3_5MoeForConditionalGeneration",
-        "the language model out of one that takes images, experts",
+        "the language model out of one that takes images, experts in one tensor a layer",
         {
             "text_config": {**SMALL, **_EXPERTS, **_DELTA_NET, **_QWEN_EXPERTS, "full_attention_interval": 2},
             "vision_config": _QWEN_VISION,
         },
+        is_stacked=True,
         layouts=("one process",),
     ),
     "qwen3_5_moe": TinyModel(

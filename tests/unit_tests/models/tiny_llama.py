@@ -1,11 +1,13 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Tiny random models as Hugging Face directories, and the logits of both sides."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
 from megatron.bridge.utils.simulated_accelerator import suspended
 
@@ -51,6 +53,22 @@ def save_tiny_model(
                 torch.nn.init.uniform_(parameter, -3, 0)
         model.to(dtype).save_pretrained(directory)
     return Path(directory)
+
+
+def stack_experts(directory: Path) -> None:
+    """Put the experts of each layer into two tensors, as the class of transformers keeps them: gates, then ups."""
+    tensors, of_layer = {}, {}
+    for name, tensor in load_file(directory / "model.safetensors").items():
+        expert = re.fullmatch(r"(.*\.experts)\.(\d+)\.(\w+)_proj\.weight", name)
+        if expert is None:
+            tensors[name] = tensor
+        else:
+            of_layer.setdefault(expert[1], {}).setdefault(int(expert[2]), {})[expert[3]] = tensor
+    for layer, by_number in of_layer.items():
+        experts = [by_number[number] for number in sorted(by_number)]
+        tensors[f"{layer}.gate_up_proj"] = torch.stack([torch.cat([one["gate"], one["up"]]) for one in experts])
+        tensors[f"{layer}.down_proj"] = torch.stack([one["down"] for one in experts])
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 def some_tokens(vocab_size: int, length: int = 32) -> torch.Tensor:

@@ -62,8 +62,15 @@ class ModelFamily:
     """Writes into a Hugging Face configuration what a trained model of this family has and others don't."""
     expert_stacks: "tuple[ExpertStack, ...]" = ()
     """The tensors of its files that hold all experts of a layer; `mappings` names each expert's by itself."""
+    read_stacks: "tuple[ExpertStack, ...]" = ()
+    """Such tensors that files may hold, and exports don't: they have the experts one by one."""
     build_with: "Callable[[Mapping[str, Any]], GPTModelProvider] | None" = None
     """Makes the provider of a Hugging Face configuration. None: the class, with its fields."""
+
+    @property
+    def stacks_in_files(self) -> "tuple[ExpertStack, ...]":
+        """The tensors of all experts of a layer that its files may hold."""
+        return (*self.expert_stacks, *self.read_stacks)
 
 
 _registered: dict[str, ModelFamily] = {}

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.bridge.models.decoder import expert_fields
+from megatron.bridge.models.conversion.expert_stacks import ExpertStack
+from megatron.bridge.models.decoder import HF_LAYER, expert_fields
 from megatron.bridge.models.families import ModelFamily
 from megatron.bridge.models.qwen3_5 import HYBRID_MAPPINGS
 from megatron.bridge.models.qwen3_next import (
@@ -32,9 +33,21 @@ def _provider_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+_STACK = f"{HF_LAYER}mlp.experts."
+_EXPERT = f"{_STACK}{{expert}}."
+
 FAMILY = ModelFamily(
     provider_class=Qwen35MoEModelProvider,
     provider_fields=_provider_fields,
     mappings=(*HYBRID_MAPPINGS, *EXPERT_MAPPINGS),
     has_further_layers=True,
+    # As published. transformers writes a new model's experts one by one.
+    read_stacks=(
+        ExpertStack(
+            f"{_STACK}gate_up_proj",
+            (f"{_EXPERT}gate_proj.weight", f"{_EXPERT}up_proj.weight"),
+            part_after_part=True,
+        ),
+        ExpertStack(f"{_STACK}down_proj", (f"{_EXPERT}down_proj.weight",), part_after_part=True),
+    ),
 )

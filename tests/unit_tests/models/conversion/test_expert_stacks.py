@@ -11,6 +11,7 @@ from megatron.bridge.models.conversion.expert_stacks import (
 )
 from megatron.bridge.models.conversion.mxfp4 import dequantize
 from megatron.bridge.models.gpt_oss import FAMILY
+from megatron.bridge.models.qwen3_5_moe import FAMILY as QWEN
 
 pytestmark = pytest.mark.any_core
 
@@ -79,6 +80,22 @@ def test_a_quantised_stack_is_read_as_bf16(tmp_path):
         "model.x_blocks",
         "model.norm.weight",
     }
+
+
+@pytest.mark.parametrize("rows", [2 * OUTPUTS, 2 * OUTPUTS + 1], ids=["whole", "a row too many"])
+def test_parts_may_follow_each_other(tmp_path, rows):
+    """As in Qwen3.5's published files, whose exports have the experts one by one."""
+    gate_up, down = torch.randn(NUM_EXPERTS, rows, INPUTS), torch.randn(NUM_EXPERTS, INPUTS, OUTPUTS)
+    save_file({f"{EXPERTS}gate_up_proj": gate_up, f"{EXPERTS}down_proj": down}, tmp_path / "model.safetensors")
+    weights = open_weights(tmp_path, QWEN.stacks_in_files)
+    for name in weights.files:
+        assert weights.read(name).shape == weights.shape(name)
+    first = rows - OUTPUTS
+    assert torch.equal(weights.read(f"{EXPERTS}1.gate_proj.weight"), gate_up[1, :first])
+    assert torch.equal(weights.read(f"{EXPERTS}2.up_proj.weight"), gate_up[2, first:])
+    assert torch.equal(weights.read(f"{EXPERTS}0.down_proj.weight"), down[0])
+    stored = [f"{EXPERTS}gate_up_proj", f"{EXPERTS}down_proj"]
+    assert names_when_exported(stored, (), read_stacks=QWEN.read_stacks, num_experts=NUM_EXPERTS) == set(weights.files)
 
 
 @pytest.mark.parametrize(

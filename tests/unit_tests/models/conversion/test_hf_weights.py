@@ -5,7 +5,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron.bridge.models.conversion.hf_weights import INDEX_FILE, HFWeights, HFWeightsWriter, ShardPlan
+from megatron.bridge.models.conversion.hf_weights import (
+    INDEX_FILE,
+    HFWeights,
+    HFWeightsWriter,
+    ShardPlan,
+    names_of_tensors,
+)
 
 
 @pytest.fixture
@@ -112,3 +118,10 @@ def test_what_a_shard_holds_counts_though_no_index_names_it(tmp_path, tensors):
     (tmp_path / "more").rename(tmp_path / "model-00002-of-00002.safetensors")
     with pytest.raises(ValueError, match="model-00002-of-00002.safetensors both hold 'b': expected it once"):
         HFWeights(tmp_path).files  # noqa: B018
+
+
+def test_an_index_alone_names_the_language_model_as_its_own_files_would(tmp_path):
+    """As for a model of the hub whose weights aren't fetched, because an export reads none."""
+    names = ("model.language_model.norm.weight", "model.visual.norm.weight", "lm_head.weight", "mtp.norm.weight")
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": dict.fromkeys(names, "model-1.safetensors")}))
+    assert names_of_tensors(tmp_path) == {"model.norm.weight", "lm_head.weight", "mtp.norm.weight"}

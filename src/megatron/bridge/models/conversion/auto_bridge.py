@@ -198,7 +198,7 @@ class AutoBridge(CheckpointConversion, AdapterExport):
 
         directory = run_while_others_wait(lambda: self._weights_directory(hf_path), doing="finding the weights")
         assert directory is not None  # every rank has work
-        chunks, weights = as_chunks(model), open_weights(directory, self.family.expert_stacks)
+        chunks, weights = as_chunks(model), open_weights(directory, self.family.stacks_in_files)
         allowed = allowed_mismatched_params or ()
         load_weights(chunks, self.family, weights, allowed_mismatched=allowed, show_progress=show_progress)
         return chunks
@@ -340,5 +340,5 @@ class AutoBridge(CheckpointConversion, AdapterExport):
         with model_parallel_groups(**sizes):
             chunks = build_on_host(self.to_megatron_provider(load_weights=False))
             self.load_hf_weights(chunks, show_progress=show_progress)
-            weights = open_weights(self._weights_directory(None), self.family.expert_stacks)
+            weights = open_weights(self._weights_directory(None), self.family.stacks_in_files)
             return compare_with_files(chunks, self.family, weights, show_progress=show_progress)

@@ -33,6 +33,8 @@ class ExpertStack:
     """Its name in a file, with `{layer}`."""
     parts: tuple[str, ...]
     """The name of each part of one expert, with `{layer}` and `{expert}`."""
+    part_after_part: bool = False
+    """Whether the matrices are [E, P * O, I], with one part's output features after the other's."""
 
 
 class _Part(NamedTuple):
@@ -44,6 +46,8 @@ class _Part(NamedTuple):
     position: int
     of: int
     """How many parts of an expert the stack holds."""
+    part_after_part: bool
+    """As `ExpertStack` has it."""
 
 
 class UnstackedWeights(HFWeights):
@@ -71,7 +75,7 @@ class UnstackedWeights(HFWeights):
                 for expert in range(self._whole.shape(stored)[0]):
                     for index, part in enumerate(stack.parts):
                         name = part.replace("{layer}", layer).replace("{expert}", str(expert))
-                        found[name] = _Part(stored, expert, index, len(stack.parts))
+                        found[name] = _Part(stored, expert, index, len(stack.parts), stack.part_after_part)
         return found
 
     @cached_property
@@ -91,7 +95,8 @@ class UnstackedWeights(HFWeights):
         _, *sizes = self._whole.shape(part.stack)
         if part.stack.endswith(BLOCKS):
             return sizes[0] // part.of, sizes[1] * sizes[2] * 2
-        return (sizes[-1] // part.of, *sizes[:-1])
+        outputs, *inputs = sizes if part.part_after_part else (sizes[-1], *sizes[:-1])
+        return (len(range(part.position, outputs, part.of)), *inputs)
 
     def dtype(self, name: str) -> str:
         """The dtype of a tensor as it is read."""
@@ -106,6 +111,8 @@ class UnstackedWeights(HFWeights):
         if part is None:
             return self._whole.read(name)
         stack, rows = self._whole.read(part.stack)[part.expert], slice(part.position, None, part.of)
+        if part.part_after_part:
+            return stack.chunk(part.of)[part.position]
         if part.stack.endswith(BLOCKS):
             return dequantize(stack[rows], self._whole.read(_scales_of(part.stack))[part.expert][rows])
         return stack[..., rows].movedim(-1, 0)
@@ -137,9 +144,28 @@ def open_weights(directory: str | Path, stacks: Sequence[ExpertStack]) -> HFWeig
     return UnstackedWeights(directory, stacks) if stacks else HFWeights(directory)
 
 
-def names_when_exported(stored: Iterable[str], stacks: Sequence[ExpertStack]) -> set[str]:
-    """The names that the tensors of files have in an export, where nothing is quantised."""
+def names_when_exported(
+    stored: Iterable[str],
+    stacks: Sequence[ExpertStack],
+    *,
+    read_stacks: Sequence[ExpertStack] = (),
+    num_experts: int | None = None,
+) -> set[str]:
+    """The names that the tensors of files have in an export, where nothing is quantised.
+
+    Args:
+        stored: The names in the files.
+        stacks: Those that an export has too.
+        read_stacks: Those whose experts an export has one by one.
+        num_experts: E.
+    """
     names = set(stored)
+    for name in list(names):
+        stack, layer = _stack_named(name, read_stacks)
+        if stack is not None:
+            parts = [part.replace("{layer}", layer) for part in stack.parts]
+            names.remove(name)
+            names |= {part.replace("{expert}", str(expert)) for part in parts for expert in range(num_experts or 0)}
     for blocks in [name for name in names if name.endswith(BLOCKS)]:
         if _stack_named(blocks.removesuffix(BLOCKS), stacks)[0] is not None:
             names -= {blocks, _scales_of(blocks)}
@@ -215,7 +241,7 @@ def _part_named(name: str, stacks: Sequence[ExpertStack]) -> _Part | None:
             found = _pattern(part).fullmatch(name)
             if found:
                 whole = stack.name.replace("{layer}", found["layer"])
-                return _Part(whole, int(found["expert"]), index, len(stack.parts))
+                return _Part(whole, int(found["expert"]), index, len(stack.parts), stack.part_after_part)
     return None
 
 

@@ -29,7 +29,7 @@ def block_size(quantization: Any) -> tuple[int, int] | None:
 
 def without_scales(names: Iterable[str]) -> list[str]:
     """The names of tensors without those of scales that stand beside a weight."""
-    known = set(names)
+    known = dict.fromkeys(names)
     return [name for name in known if not (name.endswith(SCALE) and name.removesuffix(SCALE) in known)]
 
 

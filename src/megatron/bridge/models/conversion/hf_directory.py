@@ -161,7 +161,9 @@ def check_names(exported: set[str], family: ModelFamily, config: Any, source: Pa
     named = None if source is None else names_of_tensors(source)
     if named is None:
         return
-    named = names_when_exported(named, family.expert_stacks)
+    named = names_when_exported(
+        named, family.expert_stacks, read_stacks=family.read_stacks, num_experts=config.num_moe_experts
+    )
     in_source = {name for name in named if not may_be_ignored(name, config, family)}
     differing = sorted(in_source ^ exported)
     if differing:

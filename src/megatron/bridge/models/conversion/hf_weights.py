@@ -140,7 +140,7 @@ def names_of_tensors(directory: Path) -> set[str] | None:
     index = directory / INDEX_FILE
     if any(directory.glob("*.safetensors")):
         return set(HFWeights(directory).files)
-    return set(without_scales(_read_index(index))) if index.is_file() else None
+    return set(without_scales(text_names(_read_index(index)))) if index.is_file() else None
 
 
 def _read_index(path: Path) -> dict[str, str]:

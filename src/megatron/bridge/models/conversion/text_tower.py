@@ -18,9 +18,9 @@ _PREFIXES = {
     "model.language_model.": "model.",
     "language_model.lm_head.": "lm_head.",
 }
+"""How files name the language model's tensors, and how its own files would."""
 _OF_BOTH = ("lm_head.", "mtp.")
 """How names begin that stand outside the language model in files of the whole, and are the same in its own."""
-"""How files name the language model's tensors, and how its own files would."""
 _OF_THE_WHOLE = (
     *("dtype", "torch_dtype", "quantization_config", "tie_word_embeddings", "transformers_version"),
     *("bos_token_id", "eos_token_id", "pad_token_id"),

@@ -27,5 +27,5 @@ def weights_verification_table(bridge: AutoBridge, megatron_model: "Model") -> s
     Raises:
         FileNotFoundError, ValueError: There is no such directory, or it holds no weights.
     """
-    weights = open_weights(bridge._weights_directory(None), bridge.family.expert_stacks)
+    weights = open_weights(bridge._weights_directory(None), bridge.family.stacks_in_files)
     return as_table(compare_with_files(as_chunks(megatron_model), bridge.family, weights, show_progress=False))
