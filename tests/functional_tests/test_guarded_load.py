@@ -26,23 +26,26 @@ def _load_with(directory, breakage):
     from megatron.bridge.training import checkpointing
     from megatron.bridge.training.finetune import finetune
     from megatron.bridge.training.gpt_step import forward_step
+    from megatron.bridge.training.run_state import planned_load
 
-    names = ("sync_hybrid_optimizer_param_copies", "load_optimizer")
-    ours = {name: getattr(checkpointing, name) for name in names}
+    our_sync, our_load = checkpointing.sync_hybrid_optimizer_param_copies, planned_load.load_optimizer
 
     def sync(optimizer, *arguments):
         if breakage != "no sync":
-            ours["sync_hybrid_optimizer_param_copies"](optimizer, *arguments)
+            our_sync(optimizer, *arguments)
         if isinstance(breakage, float):
             _scale_copies(optimizer, breakage)
 
     def load_optimizer(optimizer, *arguments):
-        ours["load_optimizer"](optimizer, *arguments)
+        our_load(optimizer, *arguments)
         if isinstance(breakage, float):
             _scale_copies(optimizer, breakage)
 
     results = []
-    with replaced(checkpointing, sync_hybrid_optimizer_param_copies=sync, load_optimizer=load_optimizer):
+    with (
+        replaced(checkpointing, sync_hybrid_optimizer_param_copies=sync),
+        replaced(planned_load, load_optimizer=load_optimizer),
+    ):
         for checkpoint in ({"pretrained_checkpoint": f"{directory}/pretrained"}, {"load": f"{directory}/saved"}):
             cfg = tiny_config(
                 directory,

@@ -22,8 +22,8 @@ def _follow_the_parameter(base: type) -> type:
                     for key, value in state.items():
                         # The step stays where it is: torch's Adam keeps it on the host.
                         if isinstance(value, torch.Tensor) and key != "step":
-                            dtype = None if isinstance(optimizer, FlatAdam) else param.dtype  # its state may be 16-bit
-                            state[key] = value.to(param.device, dtype)
+                            is_on_host = isinstance(optimizer, FlatAdam)  # and may be 16-bit there
+                            state[key] = value.cpu() if is_on_host else value.to(param)
 
     return FollowTheParameter
 
