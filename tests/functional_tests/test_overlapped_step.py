@@ -10,7 +10,7 @@ import torch
 from tests.rigs.adversarial_streams import adversarial_streams
 from tests.rigs.device_queues import HOST_FIRST
 from tests.rigs.late_worker import LateWorker
-from tests.rigs.on_ranks import Recorder, differing
+from tests.rigs.on_ranks import Recorder, differing, weights_of
 from tests.rigs.ranks import run_on_ranks
 from tests.rigs.tiny import tiny_config
 
@@ -45,7 +45,17 @@ class OnlyRecords(Recorder):
     reads_weights = False
 
 
-def _run(directory: str, case: Case, *, overlapped: bool, late: bool = False, **checkpoint: Any) -> Recorder:
+class ReadsEachStep(Recorder):
+    """It reads the weights of each step, and keeps those of the last one."""
+
+    def on_train_step_end(self, context: Any) -> None:
+        super().on_train_step_end(context)
+        self.weights_before = weights_of(context.model)
+
+
+def _run(
+    directory: str, case: Case, *, overlapped: bool, late: bool = False, reads: bool = False, **checkpoint: Any
+) -> Recorder:
     from megatron.bridge.offload_engine import step
     from megatron.bridge.offload_engine.overlap import worker
     from megatron.bridge.training.gpt_step import forward_step
@@ -68,7 +78,7 @@ def _run(directory: str, case: Case, *, overlapped: bool, late: bool = False, **
         },
         **sections,
     )
-    recorder = OnlyRecords()
+    recorder = ReadsEachStep() if reads else OnlyRecords()
     new_worker = (lambda *_: LateWorker(HOST_FIRST)) if late else worker.HostWorker
     with mock.patch.object(step, "BUCKET_ELEMENTS", 2000), mock.patch.object(worker, "HostWorker", new_worker):
         pretrain(cfg, forward_step, callbacks=[recorder])
@@ -89,15 +99,31 @@ def _apart(found: list[Recorder], expected: list[Recorder], *, steps: int = 0) -
     ]
 
 
+def _gathered_at_once(case: Case) -> Case:
+    return case._replace(ddp={name: value for name, value in case.ddp.items() if name != "overlap_param_gather"})
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_weights_are_there_when_they_are_read(tmp_path, name):
     case, saves = CASES[name], f"{tmp_path}/saved" if CASES[name].occasions else None
-    expected = run_on_ranks(_run, 2, str(tmp_path), case, overlapped=False)
+    expected = run_on_ranks(_run, 2, str(tmp_path), _gathered_at_once(case), overlapped=False)
     found = run_on_ranks(_run, 2, str(tmp_path), case, overlapped=True, late=True, save=saves)
     assert _apart(found, expected) == []
     if saves:  # and by the thread itself
         resumed = run_on_ranks(_run, 2, str(tmp_path), case, overlapped=True, load=saves, ckpt_step=2)
         assert _apart(resumed, expected, steps=2) == []
+
+
+def test_weights_that_ranks_gather_in_the_next_forward_pass_are_there_before(tmp_path):
+    saves = f"{tmp_path}/saved"
+    case = CASES["in a gather for each bucket"]._replace(occasions={"checkpoint": {"save_interval": 2}})
+    expected = run_on_ranks(_run, 2, str(tmp_path), _gathered_at_once(case), overlapped=False)
+    found = run_on_ranks(_run, 2, str(tmp_path), case, overlapped=False, reads=True, save=saves)
+    assert _apart(found, expected) == []
+    for run in found:
+        assert differing(run.weights_before, run.weights_after) == {}
+    resumed = run_on_ranks(_run, 2, str(tmp_path), case, overlapped=False, load=saves, ckpt_step=2)
+    assert _apart(resumed, expected, steps=2) == []
 
 
 def _apart_by_streams(directory: str) -> list[str]:

@@ -110,6 +110,13 @@ OVERLAP = (
         f"{_RUN}[by layer]",
     ),
     _overlapped(
+        "no gather before a read",
+        "saves, callbacks and the end of a run have other ranks' weights of before the step",
+        "training.cpu_offload.overlapped_steps:wait_for_weights",
+        without_call("start_param_sync"),
+        f"{_RUNS}weights_that_ranks_gather_in_the_next_forward_pass_are_there_before",
+    ),
+    _overlapped(
         "no wait for callbacks",
         "a callback reads weights of before the step",
         "training.callbacks:CallbackManager.fire",

@@ -98,8 +98,8 @@ class Callback:
     """Override the events you need. They are called on every rank, in the order in which callbacks were passed."""
 
     reads_weights: ClassVar[bool] = True
-    """Whether its events may read weights or the optimizer's state. If false, an overlapped step
-    (`optimizer.overlap_cpu_optimizer_step`) isn't waited for before they are called."""
+    """Whether its events may read weights or the optimizer's state. If false, weights that come later
+    (`optimizer.overlap_cpu_optimizer_step`, `ddp.overlap_param_gather`) aren't waited for before they are called."""
 
     def on_data_init_start(self, context: CallbackContext) -> None:
         """The process groups are up; tokenizer and data come next, then the model: `context.model` is empty."""

@@ -187,7 +187,7 @@ def save_checkpoint(
     refuse_other_groups(pg_collection)
     finish_background_save(state, wait=True)
     cfg = state.cfg
-    wait_for_weights(cfg, optimizer)
+    wait_for_weights(cfg, model, optimizer)
     check_weights_are_finite(model, state.train_state.step)
     context = init_checkpointing_context(cfg) if checkpointing_context is None else checkpointing_context
     state.train_state.floating_point_operations_so_far = num_floating_point_operations_so_far
@@ -313,7 +313,7 @@ def load_checkpoint(
     refuse_arguments(module_name=module_name)
     refuse_other_groups(pg_collection)
     finish_background_save(state, wait=True)
-    wait_for_weights(state.cfg, optimizer)
+    wait_for_weights(state.cfg, model, optimizer)
     context = init_checkpointing_context(state.cfg) if checkpointing_context is None else checkpointing_context
     plan = plan_on_all_ranks(state.cfg, context) if plan is None else plan
     if plan is None:

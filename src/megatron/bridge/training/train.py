@@ -21,8 +21,8 @@ from megatron.bridge.training.callbacks import CallbackContext, CallbackManager
 from megatron.bridge.training.checkpointing import CheckpointManager, CheckpointSaveContext, DefaultCheckpointManager
 from megatron.bridge.training.cpu_offload.overlapped_steps import (
     check_overlapped_step,
-    steps_overlap,
     wait_for_weights,
+    weights_are_late,
 )
 from megatron.bridge.training.eval import evaluate_split, refuse_non_loss_data
 from megatron.bridge.training.micro_batches import bind_forward_step, run_micro_batches
@@ -145,8 +145,8 @@ def run_training(run: SetupOutput, forward_step_func: Callable, callbacks: Callb
     forget_router_losses()
     for chunk in run.model:
         chunk.train()
-    if steps_overlap(cfg):
-        callbacks.wait_before_reads(partial(wait_for_weights, cfg, run.optimizer))
+    if weights_are_late(cfg, run.model):
+        callbacks.wait_before_reads(partial(wait_for_weights, cfg, run.model, run.optimizer))
     started = time.monotonic()
     saved_step = state.train_state.step  # nothing to save before the first step
     first_step = saved_step + 1
@@ -176,7 +176,7 @@ def run_training(run: SetupOutput, forward_step_func: Callable, callbacks: Callb
             if asked_to_stop:
                 logger.info("stopping at step %d of %d", step, state.derived.train_iters)
                 break
-    wait_for_weights(cfg, run.optimizer)
+    wait_for_weights(cfg, run.model, run.optimizer)
     check_overlapped_step(cfg, run.optimizer, num_taken=state.num_taken_steps)
     callbacks.fire("on_train_end", context)
     if cfg.checkpoint.save and saved_step != state.train_state.step:
@@ -272,7 +272,7 @@ def _complete_background_save(
 
 
 def _save_checkpoint(run: SetupOutput, *, non_persistent: bool = False) -> None:
-    wait_for_weights(run.state.cfg, run.optimizer)  # a manager of the user's may read weights in its own way
+    wait_for_weights(run.state.cfg, run.model, run.optimizer)  # a manager of the user's may read weights in its own way
     with run.state.watchdog.paused(), timed(run.state, "save-checkpoint", 0):
         run.checkpoint_manager.save(
             CheckpointSaveContext(

@@ -1,5 +1,9 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""What a run does for steps that return early: wait for weights where they are read, and check that they arrived."""
+"""What a run does for steps that return before their weights are there: wait where they are read, and check them.
+
+Weights are late where the host's step overlaps with the next forward pass, and where data-parallel ranks gather them
+in it (`ddp.overlap_param_gather`). Until then a rank has the new weights of its own part alone.
+"""
 
 from typing import Any
 
@@ -15,11 +19,17 @@ def steps_overlap(cfg: Any) -> bool:
     return getattr(getattr(cfg, "optimizer", None), "overlap_cpu_optimizer_step", False)
 
 
-def wait_for_weights(cfg: Any, optimizer: Any) -> None:
-    """Wait for the last step's weights, if steps overlap. Then collective.
+def weights_are_late(cfg: Any, model: list[Any]) -> bool:
+    """Whether a step can end before this rank has all its weights. The same on all ranks."""
+    return steps_overlap(cfg) or any(map(_gathers_late, model))
+
+
+def wait_for_weights(cfg: Any, model: list[Any], optimizer: Any) -> None:
+    """Wait for the last step's weights, if they are late. Then collective.
 
     Args:
         cfg: The run's configuration.
+        model: This rank's chunks, wrapped in DDP or not.
         optimizer: From `setup_optimizer`, or None.
 
     Raises:
@@ -27,6 +37,14 @@ def wait_for_weights(cfg: Any, optimizer: Any) -> None:
     """
     if optimizer is not None and steps_overlap(cfg):
         settle(optimizer)
+    for chunk in filter(_gathers_late, model):
+        groups = (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups)
+        if any(not group.param_gather_dispatched or group.param_gather_handle is not None for group in groups):
+            chunk.start_param_sync(force_sync=True)
+
+
+def _gathers_late(chunk: Any) -> bool:
+    return getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", False)
 
 
 def check_overlapped_step(cfg: Any, optimizer: Any, *, num_taken: int) -> None:

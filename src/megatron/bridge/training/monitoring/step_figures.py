@@ -91,7 +91,7 @@ class StepFigures(Callback):
         """Figures that cost collectives, or a pass over all weights."""
         config = self._config
         if config.log_params_norm:
-            wait_for_weights(context.state.cfg, context.optimizer)
+            wait_for_weights(context.state.cfg, context.model, context.optimizer)
             context.figures["params_norm"] = params_norm(context.model)
         if config.log_max_attention_logit:
             context.figures["max_attention_logit"] = max_attention_logit(context.model)
