@@ -1,6 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Every family has its test, its row in the documentation and its door."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -28,6 +29,14 @@ def test_every_provider_has_a_door():
         assert getattr(doors, provider.__name__) is provider
         experts = provider(num_layers=2, hidden_size=32, num_attention_heads=8).num_moe_experts
         assert experts in (None, 8, 32, 128, 256, 512)
+
+
+def test_a_provider_with_two_bases_has_the_defaults_of_the_nearer_one():
+    for architecture in FAMILY_MODULES:
+        provider = family_of({"architectures": [architecture]}).provider_class
+        defaults = {field.name: field.default for field in dataclasses.fields(provider)}
+        given = {name: value for name, value in defaults.items() if value is not dataclasses.MISSING}
+        assert given == {name: getattr(provider, name) for name in given}, provider
 
 
 def test_no_weight_is_mapped_twice():

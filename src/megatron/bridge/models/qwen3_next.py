@@ -6,7 +6,7 @@ What Qwen3.5 has of it too is here as well.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from megatron.bridge.models.biased_router import shared_expert_mappings
 from megatron.bridge.models.conversion.hybrid_mapping import delta_net_channels, delta_net_in_proj, fused_gated_qkv
@@ -80,6 +80,10 @@ class Qwen3NextModelProvider(DeltaNetModelProvider, ExpertsModelProvider):
     moe_router_topk: int = 10
     moe_shared_expert_intermediate_size: int | None = 512
     moe_shared_expert_gate: bool = True
+    # As of `ExpertsModelProvider`: a dataclass takes the defaults of its first base, which has Core's of them.
+    moe_aux_loss_coeff: float | list[float] = ExpertsModelProvider.moe_aux_loss_coeff
+    moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex"] = ExpertsModelProvider.moe_token_dispatcher_type
+    moe_grouped_gemm: bool = ExpertsModelProvider.moe_grouped_gemm
 
 
 def delta_net_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
