@@ -23,6 +23,12 @@ TOKENS = torch.arange(24).reshape(2, 12)
 IM_END = 279
 TP2, PP2 = ({f"{axis}_parallel_size": 2} for axis in ("tensor_model", "pipeline_model"))
 CELLS = {
+    "deepseek_v2, LoRA of latent attention, TP 2": (
+        "deepseek_v2",
+        "lora",
+        {**TP2, "sequence_parallel": True},
+        {"target_modules": ["linear_q_proj", "*.layers.2.*.linear_kv_up_proj", "linear_proj"]},
+    ),
     "gemma3, LoRA, TP 2": ("gemma3", "lora", TP2, {}),
     "gpt_oss, LoRA of attention, EP 2": (
         "gpt_oss",

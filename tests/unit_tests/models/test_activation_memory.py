@@ -4,6 +4,7 @@
 import dataclasses
 
 from megatron.bridge.models.activation_memory import activation_bytes, layer_bytes_per_token, logit_bytes
+from megatron.bridge.models.deepseek_v3 import DeepSeekV3ModelProvider
 from megatron.bridge.models.gemma3 import Gemma3ModelProvider
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.models.mixtral import MixtralModelProvider
@@ -56,6 +57,22 @@ def test_a_token_is_in_as_many_experts_as_it_takes():
     )
     dense = layer_bytes_per_token(model, is_moe=False)
     assert layer_bytes_per_token(model, is_moe=True) == dense - 6 * 256 + 2 * (4 * 64 + 6 * 256)
+
+
+def test_shared_experts_and_latent_attention_count():
+    shape = {"num_layers": 1, "hidden_size": 64, "ffn_hidden_size": 256, "moe_ffn_hidden_size": 32}
+    heads = {"qk_head_dim": 16, "qk_pos_emb_head_dim": 8, "v_head_dim": 12, "q_lora_rank": 20, "kv_lora_rank": 10}
+    model = DeepSeekV3ModelProvider(**shape, **heads, num_attention_heads=4, num_moe_experts=4, moe_router_topk=2)
+    attention, latent = 2 * (2 * 96 + 48) + 2 * 48, 4 * (20 + 10) + 2 * 8
+    assert layer_bytes_per_token(model, is_moe=False) == 8 * 64 + attention + latent + 6 * 256
+    experts = 2 * (4 * 64 + 6 * 32)
+    assert layer_bytes_per_token(model, is_moe=True) == 8 * 64 + attention + latent + experts
+    model.moe_shared_expert_intermediate_size = 64
+    assert layer_bytes_per_token(model, is_moe=True) == 8 * 64 + attention + latent + experts + 6 * 64
+    model.q_lora_rank, model.tensor_model_parallel_size = None, 2
+    assert layer_bytes_per_token(model, is_moe=False) == 8 * 64 + attention / 2 + latent - 4 * 20 + 6 * 256 / 2
+    model.sequence_parallel = True
+    assert layer_bytes_per_token(model, is_moe=False) == (8 * 64 + attention + latent - 4 * 20 + 6 * 256) / 2
 
 
 def test_the_last_stage_holds_logits_of_its_share_of_the_vocabulary():

@@ -9,6 +9,7 @@ import pytest
 import transformers
 
 from megatron.bridge import AutoBridge
+from megatron.bridge.peft.lora import LoRA
 from megatron.bridge.planning.world import planned_world
 from megatron.bridge.recipes import FAMILIES
 from megatron.bridge.recipes.table import Layout
@@ -20,10 +21,16 @@ SIZES = {
 }
 
 PUBLISHED_PARAMETERS = {
+    "deepseek_v2_lite": 15_706_484_224,
+    "deepseek_v3": 671_026_419_200,
+    "kimi_k2": 1_026_408_232_448,
+    "moonlight_16b": 15_960_110_208,
     "gemma3_1b": 999_885_952,
     "gemma3_4b": 3_880_263_168,
     "gemma3_12b": 11_766_034_176,
     "gemma3_27b": 27_009_346_304,
+    "glm45_air_106b": 106_852_251_264,
+    "glm45_355b": 352_797_829_024,
     "gpt_oss_20b": 20_914_757_184,
     "gpt_oss_120b": 116_829_156_672,
     "llama32_1b": 1_235_814_400,
@@ -47,13 +54,15 @@ PUBLISHED_PARAMETERS = {
     "qwen3_32b": 32_762_123_264,
     "qwen3_30b_a3b": 30_532_122_624,
     "qwen3_235b_a22b": 235_093_634_560,
+    "qwen3_next_80b_a3b": 79_674_391_296,
     "mistral_7b": 7_248_023_552,
     "mixtral_8x7b": 46_702_792_704,
     "smollm2_135m": 134_515_008,
     "smollm2_360m": 361_821_120,
     "smollm2_1p7b": 1_711_376_384,
 }
-"""As the weights' own indexes count them; of Gemma 3 with images, the language model's."""
+"""As the weights' own indexes count them, with the routers' biases; of Gemma 3 with images, the language model's; not
+counted: layers that predict further tokens."""
 
 
 def _llama(layers: int, hidden: int, ffn: int, heads: int, **others: Any) -> Any:
@@ -114,13 +123,122 @@ def _gpt_oss(layers: int, *, experts: int) -> Any:
     return transformers.GptOssConfig, (layers, 2880, 2880, 64), fields
 
 
+def _latent(layers: int, hidden: int, ffn: int, heads: int, **others: Any) -> Any:
+    width = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "kv_lora_rank": 512}
+    fields = {"num_key_value_heads": heads, "aux_loss_alpha": 0.001, "seq_aux": True, "rms_norm_eps": 1e-6}
+    config_class = transformers.DeepseekV2Config if "topk_method" in others else transformers.DeepseekV3Config
+    return config_class, (layers, hidden, ffn, heads), {**width, **fields, **others}
+
+
+def _deepseek_v3(heads: int, **others: Any) -> Any:
+    fields = {"q_lora_rank": 1536, "n_shared_experts": 1, "moe_intermediate_size": 2048, "num_experts_per_tok": 8}
+    return _latent(61, 7168, 18432, heads, **fields, norm_topk_prob=True, **others)
+
+
+def _latent_yarn(factor: float, *, weight: float, beta_fast: int) -> dict[str, Any]:
+    rope = {"type": "yarn", "factor": factor, "beta_fast": beta_fast, "beta_slow": 1, "mscale": weight}
+    return {**rope, "mscale_all_dim": weight, "original_max_position_embeddings": 4096}
+
+
+def _glm45(layers: int, hidden: int, ffn: int, **others: Any) -> Any:
+    fields = {"vocab_size": 151552, "attention_bias": True, "n_shared_experts": 1, "num_experts_per_tok": 8}
+    shape = {"num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
+    others |= {"max_position_embeddings": 131072, "partial_rotary_factor": 0.5, "norm_topk_prob": True}
+    return transformers.Glm4MoeConfig, (layers, hidden, ffn, 96), {**fields, **shape, **others}
+
+
 _GEMMA_IMAGES = {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
 
 PUBLISHED_CONFIGS = {
+    "deepseek_v2_lite": _latent(
+        27,
+        2048,
+        10944,
+        16,
+        vocab_size=102400,
+        max_position_embeddings=163840,
+        q_lora_rank=None,
+        n_routed_experts=64,
+        n_shared_experts=2,
+        num_experts_per_tok=6,
+        moe_intermediate_size=1408,
+        first_k_dense_replace=1,
+        routed_scaling_factor=1.0,
+        topk_method="greedy",
+        n_group=1,
+        topk_group=1,
+        norm_topk_prob=False,
+        rope_theta=10000,
+        rope_scaling=_latent_yarn(40, weight=0.707, beta_fast=32),
+    ),
+    "deepseek_v3": _deepseek_v3(
+        128,
+        vocab_size=129280,
+        max_position_embeddings=163840,
+        n_routed_experts=256,
+        first_k_dense_replace=3,
+        routed_scaling_factor=2.5,
+        n_group=8,
+        topk_group=4,
+        rope_theta=10000,
+        rope_scaling=_latent_yarn(40, weight=1.0, beta_fast=32),
+    ),
+    "kimi_k2": _deepseek_v3(
+        64,
+        vocab_size=163840,
+        max_position_embeddings=131072,
+        n_routed_experts=384,
+        first_k_dense_replace=1,
+        routed_scaling_factor=2.827,
+        n_group=1,
+        topk_group=1,
+        rope_theta=50000.0,
+        rope_scaling=_latent_yarn(32.0, weight=1.0, beta_fast=1),
+    ),
+    "moonlight_16b": _latent(
+        27,
+        2048,
+        11264,
+        16,
+        vocab_size=163840,
+        max_position_embeddings=8192,
+        q_lora_rank=None,
+        n_routed_experts=64,
+        n_shared_experts=2,
+        num_experts_per_tok=6,
+        moe_intermediate_size=1408,
+        first_k_dense_replace=1,
+        routed_scaling_factor=2.446,
+        n_group=1,
+        topk_group=1,
+        norm_topk_prob=True,
+        rms_norm_eps=1e-5,
+        rope_theta=50000.0,
+    ),
     "gemma3_1b": _gemma3(26, 1152, 6912, 4, 1, sliding_window=512, vocab_size=262144),
     "gemma3_4b": _gemma3(34, 2560, 10240, **_GEMMA_IMAGES),
     "gemma3_12b": _gemma3(48, 3840, 15360, 16, 8, **_GEMMA_IMAGES),
     "gemma3_27b": _gemma3(62, 5376, 21504, 32, 16, head_dim=128, query_pre_attn_scalar=168, **_GEMMA_IMAGES),
+    "glm45_air_106b": _glm45(
+        46,
+        4096,
+        10944,
+        n_routed_experts=128,
+        moe_intermediate_size=1408,
+        first_k_dense_replace=1,
+        routed_scaling_factor=1.0,
+        use_qk_norm=False,
+    ),
+    "glm45_355b": _glm45(
+        92,
+        5120,
+        12288,
+        n_routed_experts=160,
+        moe_intermediate_size=1536,
+        first_k_dense_replace=3,
+        routed_scaling_factor=2.5,
+        use_qk_norm=True,
+    ),
     "gpt_oss_20b": _gpt_oss(24, experts=32),
     "gpt_oss_120b": _gpt_oss(36, experts=128),
     "llama32_1b": _llama(16, 2048, 8192, 32, head_dim=64, rope_scaling=_stretched(32.0), tie_word_embeddings=True),
@@ -144,6 +262,30 @@ PUBLISHED_CONFIGS = {
     "qwen3_32b": _qwen3(64, 5120, 25600, 64, tied=False),
     "qwen3_30b_a3b": _qwen3_moe(48, 2048, 6144, 32, expert_ffn=768),
     "qwen3_235b_a22b": _qwen3_moe(94, 4096, 12288, 64, expert_ffn=1536),
+    "qwen3_next_80b_a3b": (
+        transformers.Qwen3NextConfig,
+        (48, 2048, 5120, 16),
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 256,
+            "vocab_size": 151936,
+            "max_position_embeddings": 262144,
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 1e7,
+            "full_attention_interval": 4,
+            "linear_conv_kernel_dim": 4,
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
+            "linear_num_key_heads": 16,
+            "linear_num_value_heads": 32,
+            "num_experts": 512,
+            "num_experts_per_tok": 10,
+            "moe_intermediate_size": 512,
+            "shared_expert_intermediate_size": 512,
+            "norm_topk_prob": True,
+            "router_aux_loss_coef": 0.001,
+        },
+    ),
     "mistral_7b": (
         transformers.MistralConfig,
         (32, 4096, 14336, 32),
@@ -171,21 +313,72 @@ PUBLISHED_CONFIGS = {
 NOT_THE_ARCHITECTURE = {"seq_length", "params_dtype", "pipeline_dtype", "bf16", "fp16", "sequence_parallel"}
 
 
+EXPERT_RANKS = 8
+"""One of them builds its share of the experts, which is faster."""
+PATTERNS = ("moe_layer_freq", "linear_attention_freq")
+"""The provider's fields that say for each layer which kind it is of."""
+
+
+def _of_layers(provider: Any, pattern: str) -> list[Any]:
+    found = getattr(provider, pattern)
+    assert isinstance(found, list) or found in (None, 1), "a list, or the same for all"
+    return found if isinstance(found, list) else [found] * provider.num_layers
+
+
+def _weights_of(module: Any) -> int:
+    biases = [(name, buffer) for name, buffer in module.named_buffers() if name.endswith("expert_bias")]
+    return sum(
+        weight.numel() * (EXPERT_RANKS if ".experts." in name else 1)
+        for name, weight in [*module.named_parameters(), *biases]
+    )
+
+
 def test_every_size_is_known_here():
     assert set(SIZES) == set(PUBLISHED_PARAMETERS) == set(PUBLISHED_CONFIGS)
 
 
+def _one_layer_of_each_kind(provider: Any) -> tuple[Any, list[Any], list[Any]]:
+    """A smaller model, the kinds of its layers, and those of all layers. Within a world of `EXPERT_RANKS`."""
+    if provider.num_moe_experts:
+        provider.expert_model_parallel_size = EXPERT_RANKS
+    layers = list(zip(*(_of_layers(provider, pattern) for pattern in PATTERNS), strict=True))
+    built = list(dict.fromkeys(layers))
+    provider.num_layers = len(built)
+    for pattern, values in zip(PATTERNS, zip(*built, strict=True), strict=True):
+        if isinstance(getattr(provider, pattern), list):
+            setattr(provider, pattern, list(values))
+    provider.initialize_model_parallel(create_gloo_process_groups=False)
+    (model,) = provider.provide_distributed_model(wrap_with_ddp=False)
+    return model, built, layers
+
+
 @pytest.mark.parametrize("size", sorted(SIZES))
 def test_a_size_has_the_published_number_of_parameters(size):
-    with planned_world(1):
-        provider = SIZES[size].build_provider(size, Layout())
-        num_layers, provider.num_layers = provider.num_layers, 1  # all layers are alike, and one is built faster
-        provider.initialize_model_parallel(create_gloo_process_groups=False)
-        (model,) = provider.provide_distributed_model(wrap_with_ddp=False)
-        of_layer = sum(param.numel() for param in model.decoder.layers.parameters())
-        of_all = sum(param.numel() for param in model.parameters())
-    counted = of_all + (num_layers - 1) * of_layer
+    with planned_world(EXPERT_RANKS):
+        model, built, layers = _one_layer_of_each_kind(SIZES[size].build_provider(size, Layout()))
+        of_kinds = dict(zip(built, map(_weights_of, model.decoder.layers), strict=True))
+        counted = _weights_of(model) - sum(of_kinds.values()) + sum(of_kinds[kind] for kind in layers)
     assert counted == PUBLISHED_PARAMETERS[size] == SIZES[size].sizes[size].parameters
+
+
+NAMED = sorted(size for size in SIZES if SIZES[size].sizes[size].adapted)
+
+
+@pytest.mark.parametrize(
+    ("size", "scheme"),
+    [(size, "lora") for size in NAMED] + [("glm45_355b", "canonical_lora"), ("deepseek_v3", "canonical_lora")],
+)
+def test_adapters_are_put_beside_layers_that_the_model_has(size, scheme):
+    cfg = SIZES[size].peft(size, scheme)
+    for axis in ("tensor_model", "expert_model"):
+        setattr(cfg.model, f"{axis}_parallel_size", 1)
+    cfg.model.sequence_parallel = False
+    with planned_world(EXPERT_RANKS):
+        model, built, _ = _one_layer_of_each_kind(cfg.model)
+        cfg.peft(model)  # which refuses targets that there aren't
+    adapted = {name.split(".")[2] for name in cfg.peft.params_to_save}
+    assert adapted == {str(layer) for layer in range(len(built))}
+    assert SIZES[size].peft(size, LoRA(target_modules=["linear_proj"])).peft.target_modules == ["linear_proj"]
 
 
 @pytest.mark.parametrize("size", sorted(SIZES))
@@ -196,8 +389,8 @@ def test_a_size_is_what_the_conversion_makes_of_its_configuration(size):
     converted = AutoBridge.from_hf_config(config).to_megatron_provider(load_weights=False)
     of_recipe = SIZES[size].build_provider(size, Layout())
     assert type(of_recipe) is type(converted)
-    if isinstance(converted.moe_layer_freq, list):
-        assert set(converted.moe_layer_freq) == {of_recipe.moe_layer_freq} == {1}
+    if of_recipe.moe_layer_freq == 1 and isinstance(converted.moe_layer_freq, list):
+        assert set(converted.moe_layer_freq) == {1}
         converted.moe_layer_freq = 1
     differing = {
         field.name: (getattr(of_recipe, field.name), getattr(converted, field.name))

@@ -11,9 +11,13 @@ same count for a gated MLP, grouped queries and no dropout, with fused attention
     attention                     2 (Q + 2 K) + 2 Q        / TP
     norms of queries and keys     2 (Q + K)                / TP
     MLP                           2 F (gate) + 2 F (up) + 2 F (product)     / TP
+    latent attention instead      2 (2 Q + V) + 2 V        / TP
+    what it projects down         4 L + 2 R                / TP with sequence parallelism
 
-in bytes a token, with H the hidden size, Q and K the channels of all query heads and of all query groups, F the MLP's
-width. For the paper's GPT (Q = K = H, F = 4 H, no gate: 4 F) this is its 34 H less the 2 H of its dropout masks.
+in bytes a token, with H the hidden size, Q, K and V the channels of all query heads, of all query groups and of all
+values, F the MLP's width, L the latent channels, kept before and after their norms, and R the channels of the key that
+turn. The MLP of shared experts counts beside the experts. A Gated DeltaNet layer counts as attention. For the paper's
+GPT (Q = K = H, F = 4 H, no gate: 4 F) this is its 34 H less the 2 H of its dropout masks.
 """
 
 from collections.abc import Sequence
@@ -24,6 +28,7 @@ from megatron.core.utils import unwrap_model
 
 from megatron.bridge.models.gemma3 import Gemma3ModelProvider
 from megatron.bridge.models.gpt_provider import GPTModelProvider
+from megatron.bridge.models.latent_attention import MLAModelProvider
 
 BYTES_PER_LOGIT = 8
 """16 bits from the matrix product, FP32 in the cross entropy, 16 bits of gradient."""
@@ -37,20 +42,32 @@ def layer_bytes_per_token(model: GPTModelProvider, *, is_moe: bool) -> float:
     """
     tp = model.tensor_model_parallel_size
     sequence = tp if model.sequence_parallel else 1
-    groups = model.num_query_groups or model.num_attention_heads
-    channels = model.kv_channels or model.hidden_size // model.num_attention_heads
-    query, key = model.num_attention_heads * channels, groups * channels
     norms = (12 if isinstance(model, Gemma3ModelProvider) else 8) * model.hidden_size / sequence
-    attention = (2 * (query + 2 * key) + 2 * query) / tp
-    if model.qk_layernorm:
-        attention += 2 * (query + key) / tp
+    attention = _latent_bytes(model) if isinstance(model, MLAModelProvider) else _attention_bytes(model)
     gates = 2 if model.gated_linear_unit else 1
     if not is_moe:
         return norms + attention + 2 * (gates + 1) * model.ffn_hidden_size / tp
     # What goes to an expert and comes back, and the expert's MLP, for each of a token's experts.
     etp = model.expert_tensor_parallel_size or tp
     routed = 4 * model.hidden_size + 2 * (gates + 1) * (model.moe_ffn_hidden_size or model.ffn_hidden_size) / etp
-    return norms + attention + model.moe_router_topk * routed * etp / tp
+    shared = 2 * (gates + 1) * (model.moe_shared_expert_intermediate_size or 0) / tp
+    return norms + attention + shared + model.moe_router_topk * routed * etp / tp
+
+
+def _attention_bytes(model: GPTModelProvider) -> float:
+    groups = model.num_query_groups or model.num_attention_heads
+    channels = model.kv_channels or model.hidden_size // model.num_attention_heads
+    query, key = model.num_attention_heads * channels, groups * channels
+    normed = 2 * (query + key) if model.qk_layernorm else 0
+    return (2 * (query + 2 * key) + 2 * query + normed) / model.tensor_model_parallel_size
+
+
+def _latent_bytes(model: MLAModelProvider) -> float:
+    tp = model.tensor_model_parallel_size
+    query = model.num_attention_heads * (model.qk_head_dim + model.qk_pos_emb_head_dim)
+    value = model.num_attention_heads * model.v_head_dim
+    latent = 4 * ((model.q_lora_rank or 0) + model.kv_lora_rank) + 2 * model.qk_pos_emb_head_dim
+    return (2 * (2 * query + value) + 2 * value) / tp + latent / (tp if model.sequence_parallel else 1)
 
 
 def activation_bytes(

@@ -8,7 +8,21 @@ import functools
 import importlib
 from typing import Any
 
-FAMILIES = ("gemma3", "gpt_oss", "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "smollm2")
+FAMILIES = (
+    "deepseek_v2",
+    "deepseek_v3",
+    "gemma3",
+    "glm45",
+    "gpt_oss",
+    "llama",
+    "mistral",
+    "mixtral",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "qwen3_next",
+    "smollm2",
+)
 """Modules of this package with a `FAMILY` and its `RECIPES`, by name."""
 
 OTHERS = ("gpt.vanilla_gpt",)

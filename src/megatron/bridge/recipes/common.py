@@ -1,12 +1,14 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """What recipes share: a recipe is its differences from this."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from megatron.bridge.data.config import GPTSFTDatasetConfig, MockGPTDatasetConfig, TokenizerConfig
 from megatron.bridge.peft.base import PEFT
 from megatron.bridge.peft.canonical_lora import CanonicalLoRA
 from megatron.bridge.peft.dora import DoRA
+from megatron.bridge.peft.fused_adapter import part_names
 from megatron.bridge.peft.lora import LoRA
 from megatron.bridge.training.config import (
     CheckpointConfig,
@@ -38,6 +40,18 @@ def default_peft_config(peft_scheme: str | PEFT, **options: Any) -> PEFT:
     if peft_scheme not in PEFT_SCHEMES:
         raise ValueError(f"peft_scheme={peft_scheme!r}: expected one of {', '.join(PEFT_SCHEMES)}, or a PEFT")
     return PEFT_SCHEMES[peft_scheme](**options)
+
+
+def name_targets(peft: Any, adapted: Sequence[str]) -> None:
+    """Have adapters put beside these linear layers, in place of the default ones.
+
+    Args:
+        peft: `LoRA` or one of its kind; it is changed. `CanonicalLoRA` gets the parts of fused layers.
+        adapted: Last names in LoRA's way, such as "linear_qkv".
+    """
+    if isinstance(peft, CanonicalLoRA):
+        adapted = [part for name in adapted for part in (part_names(name).values() or (name,))]
+    peft.target_modules = list(adapted)
 
 
 def sft_common(model: Any, *, seq_length: int, run_directory: str = "./nemo_experiments/default") -> ConfigContainer:

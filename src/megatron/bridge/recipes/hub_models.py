@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_VARIANTS = ("-Instruct", "-Base")
-"""Ends of the names of models with the same sizes."""
+_VARIANTS = ("-instruct", "-thinking", "-chat", "-it", "-base", "-pt")
+"""Ends of the names, in lower case, of models with the same sizes."""
 
 
 def cached_provider(hf_name: str) -> "GPTModelProvider | None":
@@ -46,13 +46,17 @@ def size_for(hf_name: str) -> str:
     """
     from megatron.bridge.recipes import FAMILIES
 
-    names = [hf_name, *(hf_name.removesuffix(end) for end in _VARIANTS if hf_name.endswith(end))]
     families = [importlib.import_module(f"{__package__}.{module}").FAMILY for module in FAMILIES]
-    sizes = {size.hf_name.lower(): key for family in families for key, size in family.sizes.items()}
-    found = next((sizes[name.lower()] for name in names if name.lower() in sizes), None)
+    sizes = {_without_variant(size.hf_name): key for family in families for key, size in family.sizes.items()}
+    found = sizes.get(_without_variant(hf_name))
     if found is None:
         raise ValueError(
             f"no recipe is for {hf_name!r}: name the recipe of a similar model, and add --hf-path {hf_name} (--list "
             "shows all recipes)"
         )
     return found
+
+
+def _without_variant(hf_name: str) -> str:
+    name = hf_name.lower()
+    return name.removesuffix(next((end for end in _VARIANTS if name.endswith(end)), ""))

@@ -70,6 +70,8 @@ class ModelSize:
     """Layout for training all weights."""
     adapters: Layout = field(default_factory=Layout)
     """Layout for training adapters."""
+    adapted: tuple[str, ...] = ()
+    """What adapters are put beside, in LoRA's names. Empty: its default targets."""
 
 
 @dataclass(frozen=True)
@@ -116,10 +118,12 @@ class Family:
 
     def peft(self, size: str, peft_scheme: "str | PEFT" = "lora") -> "ConfigContainer":
         """Train adapters beside frozen pretrained weights."""
-        from megatron.bridge.recipes.common import peft_common
+        from megatron.bridge.recipes.common import name_targets, peft_common
 
         provider = self.build_provider(size, self.sizes[size].adapters)
         cfg = peft_common(provider, seq_length=2048, peft_scheme=peft_scheme)
+        if self.sizes[size].adapted and isinstance(peft_scheme, str):
+            name_targets(cfg.peft, self.sizes[size].adapted)
         cfg.tokenizer.tokenizer_model = self.sizes[size].hf_name
         return cfg
 
