@@ -28,7 +28,7 @@ OVERLAP = (
     _overlapped(
         "no wait of the next backward pass for gradients' copies",
         "gradients are overwritten while they are copied",
-        f"{_HYBRID}:OverlappedStep.step",
+        f"{_HYBRID}:OverlappedStep._queue_step",
         without_call("wait_for_stream"),
         f"{_STEP}[default]",
     ),

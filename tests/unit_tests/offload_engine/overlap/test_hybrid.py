@@ -48,6 +48,18 @@ def test_looking_at_the_state_takes_the_step(hybrid):
     assert len(hybrid.state) == len(params_of(hybrid)) and not hybrid.crossings
 
 
+def test_hooks_of_a_step_run_once_whenever_its_class_changed(hybrid):
+    base = type(hybrid).__mro__[2]
+    changed = hybrid_of(base, aware=True, overlap=True)
+    changed.__class__ = type("Changed", (OverlappedStep, base), {"worker": LateWorker(HOST_FIRST)})
+    for optimizer in (hybrid, changed):
+        calls = []
+        optimizer.register_step_pre_hook(lambda *_, calls=calls: calls.append("before"))
+        optimizer.register_step_post_hook(lambda *_, calls=calls: calls.append("after"))
+        take_step(optimizer, 1)
+        assert calls == ["before", "after"] and optimizer.crossings
+
+
 def test_a_closure_is_refused(hybrid):
     with pytest.raises(ValueError, match="takes no closure"):
         hybrid.step(lambda: 0.0)

@@ -104,7 +104,7 @@ class OverlappedStep(BucketedStep):
     inner_param_to_orig_param = _ReadAfterTheStep()
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def _queue_step(self, closure: Any = None) -> None:
         """Queue the step, and return. `crossings` says what of it is on its way.
 
         Raises:
@@ -124,6 +124,9 @@ class OverlappedStep(BucketedStep):
             crossing.start(self.worker, self._h2d_stream)
         self.crossings = crossings
         device.wait_for_stream(self._d2h_stream)
+
+    step: Any = torch.optim.Optimizer.profile_hook_step(_queue_step)  # hooks of a step are run
+    step.hooked = True  # torch wraps a class's step when it builds the first instance, and not twice
 
     @property
     def num_rounded_bytes(self) -> int:
