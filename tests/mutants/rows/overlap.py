@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """The mutants of the overlapped step: waits left out, errors lost."""
 
-from tests.mutants.changes import Change, value, without_call
+from tests.mutants.changes import Change, returning, value, without_call
 from tests.mutants.rows.mutant import Mutant
 
 _STEP = "tests/functional_tests/test_order_of_streams.py::test_the_overlapped_step_waits_for_all_it_needs"
@@ -126,8 +126,8 @@ OVERLAP = (
     _overlapped(
         "a lost error",
         "a run continues although the host can't step",
-        "training.cpu_offload.overlapped_steps:check_overlapped_step",
-        without_call("raise_failures"),
+        "offload_engine.overlap.connect:raise_failures",
+        returning("None"),
         f"{_RUNS}an_error_on_one_host_ends_all_ranks",
     ),
     _overlapped(
