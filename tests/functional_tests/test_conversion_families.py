@@ -105,3 +105,17 @@ def test_family_through_a_checkpoint(model, models, tmp_path):
     before, after = map(tensors_of, (source, HFWeights(tmp_path / "hf")))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert torch.equal(hf_logits(tmp_path / "hf", tokens), expected)
+
+
+def in_bf16_on_rank(directory, root):
+    AutoBridge.import_ckpt(directory, root / "megatron", show_progress=False)
+    AutoBridge.from_hf_pretrained(directory).export_ckpt(root / "megatron", root / "hf", False, dtype="bfloat16")
+
+
+def test_a_router_keeps_its_bias_in_fp32(models, tmp_path):
+    """Rounded, it would choose other experts."""
+    run_on_ranks(in_bf16_on_rank, 1, models("glm4_moe")[0], tmp_path)
+    before, after = (tensors_of(HFWeights(directory)) for directory in (models("glm4_moe")[0], tmp_path / "hf"))
+    biases = [name for name in before if name.endswith("e_score_correction_bias")]
+    assert len(biases) == 3 and all(torch.equal(before[name], after[name]) for name in biases)
+    assert all(after[name].dtype is torch.bfloat16 for name in after if name not in biases)

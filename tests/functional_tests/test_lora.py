@@ -279,7 +279,11 @@ REFUSED = {
     ),
     "no such module": (
         {"lora": {"target_modules": ["q_proj"]}},
-        r"peft.target_modules names 'q_proj', which matches no",
+        r"names 'q_proj', which matches no module .*; this model has linear_fc1, linear_fc2, linear_proj, linear_qkv",
+    ),
+    "no such module, of the parts of fused layers": (
+        {"scheme": "canonical_lora", "lora": {"target_modules": ["q_proj"]}},
+        r"names 'q_proj', which matches no module .*; this model has linear_fc1_gate, .*, linear_proj, linear_q, ",
     ),
     "no linear layer": (
         {"lora": {"target_modules": ["*.pre_mlp_layernorm"]}},

@@ -5,8 +5,12 @@ import dataclasses
 import re
 from pathlib import Path
 
+import pytest
+import transformers
+
 import megatron.bridge.models as doors
-from megatron.bridge.models.families import FAMILY_MODULES, family_of
+from megatron.bridge.models.conversion import transformers_config
+from megatron.bridge.models.families import FAMILY_MODULES, build_provider, family_of, provider_fields
 from tests.rigs.families import MODELS, table
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "models.md"
@@ -43,3 +47,11 @@ def test_no_weight_is_mapped_twice():
     for architecture in FAMILY_MODULES:
         names = [mapping.megatron_name for mapping in family_of({"architectures": [architecture]}).mappings]
         assert len(names) == len(set(names))
+
+
+def test_a_family_that_transformers_is_too_old_for_is_refused(monkeypatch):
+    """4.57 has no Qwen3.5, and reads any file as a configuration without a class."""
+    monkeypatch.setattr(transformers_config, "config_class_of", lambda *_: transformers.PretrainedConfig)
+    for read in (provider_fields, build_provider):
+        with pytest.raises(ValueError, match=rf"transformers {transformers.__version__} doesn't know: install a newer"):
+            read({"architectures": ["Qwen3_5ForCausalLM"], "rope_parameters": {"rope_theta": 1e7}})

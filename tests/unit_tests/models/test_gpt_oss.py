@@ -1,5 +1,6 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 import pytest
+import torch
 import transformers
 
 from megatron.bridge.models.families import provider_fields
@@ -25,6 +26,15 @@ def test_the_published_file_gives_the_class_s_defaults():
     differing = {name for name, value in fields.items() if getattr(provider, name) != value}
     assert differing <= of_size, differing - of_size
     assert fields["window_size"] == (127, 0) and fields["window_attn_skip_freq"][:3] == [1, 0, 1]
+
+
+def test_published_files_name_no_dtype_and_a_loss_that_they_switch_off():
+    published = {key: value for key, value in hf_config(router_aux_loss_coef=0.9).items() if "dtype" not in key}
+    published["quantization_config"] = {"quant_method": "mxfp4"}
+    fields = provider_fields(published)
+    assert fields["params_dtype"] is torch.bfloat16 and fields["bf16"]
+    assert GPTOSSModelProvider(**fields).moe_aux_loss_coeff == 1e-3
+    assert provider_fields({**published, "output_router_logits": True})["moe_aux_loss_coeff"] == 0.9
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ import torch
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+EXPERT_BIAS = "router.expert_bias"
+"""What its name in a model ends with."""
 _IN_FP32 = ("expert_bias", "local_tokens_per_expert")
 """A router's buffers that 16 bits would spoil: the bias, and the counts of tokens that move it."""
 
@@ -21,7 +23,7 @@ def expert_biases(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     Args:
         chunk: A part of the model.
     """
-    return (item for item in chunk.named_buffers() if item[0].endswith("router.expert_bias"))
+    return (item for item in chunk.named_buffers() if item[0].endswith(EXPERT_BIAS))
 
 
 def in_16_bits(chunks: Sequence[MegatronModule], config: TransformerConfig) -> list[MegatronModule]:

@@ -11,7 +11,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.models.conversion.mapping import WeightMapping
-from megatron.bridge.models.conversion.transformers_config import as_read_by_transformers
+from megatron.bridge.models.conversion.text_tower import TEXT_TOWERS
+from megatron.bridge.models.conversion.transformers_config import as_read_by_transformers, check_transformers_knows
 
 if TYPE_CHECKING:
     from megatron.bridge.models.conversion.expert_stacks import ExpertStack
@@ -123,13 +124,21 @@ def family_of(hf_config: Mapping[str, Any]) -> ModelFamily:
     return _registered.get(architecture) or import_module(FAMILY_MODULES[architecture]).FAMILY
 
 
+def _as_read(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers reads, which must know the families of this package."""
+    architecture = _known_architecture(hf_config)
+    if architecture not in _registered and architecture not in TEXT_TOWERS:  # which config_as_dict has replaced
+        check_transformers_knows(architecture, hf_config)
+    return as_read_by_transformers(hf_config, architecture)
+
+
 def provider_fields(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     """A Hugging Face configuration in fields of the family's provider.
 
     Raises:
         ValueError: transformers doesn't read it, or it asks for what can't be expressed.
     """
-    return family_of(hf_config).provider_fields(as_read_by_transformers(hf_config, _known_architecture(hf_config)))
+    return family_of(hf_config).provider_fields(_as_read(hf_config))
 
 
 def build_provider(hf_config: Mapping[str, Any]) -> "GPTModelProvider":
@@ -141,4 +150,4 @@ def build_provider(hf_config: Mapping[str, Any]) -> "GPTModelProvider":
     family = family_of(hf_config)
     if family.build_with is None:
         return family.provider_class(**provider_fields(hf_config))
-    return family.build_with(as_read_by_transformers(hf_config, _known_architecture(hf_config)))
+    return family.build_with(_as_read(hf_config))

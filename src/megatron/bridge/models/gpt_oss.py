@@ -82,13 +82,17 @@ def _provider_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     expect_value(hf, "attention_bias", True)
     expect_value(hf, "swiglu_alpha", 1.702)
     if (hf.get("quantization_config") or {}).get("quant_method") == "mxfp4":
-        hf = {**hf, "quantization_config": None}  # dequantised when it is read
-    return {
+        # Dequantised when it is read, to bf16; published files don't name a dtype.
+        hf = {**hf, "quantization_config": None, "dtype": hf.get("dtype") or hf.get("torch_dtype") or "bfloat16"}
+    fields = {
         **decoder_fields(hf),
         **window_fields(hf, layer_types=hf["layer_types"]),
         **expert_fields(hf, ffn_hidden_size=hf["intermediate_size"]),
         "activation_func_clamp_value": hf.get("swiglu_limit", 7.0),
     }
+    if not hf.get("output_router_logits"):
+        del fields["moe_aux_loss_coeff"]  # published files have 0.9, and switch the loss off with that key
+    return fields
 
 
 def _write_own_keys(config: dict[str, Any], trained: Any) -> None:

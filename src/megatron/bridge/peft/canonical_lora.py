@@ -40,9 +40,13 @@ class CanonicalLoRA(LoRA):
         super().__call__(model, training)
         split = (name.rpartition(".") for name in self.module_names)
         self.module_names = frozenset(
-            f"{place}{dot}{part}" for place, dot, name in split for part in (part_names(name).values() or (name,))
+            f"{place}{dot}{part}" for place, dot, name in split for part in self.names_of(name)
         )
         return model
+
+    def names_of(self, name: str) -> tuple[str, ...]:
+        """See `LoRA.names_of`: the parts of a fused layer."""
+        return tuple(part_names(name).values()) or (name,)
 
     def transform(self, module: torch.nn.Module, name: str = "", prefix: str = "") -> torch.nn.Module:
         """See `LoRA.transform`."""

@@ -59,7 +59,7 @@ def linear_layout(linear: CoreLinear, name: str) -> LinearLayout:
     Raises:
         ValueError: It is no linear layer that an adapter can stand beside.
     """
-    kind = next((cls.__name__ for cls in type(linear).__mro__ if cls.__name__ in _SPLITS), None)
+    kind = _kind(linear)
     if kind is None and "GroupedLinear" in type(linear).__name__:
         expected = "a layer for each expert (model.moe_grouped_gemm=false)"
         raise ValueError(_refusal(name, f"a {type(linear).__name__}, one layer of all experts", expected))
@@ -89,6 +89,15 @@ def linear_layout(linear: CoreLinear, name: str) -> LinearLayout:
         else linear.bias is not None and not linear.skip_bias_add,
         normalized=_fused_norm(linear) if kind == "TELayerNormColumnParallelLinear" else None,
     )
+
+
+def is_linear(module: torch.nn.Module) -> bool:
+    """Whether a module is a linear layer of Core's or Transformer Engine's that ranks share."""
+    return _kind(module) is not None
+
+
+def _kind(linear: CoreLinear) -> str | None:
+    return next((cls.__name__ for cls in type(linear).__mro__ if cls.__name__ in _SPLITS), None)
 
 
 def _refusal(name: str, found: str, expected: str) -> str:

@@ -8,7 +8,7 @@ import torch
 
 from megatron.bridge.peft.adapted_linear import AdaptedLinear, add_adapter, merge_adapter
 from megatron.bridge.peft.base import PEFT, Model
-from megatron.bridge.peft.linear_layout import CoreLinear, linear_layout
+from megatron.bridge.peft.linear_layout import CoreLinear, is_linear, linear_layout
 from megatron.bridge.peft.lora_layers import INITIALISERS, LowRankAdapter
 from megatron.bridge.peft.lora_plus import get_lora_plus_config_overrides
 from megatron.bridge.peft.matcher import ModuleMatcher
@@ -77,17 +77,25 @@ class LoRA(PEFT, ModuleMatcher):
             ValueError: A target matches no module on any rank.
         """
         self._matched: set[str] = set()
+        chunks = model if isinstance(model, list) else [model]
+        modules = [item for chunk in chunks for item in chunk.named_modules()]
+        linears = {whole.rpartition(".")[2] for whole, module in modules if is_linear(module)}
         with raise_on_all_ranks("adding adapters"):
             super().__call__(model, training)
         matched = all_gathered(self._matched)
         unmatched = [target for target in self.target_modules if not any(target in ranks for ranks in matched)]
         if unmatched:
-            example = type(self)().target_modules[0]
+            names = {part for name in set().union(*all_gathered(linears)) for part in self.names_of(name)}
             raise ValueError(
                 f"peft.target_modules names {unmatched[0]!r}, which matches no module of the model: expected the "
-                f'name of a linear layer such as "{example}", or a pattern such as "*.layers.0.*.{example}"'
+                'name of a linear layer, or a pattern such as "*.layers.0.*.linear_proj"; this model has '
+                f"{', '.join(sorted(names))}"
             )
         return model
+
+    def names_of(self, name: str) -> tuple[str, ...]:
+        """The last names by which targets name a linear layer of this last name."""
+        return (name,)
 
     def transform(self, module: torch.nn.Module, name: str = "", prefix: str = "") -> torch.nn.Module:
         """See `PEFT.transform`.

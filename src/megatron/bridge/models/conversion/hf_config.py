@@ -114,12 +114,13 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def dtype_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """The provider's precision fields for weights of the configuration's dtype.
+    """The provider's precision fields for weights of the configuration's dtype; quantised ones are read as bf16.
 
     Raises:
         ValueError: A dtype that Megatron has no parameters in.
     """
-    return precision_fields(hf.get("dtype") or hf.get("torch_dtype") or "float32", where="config.json: ")
+    default = "bfloat16" if hf.get("quantization_config") else "float32"
+    return precision_fields(hf.get("dtype") or hf.get("torch_dtype") or default, where="config.json: ")
 
 
 def precision_fields(dtype: "str | torch.dtype", *, where: str = "") -> dict[str, Any]:

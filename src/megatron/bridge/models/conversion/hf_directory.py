@@ -54,7 +54,7 @@ def save_hf_directory(
         strict: Refuse an export whose tensor names differ from those of `source`.
         show_progress: Whether rank 0 shows a bar.
         max_shard_bytes: Size that a file of weights stays below, unless a single tensor is larger.
-        dtype: Of the tensors in the files; None: the model's.
+        dtype: Of the tensors in the files, but for the biases of routers; None: the model's.
 
     Raises:
         ValueError: `path` is taken by something else, the names differ, or `config.json` can't say a value. Nothing is
@@ -64,6 +64,7 @@ def save_hf_directory(
     config = model_config(chunks)
     places = exported_places(local_tasks(chunks, family))
     sizes = (pair for place in places for pair in place.hf_bytes(config, dtype))
+    dtypes = {name: place.dtype_in_files(dtype) for place in places for name in place.mapping.hf_names}
     plan = ShardPlan.make(stacked_sizes(sizes, family.expert_stacks), max_shard_bytes)
     with ExitStack() as stack:
         with raise_on_all_ranks(f"preparing {path}"):
@@ -80,7 +81,7 @@ def save_hf_directory(
         for name, tensor in export_weights(chunks, family, cpu=True, show_progress=show_progress, copies=False):
             with raise_on_all_ranks(f"writing {path}"):
                 if is_rank_0():
-                    writer.add(name, cast(tensor, dtype or tensor.dtype, name))
+                    writer.add(name, cast(tensor, dtypes.get(name, dtype or tensor.dtype), name))
         with raise_on_all_ranks(f"completing {path}"):
             if is_rank_0():
                 writer.finish()

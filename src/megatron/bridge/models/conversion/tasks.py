@@ -15,7 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 
 from megatron.bridge.models.conversion.mapping import Segment, WeightMapping, hf_lengths
-from megatron.bridge.models.expert_bias import expert_biases
+from megatron.bridge.models.expert_bias import EXPERT_BIAS, expert_biases
 from megatron.bridge.models.families import ModelFamily
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
@@ -70,9 +70,14 @@ class WeightPlace:
             shapes[name] = (*self.local_shape[:dim], length, *self.local_shape[dim + 1 :])
         return shapes
 
+    def dtype_in_files(self, asked: torch.dtype | None) -> torch.dtype:
+        """The dtype in which an export has it. A router's bias stays in FP32, as in transformers."""
+        is_bias = self.mapping.megatron_name.endswith(EXPERT_BIAS)
+        return self.dtype if asked is None or is_bias else asked
+
     def hf_bytes(self, config: TransformerConfig, dtype: torch.dtype | None = None) -> list[tuple[str, int]]:
         """(name, size) of each Hugging Face tensor in a dtype, the weight's own by default."""
-        itemsize = (dtype or self.dtype).itemsize
+        itemsize = self.dtype_in_files(dtype).itemsize
         return [(name, math.prod(shape) * itemsize) for name, shape in self.hf_shapes(config).items()]
 
 

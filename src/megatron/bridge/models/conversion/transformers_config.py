@@ -49,6 +49,25 @@ def as_read_by_transformers(hf_config: Mapping[str, Any], architecture: str) -> 
     return {**read, **{key: hf_config[key] for key in _OF_THE_FILE if key in hf_config}}
 
 
+def check_transformers_knows(architecture: str, hf_config: Mapping[str, Any]) -> None:
+    """Refuse a family that came with a later transformers than the installed one.
+
+    Args:
+        architecture: One that a family of this package is for.
+        hf_config: Content of the `config.json` that names it.
+
+    Raises:
+        ValueError: Transformers has no configuration class for it.
+    """
+    import transformers  # as below
+
+    if config_class_of(architecture, hf_config) is transformers.PretrainedConfig:
+        raise ValueError(
+            f"config.json names {architecture}, which transformers {transformers.__version__} doesn't know: install a "
+            "newer one (pip install --upgrade transformers)"
+        )
+
+
 def absent_sizes(hf_config: Mapping[str, Any], config_class: Any) -> list[str]:
     """The needed sizes that a Hugging Face configuration lacks. A model of experts alone needs no size of an MLP.
 
