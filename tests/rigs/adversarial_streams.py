@@ -242,6 +242,9 @@ class _HostReads(TorchFunctionMode):
         kwargs = {name: _as_asked_for(one) for name, one in kwargs.items()}
         if func is torch.Tensor.is_pinned:
             return subject is not None and _is_host(subject)
+        if func is torch.Tensor.__deepcopy__:  # torch copies the storage, which doesn't say on which side it is
+            copy = args[1][id(subject)] = args[0].detach().clone().requires_grad_(args[0].requires_grad)
+            return copy
         if func in _READ_BY_THE_HOST and not all(map(_is_host, _tensors(args))):
             self._device.synchronize()
         waits = func is torch.Tensor.cpu or (func is torch.Tensor.to and not _is_non_blocking(args, kwargs))
