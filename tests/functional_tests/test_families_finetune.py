@@ -17,9 +17,9 @@ from megatron.bridge import AutoBridge
 from megatron.bridge.utils.simulated_accelerator import suspended
 from tests.functional_tests.test_conversion_finetune import loss_of
 from tests.rigs.families import LAYOUTS, MODELS
-from tests.rigs.on_ranks import differing, run_finetune
+from tests.rigs.on_ranks import differing, finetune_from_hf
 from tests.rigs.ranks import run_on_ranks
-from tests.rigs.tiny import SEQ_LENGTH, VOCAB_SIZE, tiny_config
+from tests.rigs.tiny import VOCAB_SIZE
 from tests.unit_tests.models.tiny_llama import save_tiny_model, some_tokens
 
 PROMPT, NEW_TOKENS = [5, 17, 40, 3, 88], 20
@@ -33,29 +33,9 @@ FAMILIES = {
 """By the tiny model: its sizes beside TP 2, the weights that both ranks hold whole, and how many they are."""
 
 
-def _finetune(directory, *, offload, save, sizes):
-    model = AutoBridge.from_hf_pretrained(directory / "hf").to_megatron_provider(load_weights=False)
-    model.tensor_model_parallel_size, model.sequence_parallel = 2, True
-    for name, value in sizes.items():
-        setattr(model, name, value)
-    model.seq_length, model.calculate_per_token_loss = SEQ_LENGTH, True
-    model.recompute_granularity, model.recompute_method, model.recompute_num_layers = "full", "uniform", 1
-    cfg = tiny_config(
-        directory,
-        train_iters=3,
-        optimizer={"optimizer_cpu_offload": offload, "optimizer_offload_fraction": 0.5, "lr": 5e-3},
-        checkpoint={
-            "pretrained_checkpoint": str(directory / "hf"),
-            "save": str(directory / "megatron") if save else None,
-        },
-    )
-    cfg.model = model
-    return run_finetune(cfg)
-
-
 def _train_and_export(directory, sizes, on_both_ranks):
-    plain = _finetune(directory, offload=False, save=False, sizes=sizes)
-    offloaded = _finetune(directory, offload=True, save=True, sizes=sizes)
+    plain = finetune_from_hf(directory, offload=False, save=False, sizes=sizes)
+    offloaded = finetune_from_hf(directory, offload=True, save=True, sizes=sizes)
     drift = differing(offloaded.weights_after, plain.weights_after)
     moved = [
         name for name in plain.weights_after if not torch.equal(plain.weights_before[name], plain.weights_after[name])

@@ -13,36 +13,17 @@ from megatron.bridge.models.packed_attention import attention_arguments
 from megatron.bridge.utils.simulated_accelerator import suspended
 from tests.functional_tests.test_conversion_finetune import loss_of
 from tests.rigs.families import MODELS
-from tests.rigs.on_ranks import differing, run_finetune
+from tests.rigs.on_ranks import differing, finetune_from_hf
 from tests.rigs.ranks import run_on_ranks
-from tests.rigs.tiny import SEQ_LENGTH, VOCAB_SIZE, tiny_config
+from tests.rigs.tiny import VOCAB_SIZE
 from tests.unit_tests.models.tiny_llama import save_tiny_model
 
 PROMPTS, NEW_TOKENS = [[5, 17, 40, 3, 88, 9], [7, 61, 2]], 8
 
 
-def _finetune(directory, *, offload, save):
-    model = AutoBridge.from_hf_pretrained(directory / "hf").to_megatron_provider(load_weights=False)
-    model.tensor_model_parallel_size, model.sequence_parallel = 2, True
-    model.seq_length, model.calculate_per_token_loss = SEQ_LENGTH, True
-    if offload:
-        model.recompute_granularity, model.recompute_method, model.recompute_num_layers = "full", "uniform", 1
-    cfg = tiny_config(
-        directory,
-        train_iters=3,
-        optimizer={"optimizer_cpu_offload": offload, "optimizer_offload_fraction": 0.5, "lr": 5e-3},
-        checkpoint={
-            "pretrained_checkpoint": str(directory / "hf"),
-            "save": str(directory / "megatron") if save else None,
-        },
-    )
-    cfg.model = model
-    return run_finetune(cfg)
-
-
 def _train_and_export(directory):
-    plain = _finetune(directory, offload=False, save=False)
-    offloaded = _finetune(directory, offload=True, save=True)
+    plain = finetune_from_hf(directory, offload=False, save=False, recompute=False)
+    offloaded = finetune_from_hf(directory, offload=True, save=True)
     drift = differing(offloaded.weights_after, plain.weights_after)
     before, after = plain.weights_before, plain.weights_after
     still = {name for name in after if torch.equal(before[name], after[name])}

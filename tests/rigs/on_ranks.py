@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from megatron.bridge.training.callbacks import Callback, CallbackContext
-from tests.rigs.tiny import tiny_config
+from tests.rigs.tiny import SEQ_LENGTH, tiny_config
 
 
 class Recorder(Callback):
@@ -89,6 +89,40 @@ def run_finetune(cfg: Any) -> Recorder:
     recorder = Recorder()
     finetune(cfg, forward_step, callbacks=[recorder])
     return recorder
+
+
+def finetune_from_hf(
+    directory: Path, *, offload: bool, save: bool, recompute: bool = True, sizes: Any = ()
+) -> Recorder:
+    """Finetune the tiny model in `directory/hf` for 3 steps at TP 2 with sequence parallelism.
+
+    Args:
+        directory: Where `megatron` is saved to, if anything.
+        offload: Half of the optimizer is on the CPU.
+        save: Save a checkpoint at the end.
+        recompute: Recompute all activations of each layer.
+        sizes: Other sizes of the provider, by name.
+    """
+    from megatron.bridge import AutoBridge
+
+    model = AutoBridge.from_hf_pretrained(directory / "hf").to_megatron_provider(load_weights=False)
+    model.tensor_model_parallel_size, model.sequence_parallel = 2, True
+    for name, value in dict(sizes).items():
+        setattr(model, name, value)
+    model.seq_length, model.calculate_per_token_loss = SEQ_LENGTH, True
+    if recompute:
+        model.recompute_granularity, model.recompute_method, model.recompute_num_layers = "full", "uniform", 1
+    cfg = tiny_config(
+        directory,
+        train_iters=3,
+        optimizer={"optimizer_cpu_offload": offload, "optimizer_offload_fraction": 0.5, "lr": 5e-3},
+        checkpoint={
+            "pretrained_checkpoint": str(directory / "hf"),
+            "save": str(directory / "megatron") if save else None,
+        },
+    )
+    cfg.model = model
+    return run_finetune(cfg)
 
 
 def differing(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> dict[str, float]:
