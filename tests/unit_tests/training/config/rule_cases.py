@@ -101,6 +101,45 @@ BAD = {
         (["model.expert_model_parallel_size=2"], 2, "with model.num_moe_experts=None"),
         (["model.expert_model_parallel_size=4", "model.num_moe_experts=4"], 2, "2 ranks can't be shared"),
     ],
+    "check_experts_train_with_sequence_parallelism": [
+        (["model.num_moe_experts=4", "model.tensor_model_parallel_size=2"], 2, "set model.sequence_parallel=true"),
+    ],
+    "check_router_suits_its_balancing": [
+        (
+            ["model.num_moe_experts=4", "model.moe_aux_loss_coeff=0.1", f"model.moe_router_load_balancing_type={kind}"],
+            1,
+            "it balances without a loss; set model.moe_aux_loss_coeff=0",
+        )
+        for kind in ("sinkhorn", "quantile_balancing")
+    ]
+    + [
+        (
+            ["model.num_moe_experts=4", "model.moe_router_load_balancing_type=[aux_loss,sinkhorn]"]
+            + ["model.moe_aux_loss_coeff=[0.1,0.0]"],
+            1,
+            "Core leaves it out of a list of losses without a word",
+        ),
+    ],
+    "check_tokens_have_enough_experts": [
+        (["model.num_moe_experts=4", "model.moe_router_topk=5"], 1, "model.moe_router_topk=5 with model.num_moe_exp"),
+        (["model.num_moe_experts=4", "model.moe_router_num_groups=3"], 1, "model.moe_router_num_groups=3 doesn't div"),
+        (
+            ["model.num_moe_experts=4", "model.moe_router_num_groups=4", "model.moe_router_group_topk=1"],
+            1,
+            "model.moe_router_topk=2 with 1 of 4 groups of 1 experts",
+        ),
+    ],
+    "check_weights_on_experts_inputs_are_whole": [
+        (["model.num_moe_experts=4", "model.moe_apply_probs_on_input=true"], 1, "set model.moe_apply_probs_on_input=f"),
+    ],
+    "check_padded_experts_fit_the_tokens": [
+        (
+            ["model.num_moe_experts=4", "model.moe_expert_capacity_factor=2.5"]
+            + ["model.moe_pad_expert_input_to_capacity=true"],
+            1,
+            "which Core can't pad; lower it to 2 or less",
+        ),
+    ],
     "check_recomputation_is_complete": [
         (["model.recompute_granularity=full"], 1, "set model.recompute_method=uniform"),
         (

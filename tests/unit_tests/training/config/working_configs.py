@@ -62,6 +62,11 @@ GOOD = {
     ),
     "overlap": (("ddp.overlap_grad_reduce=true", "ddp.overlap_param_gather=true"), 2),
     "evaluation only": (("validation.skip_train=true", "train.train_iters=0"), 1),
+    "experts on tensor-parallel ranks": (
+        ("model.num_moe_experts=4", "model.tensor_model_parallel_size=2", "model.sequence_parallel=true")
+        + ("model.moe_ffn_hidden_size=32", "model.moe_router_load_balancing_type=sinkhorn"),
+        2,
+    ),
     "a communication overlap that is all off": (("comm_overlap={tp_comm_overlap: false}",), 1),
 }
 """Overrides and ranks."""

@@ -18,6 +18,7 @@ from megatron.bridge.training.config.rules.checkpoint import (
     check_peft,
     check_pretrained_checkpoint_exists,
 )
+from megatron.bridge.training.config.rules.experts import EXPERT_RULES
 from megatron.bridge.training.config.rules.monitoring import (
     check_profiles_have_a_place,
     check_progress_has_a_place,
@@ -39,6 +40,7 @@ from megatron.bridge.training.config.unsupported import check_options_are_built
 RULES: tuple[Callable[[RunSections, int], None], ...] = (
     *VALUE_RULES,
     *PARALLEL_RULES,
+    *EXPERT_RULES,
     check_global_batch_is_divisible,
     check_evaluation_batch_is_divisible,
     check_virtual_pipeline_fits,
