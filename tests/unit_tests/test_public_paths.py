@@ -32,6 +32,7 @@ SAME = [
     ("recipes.qwen.qwen3", "qwen3_4b_pretrain_config", "recipes.qwen3"),
     ("recipes.qwen.qwen3_moe", "qwen3_30b_a3b_pretrain_config", "recipes.qwen3_moe"),
     ("recipes.qwen", "qwen3_next_80b_a3b_sft_config", "recipes.qwen3_next"),
+    ("recipes.qwen", "qwen35_text_9b_pretrain_config", "recipes.qwen35"),
     ("recipes.qwen.qwen3_next", "qwen3_next_80b_a3b_sft_config", "recipes.qwen3_next"),
     ("recipes.moonlight", "moonlight_16b_peft_config", "recipes.deepseek_v3"),
     ("recipes.utils", "apply_determinism_overrides", "recipes.utils.determinism_utils"),

@@ -94,6 +94,7 @@ def test_a_fresh_configuration_each_time():
         ("meta-llama/Llama-3.2-1B-Instruct", "lora", ("llama32_1b_peft_config", "peft")),
         ("Qwen/Qwen3-0.6B", "sft", ("qwen3_600m_sft_config", "sft")),
         ("Qwen/Qwen3-Next-80B-A3B-Thinking", "sft", ("qwen3_next_80b_a3b_sft_config", "sft")),
+        ("Qwen/Qwen3.5-35B-A3B-Base", "lora", ("qwen35_text_35b_a3b_peft_config", "peft")),
         ("deepseek-ai/DeepSeek-V3", "sft", ("deepseek_v3_sft_config", "sft")),
         ("mine:ours_sft_config", None, ("mine:ours_sft_config", "sft")),
         ("mine:ours", "peft", ("mine:ours", "peft")),

@@ -55,13 +55,17 @@ PUBLISHED_PARAMETERS = {
     "qwen3_30b_a3b": 30_532_122_624,
     "qwen3_235b_a22b": 235_093_634_560,
     "qwen3_next_80b_a3b": 79_674_391_296,
+    "qwen35_text_9b": 8_953_803_264,
+    "qwen35_text_27b": 26_895_998_464,
+    "qwen35_text_35b_a3b": 34_660_610_688,
+    "qwen35_text_122b_a10b": 122_111_526_912,
     "mistral_7b": 7_248_023_552,
     "mixtral_8x7b": 46_702_792_704,
     "smollm2_135m": 134_515_008,
     "smollm2_360m": 361_821_120,
     "smollm2_1p7b": 1_711_376_384,
 }
-"""As the weights' own indexes count them, with the routers' biases; of Gemma 3 with images, the language model's; not
+"""As the weights' own indexes count them, with the routers' biases; of models with images, the language model's; not
 counted: layers that predict further tokens."""
 
 
@@ -145,6 +149,33 @@ def _glm45(layers: int, hidden: int, ffn: int, **others: Any) -> Any:
     shape = {"num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
     others |= {"max_position_embeddings": 131072, "partial_rotary_factor": 0.5, "norm_topk_prob": True}
     return transformers.Glm4MoeConfig, (layers, hidden, ffn, 96), {**fields, **shape, **others}
+
+
+def _delta_net(value_heads: int, groups: int) -> dict[str, Any]:
+    return {
+        "num_key_value_heads": groups,
+        "head_dim": 256,
+        "max_position_embeddings": 262144,
+        "full_attention_interval": 4,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": value_heads,
+    }
+
+
+def _qwen35(layers: int, hidden: int, ffn: int, heads: int, *, value_heads: int, groups: int, **others: Any) -> Any:
+    config_class = transformers.Qwen3_5MoeTextConfig if others else transformers.Qwen3_5TextConfig
+    rope = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25}
+    fields = {**_delta_net(value_heads, groups), "vocab_size": 248320, "rope_parameters": rope}
+    return config_class, (layers, hidden, ffn, heads), {**fields, **others}
+
+
+def _qwen35_moe(layers: int, hidden: int, width: int, heads: int, *, value_heads: int) -> Any:
+    experts = {"num_experts": 256, "num_experts_per_tok": 8, "router_aux_loss_coef": 0.001}
+    widths = {"moe_intermediate_size": width, "shared_expert_intermediate_size": width}
+    return _qwen35(layers, hidden, width, heads, value_heads=value_heads, groups=2, **experts, **widths)
 
 
 _GEMMA_IMAGES = {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
@@ -266,18 +297,10 @@ PUBLISHED_CONFIGS = {
         transformers.Qwen3NextConfig,
         (48, 2048, 5120, 16),
         {
-            "num_key_value_heads": 2,
-            "head_dim": 256,
+            **_delta_net(32, 2),
             "vocab_size": 151936,
-            "max_position_embeddings": 262144,
             "partial_rotary_factor": 0.25,
             "rope_theta": 1e7,
-            "full_attention_interval": 4,
-            "linear_conv_kernel_dim": 4,
-            "linear_key_head_dim": 128,
-            "linear_value_head_dim": 128,
-            "linear_num_key_heads": 16,
-            "linear_num_value_heads": 32,
             "num_experts": 512,
             "num_experts_per_tok": 10,
             "moe_intermediate_size": 512,
@@ -286,6 +309,10 @@ PUBLISHED_CONFIGS = {
             "router_aux_loss_coef": 0.001,
         },
     ),
+    "qwen35_text_9b": _qwen35(32, 4096, 12288, 16, value_heads=32, groups=4),
+    "qwen35_text_27b": _qwen35(64, 5120, 17408, 24, value_heads=48, groups=4),
+    "qwen35_text_35b_a3b": _qwen35_moe(40, 2048, 512, 16, value_heads=32),
+    "qwen35_text_122b_a10b": _qwen35_moe(48, 3072, 1024, 32, value_heads=64),
     "mistral_7b": (
         transformers.MistralConfig,
         (32, 4096, 14336, 32),
@@ -362,7 +389,9 @@ def test_a_size_has_the_published_number_of_parameters(size):
 
 
 NAMED = sorted(
-    size for size in SIZES if any(kind in SIZES[size].provider for kind in ("deepseek", "glm4", "qwen3_next"))
+    size
+    for size in SIZES
+    if any(kind in SIZES[size].provider for kind in ("deepseek", "glm4", "qwen3_next", "qwen3_5"))
 )
 """Those whose adapters aren't put beside LoRA's default targets."""
 

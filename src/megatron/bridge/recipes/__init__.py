@@ -19,6 +19,8 @@ FAMILIES = (
     "mixtral",
     "qwen2",
     "qwen3",
+    "qwen35",
+    "qwen35_moe",
     "qwen3_moe",
     "qwen3_next",
     "smollm2",
