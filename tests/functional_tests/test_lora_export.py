@@ -27,7 +27,7 @@ CELLS = {
         "deepseek_v2",
         "lora",
         {**TP2, "sequence_parallel": True},
-        {"target_modules": ["linear_q_proj", "*.layers.2.*.linear_kv_up_proj", "linear_proj"]},
+        {"target_modules": ["linear_qkv", "linear_proj"], "exclude_modules": ["*.layers.1.*.linear_kv_up_proj"]},
     ),
     "gemma3, LoRA, TP 2": ("gemma3", "lora", TP2, {}),
     "gpt_oss, LoRA of attention, EP 2": (

@@ -3,9 +3,10 @@
 
 import pytest
 
-from megatron.bridge.peft.matcher import ModuleMatcher
+from megatron.bridge.peft.matcher import TARGET_MODULES, ModuleMatcher
 
 QKV = "decoder.layers.1.self_attention.linear_qkv"
+LATENT = "decoder.layers.1.self_attention"
 FC1 = "decoder.layers.12.mlp.linear_fc1"
 
 
@@ -21,6 +22,15 @@ FC1 = "decoder.layers.12.mlp.linear_fc1"
         (["linear_qkv"], ["*.layers.1.*"], QKV, None),
         (["linear_fc1"], ["linear_fc1"], FC1, None),
         ([QKV], [], QKV, QKV),
+        (["linear_qkv"], [], f"{LATENT}.linear_q_proj", "linear_qkv"),
+        (["*.layers.1.*.linear_qkv"], [], f"{LATENT}.linear_q_up_proj", "*.layers.1.*.linear_qkv"),
+        (["*.layers.2.*.linear_qkv"], [], f"{LATENT}.linear_q_up_proj", None),
+        (["linear_q", "linear_v"], [], f"{LATENT}.linear_kv_up_proj", "linear_v"),
+        (["linear_qkv"], [], f"{LATENT}.linear_kv_down_proj", None),
+        (["*.linear_*"], ["linear_qkv"], f"{LATENT}.linear_kv_up_proj", None),
+        (TARGET_MODULES, [], "decoder.layers.1.self_attention.in_proj", "linear_qkv"),
+        (TARGET_MODULES, [], "decoder.layers.1.self_attention.out_proj", "linear_proj"),
+        (["linear_qkv", "linear_proj"], [], "decoder.layers.1.self_attention.in_proj", None),
     ],
 )
 def test_target_of(targets, excluded, name, target):

@@ -107,7 +107,7 @@ class LoRA(PEFT, ModuleMatcher):
         target = self.target_of(whole_name)
         if target is not None:
             add_adapter(module, self.adapter_for(module, whole_name))
-            self._matched.add(target)
+            self._matched.update(self.targets_of(whole_name))
         return module
 
     def adapter_for(self, linear: CoreLinear, name: str) -> torch.nn.Module:
