@@ -1,8 +1,8 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Families with layers of their own, from Hugging Face through training, offload and a checkpoint to an export.
 
-DeepSeek-V3 has latent attention and a biased router; Gemma 3 has norms around attention and MLP; GPT-OSS has sinks, and
-experts with biases that come as MXFP4.
+DeepSeek-V3 has latent attention and a biased router; GLM-4.5 the router too, shared experts and a dense first layer;
+Gemma 3 has norms around attention and MLP; GPT-OSS has sinks, and experts with biases that come as MXFP4.
 """
 
 import json
@@ -28,9 +28,12 @@ TP2_EP2 = {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
 FAMILIES = {
     "deepseek_v3": (TP2_EP2, ("norm", "router"), 4 * 4 + 1 + 3),
     "gemma3": ({}, ("norm",), 4 * 6 + 1),
+    "glm4_moe": (TP2_EP2, ("norm", "router"), 4 * 4 + 1 + 3),
     "gpt_oss": (TP2_EP2, ("norm", "router", "linear_proj.bias"), 4 * 5 + 1),
 }
 """By the tiny model: its sizes beside TP 2, the weights that both ranks hold whole, and how many they are."""
+LOUD = {"deepseek_v3": 0.2, "glm4_moe": 0.5}
+"""The spread of the weights of models with biased routers. Smaller ones would say one word again and again."""
 
 
 def _train_and_export(directory, sizes, on_both_ranks):
@@ -53,6 +56,11 @@ def _generated(directory):
     with model_parallel_groups(1, 2):
         model = load_for_generation(directory / "megatron", dtype="float32")
         return list(generate_tokens(model, PROMPT, max_new_tokens=NEW_TOKENS))
+
+
+def _router_biases(directory):
+    tensors = load_file(directory / "model.safetensors")
+    return {name: bias.float() for name, bias in tensors.items() if name.endswith("e_score_correction_bias")}
 
 
 def _transformers(directory):
@@ -89,8 +97,7 @@ def trained(request, tmp_path_factory):
     """The run's directory, one that transformers reads as its start, its results, and the whole weights' number."""
     directory, model = tmp_path_factory.mktemp(request.param), MODELS[request.param]
     sizes, on_both_ranks, num_whole = FAMILIES[request.param]
-    louder = 0.2 if request.param == "deepseek_v3" else 0.05
-    options = {**model.options, "vocab_size": VOCAB_SIZE, "initializer_range": louder}
+    options = {**model.options, "vocab_size": VOCAB_SIZE, "initializer_range": LOUD.get(request.param, 0.05)}
     if model.has_biased_experts:
         options |= {"intermediate_size": 64, "initializer_range": 0.2}  # a multiple of 32, as MXFP4 needs
     start = save_tiny_model(directory / "hf", model.architecture, dtype=torch.bfloat16, **options)
@@ -112,8 +119,11 @@ def test_offload_changes_no_bit_and_ranks_keep_the_same_weights(trained):
 
 
 def test_checkpoint_and_export_say_the_same(trained):
-    directory = trained[0]
+    directory, start, *_ = trained
     assert "quantization_config" not in json.loads((directory / "exported" / "config.json").read_text())
+    if any(model in str(start) for model in LOUD):
+        before, after = (_router_biases(one) for one in (start, directory / "exported"))
+        assert differing(after, before) == {}, "a finetune doesn't move them"
     expected = _transformers(directory / "exported")
     assert len(set(expected)) > 3, "a text of one word would show little"
     for generated in run_on_ranks(_generated, 2, directory):
