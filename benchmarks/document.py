@@ -7,6 +7,7 @@ import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from benchmarks import offload_prediction
 from benchmarks.figures import Figure
 
 ROOT = Path(__file__).parents[1]
@@ -98,6 +99,7 @@ def render(measured: dict[str, Measured]) -> str:
         "\n".join(f"- {place}" for place in places) + "\n",
         _summary(figures),
         *(_section(benchmark, measured[benchmark.name], several=len(places) > 1) for benchmark in known),
+        offload_prediction.section(),
     ]
     return "".join(f"{_wrapped(line)}\n" for line in "\n".join(parts).splitlines())
 
@@ -124,8 +126,8 @@ repeats all of these measurements and writes this page ({minutes} minutes). Each
 turn, in one process, and takes the ratio of each turn. A figure is the median of the turns, with the smallest and the \
 largest in parentheses. Smaller is better. `make bench` fails only if a median misses its aim by more than noise can \
 explain (half as much again, unless its benchmark sets another limit). `make bench ARGS="--check"` measures without \
-writing, and `make bench ARGS="--only start_up"` runs that benchmark alone. No figure here is from a GPU: \
-[on a GPU](gpu.md) has those.
+writing, and `make bench ARGS="--only start_up"` runs that benchmark alone. None of them ran on a GPU: \
+[on a GPU](gpu.md) has figures from one, and [the last part](#offload-on-a-gpu-predicted) of this page predicts more.
 
 Measured on
 """

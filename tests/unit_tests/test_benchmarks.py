@@ -4,7 +4,7 @@
 import pytest
 
 from benchmarks import __main__ as bench
-from benchmarks import document
+from benchmarks import document, gpu_model, offload_prediction
 from benchmarks.document import Benchmark, Measured
 from benchmarks.figures import Figure
 
@@ -122,3 +122,21 @@ def test_the_committed_document_is_what_was_measured():
         assert bench.about_of(f"benchmarks.{benchmark.name}")
         is_shown = benchmark.picture and benchmark.name in measured
         assert not is_shown or (document.PICTURES / benchmark.picture).exists()
+
+
+def test_the_prediction_explains_the_optimizer_steps_that_were_measured_on_a_gpu():
+    machine = gpu_model.read_machine()
+    shape, text = machine.shape(), (document.ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    for step in machine.measured["steps"]:
+        way = gpu_model.COPIES if step["overlap"] else gpu_model.IN_A_ROW
+        placement = gpu_model.Placement(step["fraction"], 0.0)
+        optimizer = machine.step_seconds(shape, way, placement) - shape.compute_seconds
+        assert 1e3 * optimizer == pytest.approx(step["optimizer_ms"], rel=0.06)
+        mode = "precision-aware" if step["aware"] else "FP32 shards"
+        row = f"| {step['fraction']:g} | {mode} | {'yes' if step['overlap'] else 'no'} | {step['step_ms']} |"
+        assert row in text and f" | {step['optimizer_ms']} | " in text
+    assert 0.8 < machine.beside_copies < 1
+
+
+def test_the_fewest_tokens_are_where_the_ratio_falls_below_the_aim():
+    assert offload_prediction._fewest_tokens(lambda tokens: 1 + 20_000 / tokens) == 200_000

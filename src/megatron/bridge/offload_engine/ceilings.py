@@ -1,6 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """What this machine can do: the link between host and device, and Adam on either side. Takes about half a second."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
@@ -8,7 +9,7 @@ from dataclasses import astuple, dataclass
 import torch
 
 from megatron.bridge.offload_engine.host_memory import Slab
-from megatron.bridge.offload_engine.host_threads import HostThreads, step_with
+from megatron.bridge.offload_engine.host_threads import HostThreads, using
 from megatron.bridge.utils import device
 from megatron.bridge.utils.distributed import all_gathered, barrier
 
@@ -32,6 +33,10 @@ class Ceilings:
     """Parameters a second that Adam steps on at the host, with this rank's threads, while copies go both ways."""
     device_adam: float
     """Parameters a second that Adam steps on at the device."""
+    host_adam_alone: float
+    """As `host_adam`, without copies beside it, with which it shares the host's memory."""
+    host_rounding: float
+    """Parameters a second that the host rounds from FP32 to BF16."""
 
     def __str__(self) -> str:
         return (
@@ -41,8 +46,17 @@ class Ceilings:
         )
 
 
-ASSUMED = Ceilings(to_host=55e9, to_device=55e9, both_ways=91e9, host_adam=4.1e9, device_adam=120e9)
-"""Of one H200 with 16 cores (torch 2.11, 2026-11-26), for where nothing can be measured."""
+ASSUMED = Ceilings(
+    to_host=55e9,
+    to_device=55e9,
+    both_ways=91e9,
+    host_adam=3.6e9,
+    device_adam=120e9,
+    host_adam_alone=4.1e9,
+    host_rounding=10.6e9,
+)
+"""Of one H200 with 16 cores (torch 2.11, 2026-11-26), for where nothing can be measured. `host_adam` is reckoned from
+what steps with overlap took there (docs/performance.md)."""
 
 
 def measure_ceilings(threads: HostThreads | None) -> Ceilings:
@@ -80,18 +94,22 @@ def _measure(threads: HostThreads | None) -> Ceilings:
         copy_up()
 
     on_host = _adam(torch.zeros(ELEMENTS, device="cpu"))
-    if threads is not None:
-        step_with(on_host, threads)
+    rounded = torch.empty(ELEMENTS, device="cpu", dtype=torch.bfloat16)
     on_device = _adam(torch.zeros(ELEMENTS, device=device.current_device()))
     to_host, to_device, both_ways = (_seconds(copy) for copy in (copy_down, copy_up, copy_both_ways))
     device_seconds = _seconds(on_device.step)
-    host_seconds = _seconds(on_host.step, beside=copy_both_ways)
+    with contextlib.nullcontext() if threads is None else using(threads):
+        alone_seconds = _seconds(on_host.step)
+        host_seconds = _seconds(on_host.step, beside=copy_both_ways)
+        rounding_seconds = _seconds(lambda: rounded.copy_(up))
     return Ceilings(
-        num_bytes / to_host,
-        num_bytes / to_device,
-        2 * num_bytes / both_ways,
-        ELEMENTS / host_seconds,
-        ELEMENTS / device_seconds,
+        to_host=num_bytes / to_host,
+        to_device=num_bytes / to_device,
+        both_ways=2 * num_bytes / both_ways,
+        host_adam=ELEMENTS / host_seconds,
+        device_adam=ELEMENTS / device_seconds,
+        host_adam_alone=ELEMENTS / alone_seconds,
+        host_rounding=ELEMENTS / rounding_seconds,
     )
 
 

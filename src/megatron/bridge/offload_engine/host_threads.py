@@ -9,12 +9,13 @@ The result is bit-exact for any number of threads: torch's Adam splits its work 
 between its vector and scalar code.
 """
 
+import contextlib
 import math
 import os
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -105,6 +106,23 @@ def plan_host_threads(num_threads: int | None) -> HostThreads | None:
     return HostThreads(count, own, f"{len(own)} {kind}, shared by {ranks} on this machine")
 
 
+@contextlib.contextmanager
+def using(threads: HostThreads) -> Iterator[None]:
+    """Run the context with these threads, and what follows with those that the process had."""
+    count, cores = torch.get_num_threads(), None
+    if CAN_PIN:
+        # New threads run where the one that starts them may run, and are started by the first parallel loop.
+        cores = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, threads.cores)
+    torch.set_num_threads(threads.count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
+        if cores is not None:
+            os.sched_setaffinity(0, cores)
+
+
 def step_with(optimizer: torch.optim.Optimizer, threads: HostThreads) -> None:
     """Let each step of an optimizer run with these threads, and the rest of the process with those that it had.
 
@@ -112,20 +130,6 @@ def step_with(optimizer: torch.optim.Optimizer, threads: HostThreads) -> None:
         optimizer: A hybrid optimizer. Its hooks are used, so that it may set up its parts again at any time.
         threads: From `plan_host_threads`.
     """
-    before: dict[str, Any] = {}
-
-    def take(*_: Any) -> None:
-        before["count"] = torch.get_num_threads()
-        if CAN_PIN:
-            # New threads run where the one that starts them may run, and are started by the first parallel loop.
-            before["cores"] = os.sched_getaffinity(0)
-            os.sched_setaffinity(0, threads.cores)
-        torch.set_num_threads(threads.count)
-
-    def give_back(*_: Any) -> None:
-        torch.set_num_threads(before["count"])
-        if "cores" in before:
-            os.sched_setaffinity(0, before["cores"])
-
-    optimizer.register_step_pre_hook(take)
-    optimizer.register_step_post_hook(give_back)
+    step = contextlib.ExitStack()
+    optimizer.register_step_pre_hook(lambda *_: step.enter_context(using(threads)))
+    optimizer.register_step_post_hook(lambda *_: step.close())

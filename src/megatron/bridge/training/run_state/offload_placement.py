@@ -13,14 +13,9 @@ import torch
 from megatron.bridge.models.activation_memory import stage_bytes
 from megatron.bridge.offload_engine.ceilings import ASSUMED, Ceilings, measure_ceilings
 from megatron.bridge.offload_engine.host_threads import plan_host_threads
-from megatron.bridge.offload_engine.placement import (
-    EVERY_PLACEMENT,
-    Choice,
-    Demand,
-    Placement,
-    choose,
-    predict_seconds,
-)
+from megatron.bridge.offload_engine.placement import EVERY_PLACEMENT, Choice, choose
+from megatron.bridge.offload_engine.prediction import FP32, Demand, Placement, predict_seconds
+from megatron.bridge.offload_engine.state_formats import formats_asked_for
 from megatron.bridge.training.config import ConfigContainer, DerivedConfig
 from megatron.bridge.training.config.optimizer import AUTO
 from megatron.bridge.training.run_state.load_plan import LoadPlan
@@ -96,6 +91,8 @@ def _demand(cfg: ConfigContainer, model: list[Any], derived: DerivedConfig) -> D
         gradients_are_fp32=all(buffer.grad_dtype == torch.float32 for buffer in buffers),
         overlaps=options.overlap_cpu_optimizer_d2h_h2d or options.overlap_cpu_optimizer_step,
         num_hybrids=1 + any(chunk.expert_parallel_buffers for chunk in model),
+        gradient_bytes=formats_asked_for(options).gradient.itemsize,
+        weight_bytes=2 if options.overlap_cpu_optimizer_step and options.use_precision_aware_optimizer else FP32,
     )
 
 
