@@ -3,11 +3,19 @@
 
 import dataclasses
 
+import pytest
+import torch
+
 from megatron.bridge.models.activation_memory import activation_bytes, layer_bytes_per_token, logit_bytes
 from megatron.bridge.models.deepseek_v3 import DeepSeekV3ModelProvider
 from megatron.bridge.models.gemma3 import Gemma3ModelProvider
 from megatron.bridge.models.gpt_provider import GPTModelProvider
+from megatron.bridge.models.layer_kinds import LayerKind
 from megatron.bridge.models.mixtral import MixtralModelProvider
+from megatron.bridge.models.qwen3_5 import Qwen35ModelProvider
+from tests.rigs.ranks import run_on_ranks
+
+DENSE, EXPERTS, DELTA_NET = LayerKind(), LayerKind(is_moe=True), LayerKind(is_delta_net=True)
 
 GPT = GPTModelProvider(
     num_layers=4, hidden_size=64, ffn_hidden_size=256, num_attention_heads=4, seq_length=32, vocab_size=100
@@ -15,28 +23,28 @@ GPT = GPTModelProvider(
 
 
 def _bytes(model, *, layers=4, in_flight=1):
-    return activation_bytes(model, moe_layers=[False] * layers, micro_batch_size=2, micro_batches_in_flight=in_flight)
+    return activation_bytes(model, kinds=[DENSE] * layers, micro_batch_size=2, micro_batches_in_flight=in_flight)
 
 
 def test_a_layer_of_the_papers_gpt_keeps_34_bytes_a_channel_less_its_dropout_masks():
-    assert layer_bytes_per_token(GPT, is_moe=False) == (34 - 2) * 64
+    assert layer_bytes_per_token(GPT, DENSE) == (34 - 2) * 64
 
 
 def test_tensor_parallel_ranks_share_all_but_the_norms_and_with_sequence_parallelism_these_too():
     halved = dataclasses.replace(GPT, tensor_model_parallel_size=2)
-    assert layer_bytes_per_token(halved, is_moe=False) == (8 + 24 / 2) * 64
+    assert layer_bytes_per_token(halved, DENSE) == (8 + 24 / 2) * 64
     halved.sequence_parallel = True
-    assert layer_bytes_per_token(halved, is_moe=False) == (34 - 2) * 64 / 2
+    assert layer_bytes_per_token(halved, DENSE) == (34 - 2) * 64 / 2
 
 
 def test_gemmas_norms_behind_attention_and_mlp_and_norms_of_queries_and_keys_count():
     shape = {"num_layers": 1, "hidden_size": 64, "ffn_hidden_size": 256, "num_attention_heads": 4}
     gemma = Gemma3ModelProvider(**shape, num_query_groups=1, kv_channels=16, vocab_size=100)
     assert gemma.qk_layernorm
-    assert layer_bytes_per_token(gemma, is_moe=False) == 12 * 64 + 2 * (64 + 32) + 2 * 64 + 2 * (64 + 16) + 6 * 256
+    assert layer_bytes_per_token(gemma, DENSE) == 12 * 64 + 2 * (64 + 32) + 2 * 64 + 2 * (64 + 16) + 6 * 256
     qwen = dataclasses.replace(GPT, qk_layernorm=True, tensor_model_parallel_size=2)
     plain = dataclasses.replace(GPT, tensor_model_parallel_size=2)
-    added = layer_bytes_per_token(qwen, is_moe=False) - layer_bytes_per_token(plain, is_moe=False)
+    added = layer_bytes_per_token(qwen, DENSE) - layer_bytes_per_token(plain, DENSE)
     assert added == 2 * (64 + 64) / 2
 
 
@@ -55,8 +63,8 @@ def test_a_token_is_in_as_many_experts_as_it_takes():
     model = MixtralModelProvider(
         num_layers=1, hidden_size=64, ffn_hidden_size=256, moe_ffn_hidden_size=256, num_attention_heads=8
     )
-    dense = layer_bytes_per_token(model, is_moe=False)
-    assert layer_bytes_per_token(model, is_moe=True) == dense - 6 * 256 + 2 * (4 * 64 + 6 * 256)
+    dense = layer_bytes_per_token(model, DENSE)
+    assert layer_bytes_per_token(model, EXPERTS) == dense - 6 * 256 + 2 * (4 * 64 + 6 * 256)
 
 
 def test_shared_experts_and_latent_attention_count():
@@ -64,15 +72,59 @@ def test_shared_experts_and_latent_attention_count():
     heads = {"qk_head_dim": 16, "qk_pos_emb_head_dim": 8, "v_head_dim": 12, "q_lora_rank": 20, "kv_lora_rank": 10}
     model = DeepSeekV3ModelProvider(**shape, **heads, num_attention_heads=4, num_moe_experts=4, moe_router_topk=2)
     attention, latent = 2 * (2 * 96 + 48) + 2 * 48, 4 * (20 + 10) + 2 * 8
-    assert layer_bytes_per_token(model, is_moe=False) == 8 * 64 + attention + latent + 6 * 256
+    assert layer_bytes_per_token(model, DENSE) == 8 * 64 + attention + latent + 6 * 256
     experts = 2 * (4 * 64 + 6 * 32)
-    assert layer_bytes_per_token(model, is_moe=True) == 8 * 64 + attention + latent + experts
+    assert layer_bytes_per_token(model, EXPERTS) == 8 * 64 + attention + latent + experts
     model.moe_shared_expert_intermediate_size = 64
-    assert layer_bytes_per_token(model, is_moe=True) == 8 * 64 + attention + latent + experts + 6 * 64
+    assert layer_bytes_per_token(model, EXPERTS) == 8 * 64 + attention + latent + experts + 6 * 64
     model.q_lora_rank, model.tensor_model_parallel_size = None, 2
-    assert layer_bytes_per_token(model, is_moe=False) == 8 * 64 + attention / 2 + latent - 4 * 20 + 6 * 256 / 2
+    assert layer_bytes_per_token(model, DENSE) == 8 * 64 + attention / 2 + latent - 4 * 20 + 6 * 256 / 2
     model.sequence_parallel = True
-    assert layer_bytes_per_token(model, is_moe=False) == (8 * 64 + attention + latent - 4 * 20 + 6 * 256) / 2
+    assert layer_bytes_per_token(model, DENSE) == (8 * 64 + attention + latent - 4 * 20 + 6 * 256) / 2
+
+
+def _hybrid(**sizes):
+    heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_conv_kernel_dim": 4}
+    shape = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 48, "num_attention_heads": 4, "vocab_size": 64}
+    others = {"num_query_groups": 2, "kv_channels": 16, "linear_attention_freq": 2, "seq_length": 192}
+    return Qwen35ModelProvider(**shape, **heads, **others, bf16=True, params_dtype=torch.bfloat16, **sizes)
+
+
+def _kept_by_mixers(sizes):
+    """Bytes a token that the backward passes of Gated DeltaNet, and of the gate of attention, need; weights aside."""
+    (model,) = (provider := _hybrid(**sizes)).provide_distributed_model(wrap_with_ddp=False)
+    delta_net, attention = (layer.self_attention for layer in model.module.decoder.layers)
+    kept, weights = {}, {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    def bytes_of(function, *inputs):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            function(*inputs)
+        return sum(storage.nbytes() for storage in kept.values()) / provider.seq_length
+
+    hidden = torch.randn(provider.seq_length, 1, 64, dtype=torch.bfloat16, requires_grad=True)
+    heads = torch.randn(provider.seq_length, 1, 64, dtype=torch.bfloat16, requires_grad=True)
+    return bytes_of(delta_net, hidden), bytes_of(attention._apply_output_gate, heads, heads.view(-1, 1, 4, 16))
+
+
+@pytest.mark.parametrize("channels", [(32, 16), (16, 40)])
+def test_gated_delta_net_and_the_gate_of_attention_keep_what_was_measured(channels):
+    sizes = dict(zip(("linear_key_head_dim", "linear_value_head_dim"), channels, strict=True))
+    model, rest = _hybrid(**sizes), 8 * 64 + 6 * 48
+    delta_net, gate = run_on_ranks(_kept_by_mixers, 1, sizes)[0]
+    hidden = 2 * 64  # counted with the norm that gives it
+    assert layer_bytes_per_token(model, DELTA_NET) - rest == pytest.approx(delta_net - hidden, rel=0.01)
+    ungated = dataclasses.replace(model, attention_output_gate=False)
+    added = layer_bytes_per_token(model, DENSE) - layer_bytes_per_token(ungated, DENSE)
+    assert added == gate == 6 * 64  # with attention's output, but without the product, which is as large
+    halved = dataclasses.replace(model, tensor_model_parallel_size=2)
+    assert layer_bytes_per_token(halved, DELTA_NET) - 8 * 64 == (layer_bytes_per_token(model, DELTA_NET) - 8 * 64) / 2
 
 
 def test_the_last_stage_holds_logits_of_its_share_of_the_vocabulary():

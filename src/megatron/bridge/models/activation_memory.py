@@ -11,13 +11,16 @@ same count for a gated MLP, grouped queries and no dropout, with fused attention
     attention                     2 (Q + 2 K) + 2 Q        / TP
     norms of queries and keys     2 (Q + K)                / TP
     MLP                           2 F (gate) + 2 F (up) + 2 F (product)     / TP
+    gate of attention's output    6 Q                      / TP
     latent attention instead      2 (2 Q + V) + 2 V        / TP
     what it projects down         4 L + 2 R                / TP with sequence parallelism
+    Gated DeltaNet instead        N (20 C + 36 k + 34 v + 4 k v / C + 32) + 8 (2 M k + N v)     / TP
 
 in bytes a token, with H the hidden size, Q, K and V the channels of all query heads, of all query groups and of all
 values, F the MLP's width, L the latent channels, kept before and after their norms, and R the channels of the key that
-turn. The MLP of shared experts counts beside the experts. A Gated DeltaNet layer counts as attention. For the paper's
-GPT (Q = K = H, F = 4 H, no gate: 4 F) this is its 34 H less the 2 H of its dropout masks.
+turn. Gated DeltaNet is what `delta_rule.py` keeps, mostly in FP32: N and M are the heads of values and keys, v and k
+the channels of one, C the tokens of a chunk. The MLP of shared experts counts beside the experts. For the paper's GPT
+(Q = K = H, F = 4 H, no gate: 4 F) this is its 34 H less the 2 H of its dropout masks.
 """
 
 from collections.abc import Sequence
@@ -26,16 +29,18 @@ from typing import Any
 from megatron.core import parallel_state
 from megatron.core.utils import unwrap_model
 
+from megatron.bridge.models.delta_rule import CHUNK
 from megatron.bridge.models.gemma3 import Gemma3ModelProvider
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.models.latent_attention import MLAModelProvider
+from megatron.bridge.models.layer_kinds import LayerKind, kind_of_layer
 
 BYTES_PER_LOGIT = 8
 """16 bits from the matrix product, FP32 in the cross entropy, 16 bits of gradient."""
 
 
-def layer_bytes_per_token(model: GPTModelProvider, *, is_moe: bool) -> float:
-    """What one layer keeps of one token, in bytes, on each tensor-parallel rank.
+def layer_bytes_per_token(model: GPTModelProvider, kind: LayerKind) -> float:
+    """What one layer of a kind keeps of one token, in bytes, on each tensor-parallel rank.
 
     Experts are assumed to be chosen evenly: each rank then works on as many (token, expert) pairs as its own tokens
     make.
@@ -43,9 +48,9 @@ def layer_bytes_per_token(model: GPTModelProvider, *, is_moe: bool) -> float:
     tp = model.tensor_model_parallel_size
     sequence = tp if model.sequence_parallel else 1
     norms = (12 if isinstance(model, Gemma3ModelProvider) else 8) * model.hidden_size / sequence
-    attention = _latent_bytes(model) if isinstance(model, MLAModelProvider) else _attention_bytes(model)
+    attention = _mixer_bytes(model, kind)
     gates = 2 if model.gated_linear_unit else 1
-    if not is_moe:
+    if not kind.is_moe:
         return norms + attention + 2 * (gates + 1) * model.ffn_hidden_size / tp
     # What goes to an expert and comes back, and the expert's MLP, for each of a token's experts.
     etp = model.expert_tensor_parallel_size or tp
@@ -54,12 +59,29 @@ def layer_bytes_per_token(model: GPTModelProvider, *, is_moe: bool) -> float:
     return norms + attention + shared + model.moe_router_topk * routed * etp / tp
 
 
+def _mixer_bytes(model: GPTModelProvider, kind: LayerKind) -> float:
+    if kind.is_delta_net:
+        return _delta_net_bytes(model)
+    return _latent_bytes(model) if isinstance(model, MLAModelProvider) else _attention_bytes(model)
+
+
+def _delta_net_bytes(model: GPTModelProvider) -> float:
+    """Of `GatedDeltaNet`, whose tensors of all chunks are kept."""
+    chunk, keys, values = min(CHUNK, model.seq_length), model.linear_num_key_heads, model.linear_num_value_heads
+    key, value = model.linear_key_head_dim, model.linear_value_head_dim
+    assert keys and values and key and value, "checked by the provider"
+    of_head = 20 * chunk + 36 * key + 34 * value + 4 * key * value / chunk + 32
+    convolved = 8 * (2 * keys * key + values * value)
+    return (values * of_head + convolved) / model.tensor_model_parallel_size
+
+
 def _attention_bytes(model: GPTModelProvider) -> float:
     groups = model.num_query_groups or model.num_attention_heads
     channels = model.kv_channels or model.hidden_size // model.num_attention_heads
     query, key = model.num_attention_heads * channels, groups * channels
     normed = 2 * (query + key) if model.qk_layernorm else 0
-    return (2 * (query + 2 * key) + 2 * query + normed) / model.tensor_model_parallel_size
+    gated = 6 * query if model.attention_output_gate else 0  # its sigmoid in FP32, and the product
+    return (2 * (query + 2 * key) + 2 * query + normed + gated) / model.tensor_model_parallel_size
 
 
 def _latent_bytes(model: MLAModelProvider) -> float:
@@ -71,19 +93,19 @@ def _latent_bytes(model: MLAModelProvider) -> float:
 
 
 def activation_bytes(
-    model: GPTModelProvider, *, moe_layers: Sequence[bool], micro_batch_size: int, micro_batches_in_flight: int
+    model: GPTModelProvider, *, kinds: Sequence[LayerKind], micro_batch_size: int, micro_batches_in_flight: int
 ) -> int:
     """What the layers of a pipeline stage keep at the peak of a step.
 
     Args:
         model: The provider. With `recompute_granularity="full"` a layer keeps its input alone, and one group of layers
             at a time all of it; "selective" is taken as fused attention, which keeps no scores anyway.
-        moe_layers: For each layer of the stage, whether it has experts.
+        kinds: Of each layer of the stage.
         micro_batch_size: Samples of one forward pass, of `model.seq_length` tokens each.
         micro_batches_in_flight: Forward passes whose backward pass is still to come.
     """
     tokens = micro_batch_size * model.seq_length
-    layers = [layer_bytes_per_token(model, is_moe=is_moe) for is_moe in moe_layers]
+    layers = [layer_bytes_per_token(model, kind) for kind in kinds]
     if model.recompute_granularity != "full" or not layers:
         return round(tokens * sum(layers) * micro_batches_in_flight)
     boundary = 2 * model.hidden_size / (model.tensor_model_parallel_size if model.sequence_parallel else 1)
@@ -119,7 +141,7 @@ def stage_bytes(
     behind = model.pipeline_model_parallel_size - parallel_state.get_pipeline_model_parallel_rank()
     activations = activation_bytes(
         model,
-        moe_layers=[hasattr(layer.mlp, "router") for chunk in plain for layer in chunk.decoder.layers],
+        kinds=[kind_of_layer(model, layer.layer_number) for chunk in plain for layer in chunk.decoder.layers],
         micro_batch_size=micro_batch_size,
         micro_batches_in_flight=min(behind, num_micro_batches),
     )
