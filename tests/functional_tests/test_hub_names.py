@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from tests.functional_tests.test_conversion_command import on_rank
@@ -75,6 +76,9 @@ def test_a_model_of_the_hub_is_finetuned_and_exported(tmp_path):
         load_file(snapshot / "model.safetensors")["model.norm.weight"],
         load_file(hf / "model.safetensors")["model.norm.weight"],
     )
+
+    recorded = yaml.safe_load((tmp_path / "checkpoints" / "iter_0000001" / "run_config.yaml").read_text())
+    assert recorded["checkpoint"]["hub_revisions"] == {NAME: COMMIT}
 
     # The hub is gone. What the checkpoint says is the name.
     adapters = str(tmp_path / "checkpoints")

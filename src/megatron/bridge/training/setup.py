@@ -41,6 +41,7 @@ from megatron.bridge.training.cpu_offload.param_copies import find_hybrid_optimi
 from megatron.bridge.training.initialize import initialize_megatron
 from megatron.bridge.training.optim import setup_optimizer
 from megatron.bridge.training.run_state.end_tokens import generation_config_to_save
+from megatron.bridge.training.run_state.hub_revisions import record_hub_revisions
 from megatron.bridge.training.run_state.load_plan import LoadPlan
 from megatron.bridge.training.run_state.masters import check_masters_on_device
 from megatron.bridge.training.run_state.offload_placement import settle_placement
@@ -138,6 +139,7 @@ def setup(
         context = init_checkpointing_context(cfg)
     base_plan = plan_base_on_all_ranks(cfg)
     plan = plan_on_all_ranks(cfg, context, load_required=load_required)
+    record_hub_revisions(cfg, plan)
     with raise_on_all_ranks("reading where a text ends"):
         state.generation_config = generation_config_to_save(cfg, state.tokenizer, plan) if is_rank_0() else None
 

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,9 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 _found: dict[str, Path] = {}
 """What this process has found, by what was asked for: the hub is asked once."""
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_commits: dict[str, set[str]] = {}
+"""At which commits this process has found what it took from the hub, by name."""
 
 
 def is_hub_name(path: str | os.PathLike[str]) -> bool:
@@ -70,7 +73,28 @@ def find_hf_directory(path: str | os.PathLike[str], *, with_weights: bool = True
         return known
     found = _Model(name, cache, with_weights, download_options).find()
     _found[asked[with_weights]] = found
+    note_commit(name, found.name)
     return found
+
+
+def note_commit(name: str, commit: str) -> None:
+    """Keep at which commit something of the hub was found, for `commits_of`. What is no commit is passed over.
+
+    Args:
+        name: Its name on the hub; of a dataset, with `datasets/` before it.
+        commit: What its snapshot is called.
+    """
+    if _COMMIT.fullmatch(commit):
+        _commits.setdefault(name, set()).add(commit)
+
+
+def commits_of(names: Iterable[str]) -> dict[str, str]:
+    """The commits at which this process has found what it took from the hub; several of one name with commas between.
+
+    Args:
+        names: As of `note_commit`; those that nothing was taken from are left out.
+    """
+    return {name: ", ".join(sorted(_commits[name])) for name in sorted(names) if name in _commits}
 
 
 class _Model:

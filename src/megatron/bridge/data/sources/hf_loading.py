@@ -11,6 +11,7 @@ from typing import Any
 from megatron.bridge.data.sources import JsonlSource, Source
 from megatron.bridge.data.sources.arrow import ArrowSource
 from megatron.bridge.data.sources.hf_dataset_config import HFDatasetSourceConfig
+from megatron.bridge.utils.hf_hub import note_commit
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,17 @@ def load_from_hub(source: HFDatasetSourceConfig) -> dict[str, Source]:
         logger.info("%s: the hub can't be asked; taken from %s", source.title, snapshot)
         _check_shards(snapshot)
         found = _loaded(source, name, path=str(snapshot), name=source.subset)
+        note_commit(f"datasets/{name}", snapshot.name)
+    else:
+        note_commit(f"datasets/{name}", _folder_of_tables(found))
     return _by_split(found, source.title, alone="train")
+
+
+def _folder_of_tables(found: Any) -> str:
+    """The folder that the library made a dataset's tables in, which has the commit's name; empty if there is none."""
+    one = next(iter(found.values()), None) if isinstance(found, Mapping) else found
+    files = getattr(one, "cache_files", None) or [{"filename": ""}]
+    return Path(files[0]["filename"]).parent.name
 
 
 class _NotThereError(Exception):

@@ -112,6 +112,10 @@ class CheckpointConfig(BridgeSection):
     save_tokenizer_assets: bool = True
     """Write the tokenizer's files into each checkpoint."""
 
+    hub_revisions: dict[str, str] | None = None
+    """Written by the run: the commit of each model, tokenizer and dataset that it took from the Hugging Face hub, by
+    name. A resume that finds another one warns. None: it took none."""
+
     verify_integrity: bool = True
     """Compare the files of tensors with their checksums before they are loaded. Checksums are always written."""
 
