@@ -130,18 +130,19 @@ def test_peft_and_merged_weights_give_the_logits_of_the_run(tmp_path, cell):
         assert settings["eos_token_id"] == [2, 7, IM_END], "the model's end tokens, and the one that was learned"
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
+@pytest.mark.parametrize("name", ["llama", "mixtral", "phi3"])
 def test_one_adapted_layer_is_named_in_full(tmp_path, name):
     """By the short name peft would adapt every layer. The logits are the model's own, with peft and merged."""
     options = {**MODELS[name].options, "vocab_size": VOCAB_SIZE}
     hf = save_tiny_model(tmp_path / "hf", MODELS[name].architecture, **options)
     ours = run_on_ranks(_export_one, 1, tmp_path, ["*.layers.1.*.linear_qkv"])[0][..., :VOCAB_SIZE]
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert config["target_modules"] == [f"model.layers.1.self_attn.{kind}_proj" for kind in "kqv"]
+    parts = ["qkv"] if name == "phi3" else list("kqv")
+    assert config["target_modules"] == [f"model.layers.1.self_attn.{kind}_proj" for kind in parts]
     with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as file:
-        assert len(file.keys()) == 6
+        assert len(file.keys()) == 2 * len(parts)
     loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(hf), tmp_path / "adapter")
-    assert sum("lora_A" in name for name, _ in loaded.named_parameters()) == 3
+    assert sum("lora_A" in name for name, _ in loaded.named_parameters()) == len(parts)
     torch.testing.assert_close(_logits(loaded), ours, rtol=1e-4, atol=1e-4)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     torch.testing.assert_close(_logits(merged), ours, rtol=1e-4, atol=1e-4)

@@ -51,6 +51,7 @@ _LATENT = {
     "v_head_dim": 12,
 }
 _YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
+_DYNAMIC = {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 4.0}
 _SANDWICH = {"num_hidden_layers": 4, "sliding_window": 7, "query_pre_attn_scalar": 20, "pad_token_id": None}
 _DELTA_NET = {
     "linear_num_key_heads": 2,
@@ -159,6 +160,30 @@ MODELS = {
     "llama": TinyModel("LlamaForCausalLM", "untied embeddings"),
     "llama3": TinyModel("LlamaForCausalLM", "llama3 rotary scaling", {**_ODD, "rope_parameters": LLAMA3_ROPE}),
     "mistral": TinyModel("MistralForCausalLM", "sliding window, wide heads", {"sliding_window": 8, "head_dim": 16}),
+    "phi3": TinyModel(
+        "Phi3ForCausalLM",
+        "fused projections, LongRoPE beyond the original length, three quarters of each head turn, a window",
+        {
+            **_ODD,
+            "pad_token_id": None,
+            "sliding_window": 9,
+            "original_max_position_embeddings": 16,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 500.0,
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0, 1.25, 1.5],
+                "long_factor": [1.5, 3.0, 7.0],
+            },
+        },
+        layouts=("one process", "TP2 SP", "PP2"),
+    ),
+    "llama_dynamic": TinyModel(
+        "LlamaForCausalLM",
+        "dynamic rotary scaling",
+        {**_TIED, "max_position_embeddings": 20, "rope_parameters": _DYNAMIC},
+        layouts=("TP2 SP", "PP2"),
+    ),
     "qwen2": TinyModel("Qwen2ForCausalLM", "biases on query, key and value", {**_ODD, **_TIED}),
     "qwen2_window": TinyModel(
         "Qwen2ForCausalLM",

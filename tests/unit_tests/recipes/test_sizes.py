@@ -40,6 +40,8 @@ PUBLISHED_PARAMETERS = {
     "llama3_70b": 70_553_706_496,
     "llama31_70b": 70_553_706_496,
     "llama31_405b": 405_853_388_800,
+    "phi4_mini_3p8b": 3_836_021_760,
+    "phi4_14b": 14_659_507_200,
     "qwen25_500m": 494_032_768,
     "qwen25_1p5b": 1_543_714_304,
     "qwen25_7b": 7_615_616_512,
@@ -87,6 +89,10 @@ def _stretched(factor: float) -> dict[str, Any]:
 def _smollm2(layers: int, hidden: int, ffn: int, heads: int, groups: int, *, base: float, std: float) -> Any:
     others = {"vocab_size": 49152, "rope_theta": base, "initializer_range": std, "tie_word_embeddings": True}
     return _llama(layers, hidden, ffn, heads, num_key_value_heads=groups, **others)
+
+
+def _phi3(layers: int, hidden: int, ffn: int, heads: int, groups: int, **others: Any) -> Any:
+    return transformers.Phi3Config, (layers, hidden, ffn, heads), {"num_key_value_heads": groups, **others}
 
 
 def _qwen2(layers: int, hidden: int, ffn: int, heads: int, groups: int, *, eps: float = 1e-6, **others: Any) -> Any:
@@ -279,6 +285,24 @@ PUBLISHED_CONFIGS = {
     "llama3_70b": _llama(80, 8192, 28672, 64),
     "llama31_70b": _llama(80, 8192, 28672, 64, rope_scaling=_stretched(8.0)),
     "llama31_405b": _llama(126, 16384, 53248, 128, rope_scaling=_stretched(8.0)),
+    "phi4_mini_3p8b": _phi3(
+        32,
+        3072,
+        8192,
+        24,
+        8,
+        vocab_size=200064,
+        tie_word_embeddings=True,
+        max_position_embeddings=131072,
+        sliding_window=262144,
+        partial_rotary_factor=0.75,
+        rope_scaling={
+            "type": "longrope",
+            "short_factor": [1.0] * 48,
+            "long_factor": SIZES["phi4_mini_3p8b"].sizes["phi4_mini_3p8b"].fields["longrope_long_factor"],
+        },
+    ),
+    "phi4_14b": _phi3(40, 5120, 17920, 40, 10, vocab_size=100352, max_position_embeddings=16384, rope_theta=250000.0),
     "qwen25_500m": _qwen2(24, 896, 4864, 14, 2, **_QWEN_TIED),
     "qwen25_1p5b": _qwen2(28, 1536, 8960, 12, 2, **_QWEN_TIED),
     "qwen25_7b": _qwen2(28, 3584, 18944, 28, 4, **_QWEN_UNTIED),

@@ -108,6 +108,7 @@ def pad_sample(sample: dict[str, torch.Tensor], length: int, *, pad_id: int) -> 
     labels[:size] = sample["labels"]
     loss_mask[:size] = sample["loss_mask"]
     if "position_ids" in sample:
+        position_ids = torch.zeros(length, dtype=torch.int64)  # padding makes no sample longer
         position_ids[:size] = sample["position_ids"]
     row = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask, "position_ids": position_ids}
     return row | {"cu_seqlens": sample["cu_seqlens"]} if "cu_seqlens" in sample else row

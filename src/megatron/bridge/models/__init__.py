@@ -16,6 +16,7 @@ _DOORS = {
     "Llama3ModelProvider": "megatron.bridge.models.llama",
     "MistralModelProvider": "megatron.bridge.models.mistral",
     "MixtralModelProvider": "megatron.bridge.models.mixtral",
+    "Phi3ModelProvider": "megatron.bridge.models.phi3",
     "Qwen2ModelProvider": "megatron.bridge.models.qwen2",
     "Qwen3ModelProvider": "megatron.bridge.models.qwen3",
     "Qwen3MoEModelProvider": "megatron.bridge.models.qwen3_moe",

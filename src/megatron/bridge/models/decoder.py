@@ -16,13 +16,14 @@ from megatron.bridge.models.conversion.mapping import (
     WeightMapping,
     fused_gate_up,
     fused_qkv,
+    gate_up_in_one,
     replicated,
     split_columns,
     vocabulary,
 )
 from megatron.bridge.models.conversion.rope_fields import rope_fields
 from megatron.bridge.models.conversion.transformers_config import expect_value
-from megatron.bridge.models.gpt_provider import GPTModelProvider
+from megatron.bridge.models.gpt_provider import GPTModelProvider, PositionEmbeddingType
 
 
 @dataclass
@@ -32,7 +33,7 @@ class DecoderModelProvider(GPTModelProvider):
     normalization: str = "RMSNorm"
     activation_func: Callable = F.silu
     gated_linear_unit: bool = True
-    position_embedding_type: Literal["learned_absolute", "rope", "yarn", "none"] = "rope"
+    position_embedding_type: PositionEmbeddingType = "rope"
     add_bias_linear: bool = False
     share_embeddings_and_output_weights: bool = False
     hidden_dropout: float = 0.0
@@ -170,6 +171,14 @@ def mlp_mappings(kind: str) -> tuple[WeightMapping, ...]:
     return (
         fused_gate_up(f"{LAYER}mlp.linear_fc1.{kind}", gate=gate, up=up),
         output(f"{LAYER}mlp.linear_fc2.{kind}", f"{HF_LAYER}mlp.down_proj.{kind}"),
+    )
+
+
+def gate_up_in_one_mappings() -> tuple[WeightMapping, ...]:
+    """The gated MLP of a layer, in files with gate and up in one tensor."""
+    return (
+        gate_up_in_one(f"{LAYER}mlp.linear_fc1.weight", f"{HF_LAYER}mlp.gate_up_proj.weight"),
+        split_columns(f"{LAYER}mlp.linear_fc2.weight", f"{HF_LAYER}mlp.down_proj.weight"),
     )
 
 

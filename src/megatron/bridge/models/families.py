@@ -28,6 +28,7 @@ FAMILY_MODULES = {
     "LlamaForCausalLM": "megatron.bridge.models.llama",
     "MistralForCausalLM": "megatron.bridge.models.mistral",
     "MixtralForCausalLM": "megatron.bridge.models.mixtral",
+    "Phi3ForCausalLM": "megatron.bridge.models.phi3",
     "Qwen2ForCausalLM": "megatron.bridge.models.qwen2",
     "Qwen3ForCausalLM": "megatron.bridge.models.qwen3",
     "Qwen3MoeForCausalLM": "megatron.bridge.models.qwen3_moe",

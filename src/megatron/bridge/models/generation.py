@@ -160,7 +160,8 @@ def generate_together(
     """Continue several prompts in one batch. Collective, as `generate_tokens`.
 
     The first pass reads what all prompts have, up to the end of the shortest; each later one reads one token of every
-    row. Prompts of similar length take the fewest passes.
+    row. Prompts of similar length take the fewest passes. Where rotary frequencies change with the length, a pass reads
+    the rows from their start.
 
     Args:
         model: As for `generate_tokens`.
@@ -177,14 +178,21 @@ def generate_together(
         ValueError, FloatingPointError: As for `generate_tokens`.
     """
     from megatron.core.inference.contexts import StaticInferenceContext
+    from megatron.core.utils import get_model_config
+
+    from megatron.bridge.models.rope_by_length import reads_again
 
     _check_prompts(model, prompts, max_new_tokens)
     sampling = sampling or Sampling()
-    cache = StaticInferenceContext(len(prompts), max(map(len, prompts)) + max(max_new_tokens))
+    size = max(map(len, prompts)) + max(max_new_tokens)
+    cache = StaticInferenceContext(len(prompts), size)
+    again = reads_again(get_model_config(model[0]))
     generators = [torch.Generator(device="cpu").manual_seed(sampling.seed) for _ in prompts]
     rows, ended = [list(prompt) for prompt in prompts], [False] * len(prompts)
     start, end = 0, min(map(len, prompts))
     while not all(ended):
+        if start and again(start, end):
+            start, cache = 0, StaticInferenceContext(len(prompts), size)
         logits = _next_logits(model[0], [row[start:end] for row in rows], cache)
         awaited = [not done and len(row) == end for row, done in zip(rows, ended, strict=True)]
         chosen = [

@@ -28,6 +28,7 @@ from megatron.bridge.models.decoder import (
     window_fields,
 )
 from megatron.bridge.models.families import ModelFamily
+from megatron.bridge.models.gpt_provider import PositionEmbeddingType
 
 
 @dataclass
@@ -46,7 +47,7 @@ class GPTOSSModelProvider(ExpertsModelProvider):
     num_query_groups: int | None = 8
     seq_length: int = 131_072
     layernorm_epsilon: float = 1e-5
-    position_embedding_type: Literal["learned_absolute", "rope", "yarn", "none"] = "yarn"
+    position_embedding_type: PositionEmbeddingType = "yarn"
     rotary_base: float = 150_000
     yarn_rotary_scaling_factor: float = 32.0
     yarn_original_max_position_embeddings: int = 4096

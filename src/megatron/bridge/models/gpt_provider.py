@@ -3,6 +3,7 @@
 
 import inspect
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -22,7 +23,13 @@ from megatron.bridge.models.layer_specs import (
     transformer_engine_layer_spec,
 )
 from megatron.bridge.models.model_provider import ModelProviderMixin
-from megatron.bridge.models.rope import Llama3RopeScaling, YarnRopeScaling, yarn_attention_factor
+from megatron.bridge.models.rope import (
+    Llama3RopeScaling,
+    YarnRopeScaling,
+    mscale_of_attention_factor,
+    yarn_attention_factor,
+)
+from megatron.bridge.models.rope_by_length import BY_LENGTH, scale_by_length, scaling_by_length
 from megatron.bridge.models.router_gemm import repair_router_gemm
 from megatron.bridge.models.vocab_padding import mask_padding_logits, padded_vocab_size
 from megatron.bridge.utils.replaced import replaced
@@ -32,6 +39,7 @@ from megatron.bridge.utils.set_fields import RemembersSetFields, writes_that_nob
 __all__ = [
     "GPTModelProvider",
     "LayerSpec",
+    "PositionEmbeddingType",
     "default_layer_spec",
     "local_layer_spec",
     "mtp_block_spec",
@@ -41,6 +49,9 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 LayerSpec: TypeAlias = ModuleSpec | TransformerBlockSubmodules
+PositionEmbeddingType: TypeAlias = Literal["learned_absolute", "rope", "yarn", "dynamic", "longrope", "none"]
+_SCALED = ("yarn", *BY_LENGTH)
+"""Kinds of positions that Core is told are plain rotary ones."""
 _INIT_METHODS = ("init_method", "output_layer_init_method", "embedding_init_method")
 
 
@@ -61,8 +72,9 @@ class GPTModelProvider(RemembersSetFields, TransformerConfig, ModelProviderMixin
     """With `should_pad_vocab`: the padded vocabulary is a multiple of this times the tensor-parallel size."""
     share_embeddings_and_output_weights: bool = True
     """Whether the output layer uses the embedding's weight (tied embeddings)."""
-    position_embedding_type: Literal["learned_absolute", "rope", "yarn", "none"] = "learned_absolute"
-    """How a token knows its position. yarn: rotary positions, scaled as the yarn_ fields say."""
+    position_embedding_type: PositionEmbeddingType = "learned_absolute"
+    """How a token knows its position. yarn, dynamic, longrope: rotary positions, scaled as the fields of that name say.
+    """
     rotary_base: float = 10000
     """Base of the rotary frequencies."""
     rotary_percent: float = 1.0
@@ -91,6 +103,18 @@ class GPTModelProvider(RemembersSetFields, TransformerConfig, ModelProviderMixin
     """YaRN: see yarn_mscale. None: 0."""
     yarn_correction_range_round_to_int: bool = True
     """YaRN: whether the channels between which the scaling sets in are whole ones."""
+    dynamic_rope_factor: float = 1.0
+    """Dynamic: how much faster than the length of a sequence the rotary base grows."""
+    dynamic_rope_max_position_embeddings: int = 4096
+    """Dynamic: longest sequence without scaling, in tokens."""
+    longrope_short_factor: list[float] | None = None
+    """LongRoPE: how many times longer each frequency becomes in sequences up to the original length."""
+    longrope_long_factor: list[float] | None = None
+    """LongRoPE: the same in longer sequences."""
+    longrope_original_max_position_embeddings: int = 4096
+    """LongRoPE: length pretrained on, in tokens."""
+    longrope_attention_factor: float = 1.0
+    """LongRoPE: what cosine and sine are multiplied by."""
     seq_len_interpolation_factor: float | None = None
     """Linear scaling of the positions; None: none."""
     scatter_embedding_sequence_parallel: bool = True
@@ -121,19 +145,32 @@ class GPTModelProvider(RemembersSetFields, TransformerConfig, ModelProviderMixin
                 f"model.rope_scaling=True scales rotary positions, and model.position_embedding_type="
                 f"{self.position_embedding_type!r}: set it to 'rope', or model.rope_scaling=False"
             )
-        if self.yarn_rotary_scaling_factor != 1 and self.position_embedding_type != "yarn":
-            raise ValueError(
-                f"model.yarn_rotary_scaling_factor={self.yarn_rotary_scaling_factor} with "
-                f"model.position_embedding_type={self.position_embedding_type!r}: set it to 'yarn', or the factor to 1"
-            )
-        if self.position_embedding_type == "yarn" and self.seq_len_interpolation_factor is not None:
-            raise ValueError(
-                f"model.seq_len_interpolation_factor={self.seq_len_interpolation_factor} with "
-                "model.position_embedding_type='yarn': positions are scaled in one way; set it to null"
-            )
+        with writes_that_nobody_set(self):
+            self._check_scaling()
         open_to_all_names(self)
         with writes_that_nobody_set(self):
             self._derive()
+
+    def _check_scaling(self) -> None:
+        kind = self.position_embedding_type
+        if kind == "longrope":  # Core multiplies by what YaRN's fields say
+            self.yarn_rotary_scaling_factor, self.yarn_mscale_all_dim = math.e, 0.0
+            self.yarn_mscale = mscale_of_attention_factor(math.e, self.longrope_attention_factor)
+        elif self.yarn_rotary_scaling_factor != 1 and kind != "yarn":
+            raise ValueError(
+                f"model.yarn_rotary_scaling_factor={self.yarn_rotary_scaling_factor} with "
+                f"model.position_embedding_type={kind!r}: set it to 'yarn', or the factor to 1"
+            )
+        if kind in _SCALED and self.seq_len_interpolation_factor is not None:
+            raise ValueError(
+                f"model.seq_len_interpolation_factor={self.seq_len_interpolation_factor} with "
+                f"model.position_embedding_type={kind!r}: positions are scaled in one way; set it to null"
+            )
+        if kind in BY_LENGTH and self.flash_decode:
+            raise ValueError(
+                f"model.flash_decode=True with model.position_embedding_type={kind!r}: it has one table of positions "
+                "for all lengths; set it to false"
+            )
 
     def _derive(self) -> None:
         for name, derived in self._derived_init_methods.items():
@@ -144,6 +181,8 @@ class GPTModelProvider(RemembersSetFields, TransformerConfig, ModelProviderMixin
         if self.pipeline_model_parallel_size > 1 and self.pipeline_dtype is None:
             self.pipeline_dtype = self.params_dtype
         super().__post_init__()  # Core's, of the configuration class that comes next
+        if self.position_embedding_type in BY_LENGTH:
+            scaling_by_length(self)
         self._derived_init_methods = {name: getattr(self, name) for name in left_open}
 
     def _switch_off_fusions(self) -> None:
@@ -159,7 +198,7 @@ class GPTModelProvider(RemembersSetFields, TransformerConfig, ModelProviderMixin
         multiplied = ("apply_rope_fusion",) if self._yarn_attention_factor() != 1 else ()
         for name in (name for name in multiplied if getattr(self, name)):
             setattr(self, name, False)
-            reasons.setdefault("it has no factor for YaRN's cosine and sine", []).append(name)
+            reasons.setdefault("it has no factor for cosine and sine", []).append(name)
         if reasons:
             logger.info("fusions off: %s", "; ".join(f"{', '.join(names)} ({why})" for why, names in reasons.items()))
 
@@ -203,7 +242,7 @@ class GPTModelProvider(RemembersSetFields, TransformerConfig, ModelProviderMixin
             repair_router_gemm()
         is_first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
         is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
-        positions = "rope" if self.position_embedding_type == "yarn" else self.position_embedding_type
+        positions = "rope" if self.position_embedding_type in _SCALED else self.position_embedding_type
         # Core reads the kind of positions from the configuration as well.
         with writes_that_nobody_set(self), replaced(self, position_embedding_type=positions):
             model = GPTModel(
@@ -245,6 +284,8 @@ class GPTModelProvider(RemembersSetFields, TransformerConfig, ModelProviderMixin
         if self.rope_scaling:
             # Core's own scaling knows only the factor; the other three numbers differ between models.
             model.rotary_pos_emb.inv_freq = self._rope_scaling().scale(model.rotary_pos_emb.inv_freq)
+        elif self.position_embedding_type in BY_LENGTH:
+            scale_by_length(model, self)
         elif self.position_embedding_type == "yarn":
             # Core's own class rotates all channels, whatever rotary_percent says. Cosine and sine are multiplied in
             # Core's attention, which reads the numbers from the configuration.

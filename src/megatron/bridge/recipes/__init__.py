@@ -17,6 +17,7 @@ FAMILIES = (
     "llama",
     "mistral",
     "mixtral",
+    "phi4",
     "qwen2",
     "qwen3",
     "qwen35",

@@ -96,8 +96,10 @@ def test_both_spellings_of_rope_scaling(family):
     scaled = fields_of(family, rope_theta=5e5, rope_scaling={"type": "yarn", **yarn})
     assert scaled == fields_of(family, rope_parameters={"rope_type": "yarn", "rope_theta": 5e5, **yarn})
     assert (scaled["position_embedding_type"], scaled["yarn_rotary_scaling_factor"]) == ("yarn", 4.0)
-    with pytest.raises(ValueError, match="rope_type='dynamic' is not supported"):
-        fields_of(family, rope_scaling={"rope_type": "dynamic", "factor": 4.0}, rope_parameters=plain)
+    dynamic = fields_of(family, rope_scaling={"rope_type": "dynamic", "factor": 4.0}, rope_parameters=plain)
+    assert (dynamic["position_embedding_type"], dynamic["dynamic_rope_factor"]) == ("dynamic", 4.0)
+    with pytest.raises(ValueError, match="rope_type='proportional' is not supported"):
+        fields_of(family, rope_scaling={"rope_type": "proportional", "factor": 4.0}, rope_parameters=plain)
 
 
 PLACES = {
@@ -144,7 +146,8 @@ def test_reading_changes_nothing_in_what_is_read():
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
         ({"attention_bias": True}, "attention_bias=True with mlp_bias=False is not supported"),
         ({"mlp_bias": True}, "attention_bias=False with mlp_bias=True is not supported"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "rope_type='dynamic' is not supported"),
+        ({"rope_scaling": {"rope_type": "proportional"}}, "rope_type='proportional' is not supported: expected one of"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": -1.0}}, "factor .* is -1.0: expected more than 0"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": "4"}}, "factor .*'4'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 0}}, "factor .* is 0: expected more than 0"),
         (

@@ -7,7 +7,9 @@ from megatron.bridge.models.conversion.mapping import (
     Segment,
     fused_gate_up,
     fused_qkv,
+    gate_up_in_one,
     hf_lengths,
+    qkv_in_one,
     replicated,
     shard,
     split_columns,
@@ -46,6 +48,23 @@ def test_gate_and_up_alternate_by_rank():
     ]
 
 
+def test_what_files_have_in_one_tensor_too_is_taken_from_where_its_parts_begin():
+    assert qkv_in_one("qkv", "one").segments(SIZES, 2, 48) == [
+        Segment("one", 0, 16),
+        Segment("one", 32, 4),
+        Segment("one", 40, 4),
+        Segment("one", 16, 16),
+        Segment("one", 36, 4),
+        Segment("one", 44, 4),
+    ]
+    assert gate_up_in_one("fc1", "one").segments(SIZES, 2, 48) == [
+        Segment("one", 0, 12),
+        Segment("one", 24, 12),
+        Segment("one", 12, 12),
+        Segment("one", 36, 12),
+    ]
+
+
 def test_vocabulary_ends_in_padding():
     assert vocabulary("e", "embed").segments(SIZES, 2, 12) == [Segment("embed", 0, 10), Segment(None, 0, 2)]
     assert vocabulary("e", "embed").segments(SIZES, 1, 10) == [Segment("embed", 0, 10)]
@@ -54,7 +73,13 @@ def test_vocabulary_ends_in_padding():
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 @pytest.mark.parametrize(
     ("mapping", "full_length"),
-    [(QKV, 48), (fused_gate_up("fc1", gate="g", up="u"), 48), (vocabulary("e", "embed"), 16)],
+    [
+        (QKV, 48),
+        (fused_gate_up("fc1", gate="g", up="u"), 48),
+        (vocabulary("e", "embed"), 16),
+        (qkv_in_one("qkv", "qkv"), 48),
+        (gate_up_in_one("fc1", "gu"), 48),
+    ],
 )
 def test_shards_hold_every_row_exactly_once(mapping, full_length, ranks):
     """Also where there are more ranks than query groups, whose shards cut through a group."""

@@ -53,6 +53,13 @@ LLAMA3 = {
 }
 YARN = {"yarn_rotary_scaling_factor": 8.0, "yarn_original_max_position_embeddings": 16, "yarn_beta_fast": 16.0}
 MSCALES = {"yarn_mscale": 0.9, "yarn_mscale_all_dim": 0.7, "yarn_correction_range_round_to_int": False}
+LONGROPE = {
+    "position_embedding_type": "longrope",
+    "longrope_short_factor": [1.0, 1.1, 1.2, 1.3],
+    "longrope_long_factor": [2.0, 3.0, 4.0, 5.0],
+    "longrope_original_max_position_embeddings": 32,
+    "longrope_attention_factor": 1.25,
+}
 CHANGES = {
     "rotary base": ("llama", {"rotary_base": 500_000}),
     "rotary base of scaled positions": ("llama3", {"rotary_base": 7_000.0}),
@@ -71,6 +78,23 @@ CHANGES = {
         "llama",
         {"position_embedding_type": "yarn", **YARN, "yarn_mscale": 0.123, "yarn_mscale_all_dim": 0.0},
     ),
+    "dynamic scaling": (
+        "llama",
+        {
+            "position_embedding_type": "dynamic",
+            "dynamic_rope_factor": 4.0,
+            "dynamic_rope_max_position_embeddings": 64,
+        },
+    ),
+    "another dynamic scaling": (
+        "llama_dynamic",
+        {"dynamic_rope_factor": 2.0, "dynamic_rope_max_position_embeddings": 99},
+    ),
+    "LongRoPE": ("llama", LONGROPE),
+    "LongRoPE in place of llama3's": ("llama3", {"rope_scaling": False, **LONGROPE}),
+    "another LongRoPE": ("phi3", {"longrope_long_factor": [2.0, 3.0, 4.0], "longrope_attention_factor": 1.5}),
+    "length of LongRoPE": ("phi3", {"longrope_original_max_position_embeddings": 24, "rotary_base": 700.0}),
+    "no LongRoPE": ("phi3", {"position_embedding_type": "rope"}),
     "YaRN in place of llama3's": ("llama3", {"rope_scaling": False, "position_embedding_type": "yarn", **YARN}),
     "no scaling": ("llama3", {"rope_scaling": False}),
     "a factor of the scaling": ("llama3", {"rope_scaling_factor": 2.0}),

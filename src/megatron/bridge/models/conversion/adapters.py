@@ -42,7 +42,11 @@ _PARTS = {"adapter_q": 0, "adapter_k": 1, "adapter_v": 2, "adapter_gate": 0, "ad
 
 
 def adapter_tasks(chunks: Sequence[MegatronModule], family: ModelFamily) -> list[ConversionTask]:
-    """This rank's adapter parameters."""
+    """This rank's adapter parameters.
+
+    Raises:
+        ValueError: An adapter of a part of what files have in one tensor.
+    """
     tasks = []
     for task in (task for chunk in local_tasks(chunks, family) for task in chunk):
         if task.layer is None:
@@ -61,6 +65,12 @@ def _adapter_mapping(of_weight: WeightMapping, name: str) -> WeightMapping:
     part, _, of_part = name.partition(".") if name.startswith("adapter_") else ("", "", name)
     hf_names = tuple(_PREFIX + hf.removesuffix("weight") + _PEFT_NAMES[of_part] for hf in of_weight.hf_names)
     is_cut = (of_part != "linear_in.weight") == (of_weight.dim == 0)
+    if part and len(hf_names) == 1:
+        raise ValueError(
+            f"{of_weight.hf_names[0]} is one tensor in files, and the model has an adapter of a part of it ({part}), "
+            "for which peft has no place: merge the adapters into the weights (python -m "
+            "megatron.bridge.convert export), or train LoRA, which adapts the whole"
+        )
     if part:
         return (split_rows if is_cut else replicated)(megatron_name, hf_names[_PARTS[part]])
     if is_cut:
@@ -116,6 +126,7 @@ def save_hf_adapter(
     with raise_on_all_ranks(f"preparing {path}"):
         if path.exists() and not (path / CONFIG_FILE).is_file() and (path.is_file() or any(path.iterdir())):
             raise ValueError(f"{path} holds something else than adapters: name a new or empty directory")
+        adapter_tasks(chunks, family)  # which peft must have a place for
     tensors = dict(export_adapter_weights(chunks, family, cpu=True, show_progress=show_progress))
     with raise_on_all_ranks(f"writing {path}"):
         if not tensors:

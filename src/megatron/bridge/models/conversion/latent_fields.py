@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron.bridge.models.conversion.transformers_config import expect_value
 from megatron.bridge.models.rope import mscale_of_attention_factor, yarn_attention_factor, yarn_mscale
+from megatron.bridge.models.rope_by_length import BY_LENGTH
 
 _OF_YARN = {
     "rotary_scaling_factor": "yarn_rotary_scaling_factor",
@@ -34,6 +35,11 @@ def latent_fields(hf: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str,
             raise ValueError(
                 f"config.json: rope_type={kind!r} is not supported for {hf['architectures']}: expected default or yarn"
             )
+    by_length = fields.get("position_embedding_type", "rope")
+    if by_length in BY_LENGTH:
+        raise ValueError(
+            f"config.json: rope_type={by_length!r} is not supported for {hf['architectures']}: expected default or yarn"
+        )
     plain = {name: value for name, value in fields.items() if not name.startswith("yarn_")}
     if plain.pop("position_embedding_type", None) == "yarn":
         plain |= _yarn_fields(hf.get("rope_parameters") or hf["rope_scaling"], fields)

@@ -140,6 +140,16 @@ def fused_gate_up(megatron_name: str, *, gate: str, up: str) -> WeightMapping:
     return WeightMapping(megatron_name, (gate, up), _gate_up_by_rank, dim=0)
 
 
+def qkv_in_one(megatron_name: str, qkv: str) -> WeightMapping:
+    """Query, key and value in one matrix, or bias, in files too: all queries, all keys, all values."""
+    return WeightMapping(megatron_name, (qkv,), _qkv_in_one, dim=0)
+
+
+def gate_up_in_one(megatron_name: str, gate_up: str) -> WeightMapping:
+    """A gated MLP's two input matrices in one in files too: all gate rows, then all up rows."""
+    return WeightMapping(megatron_name, (gate_up,), _gate_up_in_one, dim=0)
+
+
 def _one_tensor(sizes: ModelSizes, ranks: int, names: tuple[str, ...], full_length: int) -> list[Segment]:
     return [Segment(names[0], 0, full_length)]
 
@@ -167,3 +177,21 @@ def _grouped_qkv(sizes: ModelSizes, ranks: int, names: tuple[str, ...], full_len
 def _gate_up_by_rank(sizes: ModelSizes, ranks: int, names: tuple[str, ...], full_length: int) -> list[Segment]:
     rows = full_length // (2 * ranks)
     return [Segment(name, rank * rows, rows) for rank in range(ranks) for name in names]
+
+
+def _qkv_in_one(sizes: ModelSizes, ranks: int, names: tuple[str, ...], full_length: int) -> list[Segment]:
+    parts = ("q", "k", "v")
+    segments = _grouped_qkv(sizes, ranks, parts, full_length)
+    return _one_after_the_other(segments, parts, names[0])
+
+
+def _gate_up_in_one(sizes: ModelSizes, ranks: int, names: tuple[str, ...], full_length: int) -> list[Segment]:
+    parts = ("gate", "up")
+    return _one_after_the_other(_gate_up_by_rank(sizes, ranks, parts, full_length), parts, names[0])
+
+
+def _one_after_the_other(segments: list[Segment], parts: tuple[str, ...], name: str) -> list[Segment]:
+    """The same segments, of one tensor in which the parts follow each other."""
+    lengths = hf_lengths(segments)
+    first = {part: sum(lengths[before] for before in parts[:index]) for index, part in enumerate(parts)}
+    return [Segment(name, first[str(one.hf_name)] + one.start, one.length) for one in segments]

@@ -2,13 +2,15 @@
 """The rotary positions of a Hugging Face configuration as fields of a provider."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron.bridge.models.rope import mscale_of_attention_factor
+from megatron.bridge.models.rope_by_length import longrope_attention_factor
 
 logger = logging.getLogger(__name__)
 
+_KINDS = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 _LLAMA3 = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -21,7 +23,7 @@ def rope_fields(hf: Mapping[str, Any], *, partial: bool = False) -> dict[str, An
         partial: Whether the family turns only `partial_rotary_factor` of each head's channels.
 
     Raises:
-        ValueError: A kind of scaling other than "default", "linear", "llama3" and "yarn", or a number that is none.
+        ValueError: A kind of scaling other than `_KINDS`, or a number that is none.
     """
     rope = {"rope_theta": hf.get("rope_theta"), **(hf.get("rope_parameters") or hf.get("rope_scaling") or {})}
     by_kind_of_layer = sorted(name for name, value in rope.items() if isinstance(value, dict))
@@ -30,8 +32,8 @@ def rope_fields(hf: Mapping[str, Any], *, partial: bool = False) -> dict[str, An
             f"config.json: rotary parameters of their own for {by_kind_of_layer}: expected one set for all"
         )
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ("default", "linear", "llama3", "yarn"):
-        raise ValueError(f"config.json: rope_type={kind!r} is not supported: expected default, linear, llama3 or yarn")
+    if kind not in _KINDS:
+        raise ValueError(f"config.json: rope_type={kind!r} is not supported: expected one of {', '.join(_KINDS)}")
     fields: dict[str, Any] = {"rotary_base": _number(rope, "rope_theta")}
     if partial:
         fields["rotary_percent"] = _part_that_turns(hf, rope)
@@ -44,7 +46,27 @@ def rope_fields(hf: Mapping[str, Any], *, partial: bool = False) -> dict[str, An
         fields.update({f"rope_scaling_{name}": _number(rope, name) for name in ("factor", *_LLAMA3)})
     elif kind == "yarn":
         fields.update(_yarn_fields(hf, rope))
+    elif kind == "dynamic":
+        fields["position_embedding_type"] = "dynamic"
+        fields["dynamic_rope_factor"] = _positive(rope, "factor")
+        fields["dynamic_rope_max_position_embeddings"] = hf["max_position_embeddings"]
+    elif kind == "longrope":
+        fields.update(_longrope_fields(hf, rope))
     return fields
+
+
+def _longrope_fields(hf: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of LongRoPE, with what transformers puts where the file says nothing."""
+    original, given = _positive(rope, "original_max_position_embeddings"), _given(rope)
+    factor = _positive(rope, "factor") if "factor" in given else _number(hf, "max_position_embeddings") / original
+    attention = longrope_attention_factor(factor, int(original))
+    return {
+        "position_embedding_type": "longrope",
+        "longrope_short_factor": _numbers(rope, "short_factor"),
+        "longrope_long_factor": _numbers(rope, "long_factor"),
+        "longrope_original_max_position_embeddings": original,
+        "longrope_attention_factor": _positive(rope, "attention_factor") if "attention_factor" in given else attention,
+    }
 
 
 def _yarn_fields(hf: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,6 +105,15 @@ def _number(rope: Mapping[str, Any], name: str) -> float:
         found = "is missing" if value is None else f"is {value!r}"
         raise ValueError(f"config.json: {name} of the rotary positions (rope_parameters) {found}: expected a number")
     return value
+
+
+def _numbers(rope: Mapping[str, Any], name: str) -> list[float]:
+    found = rope.get(name)
+    if not isinstance(found, Sequence) or isinstance(found, str):
+        raise ValueError(
+            f"config.json: {name} of the rotary positions (rope_parameters) is {found!r}: expected a list of numbers"
+        )
+    return [_number({name: value}, name) for value in found]
 
 
 def _positive(rope: Mapping[str, Any], name: str) -> float:

@@ -32,6 +32,16 @@ _LATENT_YARN = (
     "mscale_all_dim",
 )
 """Core's names in latent attention."""
+_BY_LENGTH = {
+    "dynamic": ("dynamic_rope_factor", "dynamic_rope_max_position_embeddings"),
+    "longrope": (
+        "longrope_short_factor",
+        "longrope_long_factor",
+        "longrope_original_max_position_embeddings",
+        "longrope_attention_factor",
+    ),
+}
+"""By `position_embedding_type`."""
 _ROTARY = (
     "rotary_base",
     "rotary_percent",
@@ -39,6 +49,7 @@ _ROTARY = (
     "rope_scaling",
     *_SCALING,
     *_YARN,
+    *(name for names in _BY_LENGTH.values() for name in names),
     "rope_type",
     *_LATENT_YARN,
     "seq_len_interpolation_factor",
@@ -87,8 +98,9 @@ def changed_in_training(hf_config: Mapping[str, Any], trained: GPTModelProvider)
     names = [name for name in COMPUTED_WITH if hasattr(trained, name)]
     if not (written.rope_scaling or getattr(trained, "rope_scaling", False)):
         names = [name for name in names if name not in _SCALING]
-    if "yarn" not in (written.position_embedding_type, getattr(trained, "position_embedding_type", None)):
-        names = [name for name in names if name not in _YARN]
+    kinds = (written.position_embedding_type, getattr(trained, "position_embedding_type", None))
+    for kind, of_kind in {"yarn": _YARN, **_BY_LENGTH}.items():
+        names = [name for name in names if kind in kinds or name not in of_kind]
     if "yarn" not in (getattr(written, "rope_type", None), getattr(trained, "rope_type", None)):
         names = [name for name in names if name not in _LATENT_YARN]
     pairs = {name: (_comparable(written, name), _comparable(trained, name)) for name in names}
@@ -154,6 +166,13 @@ def _set_rotary(config: dict[str, Any], trained: GPTModelProvider) -> None:
         scaling = {"rope_type": "llama3", **{name: getattr(trained, f"rope_scaling_{name}") for name in _LLAMA3}}
     elif trained.position_embedding_type == "yarn":
         scaling = _yarn_parameters(trained)
+    elif trained.position_embedding_type == "dynamic":
+        scaling = {"rope_type": "dynamic", "factor": trained.dynamic_rope_factor}
+        config["max_position_embeddings"] = trained.dynamic_rope_max_position_embeddings
+    elif trained.position_embedding_type == "longrope":
+        scaling = _longrope_parameters(trained)
+        if "original_max_position_embeddings" in config:  # which goes before the other
+            config["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]
     elif getattr(trained, "rope_type", None) == "yarn":
         scaling = _latent_yarn_parameters(trained)
     elif trained.seq_len_interpolation_factor is not None:
@@ -169,6 +188,12 @@ def _set_rotary(config: dict[str, Any], trained: GPTModelProvider) -> None:
         return
     config |= {"rope_theta": trained.rotary_base, **part}
     config["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
+
+
+def _longrope_parameters(trained: GPTModelProvider) -> dict[str, Any]:
+    """LongRoPE's settings as transformers names them."""
+    names = (name.removeprefix("longrope_") for name in _BY_LENGTH["longrope"])
+    return {"rope_type": "longrope", **{name: getattr(trained, f"longrope_{name}") for name in names}}
 
 
 def _yarn_parameters(trained: GPTModelProvider) -> dict[str, Any]:
