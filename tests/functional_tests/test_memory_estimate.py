@@ -6,7 +6,7 @@ import gc
 import pytest
 import torch
 
-from megatron.bridge.offload_engine.overlap.connect import settle
+from megatron.bridge.offload_engine.overlap.connect import wait_for_overlapped_step
 from megatron.bridge.planning.memory import plan_memory
 from megatron.bridge.planning.theoretical_memory import (
     estimate_here,
@@ -92,7 +92,7 @@ def _held_after_a_step(case):
                 param.main_grad.fill_(1e-3)
         chunk.finish_grad_sync()
     optimizer.step()
-    settle(optimizer)
+    wait_for_overlapped_step(optimizer)
     gc.collect()
     held = {}
     for tensor in _tensors():

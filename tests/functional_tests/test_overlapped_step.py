@@ -6,6 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
+from megatron.core.utils import unwrap_model
 
 from tests.rigs.adversarial_streams import adversarial_streams
 from tests.rigs.device_queues import HOST_FIRST
@@ -26,6 +27,8 @@ class Case(NamedTuple):
     ddp: dict[str, Any] = {}
     occasions: dict[str, dict[str, Any]] = {}
     """Evaluations and saves."""
+    swaps: bool = False
+    """Take all weights after the second step, and load them back into the model after the third."""
 
 
 CASES = {
@@ -34,7 +37,7 @@ CASES = {
         1.0,
         occasions={"validation": {"eval_interval": 2, "eval_iters": 1}, "checkpoint": {"save_interval": 2}},
     ),
-    "in a gather for each bucket": Case(True, 0.5, ddp=SMALL_BUCKETS),
+    "in a gather for each bucket": Case(True, 0.5, ddp=SMALL_BUCKETS, swaps=True),
     "by layer": Case(False, 0.5, model={"tensor_model_parallel_size": 2}),
 }
 
@@ -43,6 +46,19 @@ class OnlyRecords(Recorder):
     """It reads weights at the end alone."""
 
     reads_weights = False
+
+
+class Swaps(OnlyRecords):
+    """It takes and loads weights without waiting for them."""
+
+    def on_train_step_end(self, context: Any) -> None:
+        super().on_train_step_end(context)
+        step = len(self.losses)
+        if step == 2:
+            state, names = context.model[0].state_dict(), dict(unwrap_model(context.model[0]).named_parameters())
+            self.weights_before = {name: torch.clone(state[name]) for name in names}
+        if step == 3:
+            context.model[0].load_state_dict(self.weights_before, strict=False)
 
 
 class ReadsEachStep(Recorder):
@@ -78,7 +94,7 @@ def _run(
         },
         **sections,
     )
-    recorder = ReadsEachStep() if reads else OnlyRecords()
+    recorder = ReadsEachStep() if reads else Swaps() if case.swaps else OnlyRecords()
     new_worker = (lambda *_: LateWorker(HOST_FIRST)) if late else worker.HostWorker
     with mock.patch.object(step, "BUCKET_ELEMENTS", 2000), mock.patch.object(worker, "HostWorker", new_worker):
         pretrain(cfg, forward_step, callbacks=[recorder])
@@ -109,6 +125,8 @@ def test_weights_are_there_when_they_are_read(tmp_path, name):
     expected = run_on_ranks(_run, 2, str(tmp_path), _gathered_at_once(case), overlapped=False)
     found = run_on_ranks(_run, 2, str(tmp_path), case, overlapped=True, late=True, save=saves)
     assert _apart(found, expected) == []
+    for one, other in zip(found, expected, strict=True):
+        assert not case.swaps or differing(one.weights_before, other.weights_before) == {}
     if saves:  # and by the thread itself
         resumed = run_on_ranks(_run, 2, str(tmp_path), case, overlapped=True, load=saves, ckpt_step=2)
         assert _apart(resumed, expected, steps=2) == []
@@ -116,7 +134,7 @@ def test_weights_are_there_when_they_are_read(tmp_path, name):
 
 def test_weights_that_ranks_gather_in_the_next_forward_pass_are_there_before(tmp_path):
     saves = f"{tmp_path}/saved"
-    case = CASES["in a gather for each bucket"]._replace(occasions={"checkpoint": {"save_interval": 2}})
+    case = CASES["in a gather for each bucket"]._replace(occasions={"checkpoint": {"save_interval": 2}}, swaps=False)
     expected = run_on_ranks(_run, 2, str(tmp_path), _gathered_at_once(case), overlapped=False)
     found = run_on_ranks(_run, 2, str(tmp_path), case, overlapped=False, reads=True, save=saves)
     assert _apart(found, expected) == []
@@ -138,15 +156,17 @@ def test_a_whole_run_waits_for_all_it_needs(tmp_path):
     assert run_on_ranks(_apart_by_streams, 1, str(tmp_path)) == [[]]
 
 
-def _error_of_run(directory: str, fault: str) -> str:
+def _error_of_run(directory: str, fault: str, first_step: int = 1) -> str:
     """The error of a run in which the second rank's host can't take a step, or a weight doesn't follow it."""
     from megatron.bridge.offload_engine.adam import Bucket
     from megatron.bridge.offload_engine.overlap.arrivals import ShardsArriveLater
 
     copy = Bucket.copy_weights_to_device
+    num_taken: dict[int, int] = {}
 
     def fail(bucket: Bucket) -> None:
-        if torch.distributed.get_rank() == 1:
+        step = num_taken[id(bucket)] = num_taken.get(id(bucket), 0) + 1
+        if torch.distributed.get_rank() == 1 and step >= first_step:
             raise MemoryError("none left")
         copy(bucket)
 
@@ -162,10 +182,11 @@ def _error_of_run(directory: str, fault: str) -> str:
     return "no error"
 
 
-def test_an_error_on_one_host_ends_all_ranks(tmp_path):
+@pytest.mark.parametrize("step", [1, 3, 4])  # the second is after the guard's last look, the last ends the run
+def test_an_error_on_one_host_ends_all_ranks(tmp_path, step):
     error = "MemoryError: none left"
     of_others = f"RuntimeError: the optimizer's step on the host failed on rank 1: {error}"
-    assert run_on_ranks(_error_of_run, 2, str(tmp_path), "an error") == [of_others, error]
+    assert run_on_ranks(_error_of_run, 2, str(tmp_path), "an error", step) == [of_others, error]
 
 
 def test_a_weight_left_behind_ends_all_ranks(tmp_path):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron.bridge.checkpoint import model_checkpoint
-from megatron.bridge.offload_engine.overlap.connect import settle
+from megatron.bridge.offload_engine.overlap.connect import wait_for_overlapped_step
 from tests.rigs.on_ranks import forget_last_forward, weights_of
 from tests.rigs.tiny import fp32_norm_layer_spec, tiny_config
 
@@ -263,7 +263,7 @@ class Stepper:
     def settle(self) -> None:
         """Wait for the weights of the last step, where it returned early."""
         if self._run.cfg.optimizer.overlap_cpu_optimizer_step:
-            settle(self._run.optimizer)
+            wait_for_overlapped_step(self._run.optimizer)
 
     def trace(self, *, only_last: bool = False) -> Trace:
         """One step with learning rate 0, then the real ones.

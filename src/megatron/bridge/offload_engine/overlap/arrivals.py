@@ -40,10 +40,10 @@ class Arrivals:
         self._to_gather: dict[Any, None] = {}
         self._is_stepping = False
         self._group_of: dict[torch.Tensor, Any] = {}
-        for chunk in model:
-            for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
-                _let_ask(group, self)
-                self._group_of.update((param, group) for bucket in group.buckets for param in bucket.params)
+        self._groups = [group for chunk in model for group in groups_of(chunk)]
+        for group in self._groups:
+            _let_ask(group, self)
+            self._group_of.update((param, group) for bucket in group.buckets for param in bucket.params)
 
     @property
     def are_complete(self) -> bool:
@@ -63,12 +63,13 @@ class Arrivals:
 
     @contextlib.contextmanager
     def gathered_later(self) -> Iterator[None]:
-        """Within the context, `start_param_sync` only notes what is to be gathered."""
+        """Within the context, `start_param_sync` only notes what is to be gathered, and so is what Core puts off."""
         self._is_stepping = True
         try:
             yield
         finally:
             self._is_stepping = False
+        self._to_gather.update((group, None) for group in self._groups if group.ddp_config.overlap_param_gather)
 
     def is_put_off(self, group: Any) -> bool:
         """Whether a group's gather, which Core starts now, is done when its weights are needed."""
@@ -106,12 +107,18 @@ class Arrivals:
         if self.failure is not None:
             raise self.failure
 
-    def settle(self) -> None:
-        """Wait for all weights. Collective, unless `are_complete`."""
+    def wait_for_host(self) -> None:
+        """Wait for all steps on the host, without gathering weights. What one raised is remembered, not raised."""
         for crossing in list(self._parts):
             self._arrive(crossing)
-        for group in list(self._to_gather):
-            group.start_param_sync()
+
+    def wait_for_all(self) -> None:
+        """Wait for all weights, and gather those that ranks gather later. Collective, unless all are there."""
+        self.wait_for_host()
+        for group in self._groups:
+            if group in self._to_gather or group.param_gather_handle is not None:
+                group.start_param_sync(force_sync=True)
+        self._to_gather.clear()
 
     @torch.no_grad()
     def _arrive(self, crossing: Crossing | None) -> None:
@@ -159,6 +166,28 @@ class ShardsArriveLater(DistributedOptimizer):
             buffer, _, bucket = self.model_param_gbuf_map[param]
             weights = self.buffers[buffer].buckets[bucket].param_data.view(-1)
             weights[owned.start : owned.end].copy_(shard)
+
+
+def gathers_late(chunk: Any) -> bool:
+    """Whether data-parallel ranks gather a chunk's weights in the next forward pass (`ddp.overlap_param_gather`)."""
+    return getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", False)
+
+
+def gather_late_weights(model: Iterable[Any]) -> None:
+    """Gather what data-parallel ranks would gather in the next forward pass. Collective where there is any.
+
+    Args:
+        model: This rank's chunks, wrapped in DDP or not.
+    """
+    for chunk in filter(gathers_late, model):
+        is_due = (not group.param_gather_dispatched or group.param_gather_handle for group in groups_of(chunk))
+        if any(is_due):
+            chunk.start_param_sync(force_sync=True)
+
+
+def groups_of(chunk: Any) -> list[Any]:
+    """DDP's groups of buckets of a chunk."""
+    return [*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups]
 
 
 def weights_of_shards(optimizer: DistributedOptimizer) -> dict[torch.Tensor, torch.Tensor]:

@@ -52,7 +52,9 @@ def overlap_steps(optimizers: list[DistributedOptimizer], model: list[Any], thre
         for module, params in modules:
             module.register_forward_pre_hook(_WaitFor(arrivals, params))
     for chunk in model:
-        unwrap_model(chunk).register_state_dict_pre_hook(_WaitFor(arrivals, None))
+        for module in unwrap_model(chunk).modules():
+            module.register_state_dict_pre_hook(_WaitFor(arrivals, None))
+            module.register_load_state_dict_pre_hook(_WaitFor(arrivals, None))  # else the step would overwrite them
     num_buckets = sum(len(part.optimizer.cpu_optimizers) for part in optimizers)
     logger.info(
         "the host's optimizer steps while the next forward pass runs: %d buckets, awaited at %d places of the model "
@@ -62,10 +64,8 @@ def overlap_steps(optimizers: list[DistributedOptimizer], model: list[Any], thre
     )
 
 
-def settle(optimizer: Any) -> None:
+def wait_for_overlapped_step(optimizer: Any) -> None:
     """Wait until the last step's weights are there. Collective: for runs with overlapped steps, on all ranks.
-
-    Call it before you read weights of the model in another way than by a forward pass or a checkpoint.
 
     Args:
         optimizer: What `setup_optimizer` returned.
@@ -74,12 +74,14 @@ def settle(optimizer: Any) -> None:
         Exception: The step on the host failed, here or on another rank. Raised on all ranks.
     """
     for arrivals in _arrivals_of(optimizer):
-        arrivals.settle()
+        arrivals.wait_for_all()
     raise_failures(optimizer)
 
 
 def raise_failures(optimizer: Any) -> None:
-    """Raise on all ranks what the step on the host raised on one. Collective, as `settle`; waits for no weights."""
+    """Wait for the step on the host, and raise on all ranks what it raised on one. Collective; gathers no weights."""
+    for arrivals in _arrivals_of(optimizer):
+        arrivals.wait_for_host()
     failure = next((arrivals.failure for arrivals in _arrivals_of(optimizer) if arrivals.failure is not None), None)
     if any_rank(failure is not None):
         with raise_on_all_ranks("the optimizer's step on the host"):
@@ -111,7 +113,7 @@ class _WaitFor:
         if arrivals is None:
             return
         if self._params is None:
-            arrivals.settle()
+            arrivals.wait_for_all()
         else:
             arrivals.wait_for(self._params)
 

@@ -7,7 +7,8 @@ in it (`ddp.overlap_param_gather`). Until then a rank has the new weights of its
 
 from typing import Any
 
-from megatron.bridge.offload_engine.overlap.connect import raise_failures, settle
+from megatron.bridge.offload_engine.overlap.arrivals import gather_late_weights, gathers_late
+from megatron.bridge.offload_engine.overlap.connect import raise_failures, wait_for_overlapped_step
 from megatron.bridge.training.cpu_offload.param_copies import check_hybrid_optimizer_param_copies
 from megatron.bridge.utils.distributed import raise_on_all_ranks
 
@@ -21,7 +22,7 @@ def steps_overlap(cfg: Any) -> bool:
 
 def weights_are_late(cfg: Any, model: list[Any]) -> bool:
     """Whether a step can end before this rank has all its weights. The same on all ranks."""
-    return steps_overlap(cfg) or any(map(_gathers_late, model))
+    return steps_overlap(cfg) or any(map(gathers_late, model))
 
 
 def wait_for_weights(cfg: Any, model: list[Any], optimizer: Any) -> None:
@@ -36,15 +37,8 @@ def wait_for_weights(cfg: Any, model: list[Any], optimizer: Any) -> None:
         Exception: The step on the host failed, here or on another rank. Raised on all ranks.
     """
     if optimizer is not None and steps_overlap(cfg):
-        settle(optimizer)
-    for chunk in filter(_gathers_late, model):
-        groups = (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups)
-        if any(not group.param_gather_dispatched or group.param_gather_handle is not None for group in groups):
-            chunk.start_param_sync(force_sync=True)
-
-
-def _gathers_late(chunk: Any) -> bool:
-    return getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", False)
+        wait_for_overlapped_step(optimizer)
+    gather_late_weights(model)
 
 
 def check_overlapped_step(cfg: Any, optimizer: Any, *, num_taken: int) -> None:
@@ -65,7 +59,7 @@ def check_overlapped_step(cfg: Any, optimizer: Any, *, num_taken: int) -> None:
         return
     raise_failures(optimizer)
     if 0 < num_taken <= NUM_CHECKED_STEPS:
-        settle(optimizer)
+        wait_for_overlapped_step(optimizer)
         with raise_on_all_ranks("checking the weights of an overlapped step"):
             _check_weights(optimizer)
 
