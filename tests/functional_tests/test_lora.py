@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 
+from tests.rigs.grouped_experts import grouped_layer_spec
 from tests.rigs.load import planned_directories
 from tests.rigs.on_ranks import Recorder, differing, make_pretrained
 from tests.rigs.ranks import RankError, run_on_ranks
@@ -38,6 +39,14 @@ LAYOUTS = {
 }
 EXPERT_LAYOUTS = {
     "TP 2, experts too": {**EXPERTS, **TP2, "sequence_parallel": True, "expert_tensor_parallel_size": 2},
+    "EP 2, grouped experts": {**EXPERTS, **EP2, "transformer_layer_spec": grouped_layer_spec},
+    "TP 2, grouped experts too": {
+        **EXPERTS,
+        **TP2,
+        "sequence_parallel": True,
+        "expert_tensor_parallel_size": 2,
+        "transformer_layer_spec": grouped_layer_spec,
+    },
 }
 
 
@@ -148,12 +157,20 @@ def test_every_layout_computes_and_trains_the_same_canonical(directory, trained_
     _check_layout(directory, trained_canonical, "TP 2, sequence parallel", run="parts", scheme="canonical_lora")
 
 
-def test_experts_cut_over_ranks_compute_and_train_the_same(directory):
-    """DoRA has all of LoRA's matrices, and lengths."""
-    options = {"scheme": "dora", "lora": {"target_modules": ["linear_fc1", "linear_fc2"]}}
+_DORA_OF_EXPERTS = {"scheme": "dora", "lora": {"target_modules": ["linear_fc1", "linear_fc2"]}}
+"""DoRA has all of LoRA's matrices, and lengths."""
+
+
+@pytest.fixture(scope="module")
+def trained_experts(directory):
+    """The same with experts, each a module."""
     run = {"save": f"{directory}/experts-dora", "save_interval": 1}
-    whole = run_on_ranks(_train, 2, directory, model=EXPERTS, **run, **options)
-    _check_layout(directory, whole, "TP 2, experts too", run="experts-dora", **options)
+    return run_on_ranks(_train, 2, directory, model=EXPERTS, **run, **_DORA_OF_EXPERTS)
+
+
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
+def test_experts_of_every_form_compute_and_train_the_same(directory, trained_experts, layout):
+    _check_layout(directory, trained_experts, layout, run="experts-dora", **_DORA_OF_EXPERTS)
 
 
 def _check_layout(directory, trained, layout, *, run, **options):

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.functional_tests.test_conversion_command import on_rank
 from tests.rigs.families import MODELS
+from tests.rigs.grouped_experts import grouped_layer_spec
 from tests.rigs.on_ranks import Recorder
 from tests.rigs.ranks import run_on_ranks
 from tests.rigs.tiny import tiny_config
@@ -154,7 +155,7 @@ EXPERTS = {
     "mixtral": (["linear_qkv", "linear_fc1", "linear_fc2"], ["k_proj", "q_proj", "v_proj", "w1", "w2", "w3"]),
     "qwen3_moe": (["*.layers.1.*.local_experts.2.linear_fc1"], None),
 }
-"""By model: what is adapted, and the names that peft gets for it; None: names in full."""
+"""By model: what is adapted, and the names that peft gets for it; None: names in full. Qwen3-MoE's are grouped."""
 
 
 @pytest.mark.parametrize("name", EXPERTS)
@@ -163,7 +164,8 @@ def test_experts_adapters_are_named_one_by_one_and_peft_stacks_them(tmp_path, na
     targets, expected = EXPERTS[name]
     options = {**MODELS[name].options, "vocab_size": VOCAB_SIZE}
     hf = save_tiny_model(tmp_path / "hf", MODELS[name].architecture, **options)
-    ours = run_on_ranks(_export_one, 1, tmp_path, targets, normalize_moe_lora=True)[0][..., :VOCAB_SIZE]
+    options = {"is_grouped": name == "qwen3_moe", "normalize_moe_lora": True}
+    ours = run_on_ranks(_export_one, 1, tmp_path, targets, **options)[0][..., :VOCAB_SIZE]
     block, matrices = ("block_sparse_moe", "w1 w2 w3") if name == "mixtral" else ("mlp", "gate_proj up_proj down_proj")
     with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as file:
         keys = {key for key in file.keys() if ".experts." in key}
@@ -185,15 +187,19 @@ def test_experts_adapters_are_named_one_by_one_and_peft_stacks_them(tmp_path, na
     torch.testing.assert_close(_logits(merged), ours, rtol=1e-4, atol=1e-4)
 
 
-def _export_one(directory, targets, **options):
+def _export_one(directory, targets, is_grouped=False, **options):
     from megatron.bridge import AutoBridge
     from megatron.bridge.peft.lora import LoRA
     from megatron.bridge.utils.distributed import model_parallel_groups
 
     bridge = AutoBridge.from_hf_pretrained(directory / "hf")
     lora = LoRA(dim=2, target_modules=targets, **options, lora_B_init_method="normal")
+    provider = bridge.to_megatron_provider()
+    if is_grouped:
+        provider.transformer_layer_spec = grouped_layer_spec
+    provider.finalize()
     with model_parallel_groups():
-        chunks = lora(bridge.to_megatron_model(wrap_with_ddp=False))
+        chunks = lora(provider.provide_distributed_model(wrap_with_ddp=False))
         bridge.save_hf_adapter(chunks, directory / "adapter", lora, show_progress=False)
         bridge.save_hf_pretrained(chunks, directory / "merged", show_progress=False)
         base = dict(bridge.export_hf_weights(chunks, show_progress=False, merge_adapter_weights=False))

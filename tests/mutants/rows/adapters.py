@@ -5,12 +5,16 @@ from tests.mutants.changes import condition, expression, returning, several, val
 from tests.mutants.rows.mutant import Mutant
 
 _LORA = "tests/functional_tests/test_lora.py::test_"
+_FORMS = f"{_LORA}experts_of_every_form_compute_and_train_the_same"
 _SAME = f"{_LORA}every_layout_computes_and_trains_the_same"
 _SOME = "tests/functional_tests/test_lora_in_some_layers.py::test_"
 _NUMBER = f"{_SOME}an_expert_has_one_number_and_one_adapter_at_every_layout"
 _FROZEN = "tests/functional_tests/test_frozen_weights.py::test_"
 _EXPORT = "tests/functional_tests/test_lora_export.py::test_peft_and_merged_weights_give_the_logits_of_the_run"
 _STACKED = "tests/functional_tests/test_lora_export.py::test_experts_adapters_are_named_one_by_one_and_peft_stacks_them"
+
+_GROUPED = "tests/unit_tests/peft/test_linear_layout.py::test_"
+_CHAIN = "tests/unit_tests/training/run_state/test_optimizer_chain.py::test_"
 
 ADAPTERS = (
     Mutant(
@@ -158,7 +162,35 @@ ADAPTERS = (
         breaks="each rank of an expert steps with a part of the gradient",
         where="megatron.bridge.peft.lora_layers:LowRankAdapter._whole",
         change=returning("parameter"),
-        tests=(f"{_LORA}experts_cut_over_ranks_compute_and_train_the_same",),
+        tests=(f"{_FORMS}[TP 2, experts too]",),
+    ),
+    Mutant(
+        name="adapters: a grouped expert's beside the tokens of the first",
+        breaks="each expert of a layer is adapted by the tokens of another",
+        where="megatron.bridge.peft.grouped_experts:GroupedAdapter.forward",
+        change=expression("inputs[number]", "inputs[-1 - number]"),
+        tests=(f"{_GROUPED}an_expert_of_a_group_has_its_own_update_and_no_tokens_are_well",),
+    ),
+    Mutant(
+        name="adapters: grouped experts stored by their number on a rank",
+        breaks="expert-parallel ranks store their experts as the same ones",
+        where="megatron.bridge.peft.grouped_experts:GroupedAdapter.sharded_state_dict_of",
+        change=value("first", "0"),
+        tests=(f"{_FORMS}[EP 2, grouped experts]",),
+    ),
+    Mutant(
+        name="adapters: grouped experts not merged",
+        breaks="an export has the base weights of experts",
+        where="megatron.bridge.peft.adapted_linear:AdaptedGroupedLinear.adapted_weights",
+        change=returning("{}"),
+        tests=(f"{_STACKED}[qwen3_moe]",),
+    ),
+    Mutant(
+        name="adapters: of experts alone, resumed at another expert-parallel size",
+        breaks="Core finds no group of the checkpoint's for theirs, and the load dies",
+        where="megatron.bridge.training.run_state.optimizer_chain:match_optimizer_chain",
+        change=without_operand("_kinds"),
+        tests=(f"{_CHAIN}experts_alone_are_spread_over_ranks_on_one_side",),
     ),
     Mutant(
         name="adapters: experts without an adapter left out of peft's stack",

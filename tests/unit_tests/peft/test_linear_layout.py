@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from megatron.bridge.models.torch_norm import ZeroCenteredRMSNorm
+from megatron.bridge.peft.adapted_linear import merge_adapter
 from megatron.bridge.peft.dora import DoRA
+from megatron.bridge.peft.grouped_experts import experts_of
 from megatron.bridge.peft.linear_layout import linear_layout
 from megatron.bridge.peft.lora import LoRA
 
@@ -57,10 +59,62 @@ def test_other_modules_are_refused():
         linear_layout(torch.nn.Linear(2, 2), "decoder.x")
 
 
-def test_grouped_experts_are_refused_with_the_way_out():
-    grouped = type("TEColumnParallelGroupedLinear", (torch.nn.Module,), {})()
-    with pytest.raises(ValueError, match=r"one layer of all experts: .* \(model\.moe_grouped_gemm=false\)"):
-        linear_layout(grouped, "decoder.layers.0.mlp.experts.linear_fc1")
+class TEColumnParallelGroupedLinear(torch.nn.Module):
+    """The attributes of Core's class of this name that are read, with the matrices of two experts."""
+
+    def __init__(self, *, single_grouped_weight: bool = False, **options: bool) -> None:
+        super().__init__()
+        self.num_gemms, self.use_bias, self.te_return_bias = 2, False, False
+        self._tp_group = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+        self._pg_collection = SimpleNamespace(ep=SimpleNamespace(size=lambda: 2, rank=lambda: 1))
+        self.config = SimpleNamespace(gated_linear_unit=True, tensor_model_parallel_size=1, **options)
+        for name in ("weight",) if single_grouped_weight else ("weight0", "weight1"):
+            self.register_parameter(name, torch.nn.Parameter(torch.randn(6, 4)))
+
+    def forward(self, x, m_splits):
+        return torch.cat([x[: m_splits[0]] @ self.weight0.T, x[m_splits[0] :] @ self.weight1.T]), None
+
+
+GROUPED = "decoder.layers.0.mlp.experts.linear_fc1"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"single_grouped_weight": True}, r"one for each expert \(model\.moe_single_grouped_weight=false\)"),
+        ({"use_transformer_engine_op_fuser": True}, r"\(model\.use_transformer_engine_op_fuser=false\)"),
+    ],
+)
+def test_experts_whose_layer_is_not_called_with_matrices_are_refused(options, message):
+    first = next(iter(experts_of(TEColumnParallelGroupedLinear(**options), GROUPED).items()))
+    with pytest.raises(ValueError, match=message):
+        linear_layout(first[1], first[0])
+
+
+def test_an_expert_of_a_group_has_the_name_of_a_module_of_its_own():
+    experts = experts_of(TEColumnParallelGroupedLinear(), GROUPED)
+    assert list(experts) == [f"decoder.layers.0.mlp.experts.local_experts.{number}.linear_fc1" for number in (2, 3)]
+    layout = linear_layout(*reversed(list(experts.items())[0]))
+    assert (layout.split, layout.is_gated, layout.adds_bias, layout.is_bare) == ("output", True, False, False)
+
+
+def test_an_expert_of_a_group_has_its_own_update_and_no_tokens_are_well():
+    """Also without tokens for an expert, and with their numbers in a tensor."""
+    grouped = TEColumnParallelGroupedLinear()
+    lora = LoRA(dim=2, target_modules=["*.local_experts.3.*"], lora_B_init_method="normal")
+    lora._matched, lora._experts = set(), {}
+    before, (x, splits) = grouped, (torch.randn(5, 4), [3, 2])
+    expected = grouped(x, splits)[0]
+    lora.transform(grouped, name="linear_fc1", prefix=GROUPED.rpartition(".")[0])
+    assert before is grouped and [name for name, _ in grouped.adapter.items()] == ["1"]
+    update = torch.stack([one.merged() - one.linear.weight for one in grouped.adapted_weights().values()])[0]
+    assert update.abs().max() > 1e-3
+    expected[3:] += x[3:] @ update.detach().T
+    torch.testing.assert_close(grouped(x, splits)[0], expected)
+    assert grouped(x[:3], [3, 0])[0].shape == (3, 6)
+    merge_adapter(grouped)
+    assert type(grouped) is TEColumnParallelGroupedLinear
+    torch.testing.assert_close(grouped(x, splits)[0], expected)
 
 
 @pytest.mark.parametrize("kind", [LoRA, DoRA])

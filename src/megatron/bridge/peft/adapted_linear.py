@@ -6,12 +6,14 @@ Its weight keeps its name, so that checkpoints of the model without adapters fit
 """
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 
-from megatron.bridge.peft.linear_layout import CoreLinear
+from megatron.bridge.peft.grouped_experts import GroupedExpert
+from megatron.bridge.peft.linear_layout import CoreLinear, is_grouped
 
 _Linear: Any = object
 """The class that `AdaptedLinear` is put before: of Core's or of Transformer Engine's."""
@@ -38,14 +40,53 @@ class AdaptedLinear(_Linear):
         state.update(self.adapter.sharded_state_dict(f"{prefix}adapter.", sharded_offsets, metadata))
         return state
 
-    def merged_weight(self) -> torch.Tensor:
+    def adapted_weights(self) -> "dict[str, AdaptedWeight]":
+        """The weights that have an adapter, by their names in the layer."""
+        return {"weight": AdaptedWeight(self, self.adapter)}
+
+
+class AdaptedGroupedLinear(AdaptedLinear):
+    """The same for Transformer Engine's layer of all experts. Its adapter is a `GroupedAdapter`."""
+
+    def forward(self, x: torch.Tensor, m_splits: Any) -> tuple[torch.Tensor, Any]:
+        """As Core's layer: (output, biases that are still to be added)."""
+        output, bias = super(AdaptedLinear, self).forward(x, m_splits)
+        return (self.adapter(self, x, output, m_splits) if self.adapter_enabled else output), bias
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
+    ) -> ShardedStateDict:
+        """Core's, and the adapters' beside it."""
+        state = super(AdaptedLinear, self).sharded_state_dict(prefix, sharded_offsets, metadata)
+        state.update(self.adapter.sharded_state_dict_of(self, prefix, sharded_offsets, metadata))
+        return state
+
+    def adapted_weights(self) -> "dict[str, AdaptedWeight]":
+        """See `AdaptedLinear.adapted_weights`."""
+        return {
+            f"weight{number}": AdaptedWeight(GroupedExpert(self, int(number)), adapter)
+            for number, adapter in self.adapter.items()
+        }
+
+
+@dataclass(frozen=True)
+class AdaptedWeight:
+    """A weight and the adapter beside it."""
+
+    linear: CoreLinear
+    """The layer that it is the weight of, or the expert."""
+    adapter: torch.nn.Module
+
+    def merged(self) -> torch.Tensor:
         """The weight that alone gives what layer and adapter give: this rank's part, in the weight's dtype."""
-        return self.adapter.merged(self)
+        adapter: Any = self.adapter
+        return adapter.merged(self.linear)
 
 
 def add_adapter(linear: CoreLinear, adapter: torch.nn.Module) -> None:
     """Give a linear layer an adapter, in place."""
-    linear.__class__ = _adapted_class(linear.__class__)
+    mark = AdaptedGroupedLinear if is_grouped(linear) else AdaptedLinear
+    linear.__class__ = _adapted_class(linear.__class__, mark)
     linear.adapter = adapter
 
 
@@ -64,11 +105,12 @@ def merge_adapters(chunks: list[torch.nn.Module]) -> int:
 @torch.no_grad()
 def merge_adapter(linear: AdaptedLinear) -> None:
     """Add the adapter to the weight of its layer, in place, and remove it. Call on all tensor-parallel ranks."""
-    linear.weight.copy_(linear.merged_weight())
+    for adapted in linear.adapted_weights().values():
+        adapted.linear.weight.copy_(adapted.merged())
     del linear.adapter
     linear.__class__ = type(linear).__bases__[1]
 
 
 @functools.cache
-def _adapted_class(base: type) -> type:
-    return type(f"Adapted{base.__name__}", (AdaptedLinear, base), {})
+def _adapted_class(base: type, mark: type) -> type:
+    return type(f"Adapted{base.__name__}", (mark, base), {})

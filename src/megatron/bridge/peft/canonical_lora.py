@@ -5,10 +5,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron.bridge.peft.adapted_linear import add_adapter
 from megatron.bridge.peft.base import Model
 from megatron.bridge.peft.fused_adapter import PARTS, FusedAdapter, part_names
-from megatron.bridge.peft.linear_layout import linear_layout
+from megatron.bridge.peft.linear_layout import CoreLinear, linear_layout
 from megatron.bridge.peft.lora import LoRA
 
 TARGET_MODULES = ("linear_q", "linear_k", "linear_v", "linear_proj", "linear_fc1_up", "linear_fc1_gate", "linear_fc2")
@@ -48,17 +47,15 @@ class CanonicalLoRA(LoRA):
         """See `LoRA.names_of`: the parts of a fused layer."""
         return tuple(part_names(name).values()) or (name,)
 
-    def transform(self, module: torch.nn.Module, name: str = "", prefix: str = "") -> torch.nn.Module:
-        """See `LoRA.transform`."""
-        if name not in PARTS:
-            return super().transform(module, name, prefix)
-        place = f"{prefix}." if prefix else ""
-        targets = {part: self.target_of(place + part_name) for part, part_name in part_names(name).items()}
+    def adapter_at(self, linear: CoreLinear, name: str) -> torch.nn.Module | None:
+        """See `LoRA.adapter_at`."""
+        place, dot, last = name.rpartition(".")
+        if last not in PARTS:
+            return super().adapter_at(linear, name)
+        targets = {part: self.target_of(f"{place}{dot}{part_name}") for part, part_name in part_names(last).items()}
         wanted = {part: target for part, target in targets.items() if target is not None}
-        if wanted:
-            whole_name = place + name
-            layout = linear_layout(module, whole_name)
-            options = self.options_for(module, whole_name)
-            add_adapter(module, FusedAdapter(module, layout, options, whole_name, parts=wanted))
-            self._matched.update(wanted.values())
-        return module
+        if not wanted:
+            return None
+        self._matched.update(wanted.values())
+        layout = linear_layout(linear, name)
+        return FusedAdapter(linear, layout, self.options_for(linear, name), name, parts=wanted)

@@ -8,8 +8,11 @@ from typing import Any, Literal, TypeAlias
 import torch
 import torch.nn.functional as F
 
+from megatron.bridge.peft.grouped_experts import GroupedExpert
+
 CoreLinear: TypeAlias = Any
-"""A linear layer of Core's or of Transformer Engine's. They share no class that says what both of them have."""
+"""A linear layer of Core's or of Transformer Engine's, or an expert of a grouped one. They share no class that says
+what all of them have."""
 
 Split = Literal["output", "input"]
 
@@ -19,8 +22,11 @@ _SPLITS: dict[str, Split] = {
     "TEColumnParallelLinear": "output",
     "TELayerNormColumnParallelLinear": "output",
     "TERowParallelLinear": "input",
+    "TEColumnParallelGroupedLinear": "output",
+    "TERowParallelGroupedLinear": "input",
 }
 """By class, known by its name: Transformer Engine may not be installed."""
+_GROUPED = tuple(kind for kind in _SPLITS if "Grouped" in kind)
 
 
 @dataclass(frozen=True)
@@ -59,14 +65,18 @@ def linear_layout(linear: CoreLinear, name: str) -> LinearLayout:
     Raises:
         ValueError: It is no linear layer that an adapter can stand beside.
     """
+    weight = getattr(linear, "weight", None)
+    linear = linear.grouped if isinstance(linear, GroupedExpert) else linear
     kind = _kind(linear)
-    if kind is None and "GroupedLinear" in type(linear).__name__:
-        expected = "a layer for each expert (model.moe_grouped_gemm=false)"
-        raise ValueError(_refusal(name, f"a {type(linear).__name__}, one layer of all experts", expected))
     if kind is None:
         raise ValueError(_refusal(name, f"a {type(linear).__name__}", f"one of {', '.join(_SPLITS)}"))
-    if linear.weight is None:
-        raise ValueError(_refusal(name, "without a weight of its own", "an output layer that is not tied"))
+    if weight is None:
+        expected = "one for each expert (model.moe_single_grouped_weight=false)"
+        expected = expected if kind in _GROUPED else "an output layer that is not tied"
+        raise ValueError(_refusal(name, "without a weight of its own", expected))
+    if getattr(linear.config, "use_transformer_engine_op_fuser", False):
+        expected = "layers that are called one by one (model.use_transformer_engine_op_fuser=false)"
+        raise ValueError(_refusal(name, "a part of Transformer Engine's fused operations", expected))
     group = linear._tp_group if kind.startswith("TE") else linear.tp_group
     gathers = not kind.startswith("TE") and (linear.gather_output if kind[0] == "C" else not linear.input_is_parallel)
     if gathers and group.size() > 1:
@@ -81,7 +91,7 @@ def linear_layout(linear: CoreLinear, name: str) -> LinearLayout:
     return LinearLayout(
         split=_SPLITS[kind],
         group=group,
-        sequence_parallel=linear.sequence_parallel and group.size() > 1 and not is_bare,
+        sequence_parallel=group.size() > 1 and not is_bare and linear.sequence_parallel,
         is_bare=is_bare,
         is_gated=name.endswith("linear_fc1") and linear.config.gated_linear_unit,
         adds_bias=linear.use_bias and not linear.te_return_bias
@@ -94,6 +104,11 @@ def linear_layout(linear: CoreLinear, name: str) -> LinearLayout:
 def is_linear(module: torch.nn.Module) -> bool:
     """Whether a module is a linear layer of Core's or Transformer Engine's that ranks share."""
     return _kind(module) is not None
+
+
+def is_grouped(module: torch.nn.Module) -> bool:
+    """Whether a module is Transformer Engine's linear layer of all experts."""
+    return _kind(module) in _GROUPED
 
 
 def _kind(linear: CoreLinear) -> str | None:

@@ -8,7 +8,8 @@ import torch
 
 from megatron.bridge.peft.adapted_linear import AdaptedLinear, add_adapter, merge_adapter
 from megatron.bridge.peft.base import PEFT, Model
-from megatron.bridge.peft.linear_layout import CoreLinear, is_linear, linear_layout
+from megatron.bridge.peft.grouped_experts import GroupedAdapter, experts_of
+from megatron.bridge.peft.linear_layout import CoreLinear, is_grouped, is_linear, linear_layout
 from megatron.bridge.peft.lora_layers import INITIALISERS, LowRankAdapter
 from megatron.bridge.peft.lora_plus import get_lora_plus_config_overrides
 from megatron.bridge.peft.matcher import ModuleMatcher
@@ -77,11 +78,14 @@ class LoRA(PEFT, ModuleMatcher):
             ValueError: A target matches no module on any rank.
         """
         self._matched: set[str] = set()
+        self._experts: dict[str, frozenset[str]] = {}
         chunks = model if isinstance(model, list) else [model]
         modules = [item for chunk in chunks for item in chunk.named_modules()]
         linears = {whole.rpartition(".")[2] for whole, module in modules if is_linear(module)}
         with raise_on_all_ranks("adding adapters"):
             super().__call__(model, training)
+        # Experts have the names that they have as modules of their own, whatever their form.
+        self.module_names = self.module_names.difference(self._experts).union(*self._experts.values())
         matched = all_gathered(self._matched)
         unmatched = [target for target in self.target_modules if not any(target in ranks for ranks in matched)]
         if unmatched:
@@ -104,17 +108,39 @@ class LoRA(PEFT, ModuleMatcher):
             ValueError: A target is no linear layer that can be adapted.
         """
         whole_name = f"{prefix}.{name}" if prefix else name
-        target = self.target_of(whole_name)
-        if target is not None:
-            add_adapter(module, self.adapter_for(module, whole_name))
-            self._matched.update(self.targets_of(whole_name))
+        adapter: torch.nn.Module | None
+        if is_grouped(module):
+            experts = experts_of(module, whole_name)
+            self._experts[whole_name] = frozenset(experts)
+            found = {str(expert.number): self.adapter_at(expert, at) for at, expert in experts.items()}
+            adapter = GroupedAdapter({number: one for number, one in found.items() if one is not None}) or None
+        else:
+            adapter = self.adapter_at(module, whole_name)
+        if adapter is not None:
+            add_adapter(module, adapter)
         return module
+
+    def adapter_at(self, linear: CoreLinear, name: str) -> torch.nn.Module | None:
+        """A new adapter for a module, if a target matches it.
+
+        Args:
+            linear: The module, or an expert of a grouped layer.
+            name: Its whole name.
+
+        Raises:
+            ValueError: It is no linear layer that can be adapted.
+        """
+        targets = self.targets_of(name)
+        if not targets:
+            return None
+        self._matched.update(targets)
+        return self.adapter_for(linear, name)
 
     def adapter_for(self, linear: CoreLinear, name: str) -> torch.nn.Module:
         """A new adapter for a linear layer.
 
         Args:
-            linear: Core's or Transformer Engine's.
+            linear: Core's or Transformer Engine's, or an expert of a grouped one.
             name: Its whole name.
         """
         layout = linear_layout(linear, name)  # before its weight is looked at: it may have none

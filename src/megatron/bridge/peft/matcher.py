@@ -1,6 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Which modules get an adapter, by name."""
 
+import re
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -18,6 +19,8 @@ _OF_LATENT_ATTENTION = {
 _OF_DELTA_NET = {"linear_qkv": ("in_proj",), "linear_proj": ("out_proj",)}
 """The layers of Gated DeltaNet that the default targets mean, too: it stands in attention's place in some layers."""
 
+_ONE_EXPERT = re.compile(r"\.local_experts\.\d+(?=\.)")
+
 
 @dataclass
 class ModuleMatcher:
@@ -26,9 +29,9 @@ class ModuleMatcher:
     target_modules: list[str] = field(default_factory=lambda: list(TARGET_MODULES))
     """Modules to adapt: a last name such as "linear_qkv", or a pattern of the whole name in which * stands for any
     text, such as "*.layers.0.*.linear_qkv"; layers count from 0 over all pipeline stages, experts
-    ("*.local_experts.3.linear_fc1") over all expert-parallel ranks. In latent attention "linear_qkv" means the layers
-    that give queries, keys and values: "linear_q_proj" or "linear_q_up_proj", and "linear_kv_up_proj". The default
-    targets mean "in_proj" and "out_proj" of Gated DeltaNet, too."""
+    ("*.local_experts.3.linear_fc1", or all of them: "*.experts.linear_fc1") over all expert-parallel ranks. In latent
+    attention "linear_qkv" means the layers that give queries, keys and values: "linear_q_proj" or "linear_q_up_proj",
+    and "linear_kv_up_proj". The default targets mean "in_proj" and "out_proj" of Gated DeltaNet, too."""
     exclude_modules: list[str] = field(default_factory=list)
     """Modules to leave alone though they match a target, written likewise."""
 
@@ -49,4 +52,6 @@ class ModuleMatcher:
 def _matches(name: str, pattern: str) -> bool:
     place, dot, last = pattern.rpartition(".")
     patterns = [pattern, *(f"{place}{dot}{other}" for other in _OF_LATENT_ATTENTION.get(last, ()))]
-    return any(fnmatchcase(name, one) or name.rpartition(".")[2] == one for one in patterns)
+    # An expert by its number, and by the name of Transformer Engine's layer of all experts.
+    names = (name, _ONE_EXPERT.sub("", name), name.rpartition(".")[2])
+    return any(fnmatchcase(names[0], one) or fnmatchcase(names[1], one) or names[2] == one for one in patterns)

@@ -8,7 +8,9 @@ from typing import Any
 from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
 
-_EXPERT = re.compile(r"(?<=\.local_experts\.)\d+|(?<=\.experts\.linear_fc[12]\.weight)\d+")
+_EXPERT = re.compile(
+    r"(?<=\.local_experts\.)\d+|(?<=\.experts\.linear_fc[12]\.weight)\d+|(?<=\.experts\.linear_fc[12]\.adapter\.)\d+"
+)
 """The number of an expert among those of its rank, in Core's modules of one expert each, and of all of them."""
 
 

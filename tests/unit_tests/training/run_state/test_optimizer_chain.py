@@ -49,6 +49,14 @@ def test_two_optimizers_of_one():
     }
 
 
+@pytest.mark.parametrize("is_spread", [True, False])
+def test_experts_alone_are_spread_over_ranks_on_one_side(is_spread):
+    """As with adapters of experts: one optimizer on both sides, and Core tells its groups apart by that."""
+    read = saved(group(of_experts=not is_spread, step=3), param_state="tensors")
+    found = match_optimizer_chain(chain([group(of_experts=is_spread)]), read)
+    assert found == saved(group(of_experts=is_spread, step=3), param_state="tensors")
+
+
 def test_groups_that_only_their_rates_tell_apart_keep_theirs():
     read = {0: saved(group(step=3, max_lr=1.0)), 1: saved(group(step=3, max_lr=2.0)), "param_state": "tensors"}
     found = match_optimizer_chain(chain([group(max_lr=2.0), group(max_lr=1.0)]), read)

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """The adapters beside a model's linear layers as Hugging Face tensors, under the names of the peft library.
 
-A layer with an adapter is known by what it offers, `AdaptedLayer`: this room needs nothing of the one that makes them.
+A layer with an adapter is known by its method `adapted_weights`: this room needs nothing of the one that makes them.
 """
 
 import json
@@ -49,10 +49,10 @@ def adapter_tasks(chunks: Sequence[MegatronModule], family: ModelFamily) -> list
     """
     tasks = []
     for task in (task for chunk in local_tasks(chunks, family) for task in chunk):
-        if task.layer is None:
+        if task.adapted is None:
             continue
         of_weight = task.place.mapping
-        for name, parameter in task.layer.adapter.named_parameters():
+        for name, parameter in task.adapted.adapter.named_parameters():
             mapping = _adapter_mapping(of_weight, name)
             place = WeightPlace(mapping, tuple(parameter.shape), parameter.dtype, task.place.owner, is_copy=False)
             tasks.append(ConversionTask(place, parameter))

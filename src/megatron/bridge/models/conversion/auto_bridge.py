@@ -225,7 +225,7 @@ class AutoBridge(CheckpointConversion, AdapterExport):
         chunks = as_chunks(model)
         tasks = self.get_conversion_tasks(chunks) if conversion_tasks is None else conversion_tasks
         if not merge_adapter_weights:
-            tasks = [replace(task, layer=None) for task in tasks]
+            tasks = [replace(task, adapted=None) for task in tasks]
         return export_weights(chunks, self.family, cpu=cpu, show_progress=show_progress, tasks=tasks)
 
     def get_conversion_tasks(self, model: "Model") -> "list[ConversionTask]":

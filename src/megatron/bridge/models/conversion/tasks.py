@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -81,12 +81,14 @@ class WeightPlace:
         return [(name, math.prod(shape) * itemsize) for name, shape in self.hf_shapes(config).items()]
 
 
-class AdaptedLayer(Protocol):
-    """A layer with an adapter, whose parameters are named `<layer>.adapter.<parameter>`."""
+class AdaptedWeight(Protocol):
+    """A weight with an adapter beside it. The layer's `adapted_weights` gives it by the weight's name in the layer."""
 
-    adapter: torch.nn.Module
+    @property
+    def adapter(self) -> torch.nn.Module:
+        """The adapter, whose parameters are named `<layer>.adapter.<parameter>`."""
 
-    def merged_weight(self) -> torch.Tensor:
+    def merged(self) -> torch.Tensor:
         """The weight that alone gives what layer and adapter give, this rank's part."""
 
 
@@ -97,12 +99,12 @@ class ConversionTask:
     place: WeightPlace
     parameter: torch.Tensor
     """The parameter, or the buffer of a router's bias."""
-    layer: AdaptedLayer | None = None
-    """The layer it is the weight of, if that has an adapter to be merged."""
+    adapted: AdaptedWeight | None = None
+    """The same weight with its adapter, if it has one that is to be merged."""
 
     def tensor(self) -> torch.Tensor:
         """The weight, with the adapter in it. Call on all ranks that hold a part of it."""
-        return self.parameter.detach() if self.layer is None else self.layer.merged_weight().detach()
+        return self.parameter.detach() if self.adapted is None else self.adapted.merged().detach()
 
     @property
     def megatron_name(self) -> str:
@@ -154,7 +156,8 @@ def local_tasks(chunks: Sequence[MegatronModule], family: ModelFamily) -> list[l
     for chunk in map(unwrap_model, chunks):
         chunk_tasks = []
         parameters = {**dict(chunk.named_parameters()), **dict(expert_biases(chunk))}
-        adapted = {name.partition(".adapter.")[0] for name in parameters if ".adapter." in name}
+        layers = {name.partition(".adapter.")[0] for name in parameters if ".adapter." in name}
+        adapted = {f"{name}.{own}": one for name in layers for own, one in _adapted_weights(chunk, name).items()}
         for name, parameter in parameters.items():
             if ".adapter." in name:
                 continue
@@ -170,11 +173,14 @@ def local_tasks(chunks: Sequence[MegatronModule], family: ModelFamily) -> list[l
                 )
             mapping = table[template].at_layer(layer, expert).as_held(config, len(parameter))
             place = WeightPlace(mapping, tuple(parameter.shape), parameter.dtype, dist.get_rank(), is_copy)
-            owner, _, kind = name.rpartition(".")
-            adapted_layer = chunk.get_submodule(owner) if kind == "weight" and owner in adapted else None
-            chunk_tasks.append(ConversionTask(place, parameter, adapted_layer))
+            chunk_tasks.append(ConversionTask(place, parameter, adapted.get(name)))
         tasks.append(chunk_tasks)
     return tasks
+
+
+def _adapted_weights(chunk: torch.nn.Module, name: str) -> dict[str, AdaptedWeight]:
+    layer: Any = chunk.get_submodule(name)
+    return layer.adapted_weights()
 
 
 def all_places(tasks: Sequence[Sequence[ConversionTask]]) -> list[WeightPlace]:

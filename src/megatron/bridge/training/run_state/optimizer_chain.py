@@ -33,8 +33,8 @@ def match_optimizer_chain(optimizer: Any, saved: dict[Any, Any]) -> dict[Any, An
         _check_num_optimizers(saved, len(chain))
         return saved
     plain = [state for state in (saved, *(saved[key] for key in _numbers(saved))) if "optimizer" in state]
-    if len(plain) == len(chain):
-        return saved
+    if len(plain) == len(chain) and _kinds(plain[0]["optimizer"]["param_groups"]) == _kinds(chain[0].param_groups):
+        return saved  # a single one may be that of experts, spread over ranks here and not there
     groups = [group for state in plain for group in state["optimizer"]["param_groups"]]
     common = {key: value for key, value in plain[0].items() if key != "param_state" and not isinstance(key, int)}
     states = {
@@ -83,6 +83,11 @@ def identity(group: ParamGroup) -> tuple:
     """The key by which param groups are matched, without rates and parameters. Core's older names begin with `pre_`."""
     multipliers = tuple(group.get(key, group.get(f"pre_{key}")) for key in ("wd_mult", "lr_mult"))
     return (*multipliers, bool(group.get("is_decoupled_lr")))
+
+
+def _kinds(groups: list[ParamGroup]) -> set[bool]:
+    """Whether groups are those of experts that are spread over ranks."""
+    return {bool(group.get("is_expert_parallel")) for group in groups}
 
 
 def _closest_group(groups: list[ParamGroup], own: ParamGroup) -> ParamGroup:
