@@ -6,6 +6,7 @@ import gc
 import pytest
 import torch
 
+from megatron.bridge.models.layer_specs import default_layer_spec
 from megatron.bridge.offload_engine.overlap.connect import wait_for_overlapped_step
 from megatron.bridge.planning.memory import plan_memory
 from megatron.bridge.planning.theoretical_memory import (
@@ -13,6 +14,7 @@ from megatron.bridge.planning.theoretical_memory import (
     estimate_training_memory,
     format_training_memory_estimate,
 )
+from tests.rigs.gathered_attention import gathered_layer_spec
 from tests.rigs.ranks import run_on_ranks
 from tests.rigs.tiny import tiny_config
 
@@ -48,6 +50,7 @@ CASES = {
     "gradients in 16 bits": {"ddp": {"grad_reduce_in_fp32": False}, "bf16_gradients": True},
     "not distributed": {"optimizer": {"use_distributed_optimizer": False}, "ddp": {"use_distributed_optimizer": False}},
     "TP 2": {"model": {"tensor_model_parallel_size": 2, "sequence_parallel": True}, **_offload(0.5)},
+    "CP 2": {"model": {"context_parallel_size": 2, "transformer_layer_spec": gathered_layer_spec}, **_offload(0.5)},
     "PP 2": {"model": {"pipeline_model_parallel_size": 2}, **_offload(0.5)},
     "EP 2": {"model": EXPERTS, **_offload(0.5)},
     "LoRA": {"lora": True, **_offload(0.5)},
@@ -152,6 +155,14 @@ def test_an_estimate_within_a_run_is_that_of_the_rank_that_needs_most():
     shown = format_training_memory_estimate(estimate).splitlines()
     assert shown[0].startswith(f"rank {expected.rank} of 2 (") and len(shown) == 8  # no logits
     assert shown[-2].split() == ["sum", "on", "the", "device", f"{estimate.total_bytes / 2**20:.2f}", "MiB"]
+
+
+def test_a_plan_of_shared_rows_needs_no_attention_that_shares_them():
+    cfg = _config("CP 2")
+    shared = plan_memory(cfg, world_size=2, budget_bytes=1 << 60)
+    cfg.model.transformer_layer_spec = default_layer_spec
+    assert plan_memory(cfg, world_size=2, budget_bytes=1 << 60) == shared
+    assert shared.layout == "TP 1, PP 1, CP 2, DP 1"
 
 
 def test_micro_batches_of_a_step_count_in_the_estimate():

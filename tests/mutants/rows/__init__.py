@@ -4,7 +4,20 @@
 `python -m tests.mutants` applies them.
 """
 
-from tests.mutants.rows import adapters, conversion, data, files, load, memory, overlap, resume, runs, streamed, sync
+from tests.mutants.rows import (
+    adapters,
+    context,
+    conversion,
+    data,
+    files,
+    load,
+    memory,
+    overlap,
+    resume,
+    runs,
+    streamed,
+    sync,
+)
 
 MUTANTS = (
     *sync.THE_SYNC,
@@ -20,6 +33,7 @@ MUTANTS = (
     *conversion.THE_CONVERSION,
     *adapters.ADAPTERS,
     *data.THE_DATA,
+    *context.CONTEXT,
     *files.THE_FILES,
     *memory.MEMORY,
     *runs.RUNS,

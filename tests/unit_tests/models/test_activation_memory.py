@@ -127,6 +127,15 @@ def test_gated_delta_net_and_the_gate_of_attention_keep_what_was_measured(channe
     assert layer_bytes_per_token(halved, DELTA_NET) - 8 * 64 == (layer_bytes_per_token(model, DELTA_NET) - 8 * 64) / 2
 
 
+def test_ranks_that_share_a_row_keep_their_part_of_it():
+    alone, shared = dataclasses.replace(GPT), dataclasses.replace(GPT, context_parallel_size=2)
+    options = {"kinds": [DENSE] * 2, "micro_batch_size": 2, "micro_batches_in_flight": 1}
+    for fields in ({}, {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}):
+        one, two = (activation_bytes(dataclasses.replace(model, **fields), **options) for model in (alone, shared))
+        assert 2 * two == one
+    assert 2 * logit_bytes(shared, micro_batch_size=2) == logit_bytes(alone, micro_batch_size=2)
+
+
 def test_the_last_stage_holds_logits_of_its_share_of_the_vocabulary():
     model = dataclasses.replace(GPT, tensor_model_parallel_size=2)
     assert logit_bytes(model, micro_batch_size=2) == 8 * 2 * 32 * 50

@@ -142,6 +142,13 @@ def test_a_hugging_face_directory_gives_the_sizes_and_the_recipe_the_layout(tmp_
     assert cfg.checkpoint.pretrained_checkpoint == cfg.tokenizer.tokenizer_model == str(tmp_path)
 
 
+@pytest.mark.parametrize(("overrides", "multiple"), [([], 1), (["model.context_parallel_size=2"], 32)])
+def test_packed_samples_of_shared_rows_are_padded(overrides, multiple):
+    """Of TP 8 with sequence parallelism, to 2 x CP x TP."""
+    request = RecipeRequest(recipe="llama31_70b", mode="sft", packed_sequence=True, overrides=overrides)
+    assert request.build().dataset.packing.pad_seq_to_mult == multiple
+
+
 @pytest.fixture
 def cached_qwen3(tmp_path, monkeypatch):
     """A cache in which a model with other sizes than published has the name of a recipe's model."""

@@ -25,6 +25,7 @@ from megatron.bridge.data.tokenizer import build_tokenizer
 from megatron.bridge.data.validation_sets import named_sets
 from megatron.bridge.utils.device import current_device, is_simulated
 from megatron.bridge.utils.distributed import raise_on_all_ranks, world_size
+from megatron.bridge.utils.parallel_sizes import row_divisor
 
 __all__ = [
     "EvaluationSteps",
@@ -263,12 +264,11 @@ def setup_data_iterators(
 
 def padding_of_run(cfg: Any, tokenizer: Any) -> Padding:
     """How a run pads its rows; `cfg` is its `ConfigContainer`. ValueError: ranks can't share a row evenly."""
-    divisor = cfg.model.tensor_model_parallel_size if cfg.model.sequence_parallel else 1
     return padding_for(
         cfg.dataset,
         tokenizer,
         seq_length=cfg.model.seq_length,
-        divisor=divisor * cfg.model.context_parallel_size,
+        divisor=row_divisor(cfg.model),
         per_micro_batch=cfg.model.pipeline_model_parallel_size == 1,
     )
 

@@ -19,8 +19,9 @@ same count for a gated MLP, grouped queries and no dropout, with fused attention
 in bytes a token, with H the hidden size, Q, K and V the channels of all query heads, of all query groups and of all
 values, F the MLP's width, L the latent channels, kept before and after their norms, and R the channels of the key that
 turn. Gated DeltaNet is what `delta_rule.py` keeps, mostly in FP32: N and M are the heads of values and keys, v and k
-the channels of one, C the tokens of a chunk. The MLP of shared experts counts beside the experts. For the paper's GPT
-(Q = K = H, F = 4 H, no gate: 4 F) this is its 34 H less the 2 H of its dropout masks.
+the channels of one, C the tokens of a chunk. The MLP of shared experts counts beside the experts. With context
+parallelism a rank has 1 / CP of a sample's tokens; what it gets of other ranks' keys and values isn't counted. For the
+paper's GPT (Q = K = H, F = 4 H, no gate: 4 F) this is its 34 H less the 2 H of its dropout masks.
 """
 
 from collections.abc import Sequence
@@ -104,7 +105,7 @@ def activation_bytes(
         micro_batch_size: Samples of one forward pass, of `model.seq_length` tokens each.
         micro_batches_in_flight: Forward passes whose backward pass is still to come.
     """
-    tokens = micro_batch_size * model.seq_length
+    tokens = micro_batch_size * model.seq_length / model.context_parallel_size
     layers = [layer_bytes_per_token(model, kind) for kind in kinds]
     if model.recompute_granularity != "full" or not layers:
         return round(tokens * sum(layers) * micro_batches_in_flight)
@@ -121,7 +122,7 @@ def activation_bytes(
 def logit_bytes(model: GPTModelProvider, *, micro_batch_size: int) -> int:
     """What the last stage holds for the loss of one micro-batch."""
     rows = model.padded_vocab_size() // model.tensor_model_parallel_size
-    return BYTES_PER_LOGIT * micro_batch_size * model.seq_length * rows
+    return BYTES_PER_LOGIT * micro_batch_size * (model.seq_length // model.context_parallel_size) * rows
 
 
 def stage_bytes(

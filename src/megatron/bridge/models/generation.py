@@ -227,9 +227,12 @@ def _check_prompts(
     """Refuse what the model can't continue."""
     from megatron.core.utils import get_model_config
 
+    from megatron.bridge.models.context_parallel import check_holds_whole_rows
+
     if len(model) != 1:
         raise ValueError(f"the model has {len(model)} virtual stages: load it without them to generate")
     config = get_model_config(model[0])
+    check_holds_whole_rows(config, doing="generating")
     for prompt, number in zip(prompts, max_new_tokens, strict=True):
         if not prompt or not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
             found = f"ids {min(prompt)} to {max(prompt)}" if prompt else "none"

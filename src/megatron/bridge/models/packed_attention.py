@@ -12,6 +12,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.utils import unwrap_model
 
+from megatron.bridge.models.context_parallel import context_ranks
 from megatron.bridge.utils.device import current_device
 
 
@@ -58,9 +59,12 @@ def packed_seq_params(cu_seqlens: torch.Tensor, *, seq_length: int) -> PackedSeq
     ends = torch.unique(torch.cat([cu_seqlens, cu_seqlens.new_tensor([seq_length])]))
     longest = int((ends[1:] - ends[:-1]).max())
     ends = ends.to(current_device())
+    # Shared among ranks, Transformer Engine wants to be told that the samples' padding counts among their positions.
+    padded = ends if context_ranks()[1] > 1 else None
     return PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest
-    )
+        qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest,
+        cu_seqlens_q_padded=padded, cu_seqlens_kv_padded=padded,
+    )  # fmt: skip
 
 
 def check_samples_are_kept_apart(chunks: Sequence[torch.nn.Module], *, micro_batch_size: int) -> None:

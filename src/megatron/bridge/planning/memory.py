@@ -18,6 +18,7 @@ import torch
 
 from megatron.bridge.data.config import GPTDatasetConfig, MockGPTDatasetConfig, TokenizerConfig
 from megatron.bridge.models.activation_memory import stage_bytes
+from megatron.bridge.models.context_parallel import building_without_context_parallelism
 from megatron.bridge.planning.world import planned_world
 from megatron.bridge.training.config import ConfigContainer, runtime_config_update
 from megatron.bridge.training.config.optimizer import AUTO, PRECISION_AWARE_DTYPES
@@ -238,10 +239,11 @@ class PlannedRun:
         return estimate.device_bytes <= budget_bytes
 
     def layout(self, world_size: int) -> str:
-        """TP, PP, DP and, with experts, EP."""
+        """TP, PP, DP, with context parallelism CP and, with experts, EP."""
         sizes = {short: getattr(self.cfg.model, size.field) for short, size in PARALLEL_SIZES.items()}
         sizes["DP"] = self.cfg.derive(world_size).data_parallel_size
-        shown = ("TP", "PP", "DP", "EP", "ETP") if self.cfg.model.num_moe_experts else ("TP", "PP", "DP")
+        shown = ["TP", "PP", *(["CP"] if self.cfg.model.context_parallel_size > 1 else []), "DP"]
+        shown += ["EP", "ETP"] if self.cfg.model.num_moe_experts else []
         return ", ".join(f"{short} {sizes[short]}" for short in shown)
 
 
@@ -249,7 +251,7 @@ class PlannedRun:
 def planned_run(cfg: ConfigContainer, world_size: int, rank: int) -> Iterator[PlannedRun]:
     """The rank's model, wrapped for data parallelism, built from tensors without memory."""
     plan = as_plannable(cfg)
-    with planned_world(world_size, rank), _quiet():
+    with planned_world(world_size, rank), _quiet(), building_without_context_parallelism():
         runtime_config_update(plan)
         pg_collection = initialize_megatron(plan)
         peft = plan.peft

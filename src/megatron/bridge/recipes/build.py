@@ -5,11 +5,11 @@ import dataclasses
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron.bridge.recipes import all_recipes, find_recipe
 from megatron.bridge.recipes.hub_models import is_model_name, size_for
-from megatron.bridge.utils.parallel_sizes import PARALLEL_SIZES, parallel_sizes, ranks_of_one_copy
+from megatron.bridge.utils.parallel_sizes import PARALLEL_SIZES, parallel_sizes, ranks_of_one_copy, row_divisor
 
 if TYPE_CHECKING:
     from megatron.bridge.training.config import ConfigContainer
@@ -30,8 +30,10 @@ PEFT_SCHEMES = ("lora", "dora", "canonical_lora")
 _KEPT_WITH_A_DIRECTORY = (
     "seq_length",
     "calculate_per_token_loss",
-    *(PARALLEL_SIZES[short].field for short in ("TP", "PP", "VP", "EP", "ETP")),
+    *(PARALLEL_SIZES[short].field for short in ("TP", "PP", "VP", "CP", "EP", "ETP")),
     "sequence_parallel",
+    "cp_comm_type",
+    "hierarchical_context_parallel_sizes",
     "account_for_embedding_in_pipeline_split",
     "account_for_loss_in_pipeline_split",
     "recompute_granularity",
@@ -120,7 +122,18 @@ class RecipeRequest:
             from megatron.bridge.recipes.utils.determinism_utils import apply_determinism_overrides
 
             apply_determinism_overrides(cfg)
-        return process_config_with_overrides(cfg, self.config_file, list(self.overrides))
+        cfg = process_config_with_overrides(cfg, self.config_file, list(self.overrides))
+        if self.packed_sequence:
+            pad_packed_samples(cfg)
+        return cfg
+
+
+def pad_packed_samples(cfg: "ConfigContainer") -> None:
+    """Where ranks are to share rows, pad each packed sample so that they can, unless the configuration says how."""
+    dataset: Any = cfg.dataset
+    specs = None if dataset.packed_sequence_specs is not None else dataset.packing
+    if cfg.model.context_parallel_size > 1 and specs is not None and specs.pad_seq_to_mult == 1:
+        dataset.offline_packing_specs = dataclasses.replace(specs, pad_seq_to_mult=row_divisor(cfg.model))
 
 
 def use_hf_directory(cfg: "ConfigContainer", hf_path: str) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Recipe = Callable[..., "ConfigContainer"]
 """A function that returns a ready configuration; one for adapters takes `peft_scheme`."""
 
-_FIELDS = {short.lower(): PARALLEL_SIZES[short].field for short in ("TP", "PP", "EP", "ETP")}
+_FIELDS = {short.lower(): PARALLEL_SIZES[short].field for short in ("TP", "PP", "CP", "EP", "ETP")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,8 @@ class Layout:
     """Ranks that share each matrix."""
     pp: int = 1
     """Ranks that share the layers."""
+    cp: int = 1
+    """Ranks that share each sequence."""
     ep: int = 1
     """Ranks that share the experts."""
     etp: int | None = None

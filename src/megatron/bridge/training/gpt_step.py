@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from megatron.bridge.models.context_parallel import context_ranks, cut_for_this_rank
 from megatron.bridge.models.packed_attention import attention_arguments
 from megatron.bridge.training.losses import masked_next_token_loss
 from megatron.bridge.training.state import GlobalState
@@ -19,7 +20,7 @@ BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
 
 def get_batch(data_iterator: Iterator[dict[str, Any]]) -> dict[str, Any]:
-    """Take the next micro-batch and put it on this rank's device.
+    """Take the next micro-batch and put this rank's part of it on its device: with context parallelism, 1 / CP of S.
 
     Args:
         data_iterator: Yields dicts with `tokens`, `labels`, `position_ids` ([B, S] int64), `loss_mask` ([B, S] float32)
@@ -27,8 +28,15 @@ def get_batch(data_iterator: Iterator[dict[str, Any]]) -> dict[str, Any]:
             int32).
 
     Returns:
-        The tensors by name, on the device; `cu_seqlens` on the host, or None.
+        The tensors by name, on the device; `cu_seqlens`, of the whole rows, on the host, or None.
+
+    Raises:
+        ValueError: With context parallelism, the ranks can't share a row.
     """
+    return cut_for_this_rank(_next_batch(data_iterator))
+
+
+def _next_batch(data_iterator: Iterator[dict[str, Any]]) -> dict[str, Any]:
     batch = next(data_iterator)
     device = current_device()
     on_device = {
@@ -46,7 +54,7 @@ def get_batch_from_iterator(
     is_first_pp_stage: bool = True,
     is_last_pp_stage: bool = True,
 ) -> dict[str, Any]:
-    """Megatron Bridge's name for `get_batch`.
+    """Take the next micro-batch in whole: scripts cut it themselves, by Core's `get_batch_on_this_cp_rank`.
 
     Args:
         data_iterator: As for `get_batch`.
@@ -55,7 +63,7 @@ def get_batch_from_iterator(
         is_first_pp_stage: Accepted, as `is_last_pp_stage`: every stage gets the whole micro-batch.
         is_last_pp_stage: Accepted.
     """
-    batch = get_batch(data_iterator)
+    batch = _next_batch(data_iterator)
     return batch | {"attention_mask": None} if skip_getting_attention_mask_from_dataset else batch
 
 
@@ -92,7 +100,8 @@ def forward_step(
     timer.stop()
     attention = {"attention_mask": batch["attention_mask"]}
     if batch["cu_seqlens"] is not None:
-        attention = attention_arguments(model, batch["cu_seqlens"], seq_length=batch["tokens"].shape[1])
+        length = batch["tokens"].shape[1] * context_ranks()[1]
+        attention = attention_arguments(model, batch["cu_seqlens"], seq_length=length)
     output = model(batch["tokens"], batch["position_ids"], labels=batch["labels"], **attention)
     loss_function = partial(
         masked_next_token_loss,

@@ -136,6 +136,7 @@ def torch_dist_init(
     )
     distributed.initialize_model_parallel(
         **parallel_sizes(model_config),
+        hierarchical_context_parallel_sizes=model_config.hierarchical_context_parallel_sizes,
         num_distributed_optimizer_instances=num_distributed_optimizer_instances,
         distributed_timeout_minutes=dist_config.distributed_timeout_minutes,
         create_gloo_process_groups=dist_config.use_gloo_process_groups,

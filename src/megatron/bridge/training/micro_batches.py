@@ -11,6 +11,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron.bridge.training.monitoring.finite_steps import check_loss
 from megatron.bridge.training.monitoring.reported_losses import Total, sum_over_ranks
+from megatron.bridge.training.shared_rows import on_shared_rows
 from megatron.bridge.training.state import GlobalState
 
 
@@ -83,7 +84,7 @@ def run_micro_batches(
     batch_size, seq_length = micro_batches[0]["tokens"].shape
     iterators = [iter(micro_batches) for _ in model]
     reported = get_forward_backward_func()(
-        forward_step_func=forward_step,
+        forward_step_func=on_shared_rows(forward_step, seq_length=seq_length),
         data_iterator=iterators if len(model) > 1 else iterators[0],
         model=model if len(model) > 1 else model[0],
         num_microbatches=len(micro_batches),

@@ -22,6 +22,7 @@ from megatron.bridge.data.loaders import (
 )
 from megatron.bridge.data.tokenizer import build_tokenizer, check_tokenizer_fits
 from megatron.bridge.data.validation_sets import named_sets
+from megatron.bridge.models.context_parallel import check_attention_can_share_rows
 from megatron.bridge.models.packed_attention import check_samples_are_kept_apart
 from megatron.bridge.models.trained_weights import check_trained_weights
 from megatron.bridge.offload_engine.met import report_what_was_met
@@ -121,6 +122,8 @@ def setup(
         get_position_embedding_ranks=get_position_embedding_ranks,
         restart_store=restart_store,
     )
+    with raise_on_all_ranks("checking the attention"):
+        check_attention_can_share_rows(cfg.model)
     state.derived = cfg.derive(world_size())
     if callback_manager is not None:
         callback_manager.fire("on_data_init_start", CallbackContext(state, []))

@@ -72,6 +72,12 @@ def expert_factors(sizes: Mapping[str, int | None]) -> dict[str, int]:
     }
 
 
+def row_divisor(model: Any) -> int:
+    """What the length of each row, and with context parallelism of each sample packed in it, is a multiple of."""
+    tensor = model.tensor_model_parallel_size if model.sequence_parallel else 1
+    return tensor * (2 * model.context_parallel_size if model.context_parallel_size > 1 else 1)
+
+
 def ranks_of_one_copy(sizes: Mapping[str, int | None]) -> int:
     """The fewest ranks that one copy of a model takes, by its sizes."""
     return math.lcm(math.prod(dense_factors(sizes).values()), math.prod(expert_factors(sizes).values()))

@@ -86,7 +86,7 @@ UNSUPPORTED = (
     Unsupported("model.use_mup"),  # Core from 0.18
     Unsupported("model.external_cuda_graph", (False,)),
     Unsupported("model.cuda_graph_impl", ("none", "local", None)),
-    Unsupported("model.context_parallel_size", (1,), "shorten model.seq_length or raise tensor parallelism instead"),
+    Unsupported("model.hybrid_context_parallel", (False,), "set model.context_parallel_size alone"),
     Unsupported("model.fp8_quantizer_factory", (None,), "choose a model.fp8_recipe of Transformer Engine's instead"),
     Unsupported("model.fp4_quantizer_factory", (None,), "choose a model.fp4_recipe of Transformer Engine's instead"),
     # overlap of communication and compute

@@ -89,6 +89,80 @@ BAD = {
         )
         for overlap in ([], ["model.overlap_p2p_comm=true"], ["model.batch_p2p_comm=false"])
     ],
+    "check_context_parallel_divides_rows": [
+        (
+            ["model.context_parallel_size=2", "model.seq_length=34", "dataset.seq_length=34"],
+            2,
+            "expected a multiple of 2 x context_parallel_size = 4",
+        ),
+        (
+            [
+                "model.context_parallel_size=2",
+                "model.tensor_model_parallel_size=4",
+                "model.sequence_parallel=true",
+                "model.seq_length=40",
+                "dataset.seq_length=40",
+            ],
+            8,
+            "expected a multiple of 2 x context_parallel_size x tensor_model_parallel_size = 16",
+        ),
+    ],
+    "check_context_parallel_divides_packed_samples": [
+        (
+            ["model.context_parallel_size=2", "dataset.enable_offline_packing=true"],
+            2,
+            "set dataset.offline_packing_specs.pad_seq_to_mult=4",
+        ),
+        (
+            [
+                "model.context_parallel_size=2",
+                "model.tensor_model_parallel_size=2",
+                "model.sequence_parallel=true",
+                "dataset.packed_sequence_specs={packed_sequence_size: 32, pad_seq_to_mult: 12}",
+            ],
+            4,
+            "multiple of 2 x context_parallel_size x tensor_model_parallel_size = 8; set "
+            "dataset.packed_sequence_specs.pad_seq_to_mult=24",
+        ),
+    ],
+    "check_exchange_suits_the_attention": [
+        (["model.context_parallel_size=2", "model.cp_comm_type=ring"], 2, "'ring' isn't known; set one of p2p, all_"),
+        (["model.context_parallel_size=2", "model.cp_comm_type=[p2p]"], 2, "one for each of model.num_layers=4"),
+        (["model.context_parallel_size=2", "model.window_size=[7,0]"], 2, "set model.cp_comm_type=all_gather"),
+        (
+            ["model.context_parallel_size=2", "model.softmax_type=learnable", "model.cp_comm_type=all_gather"],
+            2,
+            "under attention sinks by a2a alone; set model.cp_comm_type=a2a",
+        ),
+    ],
+    "check_heads_are_shared_evenly": [
+        (
+            ["model.context_parallel_size=8", "model.cp_comm_type=a2a", "model.num_query_groups=4"],
+            8,
+            "model.cp_comm_type=a2a with model.num_query_groups=4: expected a multiple of",
+        ),
+        (
+            [
+                "model.context_parallel_size=6",
+                "model.cp_comm_type=a2a+p2p",
+                "model.hierarchical_context_parallel_sizes=[3,2]",
+                "model.seq_length=48",
+                "dataset.seq_length=48",
+            ],
+            6,
+            "model.cp_comm_type=a2a+p2p with model.num_attention_heads=8",
+        ),
+    ],
+    "check_hierarchy_makes_up_context_parallelism": [
+        (["model.context_parallel_size=4", "model.cp_comm_type=a2a+p2p"], 4, "sizes=None with model.context_"),
+        (
+            ["model.context_parallel_size=4", "model.cp_comm_type=a2a+p2p"]
+            + ["model.hierarchical_context_parallel_sizes=[2,4]"],
+            4,
+            "two sizes that multiply to the context parallel size",
+        ),
+        (["model.hierarchical_context_parallel_sizes=[2,2]"], 1, "set both options, or neither"),
+    ],
     "check_sequence_parallel_needs_tensor_parallel": [
         (["model.sequence_parallel=true"], 1, "model.sequence_parallel=true with model.tensor_model_parallel_size=1"),
         (

@@ -29,6 +29,21 @@ GOOD = {
     "offload of SGD": ((*OFFLOAD, "optimizer.optimizer=sgd", "checkpoint.save_optim=false"), 1),
     "fp16": (("mixed_precision=fp16_mixed",), 1),
     "tensor and sequence parallel": (("model.tensor_model_parallel_size=2", "model.sequence_parallel=true"), 2),
+    "context parallel": (("model.context_parallel_size=2", "model.cp_comm_type=a2a"), 4),
+    "context parallel, packed": (
+        ("model.context_parallel_size=2", "model.tensor_model_parallel_size=2", "model.sequence_parallel=true")
+        + ("dataset.packed_sequence_specs={packed_sequence_size: 32, pad_seq_to_mult: 8}",),
+        4,
+    ),
+    "context parallel under a window": (
+        ("model.context_parallel_size=2", "model.window_size=[7,0]", "model.cp_comm_type=all_gather"),
+        2,
+    ),
+    "context parallel on two levels": (
+        ("model.context_parallel_size=4", "model.cp_comm_type=a2a+p2p")
+        + ("model.hierarchical_context_parallel_sizes=[2,2]",),
+        4,
+    ),
     "more tensor parallel ranks than groups": (("model.tensor_model_parallel_size=8",), 8),
     "padded vocabulary": (
         ("model.tensor_model_parallel_size=2", "model.vocab_size=97", "model.should_pad_vocab=true"),

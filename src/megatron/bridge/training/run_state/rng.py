@@ -50,8 +50,9 @@ def get_rng_state(
         raise ValueError(f"ckpt_format={ckpt_format!r}: random states are kept for 'torch_dist' only")
     states: list[Any] = [current_states()]
     if data_parallel_random_init or mpu.get_expert_model_parallel_world_size() > 1:
-        states = [None] * mpu.get_data_parallel_world_size()
-        torch.distributed.all_gather_object(states, current_states(), group=mpu.get_data_parallel_group())
+        group = mpu.get_data_parallel_group(with_context_parallel=True)  # expert-parallel ranks may be of one row
+        states = [None] * group.size()
+        torch.distributed.all_gather_object(states, current_states(), group=group)
     return ShardedObject(
         "rng_state",
         states,
@@ -111,8 +112,8 @@ def restore_rng_state(states: list[dict[str, Any]], *, data_parallel_random_init
 
 def _entry_of_this_rank(states: list[dict[str, Any]], data_parallel_random_init: bool) -> dict[str, Any]:
     spreads_experts = mpu.get_expert_model_parallel_world_size() > 1
-    is_of_each = spreads_experts and len(states) == mpu.get_data_parallel_world_size()
-    index = mpu.get_data_parallel_rank() if data_parallel_random_init or is_of_each else 0
+    is_of_each = spreads_experts and len(states) == mpu.get_data_parallel_world_size(with_context_parallel=True)
+    index = mpu.get_data_parallel_rank(with_context_parallel=True) if data_parallel_random_init or is_of_each else 0
     if index >= len(states):
         raise ValueError(
             f"the checkpoint has random states of {len(states)} data-parallel ranks and this is rank {index}: "

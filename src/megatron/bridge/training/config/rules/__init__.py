@@ -18,6 +18,7 @@ from megatron.bridge.training.config.rules.checkpoint import (
     check_peft,
     check_pretrained_checkpoint_exists,
 )
+from megatron.bridge.training.config.rules.context_parallel import CONTEXT_PARALLEL_RULES
 from megatron.bridge.training.config.rules.experts import EXPERT_RULES
 from megatron.bridge.training.config.rules.monitoring import (
     check_profiles_have_a_place,
@@ -45,6 +46,7 @@ RULES: tuple[Callable[[RunSections, int], None], ...] = (
     check_evaluation_batch_is_divisible,
     check_virtual_pipeline_fits,
     check_sequence_lengths_agree,
+    *CONTEXT_PARALLEL_RULES,
     *OPTIMIZER_RULES,
     *STATE_FORMAT_RULES,
     check_schedule_counts_as_the_run_does,
