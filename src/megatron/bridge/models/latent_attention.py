@@ -78,11 +78,23 @@ class LatentSelfAttention(MLASelfAttention):
         if scales:
             plain: Any = self.get_submodule("rotary_pos_emb")
             self.rotary_pos_emb = YarnPositions(config, plain)
+        for latent, is_projected in (("q", config.q_lora_rank is not None), ("kv", True)):
+            self._set_epsilon(latent, config.latent_layernorm_epsilon, needed=is_projected and config.qk_layernorm)
+
+    def _set_epsilon(self, latent: str, epsilon: float, *, needed: bool) -> None:
         # Transformer Engine has a norm within the projection that follows.
-        for part in ("q_layernorm", "kv_layernorm", "linear_q_up_proj", "linear_kv_up_proj"):
-            norm: Any = getattr(self, part, None)
-            if hasattr(norm, "eps"):
-                norm.eps = config.latent_layernorm_epsilon
+        names = (f"{latent}_layernorm", f"linear_{latent}_up_proj")
+        parts: list[Any] = [getattr(self, name, None) for name in names]
+        norms = [part for part in parts if hasattr(part, "eps")]
+        if needed and not norms:
+            kinds = " and ".join(f"{name} ({type(part).__name__})" for name, part in zip(names, parts, strict=True))
+            raise ValueError(
+                f"model.transformer_layer_spec: none of {kinds} is a norm with an eps, so that "
+                f"model.latent_layernorm_epsilon={epsilon} has no place: take local_layer_spec or "
+                "transformer_engine_layer_spec"
+            )
+        for norm in norms:
+            norm.eps = epsilon
 
     def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
         parts = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")

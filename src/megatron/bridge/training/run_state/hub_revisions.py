@@ -32,8 +32,8 @@ def record_hub_revisions(cfg: ConfigContainer, plan: LoadPlan | None) -> None:
             kind = "--repo-type dataset " if name.startswith(_OF_DATASETS) else ""
             plain = name.removeprefix(_OF_DATASETS)
             logger.warning(
-                "%s was saved by a run with %s at revision %s of the hub, and this one has it at %s: to continue with the "
-                "former, run `hf download %s%s --revision %s` and name the directory that it prints",
+                "%s was saved by a run with %s at revision %s of the hub, and this one has it at %s: to continue with "
+                "the former, run `hf download %s%s --revision %s` and name the directory that it prints",
                 None if plan is None else plan.path,
                 name,
                 was[name],
