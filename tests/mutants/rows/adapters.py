@@ -13,6 +13,9 @@ _FROZEN = "tests/functional_tests/test_frozen_weights.py::test_"
 _EXPORT = "tests/functional_tests/test_lora_export.py::test_peft_and_merged_weights_give_the_logits_of_the_run"
 _STACKED = "tests/functional_tests/test_lora_export.py::test_experts_adapters_are_named_one_by_one_and_peft_stacks_them"
 
+_DEFAULTS = (
+    "tests/functional_tests/test_lora_export.py::test_default_targets_beside_experts_give_peft_the_logits_of_the_run"
+)
 _GROUPED = "tests/unit_tests/peft/test_linear_layout.py::test_"
 _CHAIN = "tests/unit_tests/training/run_state/test_optimizer_chain.py::test_"
 
@@ -177,6 +180,13 @@ ADAPTERS = (
         where="megatron.bridge.peft.grouped_experts:GroupedAdapter.sharded_state_dict_of",
         change=value("first", "0"),
         tests=(f"{_FORMS}[EP 2, grouped experts]",),
+    ),
+    Mutant(
+        name="adapters: shared experts not named for peft",
+        breaks="peft leaves their adapters out",
+        where="megatron.bridge.models.conversion.expert_adapters:targets",
+        change=expression("sorted(parameters)", "[]"),
+        tests=(f"{_DEFAULTS}[deepseek_v3]",),
     ),
     Mutant(
         name="adapters: grouped experts not merged",

@@ -16,7 +16,7 @@ LAYER = "base_model.model.model.layers.1.mlp."
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("gate_proj.lora_A.weight", r"layers\.1\.mlp\.gate_proj is an MLP beside layers with experts"),
+        ("gate_proj.lora_magnitude_vector", r"layers\.1\.mlp\.gate_proj is an MLP in a model with experts, with DoRA"),
         ("experts.1.up_proj.lora_magnitude_vector", r"layers\.1\.mlp\.experts\.1\.up_proj is an expert's with DoRA"),
     ],
 )

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from safetensors.torch import save_file
 
-from megatron.bridge.models.conversion.expert_adapters import complete_experts, target_modules
+from megatron.bridge.models.conversion.expert_adapters import complete_experts, targets
 from megatron.bridge.models.conversion.export import export_weights
 from megatron.bridge.models.conversion.generation_config import FILE as GENERATION_FILE
 from megatron.bridge.models.conversion.generation_config import end_ids, generation_config_of_model
@@ -133,7 +132,8 @@ def save_hf_adapter(
             raise ValueError(f"the model has no adapters: there is nothing to write to {path}")
         if is_rank_0():
             tensors = complete_experts(tensors, family, model_config(chunks), rank=options["dim"])
-            config = adapter_config(tensors, options, model=model_config(chunks), base=base_name or base)
+            named = targets(tensors, family, model_config(chunks))
+            config = adapter_config(tensors, options, named=named, base=base_name or base)
             warn_of_end_ids(path, text, base)
             with replaced_directory(path) as directory:
                 weights = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -162,7 +162,7 @@ def adapter_config(
     tensors: Mapping[str, torch.Tensor],
     options: Mapping[str, Any],
     *,
-    model: TransformerConfig,
+    named: tuple[list[str], list[str]],
     base: str | Path | None,
 ) -> dict[str, Any]:
     """What `adapter_config.json` says.
@@ -170,18 +170,20 @@ def adapter_config(
     Args:
         tensors: By the peft library's names.
         options: As for `save_hf_adapter`.
-        model: The model's configuration.
+        named: The adapted modules, and parameters, as peft is told them.
         base: The name or directory of the model under them.
     """
+    modules, parameters = named
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None if base is None else str(base),
         "r": options["dim"],
         "lora_alpha": options["alpha"],
-        "lora_dropout": options["dropout"],
+        "lora_dropout": 0.0 if parameters else options["dropout"],  # peft has none for parameters
         "use_dora": any("lora_magnitude_vector" in name for name in tensors),
-        "target_modules": target_modules(tensors, model),
+        "target_modules": modules,
+        **({"target_parameters": parameters} if parameters else {}),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

@@ -15,6 +15,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.bridge.models.conversion.mapping import WeightMapping
 from megatron.bridge.models.families import ModelFamily
 
+_PREFIX = "base_model.model."
 _EXPERT = re.compile(r"\.layers\.(\d+)\..*\.experts\.\d+\.")
 
 
@@ -45,7 +46,7 @@ def complete_experts(
             inputs, outputs = (hidden, width) if "linear_fc1" in row.megatron_name else (width, hidden)
             for expert in range(config.num_moe_experts):
                 for weight in row.at_layer(layer, expert).hf_names:
-                    module = f"base_model.model.{weight.removesuffix('.weight')}"
+                    module = f"{_PREFIX}{weight.removesuffix('.weight')}"
                     for side, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
                         name = f"{module}.lora_{side}.weight"
                         if name not in filled:
@@ -53,11 +54,26 @@ def complete_experts(
     return filled
 
 
+def targets(
+    tensors: Mapping[str, torch.Tensor], family: ModelFamily, config: TransformerConfig
+) -> tuple[list[str], list[str]]:
+    """The adapted modules, and the parameters that are named one by one in their place, for `adapter_config.json`.
+
+    In a model with experts, peft takes the name of a plain MLP's matrix, or a shared expert's, for that of an expert's.
+    As a parameter it is adapted alike.
+    """
+    is_matrix = frozenset[str]()
+    if config.num_moe_experts is not None:
+        is_matrix = frozenset(_leaf(name) for row in _rows_of_experts(family) for name in row.hf_names)
+    plain = {name for name in tensors if not _is_expert(name) and _leaf(name.split(".lora_")[0]) in is_matrix}
+    parameters = {f"{name.removeprefix(_PREFIX).split('.lora_')[0]}.weight" for name in plain}
+    others = {name: tensor for name, tensor in tensors.items() if name not in plain}
+    return target_modules(others, config), sorted(parameters)
+
+
 def target_modules(tensors: Mapping[str, torch.Tensor], config: TransformerConfig) -> list[str]:
     """The adapted modules: by their last names if each has an adapter wherever the model has it, else in full."""
-    modules = sorted(
-        name.removeprefix("base_model.model.").split(".lora_A")[0] for name in tensors if ".lora_A." in name
-    )
+    modules = sorted(name.removeprefix(_PREFIX).split(".lora_A")[0] for name in tensors if ".lora_A." in name)
     kinds = {_leaf(module): config.num_layers for module in modules}
     kinds |= {_leaf(name): config.num_layers * (config.num_moe_experts or 1) for name in modules if _is_expert(name)}
     return sorted(kinds) if len(modules) == sum(kinds.values()) else modules
@@ -96,11 +112,11 @@ def _check_peft_has_a_place(tensors: Mapping[str, torch.Tensor], matrices: set[s
                 f"{module} is an expert's with DoRA, which peft has no place for: merge the adapters into the weights "
                 "(python -m megatron.bridge.convert export), or train experts with LoRA"
             )
-        if not _is_expert(module) and _leaf(module) in matrices:
+        if not _is_expert(module) and _leaf(module) in matrices and "lora_magnitude_vector" in name:
             raise ValueError(
-                f"{module} is an MLP beside layers with experts, and peft takes its name for that of an expert's "
-                "matrix and leaves its adapter out: merge the adapters into the weights (python -m "
-                "megatron.bridge.convert export), or name it in peft.exclude_modules"
+                f"{module} is an MLP in a model with experts, with DoRA, which peft has no place for: merge the "
+                "adapters into the weights (python -m megatron.bridge.convert export), or name it in "
+                "peft.exclude_modules"
             )
 
 
