@@ -78,3 +78,5 @@ def test_layers_that_predict_further_tokens_are_refused():
     provider.mtp_num_layers = 1
     with pytest.raises(NotImplementedError, match="model.mtp_num_layers=1: .* unset it"):
         gpt_provider.mtp_block_spec(provider)
+    with pytest.raises(NotImplementedError, match="model.mtp_num_layers=1: .* unset it"):
+        provider.finalize()  # before a model is built, which would be one without them

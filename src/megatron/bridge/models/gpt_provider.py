@@ -139,7 +139,9 @@ class GPTModelProvider(RemembersSetFields, TransformerConfig, ModelProviderMixin
 
         Raises:
             ValueError: Fields that contradict each other.
+            NotImplementedError: `mtp_num_layers`, which the model would be built without.
         """
+        mtp_block_spec(self)
         if self.rope_scaling and self.position_embedding_type != "rope":
             raise ValueError(
                 f"model.rope_scaling=True scales rotary positions, and model.position_embedding_type="
