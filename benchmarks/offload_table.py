@@ -8,6 +8,9 @@ The runs are those of `benchmarks.offloaded_run`, one of each. Beside each figur
 step: the time that gradients and weights take over the link, the time that the host's Adam takes for the offloaded
 part, and the time of a step without offload. If all three overlapped, a step would take the longest of them. The rates
 are measured first, on one flat buffer in pinned memory. On the simulated accelerator the link is host memory.
+
+Last come torch's own ways of offloading on the same model and batches (`torch_offload.py`): FSDP2's `CPUOffloadPolicy`,
+and with `--torchao` torchao's `CPUOffloadOptimizer`, which needs a GPU.
 """
 
 import argparse
@@ -22,6 +25,7 @@ import torch
 from benchmarks import offloaded_run
 from benchmarks.figures import Figure, run
 from benchmarks.offloaded_run import FRACTIONS, seconds_and_peak
+from benchmarks.torch_offload import others, seconds_of_others
 from benchmarks.training_step import VOCAB
 from megatron.bridge.offload_engine.host_threads import plan_host_threads
 from megatron.bridge.utils import device
@@ -48,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.description = __doc__.splitlines()[0]
     parser.set_defaults(rounds=1)
     parser.add_argument("--buffer-elements", type=int, default=1 << 24, help="on which the rates are measured")
+    parser.add_argument("--torchao", action="store_true", help="also torchao's CPUOffloadOptimizer; needs CUDA")
     return parser
 
 
@@ -55,9 +60,11 @@ def measure(arguments: argparse.Namespace) -> list[Figure]:
     """Each way of offloading against none, and against stock."""
     logging.disable(logging.INFO)
     device.enter_device()
+    torchs_own = others(with_torchao=arguments.torchao)
     rates, figures = _rates(arguments.buffer_elements), []
     print(f"link {rates.down / 1e9:.1f} and {rates.up / 1e9:.1f} GB/s, host Adam {rates.adam / 1e9:.2f} G parameters/s")
     _, none = (seconds_and_peak(arguments, 0.0, "ours")[0] for _ in range(2))  # the first starts up
+    seconds: dict[tuple[float, bool, bool], float] = {}
     for fraction in FRACTIONS:
         for aware in (False, True):
             for overlap in (False, True):
@@ -74,8 +81,13 @@ def measure(arguments: argparse.Namespace) -> list[Figure]:
                     f"{1e3 * offloaded / rates.adam:.0f} ms, without offload {1e3 * none:.0f} ms"
                 )
                 print(f"{what}: {note}", flush=True)
+                seconds[fraction, aware, overlap] = ours
                 figures.append(Figure(what, "without offload", (ours / none,), 1.5, note=note))
                 figures.append(Figure(what, "stock Core, same options", (ours / stock,), 1.0))
+    for name, torchs in seconds_of_others(arguments, torchs_own).items():
+        what, note = "step of a run, fraction 1, FP32 shards, overlap", f"{1e3 * torchs:.0f} ms, a bare loop"
+        print(f"{name}: {note}, {torchs / none:.2f}x of ours without offload", flush=True)
+        figures.append(Figure(what, name, (seconds[1.0, False, True] / torchs,), 1.0, note=note))
     return figures
 
 

@@ -7,8 +7,8 @@ r"""A step of the offloaded optimizer, against Core's own and against what the m
 Three optimizers are timed in turn, in one process, on the same sizes and gradients: stock Core's
 `HybridDeviceOptimizer`; the same class as `setup_optimizer` builds it; and the limit, torch's fused AdamW over one flat
 buffer, with one copy of all gradients to the host and one of all weights back. The sizes are many small parameters, and
-those of one data-parallel rank of SmolLM2-135M, at the places in its buffers that Core gives them. All of the optimizer
-is offloaded.
+those of one data-parallel rank of SmolLM2-135M, at the places in its buffers that Core gives them, and a few large
+ones. All of the optimizer is offloaded.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from megatron.bridge.training.optim import setup_optimizer
 from megatron.bridge.utils import device
 
 SMALL_ELEMENTS = 2048
+LARGE, LARGE_ELEMENTS = 8, 1 << 21
 OPTIONS = {"lr": 1e-4, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
 
 
@@ -60,6 +61,10 @@ def measure(arguments: argparse.Namespace) -> list[Figure]:
     sizes = {
         f"{arguments.small} parameters of {SMALL_ELEMENTS}": (small, 1 / 1.5),
         f"SmolLM2-135M, a rank of {arguments.ranks}": (_smollm2(arguments.ranks), 1.0),
+        f"{LARGE} parameters of {LARGE_ELEMENTS}": (
+            Places([[(at * LARGE_ELEMENTS, LARGE_ELEMENTS) for at in range(LARGE)]]),
+            1.05,
+        ),
     }
     figures = []
     for name, (places, at_most) in sizes.items():

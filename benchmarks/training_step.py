@@ -50,34 +50,40 @@ SIMULATED_TOLERANCE, GPU_TOLERANCE = 1e-5, 2e-3
 aren't made deterministic here, so sums come in another order: 1.1e-4 was seen, and it may grow from step to step."""
 
 
+def bare_model(shape: dict[str, int], seq_length: int) -> GPTModel:
+    """The model of `config`'s runs in bf16, built of megatron-core alone, with random weights."""
+    config = TransformerConfig(
+        **shape,
+        normalization="RMSNorm",
+        activation_func=torch.nn.functional.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        layernorm_epsilon=1e-5,
+        bf16=True,
+        params_dtype=torch.bfloat16,
+        calculate_per_token_loss=True,
+    )
+    layers = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
+    return GPTModel(
+        config,
+        layers,
+        VOCAB,
+        seq_length,
+        share_embeddings_and_output_weights=True,
+        position_embedding_type="rope",
+        rotary_base=100000,
+    )
+
+
 class BareLoop:
     """A training loop as short as megatron-core allows."""
 
     def __init__(self, shape: dict[str, int], seq_length: int, weights: dict[str, torch.Tensor]) -> None:
         self.seq_length = seq_length
-        self.config = TransformerConfig(
-            **shape,
-            normalization="RMSNorm",
-            activation_func=torch.nn.functional.silu,
-            gated_linear_unit=True,
-            add_bias_linear=False,
-            hidden_dropout=0.0,
-            attention_dropout=0.0,
-            layernorm_epsilon=1e-5,
-            bf16=True,
-            params_dtype=torch.bfloat16,
-            calculate_per_token_loss=True,
-        )
-        layers = get_gpt_decoder_block_spec(self.config, use_transformer_engine=False, normalization="RMSNorm")
-        model = GPTModel(
-            self.config,
-            layers,
-            VOCAB,
-            seq_length,
-            share_embeddings_and_output_weights=True,
-            position_embedding_type="rope",
-            rotary_base=100000,
-        )
+        model = bare_model(shape, seq_length)
+        self.config = model.config
         model.load_state_dict(weights, strict=False)
         model.to(device.current_device())
         ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
