@@ -137,6 +137,18 @@ MODELS = {
             "attention_bias": True,
         },
     ),
+    "glm": TinyModel(
+        "GlmForCausalLM",
+        "neighbouring channels turn in half of each head, gate and up in one tensor, biases on query, key and value",
+        {**_ODD, "head_dim": 16, "pad_token_id": None},
+        layouts=("TP2",),
+    ),
+    "glm4": TinyModel(
+        "Glm4ForCausalLM",
+        "as before, with norms around attention and MLP",
+        {**_ODD, "head_dim": 16, "pad_token_id": None, "num_key_value_heads": 1},
+        layouts=("TP2 SP", "PP2"),
+    ),
     "gpt_oss": TinyModel(
         "GptOssForCausalLM",
         "sinks, sliding layers, experts with biases and a clamped gate in one tensor a layer, YaRN",
@@ -235,6 +247,19 @@ MODELS = {
             "layer_types": _LINEAR_FIRST,
         },
         layouts=("one process", "TP2 EP2 ETP1"),
+    ),
+    "smollm3": TinyModel(
+        "SmolLM3ForCausalLM",
+        "layers without rotary positions, a window in some of them, tied embeddings",
+        {
+            **_ODD,
+            "pad_token_id": None,
+            "no_rope_layers": [1, 0, 0, 1],
+            "use_sliding_window": True,
+            "sliding_window": 7,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "full_attention"],
+        },
+        layouts=("TP2 SP", "PP2 VP2"),
     ),
     "mixtral": TinyModel("MixtralForCausalLM", "experts", {**_EXPERTS, "num_local_experts": 4}),
     "qwen3_moe": TinyModel(

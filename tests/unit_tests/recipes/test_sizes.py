@@ -29,6 +29,8 @@ PUBLISHED_PARAMETERS = {
     "gemma3_4b": 3_880_263_168,
     "gemma3_12b": 11_766_034_176,
     "gemma3_27b": 27_009_346_304,
+    "glm4_9b": 9_400_279_040,
+    "glm4_32b": 32_566_081_536,
     "glm45_air_106b": 106_852_251_264,
     "glm45_355b": 352_797_829_024,
     "gpt_oss_20b": 20_914_757_184,
@@ -66,6 +68,7 @@ PUBLISHED_PARAMETERS = {
     "smollm2_135m": 134_515_008,
     "smollm2_360m": 361_821_120,
     "smollm2_1p7b": 1_711_376_384,
+    "smollm3_3b": 3_075_098_624,
 }
 """As the weights' own indexes count them, with the routers' biases; of models with images, the language model's; not
 counted: layers that predict further tokens."""
@@ -148,6 +151,11 @@ def _deepseek_v3(heads: int, **others: Any) -> Any:
 def _latent_yarn(factor: float, *, weight: float, beta_fast: int) -> dict[str, Any]:
     rope = {"type": "yarn", "factor": factor, "beta_fast": beta_fast, "beta_slow": 1, "mscale": weight}
     return {**rope, "mscale_all_dim": weight, "original_max_position_embeddings": 4096}
+
+
+def _glm4(layers: int, hidden: int, ffn: int, heads: int, **others: Any) -> Any:
+    fields = {"num_key_value_heads": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 32768, "vocab_size": 151552}
+    return transformers.Glm4Config, (layers, hidden, ffn, heads), {**fields, **others}
 
 
 def _glm45(layers: int, hidden: int, ffn: int, **others: Any) -> Any:
@@ -256,6 +264,8 @@ PUBLISHED_CONFIGS = {
     "gemma3_4b": _gemma3(34, 2560, 10240, **_GEMMA_IMAGES),
     "gemma3_12b": _gemma3(48, 3840, 15360, 16, 8, **_GEMMA_IMAGES),
     "gemma3_27b": _gemma3(62, 5376, 21504, 32, 16, head_dim=128, query_pre_attn_scalar=168, **_GEMMA_IMAGES),
+    "glm4_9b": _glm4(40, 4096, 13696, 32),
+    "glm4_32b": _glm4(61, 6144, 23040, 48, attention_bias=False),
     "glm45_air_106b": _glm45(
         46,
         4096,
@@ -357,6 +367,11 @@ PUBLISHED_CONFIGS = {
     ),
     "smollm2_135m": _smollm2(30, 576, 1536, 9, 3, base=100000.0, std=0.041666666666666664),
     "smollm2_360m": _smollm2(32, 960, 2560, 15, 5, base=100000.0, std=0.02),
+    "smollm3_3b": (
+        transformers.SmolLM3Config,
+        (36, 2048, 11008, 16),
+        {"max_position_embeddings": 65536, "rope_theta": 5000000.0, "vocab_size": 128256},
+    ),
     "smollm2_1p7b": _smollm2(24, 2048, 8192, 32, 32, base=130000.0, std=0.02),
 }
 """The fields of each published config.json that make its architecture."""
@@ -366,7 +381,7 @@ NOT_THE_ARCHITECTURE = {"seq_length", "params_dtype", "pipeline_dtype", "bf16", 
 
 EXPERT_RANKS = 8
 """One of them builds its share of the experts, which is faster."""
-PATTERNS = ("moe_layer_freq", "linear_attention_freq")
+PATTERNS = ("moe_layer_freq", "linear_attention_freq", "no_rope_freq")
 """The provider's fields that say for each layer which kind it is of."""
 
 
@@ -415,7 +430,7 @@ def test_a_size_has_the_published_number_of_parameters(size):
 NAMED = sorted(
     size
     for size in SIZES
-    if any(kind in SIZES[size].provider for kind in ("deepseek", "glm4", "qwen3_next", "qwen3_5"))
+    if any(kind in SIZES[size].provider for kind in ("deepseek", "glm4_moe", "qwen3_next", "qwen3_5"))
 )
 """Those whose adapters aren't put beside LoRA's default targets."""
 

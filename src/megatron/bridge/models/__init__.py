@@ -8,6 +8,8 @@ _DOORS = {
     "AutoBridge": "megatron.bridge.models.conversion.auto_bridge",
     "DeepSeekV2ModelProvider": "megatron.bridge.models.deepseek_v2",
     "DeepSeekV3ModelProvider": "megatron.bridge.models.deepseek_v3",
+    "GLMModelProvider": "megatron.bridge.models.glm",
+    "GLM4ModelProvider": "megatron.bridge.models.glm4",
     "GLM45ModelProvider": "megatron.bridge.models.glm4_moe",
     "GPTModelProvider": "megatron.bridge.models.gpt_provider",
     "Gemma3ModelProvider": "megatron.bridge.models.gemma3",
@@ -23,6 +25,7 @@ _DOORS = {
     "Qwen3NextModelProvider": "megatron.bridge.models.qwen3_next",
     "Qwen35ModelProvider": "megatron.bridge.models.qwen3_5",
     "Qwen35MoEModelProvider": "megatron.bridge.models.qwen3_5_moe",
+    "SmolLM3ModelProvider": "megatron.bridge.models.smollm3",
 }
 __all__ = list(_DOORS)
 

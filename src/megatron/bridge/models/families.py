@@ -23,7 +23,9 @@ FAMILY_MODULES = {
     "DeepseekV3ForCausalLM": "megatron.bridge.models.deepseek_v3",
     "Gemma3ForCausalLM": "megatron.bridge.models.gemma3",
     "Gemma3ForConditionalGeneration": "megatron.bridge.models.gemma3",
+    "Glm4ForCausalLM": "megatron.bridge.models.glm4",
     "Glm4MoeForCausalLM": "megatron.bridge.models.glm4_moe",
+    "GlmForCausalLM": "megatron.bridge.models.glm",
     "GptOssForCausalLM": "megatron.bridge.models.gpt_oss",
     "LlamaForCausalLM": "megatron.bridge.models.llama",
     "MistralForCausalLM": "megatron.bridge.models.mistral",
@@ -37,6 +39,7 @@ FAMILY_MODULES = {
     "Qwen3_5ForConditionalGeneration": "megatron.bridge.models.qwen3_5",
     "Qwen3_5MoeForCausalLM": "megatron.bridge.models.qwen3_5_moe",
     "Qwen3_5MoeForConditionalGeneration": "megatron.bridge.models.qwen3_5_moe",
+    "SmolLM3ForCausalLM": "megatron.bridge.models.smollm3",
 }
 
 REFUSED_ARCHITECTURES = {

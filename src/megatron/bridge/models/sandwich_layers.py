@@ -81,12 +81,15 @@ class SelfAttentionOfItsKind(SelfAttention):
         return super().forward(hidden_states, attention_mask, *args, **kwargs)
 
 
-def sandwich_spec(block: Any, config: TransformerConfig) -> TransformerBlockSubmodules:
+def sandwich_spec(
+    block: Any, config: TransformerConfig, *, attention: type[SelfAttention] = SelfAttentionOfItsKind
+) -> TransformerBlockSubmodules:
     """The layers of a block with a norm after attention and MLP, and with rotary positions of each kind of layer.
 
     Args:
         block: The spec of Core's local layers, or of Transformer Engine's. It isn't changed.
         config: A finalized provider.
+        attention: The layers' own: `SelfAttention` where rotary positions are the same in all layers.
 
     Raises:
         ValueError: A spec of another form, which says nothing of its norms.
@@ -96,21 +99,23 @@ def sandwich_spec(block: Any, config: TransformerConfig) -> TransformerBlockSubm
             f"model.transformer_layer_spec gives a {type(block).__name__}: this family needs the layers and the final "
             "norm of a block (TransformerBlockSubmodules), such as local_layer_spec or transformer_engine_layer_spec"
         )
-    return replace(block, layer_specs=[_sandwich(layer, block.layer_norm, config) for layer in block.layer_specs])
+    return replace(
+        block, layer_specs=[_sandwich(layer, block.layer_norm, config, attention) for layer in block.layer_specs]
+    )
 
 
-def _sandwich(layer: ModuleSpec, norm: Any, config: TransformerConfig) -> ModuleSpec:
+def _sandwich(layer: ModuleSpec, norm: Any, config: TransformerConfig, attention: type[SelfAttention]) -> ModuleSpec:
     parts = layer.submodules
-    attention = parts.self_attention
-    if attention.module is not SelfAttention:
-        raise ValueError(f"model.transformer_layer_spec has attention of {attention.module}: expected {SelfAttention}")
+    given = parts.self_attention
+    if given.module is not SelfAttention:
+        raise ValueError(f"model.transformer_layer_spec has attention of {given.module}: expected {SelfAttention}")
 
     def norm_then(add: Any) -> ModuleSpec:
         return ModuleSpec(module=NormThenAdd, params={"add": add, "norm": norm, "config": config})
 
     parts = replace(
         parts,
-        self_attention=replace(attention, module=SelfAttentionOfItsKind),
+        self_attention=replace(given, module=attention),
         self_attn_bda=norm_then(parts.self_attn_bda),
         mlp_bda=norm_then(parts.mlp_bda),
     )

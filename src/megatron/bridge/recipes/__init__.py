@@ -12,6 +12,7 @@ FAMILIES = (
     "deepseek_v2",
     "deepseek_v3",
     "gemma3",
+    "glm4",
     "glm45",
     "gpt_oss",
     "llama",
@@ -25,6 +26,7 @@ FAMILIES = (
     "qwen3_moe",
     "qwen3_next",
     "smollm2",
+    "smollm3",
 )
 """Modules of this package with a `FAMILY` and its `RECIPES`, by name."""
 
