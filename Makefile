@@ -34,7 +34,7 @@ INSTALLED = $(VENV)/.installed-$(CORE)
 venv_of = $(if $(filter $1,$(CORE)),$(VENV),.venv-core-$1)
 
 .PHONY: help install finetune finetune-lora model test quick unit functional test-gpu test-checkpoints test-cpu test-newest \
-	test-resume resume-matrix soak mutants fuzz bench coverage docs wheel lint format clean
+	test-resume resume-matrix test-streams soak mutants fuzz bench coverage docs wheel lint format clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -112,6 +112,13 @@ test-resume: ## run the whole resume matrix, on both versions of megatron-core
 
 resume-matrix: install # one half of it
 	$(BIN)/python -m pytest tests/functional_tests/test_resume_matrix.py --resume-matrix=whole -q \
+		--numprocesses $(JOBS) --dist loadgroup $(ARGS)
+
+# STREAMS=random:7 takes other orders than the latest one.
+STREAMS ?= late
+test-streams: install ## run all cells of the sync and the resume matrix on streams that order only what they promise
+	$(BIN)/python -m pytest tests/functional_tests/test_sync_matrix.py::test_every_way_in \
+		tests/functional_tests/test_resume_matrix.py::test_resumes --streams=$(STREAMS) --resume-matrix=whole -q \
 		--numprocesses $(JOBS) --dist loadgroup $(ARGS)
 
 soak: install ## strike a run with 200 random faults: it must resume each time and end bit-exact

@@ -10,20 +10,17 @@ from tests.rigs.adversarial_streams import adversarial_streams
 from tests.rigs.device_queues import DEFAULT_FIRST, HOST_FIRST, SIDES_FIRST
 from tests.rigs.on_ranks import differing, fill_weights, weights_of
 from tests.rigs.ranks import run_on_ranks
-from tests.rigs.resume import BF16_STATE
 from tests.rigs.sync import Cell, Model, Rig, Run, Stepper, config, offload_options, start
 from tests.rigs.sync_matrix import load, moments
 
-IN_BF16 = Cell(Model(), precision_aware=True, fraction=1.0, overlap=True)
-HALF_IN_BF16 = Cell(Model(), precision_aware=True, fraction=0.5, overlap=True)
+IN_BF16 = Cell(Model(), precision_aware=True, fraction=1.0, overlap=True, in_bf16=True)
+HALF_IN_BF16 = Cell(Model(), precision_aware=True, fraction=0.5, overlap=True, in_bf16=True)
 IN_FP32 = Cell(Model("bf16+fp32"), precision_aware=False, fraction=1.0, overlap=True)
 
 
 def _started(rig: Rig, cell: Cell, **checkpoint: Any) -> Run:
-    state = {} if cell == IN_FP32 else BF16_STATE
-    fully = {"dist_ckpt_optim_fully_reshardable": cell != IN_BF16}
-    offload = {**offload_options(cell), **state}
-    return start(config(rig.directory, rig.model, offload=offload, checkpoint={**fully, **checkpoint}), rig.whole)
+    checkpoint["dist_ckpt_optim_fully_reshardable"] = cell != IN_BF16
+    return start(config(rig.directory, rig.model, offload=offload_options(cell), checkpoint=checkpoint), rig.whole)
 
 
 def _state(run: Run) -> dict[str, torch.Tensor]:

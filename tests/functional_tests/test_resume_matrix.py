@@ -2,16 +2,19 @@
 """Stop and resume: a run that was interrupted ends with the bits of the run that was not.
 
 `tests/rigs/resume_matrix.py` lists the cells, `tests/rigs/resume.py` says what must hold. `make test` runs a cut of the
-matrix, `make test-resume` all of it (--resume-matrix=whole). Stock Core can't do this for any offloaded optimizer (the
-repairs in training/cpu_offload say why); without Transformer Engine or Apex it can't for a plain one either.
+matrix, `make test-resume` all of it (--resume-matrix=whole), and `make test-streams` all of it where streams and events
+order only what they promise (--streams=late), with some more cells: there each cell resumes once, and the runs on the
+ordinary accelerator are what all must equal. Stock Core can't resume any offloaded optimizer (the repairs in
+training/cpu_offload say why); without Transformer Engine or Apex it can't resume a plain one either.
 """
 
 import pytest
 
 from tests.rigs import resume_matrix
+from tests.rigs.in_streams import order_of, run_in
 from tests.rigs.on_ranks import make_pretrained
 from tests.rigs.ranks import end_ranks, run_on_ranks
-from tests.rigs.resume import apart, resume, run_through, without_repairs
+from tests.rigs.resume import apart, resume, run_through, unlike, without_repairs
 from tests.rigs.resume_matrix import LAYOUTS, MODELS, ONE_BUCKET, RESHARDED_AT, SAME, SAVES, Cell, Saved
 
 
@@ -21,6 +24,8 @@ def pytest_generate_tests(metafunc):
     cells = resume_matrix.every_cell()
     if metafunc.config.getoption("--resume-matrix") == "cut":
         cells = resume_matrix.cut(cells)
+    if metafunc.config.getoption("--streams"):
+        cells += resume_matrix.in_streams()
     cells.sort(key=lambda cell: str(cell.saved))  # so that those of one saved run follow each other
     marked = [pytest.param(cell, id=str(cell), marks=pytest.mark.xdist_group(str(cell.saved))) for cell in cells]
     metafunc.parametrize("cell", marked)
@@ -41,7 +46,13 @@ def directory(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run_of(directory):
+def order(request):
+    """Of adversarial streams; None where tests run on the ordinary accelerator."""
+    return order_of(request.config.getoption("--streams"))
+
+
+@pytest.fixture(scope="module")
+def run_of(directory, order):
     """The directory and the name of a saved run, and what each rank saw of it; the last one is kept."""
     kept = {}
 
@@ -49,24 +60,31 @@ def run_of(directory):
         if saved not in kept:
             kept.clear()
             path = directory(saved.kind)
-            whole = run_on_ranks(run_through, LAYOUTS[saved.layout][0], path, str(saved), saved)
+            num_ranks = LAYOUTS[saved.layout][0]
+            whole = run_on_ranks(run_through, num_ranks, path, str(saved), saved)
+            if order is not None:  # this one's saves take the place of the others
+                found = run_on_ranks(run_in, num_ranks, order, run_through, path, f"{saved} in streams", saved)
+                assert unlike(whole, found) == []
             if saved.layout.startswith("DP") and saved.optimizer == "distributed":
                 assert all(seen.padded_buckets for seen in whole), "no bucket but the last is padded"
-            kept[saved] = path, str(saved), whole
+            kept[saved] = path, str(saved) if order is None else f"{saved} in streams", whole
         return kept[saved]
 
     return of
 
 
-def _check(run, cell, step):
-    path, name, whole = run
-    resumed = run_on_ranks(resume, LAYOUTS[cell.layout][0], path, name, cell, step)
+def _check(run, cell, step, order):
+    (path, name, whole), num_ranks = run, LAYOUTS[cell.layout][0]
+    resumed = run_on_ranks(run_in, num_ranks, order, resume, path, name, cell, step, and_still=order is None)
+    if order is not None and cell.layout != cell.saved.layout:
+        expected = run_on_ranks(resume, num_ranks, path, name, cell, step, and_still=False)
+        assert unlike(*([seen for seen, _ in run] for run in (expected, resumed))) == []
     assert apart(whole, [seen for seen, _ in resumed], step, exact=cell.layout == cell.saved.layout) == []
     assert all(seen.moved for seen, _ in resumed), "the run that resumed trained nothing"
     assert [moved for _, moved in resumed if moved] == [], "a step at learning rate 0 changed weights"
 
 
-def test_resumes(cell, run_of, cell_counts):
+def test_resumes(cell, run_of, cell_counts, order):
     run = run_of(cell.saved)
     if cell.refused:
         cell_counts.add(failed=1)
@@ -77,18 +95,18 @@ def test_resumes(cell, run_of, cell_counts):
             assert "\n" not in message
         cell_counts.add(failed=-1, refused=1, because=f"dp_reshardable, {cell.refused}")
         return
-    for step in SAVES if cell.change == SAME else (RESHARDED_AT,):
+    for step in SAVES if cell.change == SAME and order is None else (RESHARDED_AT,):
         cell_counts.add(failed=1)
-        _check(run, cell, step)
+        _check(run, cell, step, order)
         cell_counts.add(failed=-1, passed=1)
 
 
-def test_resumes_in_fresh_processes(run_of):
+def test_resumes_in_fresh_processes(run_of, order):
     """The ranks of the other tests serve many runs; these have seen none."""
     cell = Cell(Saved(precision="fp16", fraction=0.5, form="dp_reshardable"))
     run = run_of(cell.saved)
     end_ranks(2)
-    _check(run, cell, RESHARDED_AT)
+    _check(run, cell, RESHARDED_AT, order)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0])

@@ -1,7 +1,8 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """The sync in every configuration and for every way that weights come in, on Core's own classes, two ranks.
 
-`tests/rigs/sync_matrix.py` says what must hold. A cell that Core can't build is refused by name before anything is
+`tests/rigs/sync_matrix.py` says what must hold. `make test-streams` runs it where streams and events order only what
+they promise (--streams=late), with some more cells. A cell that Core can't build is refused by name before anything is
 built; both kinds are counted at the end of the test run.
 """
 
@@ -11,6 +12,8 @@ import re
 import pytest
 from megatron.core.dist_checkpointing.tensor_aware_state_dict import HAVE_NVRX
 
+from tests.rigs.covering import covering, pairs_of
+from tests.rigs.in_streams import order_of
 from tests.rigs.ranks import run_on_ranks
 from tests.rigs.sync import LAYOUTS, Cell, Model
 from tests.rigs.sync_matrix import WAYS, load_mixed_chain, run_cells
@@ -34,23 +37,50 @@ CELLS += [
     for precision_aware in (False, True)
 ]
 CELLS += [
-    Cell(Model("bf16", kind), precision_aware, 1.0, overlap, streamed)
-    for kind, precision_aware, overlap, streamed in (("dense", False, True, 0.5), ("experts", True, False, 1.0))
+    Cell(Model("bf16", "dense"), precision_aware=False, fraction=1.0, overlap=True, streamed=0.5),
+    Cell(Model("bf16", "experts"), precision_aware=True, fraction=1.0, overlap=True, overlapped_step=True),
 ]
+
+
+def _in_streams():
+    """What `CELLS` lacks of how a step overlaps: each value meets each other that it may meet."""
+    product = [
+        Cell(Model(*model), aware, fraction, overlap=copies or steps, overlapped_step=steps, streamed=part, in_bf16=low)
+        for model, aware, fraction, (copies, steps), part, low in itertools.product(
+            itertools.product(("bf16", "fp16", "bf16+fp32"), ("dense", "experts"), ("TP1", "TP2"), (False, True)),
+            (False, True),
+            (0.5, 1.0),
+            ((False, False), (True, False), (False, True)),
+            (0.0, 0.5, 1.0),
+            (False, True),
+        )
+        if not (steps and part) and (not low or (aware and not part))
+    ]
+    return covering(product, lambda cell: pairs_of({**vars(cell), **vars(cell.model), "model": ""}), besides=CELLS)
+
+
+def pytest_generate_tests(metafunc):
+    if metafunc.function is test_every_way_in:
+        cells = CELLS + (_in_streams() if metafunc.config.getoption("--streams") else [])
+        marked = [pytest.param(cell, id=str(cell), marks=pytest.mark.xdist_group(str(cell.model))) for cell in cells]
+        metafunc.parametrize("cell", marked)
 
 
 @pytest.fixture(scope="module")
 def verdicts_of(request, written_model):
     """What came of each way of a cell. The chosen cells of one model run together: it is built once."""
+    order = order_of(request.config.getoption("--streams"))
     chosen = [
         item.callspec.params["cell"] for item in request.session.items if item.originalname == "test_every_way_in"
     ]
     found = {}
+    timeout_seconds = 3000 if order is None else 30000
 
     def of(cell, ways):
         if str(cell) not in found:
             alike = [one for one in chosen if one.model == cell.model]
-            per_rank = run_on_ranks(run_cells, 2, written_model(cell.model, 2), alike, ways, timeout_seconds=3000)
+            directory = written_model(cell.model, 2)
+            per_rank = run_on_ranks(run_cells, 2, directory, alike, ways, order, timeout_seconds=timeout_seconds)
             for one in alike:
                 verdicts = [verdict for each in per_rank for verdict in each[str(one)].items()]
                 found[str(one)] = {way: verdict for way, verdict in verdicts if verdict != "passed"}
@@ -59,8 +89,7 @@ def verdicts_of(request, written_model):
     return of
 
 
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("cell", CELLS, ids=str)
+@pytest.mark.timeout(36000)
 def test_every_way_in(cell, verdicts_of, cell_counts):
     ways = list(WAYS)
     if not HAVE_NVRX:

@@ -25,15 +25,16 @@ def definition(tree: ast.AST, name: str) -> ast.AST:
     return tree
 
 
-def without_call(name: str) -> Change:
+def without_call(name: str, *, at: int | None = None) -> Change:
     """A statement that is a call of this function goes; of a call inside another expression its first argument stays.
 
     Args:
         name: As it is called: `load_state_dict`, or `scheduler.load_state_dict` to tell it from another.
+        at: Which one, counted from 0, where it is called more than once.
     """
 
     def change(target: ast.AST) -> None:
-        call = _call_of(target, name)
+        call = _call_of(target, name, at)
         statement = next((node for node in _inside(target) if _is_no_more_than(node, call)), None)
         if statement is not None:
             _put(target, statement)
@@ -188,9 +189,12 @@ def _one(found: Iterable[ast.AST], what: str) -> ast.AST:
     return inner[0]
 
 
-def _call_of(target: ast.AST, name: str) -> ast.Call:
+def _call_of(target: ast.AST, name: str, at: int | None = None) -> ast.Call:
     calls = (node for node in _inside(target) if isinstance(node, ast.Call))
-    return _one((call for call in calls if f".{ast.unparse(call.func)}".endswith(f".{name}")), f"a call of {name}")
+    found = [call for call in calls if f".{ast.unparse(call.func)}".endswith(f".{name}")]
+    if at is not None:
+        found = sorted(found, key=lambda call: (call.lineno, call.col_offset))[at : at + 1]
+    return _one(found, f"a call of {name}")
 
 
 def _inside(target: ast.AST) -> Iterator[ast.AST]:

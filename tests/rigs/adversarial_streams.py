@@ -13,6 +13,7 @@ of an overlapped step (`late_worker.py`).
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -20,7 +21,6 @@ from unittest import mock
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_map_only
 
 from megatron.bridge.offload_engine.overlap import worker
 from megatron.bridge.utils import simulated_accelerator
@@ -55,7 +55,23 @@ def _mark_host(tensor: torch.Tensor) -> None:
 
 
 def _tensors(nested: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_flatten(nested)[0] if isinstance(leaf, torch.Tensor)]
+    """Those among arguments or results of an operation, where torch's own trees would take most of the time."""
+    if isinstance(nested, torch.Tensor):
+        return [nested]
+    if isinstance(nested, dict):
+        nested = nested.values()
+    elif not isinstance(nested, list | tuple):
+        return []
+    return [tensor for one in nested for tensor in _tensors(one)]
+
+
+def _mapped(fn: Callable[[torch.Tensor], torch.Tensor], nested: Any) -> Any:
+    """The same with other tensors."""
+    if isinstance(nested, torch.Tensor):
+        return fn(nested)
+    if isinstance(nested, dict):
+        return {name: _mapped(fn, one) for name, one in nested.items()}
+    return type(nested)([_mapped(fn, one) for one in nested]) if isinstance(nested, list | tuple) else nested
 
 
 def _spoil(tensor: torch.Tensor) -> None:
@@ -134,7 +150,7 @@ class _Queueing(TorchDispatchMode):
             held.extend([] if _is_host(tensor) else [alias])
             return alias
 
-        later_args, later_kwargs = tree_map_only(torch.Tensor, captured, (args, kwargs))
+        later_args, later_kwargs = _mapped(captured, (args, kwargs))
         result, new = _promised(func, args, kwargs)
 
         def run() -> None:
@@ -151,6 +167,7 @@ class _Queueing(TorchDispatchMode):
         return result
 
 
+@functools.cache
 def _is_of_metadata(func: Any) -> bool:
     """Whether an operation touches no elements: views, and what reserves memory."""
     returns = func._schema.returns
@@ -160,10 +177,15 @@ def _is_of_metadata(func: Any) -> bool:
 
 def _host_waits(func: Any, args: tuple) -> bool:
     """Whether the host needs values to continue, or the simulation to keep the order of what isn't the device's."""
-    if func.namespace == "c10d" or torch.Tag.nondeterministic_seeded in func.tags:
-        return True
     if func._opname in _INDEXED:  # only masks make shapes of values
         return any(tensor.dtype in (torch.bool, torch.uint8) for tensor in _tensors(args[1]))
+    return _host_waits_for(func)
+
+
+@functools.cache
+def _host_waits_for(func: Any) -> bool:
+    if func.namespace == "c10d" or torch.Tag.nondeterministic_seeded in func.tags:
+        return True
     if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
         return True
     return not all(isinstance(one.type, torch.TensorType | torch.ListType) for one in func._schema.returns)
@@ -171,8 +193,12 @@ def _host_waits(func: Any, args: tuple) -> bool:
 
 def _written(func: Any, args: tuple, kwargs: dict) -> list[torch.Tensor]:
     """The arguments that an operation writes."""
-    given = [_given(at, one, args, kwargs) for at, one in enumerate(func._schema.arguments) if _is_write(one)]
-    return _tensors(given)
+    return _tensors([_given(at, one, args, kwargs) for at, one in _arguments_written(func)])
+
+
+@functools.cache
+def _arguments_written(func: Any) -> list[tuple[int, Any]]:
+    return [(at, one) for at, one in enumerate(func._schema.arguments) if _is_write(one)]
 
 
 def _is_write(one: Any) -> bool:
@@ -190,7 +216,7 @@ def _promised(func: Any, args: tuple, kwargs: dict) -> tuple[Any, list[torch.Ten
     found: Any = [None] * len(returns)
     if not all(map(_is_write, returns)):
         # The shapes come from a trial on zeros: values may be out of range before their time.
-        dummies = tree_map_only(torch.Tensor, _zeros_like, (args, kwargs))
+        dummies = _mapped(_zeros_like, (args, kwargs))
         computed = func(*dummies[0], **dummies[1])
         found = [computed] if len(returns) == 1 else list(computed)
         new = _fresh(func, computed)

@@ -139,6 +139,8 @@ class Event:
         return self._point is None or self._point.is_reached or self._point.stream._let_time_pass()
 
     def elapsed_time(self, end: "Event") -> float:
+        if not all(event._point is not None and event._point.is_reached for event in (self, end)):
+            raise RuntimeError("an event was not recorded or is not reached yet")
         return (end._time_seconds - self._time_seconds) * 1e3
 
 

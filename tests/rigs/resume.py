@@ -23,13 +23,9 @@ from megatron.bridge.utils.parallel_sizes import PARALLEL_SIZES
 from tests.rigs.on_ranks import Recorder, differing
 from tests.rigs.optimizer_state import Slice, slices_of, whole_state
 from tests.rigs.resume_matrix import AXES, BUCKETS, FRACTIONS, LAYOUTS, MODELS, SAVES, STEPS, Cell, Saved
-from tests.rigs.tiny import VOCAB_SIZE, tiny_config
+from tests.rigs.tiny import BF16_STATE, GATHERED_LATE, VOCAB_SIZE, tiny_config
 
 GLOBAL_BATCH = 12
-BF16_STATE = {
-    **dict.fromkeys(("exp_avg_dtype", "exp_avg_sq_dtype", "main_grads_dtype"), torch.bfloat16),
-    "adam_beta2": 0.98,
-}
 LOSS_TOLERANCE = 1e-2
 """Relative, for sums in another order: weights are 16-bit."""
 
@@ -54,6 +50,8 @@ class Seen:
 
 class Witness(Recorder):
     """Sees a run, and saves it where it is told to."""
+
+    reads_weights = False  # but in saves, which wait for them, and at the end
 
     def __init__(self, *, saves: tuple[int, ...] = ()) -> None:
         super().__init__()
@@ -139,7 +137,8 @@ def resume_config(
             "use_distributed_optimizer": is_distributed,
             "optimizer_cpu_offload": fraction > 0,
             "optimizer_offload_fraction": fraction,
-            "overlap_cpu_optimizer_d2h_h2d": saved.overlap and fraction > 0,
+            "overlap_cpu_optimizer_d2h_h2d": (saved.overlap or saved.overlapped_step) and fraction > 0,
+            "overlap_cpu_optimizer_step": saved.overlapped_step and fraction > 0,
             "use_precision_aware_optimizer": saved.precision_aware and fraction > 0,
             "optimizer_streamed_fraction": saved.streamed if fraction > 0 else 0.0,
             **(BF16_STATE if saved.in_bf16 else {}),
@@ -148,7 +147,7 @@ def resume_config(
         scheduler={"lr_warmup_iters": 2, "lr_decay_iters": 10, "override_opt_param_scheduler": still},
         train={"micro_batch_size": GLOBAL_BATCH // data_parallel_size, "global_batch_size": GLOBAL_BATCH},
         dataset={"dataloader_type": "cyclic"},
-        ddp={**ddp, "use_distributed_optimizer": is_distributed},
+        ddp={**ddp, **(GATHERED_LATE if saved.gathered_late else {}), "use_distributed_optimizer": is_distributed},
         checkpoint={
             "save": None,
             "pretrained_checkpoint": f"{directory}/{saved.kind}",
@@ -180,10 +179,14 @@ def run_through(directory: Path, run: str, saved: Saved, **options: Any) -> Seen
     return _finetune(resume_config(directory, Cell(saved), save=f"{directory}/{run}", **options), saves=SAVES)
 
 
-def resume(directory: Path, run: str, cell: Cell, step: int, **options: Any) -> tuple[Seen, dict[str, float]]:
-    """A run that resumes from a save; and what a step at learning rate 0 changes there."""
+def resume(
+    directory: Path, run: str, cell: Cell, step: int, *, and_still: bool = True, **options: Any
+) -> tuple[Seen, dict[str, float]]:
+    """A run that resumes from a save; and, if asked for, what a step at learning rate 0 changes there."""
     options.update(load=f"{directory}/{run}", ckpt_step=step)
     seen = _finetune(resume_config(directory, cell, **options))
+    if not and_still:
+        return seen, {}
     return seen, _finetune(resume_config(directory, cell, still=True, steps=step + 1, **options)).moved
 
 
@@ -204,14 +207,31 @@ def apart(whole: list[Seen], resumed: list[Seen], step: int, *, exact: bool) -> 
     """In what a resumed run is not the uninterrupted one, by rank in both; nothing where it is."""
     wrong = _states("loaded", [seen.saved[step] for seen in whole], [seen.loaded for seen in resumed])
     if exact:
-        wrong += _states("ended", [seen.ended for seen in whole], [seen.ended for seen in resumed])
-        for rank, (one, other) in enumerate(zip(whole, resumed, strict=True)):
-            wrong += [f"rank {rank}, {name}" for name in one.end if one.end[name] != other.end[name]]
-            wrong += [f"rank {rank}, weight {name}" for name in differing(one.weights, other.weights)]
-            wrong += _steps(f"rank {rank}, ", one.by_step[step:], other.by_step)
-        return wrong
+        return wrong + _courses_apart(whole, resumed, step)
     steps, others = _over_ranks(whole), _over_ranks(resumed)
     return wrong + _steps("", steps[step:], others)
+
+
+def unlike(expected: list[Seen], found: list[Seen]) -> list[str]:
+    """In what two runs of the same configuration differ, by rank; nothing where they are bit-exact."""
+    saves = [f"saved at {step}" for step in expected[0].saved]
+    states = [[[*seen.saved.values()] for seen in run] for run in (expected, found)]
+    wrong = [
+        text for at, when in enumerate(saves) for text in _states(when, *([one[at] for one in run] for run in states))
+    ]
+    if expected[0].loaded:
+        wrong += _states("loaded", [seen.loaded for seen in expected], [seen.loaded for seen in found])
+    return wrong + _courses_apart(expected, found, 0)
+
+
+def _courses_apart(whole: list[Seen], resumed: list[Seen], step: int) -> list[str]:
+    """In what the steps from one on, and what they come to, are not the same, by rank."""
+    wrong = _states("ended", [seen.ended for seen in whole], [seen.ended for seen in resumed])
+    for rank, (one, other) in enumerate(zip(whole, resumed, strict=True)):
+        wrong += [f"rank {rank}, {name}" for name in one.end if one.end[name] != other.end[name]]
+        wrong += [f"rank {rank}, weight {name}" for name in differing(one.weights, other.weights)]
+        wrong += _steps(f"rank {rank}, ", one.by_step[step:], other.by_step)
+    return wrong
 
 
 def _states(when: str, whole: list[list[Slice]], resumed: list[list[Slice]]) -> list[str]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from tests.rigs.covering import covering, pairs_of
 from tests.rigs.tiny import fp32_norm_layer_spec
 
 STEPS, SAVES = 5, (0, 1, 3)
@@ -78,15 +79,20 @@ class Saved:
     """Of the offloaded part, what the device steps on."""
     in_bf16: bool = False
     """Whether the host keeps moments and gradients in BF16."""
+    overlapped_step: bool = False
+    """Whether the step returns early."""
+    gathered_late: bool = False
+    """Whether data-parallel ranks gather weights in the next forward pass."""
 
     def __str__(self) -> str:
         mode = "aware" if self.precision_aware else "shards"
-        overlap = "overlap" if self.overlap else "serial"
+        overlap = "overlapped_step" if self.overlapped_step else "overlap" if self.overlap else "serial"
         model = f"{self.kind}-{self.layout}".replace(", ", "+").replace(" ", "")
         if self.optimizer != "distributed":
             return f"{model}-{self.precision}-{self.optimizer}"
         mode += "+BF16" if self.in_bf16 else ""
         streamed = f"-streamed-{self.streamed}" if self.streamed else ""
+        streamed += "-gathered_late" if self.gathered_late else ""
         return f"{model}-{self.precision}-{mode}-{self.fraction}-{overlap}-{self.form.partition('_')[0]}{streamed}"
 
 
@@ -233,19 +239,37 @@ def cut(cells: list[Cell]) -> list[Cell]:
     Of what is refused, one of each kind; of what isn't distributed, a few.
     """
     product = [cell for cell in cells if cell not in (*OTHERS, *IN_BF16, *NOT_DISTRIBUTED)]
-    left = {pair for cell in product for pair in _pairs(cell)}
-    chosen: list[Cell] = []
-    while left:
-        runs = {cell.saved for cell in chosen}
-        best = max(product, key=lambda cell: (len(left & _pairs(cell)), cell.saved in runs))
-        chosen.append(best)
-        left -= _pairs(best)
+    chosen = covering(product, _pairs, rather=lambda cell, chosen: cell.saved in {one.saved for one in chosen})
     return chosen + OTHERS + NOT_DISTRIBUTED_IN_SHORT
 
 
 def _pairs(cell: Cell) -> set[Any]:
     if cell.refused:
         return {cell.refused}
-    values = [*vars(cell.saved).items(), ("change", cell.change)]
-    values.remove(("in_bf16", False))
-    return set(itertools.combinations(values, 2))
+    return pairs_of({**vars(cell.saved), "change": cell.change})
+
+
+def in_streams() -> list[Cell]:
+    """What the whole matrix lacks of how a step overlaps: each value meets each other that it may meet."""
+    product = [
+        Cell(Saved("experts", "EP 2", "bf16", "distributed", fraction, aware, overlap, form, *how), change)
+        for fraction, aware, overlap, form, how, change in itertools.product(
+            (0.5, 1.0),
+            (False, True),
+            (False, True),
+            ("dp_reshardable", "fully_reshardable"),
+            itertools.product((0.0, 0.5, 1.0), (False, True), (False, True), (False, True)),
+            (SAME, "TP 2, EP 2", "offload off"),
+        )
+    ]
+    return covering([cell for cell in product if _is_possible(cell)], _pairs, besides=every_cell())
+
+
+def _is_possible(cell: Cell) -> bool:
+    saved = cell.saved
+    is_in_fp32 = cell.change == "offload off"
+    return (
+        not cell.refused
+        and (not saved.in_bf16 or (saved.precision_aware and not saved.streamed and not is_in_fp32))
+        and (not saved.overlapped_step or (saved.overlap and not saved.streamed))
+    )

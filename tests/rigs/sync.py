@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron.bridge.checkpoint import model_checkpoint
-from megatron.bridge.offload_engine.overlap.connect import wait_for_overlapped_step
 from tests.rigs.on_ranks import forget_last_forward, weights_of
-from tests.rigs.tiny import fp32_norm_layer_spec, tiny_config
+from tests.rigs.tiny import BF16_STATE, GATHERED_LATE, fp32_norm_layer_spec, tiny_config
 
 SIZES = {
     "num_layers": 1,
@@ -58,6 +57,8 @@ class Model:
     kind: str = "dense"
     """dense, or experts (expert parallel 2)."""
     layout: str = "TP1"
+    gathered_late: bool = False
+    """Whether data-parallel ranks gather weights in the next forward pass."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,17 @@ class Cell:
     overlapped_step: bool = False
     """Whether the step returns early."""
     streamed: float = 0.0
+    in_bf16: bool = False
+    """Whether the host keeps moments and gradients in BF16."""
 
     def __str__(self) -> str:
         mode = "precision_aware" if self.precision_aware else "fp32_shards"
+        mode += "+BF16" if self.in_bf16 else ""
         overlap = "overlapped_step" if self.overlapped_step else "overlap" if self.overlap else "serial"
         model = f"{self.model.precision}-{self.model.kind}-{self.model.layout}".replace(" ", "_")
         streamed = f"-streamed-{self.streamed}" if self.streamed else ""
-        return f"{model}-{mode}-{self.fraction}-{overlap}{streamed}"
+        gathered = "-gathered_late" if self.model.gathered_late else ""
+        return f"{model}-{mode}-{self.fraction}-{overlap}{streamed}{gathered}"
 
 
 class Run(NamedTuple):
@@ -119,6 +124,7 @@ def config(directory: Path, model: Model, *, offload: dict[str, Any], checkpoint
         optimizer=offload,
         train={"micro_batch_size": 4 if model.layout.startswith("TP2") else 2, "global_batch_size": 4},
         tokenizer={"vocab_size": SIZES["vocab_size"]},
+        ddp=GATHERED_LATE if model.gathered_late else {},
         checkpoint=checkpoint,
     )
     cfg.mixed_precision = get_mixed_precision_config("fp16_mixed" if model.precision == "fp16" else "bf16_mixed")
@@ -138,6 +144,7 @@ def offload_options(cell: Cell) -> dict[str, Any]:
         "overlap_cpu_optimizer_step": cell.overlapped_step,
         "use_precision_aware_optimizer": cell.precision_aware,
         "optimizer_streamed_fraction": cell.streamed,
+        **(BF16_STATE if cell.in_bf16 else {}),
     }
 
 
@@ -261,9 +268,10 @@ class Stepper:
         assert updated, "a step was skipped: the loss scale is too high for this model"
 
     def settle(self) -> None:
-        """Wait for the weights of the last step, where it returned early."""
-        if self._run.cfg.optimizer.overlap_cpu_optimizer_step:
-            wait_for_overlapped_step(self._run.optimizer)
+        """Wait for the weights of the last step, where they are late."""
+        from megatron.bridge.training.cpu_offload.overlapped_steps import wait_for_weights
+
+        wait_for_weights(self._run.cfg, self._run.model, self._run.optimizer)
 
     def trace(self, *, only_last: bool = False) -> Trace:
         """One step with learning rate 0, then the real ones.

@@ -12,6 +12,15 @@ from megatron.bridge.data.config import DatasetProvider, TokenizerConfig
 SEQ_LENGTH = 16
 VOCAB_SIZE = 128
 
+BF16_STATE = {
+    **dict.fromkeys(("exp_avg_dtype", "exp_avg_sq_dtype", "main_grads_dtype"), torch.bfloat16),
+    "adam_beta2": 0.98,
+}
+"""Options of an optimizer whose host keeps moments and gradients in BF16."""
+
+GATHERED_LATE = {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 3000}
+"""Options of DDP whose ranks gather weights, bucket by bucket, in the next forward pass."""
+
 
 def tiny_config(directory: str | Path, *, train_iters: int = 3, **sections: dict[str, Any]) -> Any:
     """A run of a tiny Llama in bf16 with the distributed optimizer, saving below `directory`.

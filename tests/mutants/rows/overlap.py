@@ -9,6 +9,8 @@ _RUNS = "tests/functional_tests/test_overlapped_step.py::test_"
 _RUN = f"{_RUNS}weights_are_there_when_they_are_read"
 _HYBRID = "offload_engine.overlap.hybrid"
 _ARRIVALS = "offload_engine.overlap.arrivals"
+_CONNECT = "offload_engine.overlap.connect"
+_WORKER = "tests/unit_tests/offload_engine/overlap/test_worker.py::test_"
 _SENT = "tests/unit_tests/offload_engine/overlap/test_hybrid.py::test_"
 _CALLBACKS = "tests/unit_tests/training/test_callbacks.py::test_"
 
@@ -61,6 +63,20 @@ OVERLAP = (
         f"{_STEP}[default]",
     ),
     _overlapped(
+        "no wait in what readers of state call",
+        "state is read before it is stepped on",
+        f"{_HYBRID}:OverlappedStep.finish",
+        without_call("arrive"),
+        f"{_STEP}[default]",
+    ),
+    _overlapped(
+        "a worker that isn't ready",
+        "the process gets the number of threads of the worker",
+        "offload_engine.overlap.worker:HostWorker.__init__",
+        without_call("result"),
+        f"{_WORKER}it_is_ready_once_it_is_built",
+    ),
+    _overlapped(
         "masters in 32 bits",
         "twice as many bytes cross, by way of pageable memory",
         f"{_HYBRID}:Crossing.__init__",
@@ -73,6 +89,20 @@ OVERLAP = (
         f"{_ARRIVALS}:Arrivals.wait_for",
         without_call("_arrive"),
         f"{_RUN}[by layer]",
+    ),
+    _overlapped(
+        "no wait of modules",
+        "their hooks wait for nothing",
+        f"{_CONNECT}:_WaitFor.__call__",
+        without_call("wait_for"),
+        f"{_RUN}[by layer]",
+    ),
+    _overlapped(
+        "no wait of a model's state",
+        "`state_dict` has the weights of before the step",
+        f"{_CONNECT}:_WaitFor.__call__",
+        without_call("wait_for_all"),
+        f"{_RUN}[in a gather for each bucket]",
     ),
     _overlapped(
         "no gather for a layer",

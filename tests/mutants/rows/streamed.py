@@ -6,6 +6,8 @@ from tests.mutants.rows.mutant import Mutant
 
 _BITS = "tests/functional_tests/test_streamed_state.py::test_the_bits_are_those_without_offload_in_any_order"
 
+_UNITS = "tests/unit_tests/offload_engine/test_"
+
 
 def _mutant(what: str, breaks: str, where: str, change: Change) -> Mutant:
     return Mutant(f"streamed state, {what}", breaks, f"megatron.bridge.offload_engine.{where}", change, (_BITS,))
@@ -37,10 +39,40 @@ STREAMED = (
         without_call("synchronize"),
     ),
     _mutant(
+        "no wait at the end of a step",
+        "the host reads, saves or loads over what is still on its way",
+        "streamed_step:StreamedStep._sync_sub_optimizers_state_to_hdo",
+        without_call("wait"),
+    ),
+    _mutant(
         "the host's kernel",
         "state that is to be streamed is stepped on by the host, which rounds otherwise",
         "streamed_step:_count_first",
         returning("0"),
+    ),
+    *(
+        Mutant(
+            f"placement, a measurement that {what}",
+            "an option's cost is taken for another's",
+            "megatron.bridge.offload_engine.ceilings:_seconds",
+            without_call("synchronize", at=at),
+            (f"{_UNITS}ceilings.py::test_a_measurement_begins_and_ends_where_nothing_else_is_under_way",),
+        )
+        for at, what in enumerate(("begins too early", "ends too early", "leaves copies under way"))
+    ),
+    *(
+        Mutant(
+            f"placement, {what}",
+            "what was met can't be read",
+            f"megatron.bridge.offload_engine.met:{where}",
+            without_call(call),
+            (f"{_UNITS}met.py::test_times_are_read_once_the_device_is_there_and_once",),
+        )
+        for what, where, call in (
+            ("no beginning", "report_what_was_met.before", "record"),
+            ("no end", "report_what_was_met.after", "record"),
+            ("no wait for the end", "_log", "synchronize"),
+        )
     ),
     Mutant(
         "placement, a resume",
