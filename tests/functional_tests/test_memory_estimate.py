@@ -30,6 +30,7 @@ EXPERTS = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 96
 
 BF16_ON_HOST = dict.fromkeys(("exp_avg_dtype", "exp_avg_sq_dtype", "main_grads_dtype"), torch.bfloat16)
 BF16_ON_HOST["adam_beta2"] = 0.98
+BF16_ON_HOST["optimizer_split_masters"] = True
 
 
 def _offload(fraction, **options):
@@ -97,15 +98,23 @@ def _held_after_a_step(case):
     optimizer.step()
     wait_for_overlapped_step(optimizer)
     gc.collect()
-    held = {}
+    held, given_back = {}, _given_back(optimizer)
     for tensor in _tensors():
         storage = tensor.untyped_storage()
-        if storage._cdata not in known:
+        if storage._cdata not in known and storage.data_ptr() not in given_back:
             is_on_device, num_bytes = held.get(storage._cdata, (True, 0))
             held[storage._cdata] = (is_on_device and tensor.is_cuda, storage.nbytes())
     sides = [sum(size for on_device, size in held.values() if on_device == side) for side in (True, False)]
     destroy_global_state()
     return sides
+
+
+def _given_back(optimizer):
+    """Where the FP32 masters lie that are split now."""
+    hybrids = [getattr(one, "optimizer", None) for one in getattr(optimizer, "chained_optimizers", [])]
+    buckets = [bucket for hybrid in hybrids for bucket in vars(hybrid or object).get("_buckets", ())]
+    split = [bucket for bucket in buckets if bucket.split_masters is not None and bucket.split_masters.is_split]
+    return {master.data_ptr() for bucket in split for master in bucket.masters}
 
 
 def _tensors():

@@ -13,6 +13,7 @@ from tests.rigs.device_queues import HOST_FIRST
 from tests.rigs.late_worker import LateWorker
 from tests.rigs.on_ranks import Recorder, differing, weights_of
 from tests.rigs.ranks import run_on_ranks
+from tests.rigs.resume import BF16_STATE
 from tests.rigs.tiny import tiny_config
 
 SMALL_BUCKETS = {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 3000}
@@ -29,6 +30,8 @@ class Case(NamedTuple):
     """Evaluations and saves."""
     swaps: bool = False
     """Take all weights after the second step, and load them back into the model after the third."""
+    formats: dict[str, Any] = {}
+    """Of the state on the host."""
 
 
 CASES = {
@@ -37,7 +40,7 @@ CASES = {
         1.0,
         occasions={"validation": {"eval_interval": 2, "eval_iters": 1}, "checkpoint": {"save_interval": 2}},
     ),
-    "in a gather for each bucket": Case(True, 0.5, ddp=SMALL_BUCKETS, swaps=True),
+    "in a gather for each bucket": Case(True, 0.5, ddp=SMALL_BUCKETS, swaps=True, formats=BF16_STATE),
     "by layer": Case(False, 0.5, model={"tensor_model_parallel_size": 2}),
 }
 
@@ -70,7 +73,14 @@ class ReadsEachStep(Recorder):
 
 
 def _run(
-    directory: str, case: Case, *, overlapped: bool, late: bool = False, reads: bool = False, **checkpoint: Any
+    directory: str,
+    case: Case,
+    *,
+    overlapped: bool,
+    late: bool = False,
+    reads: bool = False,
+    splits: bool = False,
+    **checkpoint: Any,
 ) -> Recorder:
     from megatron.bridge.offload_engine import step
     from megatron.bridge.offload_engine.overlap import worker
@@ -91,6 +101,8 @@ def _run(
             "use_precision_aware_optimizer": case.precision_aware,
             "overlap_cpu_optimizer_d2h_h2d": True,
             "overlap_cpu_optimizer_step": overlapped,
+            "optimizer_split_masters": splits,
+            **case.formats,
         },
         **sections,
     )
@@ -136,7 +148,7 @@ def test_weights_that_ranks_gather_in_the_next_forward_pass_are_there_before(tmp
     saves = f"{tmp_path}/saved"
     case = CASES["in a gather for each bucket"]._replace(occasions={"checkpoint": {"save_interval": 2}}, swaps=False)
     expected = run_on_ranks(_run, 2, str(tmp_path), _gathered_at_once(case), overlapped=False)
-    found = run_on_ranks(_run, 2, str(tmp_path), case, overlapped=False, reads=True, save=saves)
+    found = run_on_ranks(_run, 2, str(tmp_path), case, overlapped=False, reads=True, splits=True, save=saves)
     assert _apart(found, expected) == []
     for run in found:
         assert differing(run.weights_before, run.weights_after) == {}
@@ -148,8 +160,8 @@ def _apart_by_streams(directory: str) -> list[str]:
     case = Case(True, 0.5, occasions={"validation": {"eval_interval": 2, "eval_iters": 1}})
     expected = _run(directory, case, overlapped=False)
     with adversarial_streams(HOST_FIRST):
-        found = _run(directory, case, overlapped=True)
-    return _apart([found], [expected])
+        found = [_run(directory, case, overlapped=True, splits=splits) for splits in (False, True)]
+    return _apart(found, [expected, expected])
 
 
 def test_a_whole_run_waits_for_all_it_needs(tmp_path):

@@ -142,6 +142,8 @@ def resume_config(
             "use_precision_aware_optimizer": saved.precision_aware and fraction > 0,
             "optimizer_streamed_fraction": saved.streamed if fraction > 0 else 0.0,
             **(BF16_STATE if saved.in_bf16 else {}),
+            # What resumes stores masters in the other way.
+            "optimizer_split_masters": saved.in_bf16 and saved.overlap == ("load" not in load),
             **({"lr": 0.0, "min_lr": 0.0, "weight_decay": 0.0} if still else {}),
         },
         scheduler={"lr_warmup_iters": 2, "lr_decay_iters": 10, "override_opt_param_scheduler": still},

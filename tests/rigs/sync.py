@@ -76,6 +76,12 @@ class Cell:
     in_bf16: bool = False
     """Whether the host keeps moments and gradients in BF16."""
 
+    @property
+    def splits_masters(self) -> bool:
+        """Some of those that can."""
+        can_split = self.precision_aware and not self.streamed and self.model.precision != "fp16"
+        return can_split and self.fraction == 0.5 and (self.overlap or self.overlapped_step)
+
     def __str__(self) -> str:
         mode = "precision_aware" if self.precision_aware else "fp32_shards"
         mode += "+BF16" if self.in_bf16 else ""
@@ -144,6 +150,7 @@ def offload_options(cell: Cell) -> dict[str, Any]:
         "overlap_cpu_optimizer_step": cell.overlapped_step,
         "use_precision_aware_optimizer": cell.precision_aware,
         "optimizer_streamed_fraction": cell.streamed,
+        "optimizer_split_masters": cell.splits_masters,
         **(BF16_STATE if cell.in_bf16 else {}),
     }
 

@@ -26,6 +26,7 @@ MUTANTS = (
     *resume.THE_REPAIRS,
     *resume.THE_FLAT_STEP,
     *resume.THE_STATE_FORMATS,
+    *resume.THE_SPLIT_MASTERS,
     *resume.THE_WAITS,
     *overlap.OVERLAP,
     *resume.THE_RESUME,

@@ -58,7 +58,7 @@ OVERLAP = (
     _overlapped(
         "no wait of readers of state",
         "state is read before it is stepped on",
-        f"{_HYBRID}:_ReadAfterTheStep.__get__",
+        f"{_HYBRID}:OverlappedStep.prepare_read",
         without_call("finish"),
         f"{_STEP}[default]",
     ),

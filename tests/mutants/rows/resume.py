@@ -126,7 +126,7 @@ THE_STATE_FORMATS = (
     _formats(
         "moments not stored",
         "moments in BF16 stay zero",
-        "piecewise_adam:step_in_pieces",
+        "piecewise_adam:step_on_piece",
         without_call("piece.copy_"),
         "pieces_have_the_bits_of_one_call[dtype1]",
     ),
@@ -136,6 +136,51 @@ THE_STATE_FORMATS = (
         "adam:FlatAdam._step_in_pieces",
         without_operand("has_all_gradients"),
         "a_run_is_that_in_fp32_with_rounded_moments",
+    ),
+)
+
+
+_SPLIT = "tests/unit_tests/offload_engine/test_split_masters.py::test_"
+_SAME_BITS, _SEEN = f"{_SPLIT}a_run_has_the_bits_of_fp32_masters", f"{_SPLIT}memory_is_given_back_and_weights_that_"
+
+
+def _split(what: str, breaks: str, where: str, change: Change, test: str = _SAME_BITS) -> Mutant:
+    return Mutant(f"split masters, {what}", breaks, f"megatron.bridge.offload_engine.{where}", change, (test,))
+
+
+THE_SPLIT_MASTERS = (
+    _split(
+        "ties rounded down",
+        "a master midway between two weights comes back as the one between the next two",
+        "split_masters:split",
+        condition("is_lost", becomes="True"),
+        f"{_SPLIT}weight_and_rest_give_back_every_master[32768]",
+    ),
+    _split(
+        "weights that changed",
+        "rests are added to weights that they don't belong to",
+        "split_masters:SplitMasters._join_piece",
+        condition("checksum"),
+        f"{_SEEN}changed_are_seen",
+    ),
+    _split(
+        "memory kept",
+        "masters take 6 bytes instead of 2",
+        "split_masters:SplitMasters._split",
+        without_call("_memory.give_back"),
+        f"{_SEEN}changed_are_seen",
+    ),
+    _split(
+        "not joined for a reader",
+        "whoever reads masters between steps finds zeros",
+        "split_step:SplitStep.prepare_read",
+        condition("_is_stepping"),
+    ),
+    _split(
+        "no wait for weights",
+        "masters are joined from weights of another piece, and weights overwritten before they have crossed",
+        "weight_transit:Passage.wait",
+        without_call("synchronize"),
     ),
 )
 

@@ -11,7 +11,7 @@ multiple of `ALIGNMENT`, join a run. All others stay separate entries in the ker
 """
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice, pairwise, repeat
 from operator import attrgetter, is_, is_not, itemgetter
 from typing import Any
@@ -19,8 +19,11 @@ from typing import Any
 import torch
 
 from megatron.bridge.offload_engine.host_memory import ALIGNMENT, Slab
+from megatron.bridge.offload_engine.neighbours import breaks, is_in_one_storage
 from megatron.bridge.offload_engine.piecewise_adam import step_in_pieces
+from megatron.bridge.offload_engine.split_masters import SplitMasters
 from megatron.bridge.offload_engine.state_formats import FP32_STATE, StateFormats
+from megatron.bridge.offload_engine.weight_transit import Transit
 from megatron.bridge.utils import device
 
 State = dict[str, Any]
@@ -51,6 +54,9 @@ class Bucket:
 
     rounds_on_the_host = False
     """Round the masters of 16-bit parameters into host memory of their own before they cross: half as many bytes."""
+
+    split_masters: SplitMasters | None = None
+    """Stores the masters between steps as what weights lack, and sends the weights to the device."""
 
     def __init__(
         self,
@@ -111,6 +117,39 @@ class Bucket:
         return {name: slab.run(0, len(self.params)) for name, slab in slabs.items()}
 
     @property
+    def entry_sizes(self) -> list[int]:
+        """Elements of what a step takes one by one: the run, then each other parameter."""
+        run, alone = self._masters.sizes[: self._in_run], self._masters.sizes[self._in_run :]
+        return [sum(run), *alone] if run else alone
+
+    def entries(self) -> list[torch.Tensor]:
+        """The masters of each entry (see `entry_sizes`), flat, FP32."""
+        alone = [tensor.view(-1) for tensor in self._masters.tensors[self._in_run :]]
+        return [self._masters.run(0, self._in_run), *alone] if self._in_run else alone
+
+    def weights_of_entries(self) -> list[list[torch.Tensor]]:
+        """For each of the `entries`, flat views of the parameters on the device; neighbours are joined."""
+        with device.bypass_simulation():
+            flat = [param.data.view(-1) for param in self.params]
+            run: list[torch.Tensor] = []
+            for start, stop in self._neighbours(self._masters, self.params[: self._in_run]):
+                size = sum(self._masters.sizes[start:stop])
+                is_one = stop - start > 1 and is_in_one_storage(flat[start], size)
+                run += [flat[start].as_strided((size,), (1,))] if is_one else flat[start:stop]
+        alone = [[weight] for weight in flat[self._in_run :]]
+        return [run, *alone] if run else alone
+
+    def split_through(self, transit: Transit) -> None:
+        """From now on store masters as what weights lack; needs BF16 parameters. Weights cross through `transit`."""
+        self._masters.unpin()  # it is given back to the system
+        self.split_masters = SplitMasters(self, self._masters, transit)
+
+    @property
+    def takes_pieces(self) -> bool:
+        """Whether torch can't step on it as it is stored."""
+        return not self.formats.are_fp32 or self.split_masters is not None
+
+    @property
     def has_all_gradients(self) -> bool:
         """Whether every parameter has had a gradient since the last `forget_gradients`."""
         return len(self._have_gradient) == len(self.params)
@@ -152,6 +191,8 @@ class Bucket:
 
         Returns at once, or once they are rounded. The masters must not change before the stream has finished.
         """
+        if self.split_masters is not None:
+            return  # its step has queued them
         slab = self._masters
         with device.bypass_simulation():
             if self.rounds_on_the_host and self.params[0].dtype != torch.float32:
@@ -164,7 +205,7 @@ class Bucket:
         """Source and target tensors of a copy; tensors that are neighbours on both sides are joined into one."""
         on_host, on_device = slab.tensors[self._in_run :], tensors[self._in_run :]
         for start, stop in self._neighbours(slab, tensors[: self._in_run]):
-            if stop - start > 1 and _is_in_one_storage(tensors[start], sum(slab.sizes[start:stop])):
+            if stop - start > 1 and is_in_one_storage(tensors[start], sum(slab.sizes[start:stop])):
                 on_host.append(slab.run(start, stop))
                 on_device.append(tensors[start].as_strided(on_host[-1].shape, (1,)))
             else:
@@ -180,7 +221,7 @@ class Bucket:
         begins = [tensors[0].dtype, *map(torch.Tensor.data_ptr, tensors)] if tensors else []
         known, ranges = self._known.get(slab, ([], []))
         if known != begins:
-            ranges = list(pairwise([0, *_breaks(tensors), len(tensors)]))
+            ranges = list(pairwise([0, *breaks(tensors), len(tensors)]))
             self._known[slab] = begins, ranges
         return ranges
 
@@ -284,7 +325,7 @@ class FlatAdam(torch.optim.Optimizer):
 
     def _init_group(self, group: dict[str, Any], *arguments: Any) -> bool:
         """Fill the lists that torch's `adam` takes: parameters, gradients, moments, largest moments, counters."""
-        if not self._starts[group["params"][0]][0].formats.are_fp32:
+        if self._starts[group["params"][0]][0].takes_pieces:
             self._step_in_pieces(group)
             return False  # nothing is left for torch's `adam` to step on
         bucket = self._bucket_to_step_on(group)
@@ -301,7 +342,9 @@ class FlatAdam(torch.optim.Optimizer):
         """Step on a bucket whose state isn't FP32. It has only this way, whatever it lacks."""
         bucket, start = self._starts[group["params"][0]]
         if group["amsgrad"]:
-            raise RuntimeError(f"amsgrad with {bucket.formats} on the host isn't built: use FP32 there")
+            raise RuntimeError(
+                f"amsgrad with {str(bucket.formats) or 'split masters'} on the host isn't built: use FP32"
+            )
         found = self._states(bucket, start)
         for at, (master, state) in enumerate(zip(bucket.masters, found, strict=True)):
             if not state and bucket.has_gradient(at):
@@ -309,7 +352,11 @@ class FlatAdam(torch.optim.Optimizer):
         if not bucket.place([state or bucket.initial_state(at) for at, state in enumerate(found)]):
             raise RuntimeError(f"an optimizer with {bucket.formats} on the host lacks a moment or a step counter")
         together = bucket.has_all_gradients and bucket.counters_agree()
-        step_in_pieces(bucket.step_lists() if together else bucket.separate_lists(), group)
+        lists = bucket.step_lists() if together else bucket.separate_lists()
+        if bucket.split_masters is None:
+            step_in_pieces(lists, group)
+        else:
+            bucket.split_masters.step(lists, group, whole=together)
 
     def _bucket_to_step_on(self, group: dict[str, Any]) -> Bucket | None:
         """A group's bucket with all its state in the slabs; None if its masters must be stepped on one by one.
@@ -343,20 +390,3 @@ def gradients_of(params: list[torch.Tensor]) -> list[Any]:
     if all(map(is_not, gradients, repeat(None))):
         return gradients
     return [getattr(param, "decoupled_grad", param.grad) for param in params]
-
-
-def _breaks(tensors: list[torch.Tensor]) -> Iterator[int]:
-    """The indices of tensors that don't begin, in memory, where the one before them ends."""
-    for at, (one, following) in enumerate(pairwise(tensors), start=1):
-        is_dense = one.is_contiguous() and following.is_contiguous() and one.dtype == following.dtype
-        if not is_dense or one.data_ptr() + one.nbytes != following.data_ptr():
-            yield at
-
-
-def _is_in_one_storage(first: torch.Tensor, size: int) -> bool:
-    """Whether a view that starts at `first` can span `size` elements: its neighbours share its storage.
-
-    Neighbouring addresses alone don't say so: two allocations can be adjacent by chance.
-    """
-    storage = first.untyped_storage()
-    return first.data_ptr() + size * first.element_size() <= storage.data_ptr() + storage.nbytes()

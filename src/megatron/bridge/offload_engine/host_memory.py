@@ -63,6 +63,16 @@ class Slab:
             return torch.empty(0, device="cpu", dtype=self.dtype)
         return device.host_tensor(self._pages, self._places[start], size, dtype=self.dtype)
 
+    def give_back(self) -> None:
+        """Give the memory back to the system until it is written again. What it held is lost; it mustn't be pinned."""
+        if self._pages is not None:
+            self._pages.madvise(mmap.MADV_DONTNEED)
+
+    def unpin(self) -> None:
+        """Let it be pageable from now on."""
+        if self._pages is not None:
+            self._pages.unlock()
+
 
 class _Pages(mmap.mmap):
     """Zeroed memory from the system, private to this process. It is freed with the last tensor in it."""
@@ -75,6 +85,10 @@ class _Pages(mmap.mmap):
             pages._locked_at = device.lock_pages(pages)
         return pages
 
-    def __del__(self) -> None:
+    def unlock(self) -> None:
         if self._locked_at is not None:
             device.unlock_pages(self._locked_at)
+            self._locked_at = None
+
+    def __del__(self) -> None:
+        self.unlock()

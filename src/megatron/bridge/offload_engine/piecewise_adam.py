@@ -25,18 +25,48 @@ def step_in_pieces(lists: dict[str, list[torch.Tensor]], options: dict[str, Any]
             gradients are changed, and moments are rounded to nearest even.
         options: The param group, which has torch's options of AdamW.
     """
-    size = PIECE_ELEMENTS * torch.get_num_threads()
+    size = piece_elements()
     kinds = ("master", "gradient", "exp_avg", "exp_avg_sq")
     with device.bypass_simulation():
-        rooms = [torch.empty(size, device="cpu", dtype=torch.float32) for _ in kinds]  # unwritten pages take no memory
+        rooms = rooms_for(len(kinds) - 1)
         for *stored, step in zip(*(lists[kind] for kind in (*kinds, "step")), strict=True):
             step += 1
-            for pieces in zip(*(tensor.view(-1).split(size) for tensor in stored), strict=True):
-                wide = [_in_fp32(piece, room) for piece, room in zip(pieces, rooms, strict=True)]
-                _step_on(wide, step, options)
-                for piece, moment in zip(pieces[2:], wide[2:], strict=True):
-                    if moment is not piece:
-                        piece.copy_(moment)
+            for master, *pieces in zip(*(tensor.view(-1).split(size) for tensor in stored), strict=True):
+                step_on_piece(master, pieces, step, options, rooms=rooms)
+
+
+def piece_elements() -> int:
+    """Elements of a piece, for the threads of this one."""
+    return PIECE_ELEMENTS * torch.get_num_threads()
+
+
+def rooms_for(count: int) -> list[torch.Tensor]:
+    """FP32 memory for so many pieces. Pages that nobody writes take no memory."""
+    return [torch.empty(piece_elements(), device="cpu", dtype=torch.float32) for _ in range(count)]
+
+
+def step_on_piece(
+    master: torch.Tensor,
+    stored: list[torch.Tensor],
+    step: torch.Tensor,
+    options: dict[str, Any],
+    *,
+    rooms: list[torch.Tensor],
+) -> None:
+    """Take a step on a piece.
+
+    Args:
+        master: FP32, [N].
+        stored: Its gradient and both moments, FP32 or 16-bit, [N]. Moments are changed.
+        step: The counter, incremented already.
+        options: The param group.
+        rooms: FP32, at least [N], one for each of `stored`.
+    """
+    wide = [_in_fp32(piece, room) for piece, room in zip(stored, rooms, strict=True)]
+    _step_on([master, *wide], step, options)
+    for piece, moment in zip(stored[1:], wide[1:], strict=True):
+        if moment is not piece:
+            piece.copy_(moment)
 
 
 def _in_fp32(piece: torch.Tensor, room: torch.Tensor) -> torch.Tensor:

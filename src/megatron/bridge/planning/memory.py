@@ -32,6 +32,7 @@ WITHOUT_OFFLOAD: dict[str, Any] = {
     "optimizer_cpu_offload": False,
     "optimizer_offload_fraction": 0.0,
     "optimizer_streamed_fraction": 0.0,
+    "optimizer_split_masters": False,
     "use_precision_aware_optimizer": False,
 }
 UNLIMITED = 1 << 60

@@ -13,6 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.bridge.core_repairs.install import install_repairs, repaired_construction
 from megatron.bridge.offload_engine.host_threads import plan_host_threads, step_with
 from megatron.bridge.offload_engine.overlap.connect import overlap_steps
+from megatron.bridge.offload_engine.split_step import SplitStep, split_masters_of
 from megatron.bridge.offload_engine.state_formats import formats_asked_for, formats_of, keep_state_in
 from megatron.bridge.offload_engine.streamed_step import StreamedStep, stream_buckets
 from megatron.bridge.training.config import (
@@ -81,6 +82,8 @@ def setup_optimizer(
     if optimizer_config.optimizer_cpu_offload:
         for hybrid in find_hybrid_optimizers(optimizer):
             keep_state_in(hybrid.optimizer, formats_asked_for(optimizer_config))
+            if optimizer_config.optimizer_split_masters:
+                split_masters_of(hybrid.optimizer)
         if optimizer_config.optimizer_streamed_fraction:
             for found in find_hybrid_optimizers(optimizer):
                 stream_buckets(found.optimizer, optimizer_config.optimizer_streamed_fraction)
@@ -174,8 +177,9 @@ def describe_optimizer(config: OptimizerConfig, optimizer: Any) -> str:
         if streaming:
             streamed = sum(param.numel() for bucket in streaming for param in bucket.params)
             what += f", {streamed / max(offloaded, 1):.0%} of them streamed through the device"
-        formats = formats_of(hybrids[0])
-        what += "" if formats.are_fp32 else f"; on the host, {formats}"
+        kept = ["masters as 16-bit rests"] if isinstance(hybrids[0], SplitStep) else []
+        kept += [] if formats_of(hybrids[0]).are_fp32 else [str(formats_of(hybrids[0]))]
+        what += f"; on the host, {', '.join(kept)}" if kept else ""
     return what
 
 

@@ -3,6 +3,8 @@
 
 from tests.unit_tests.training.config.working_configs import AWARE, OFFLOAD, OVERLAPPED
 
+SPLIT = "optimizer.optimizer_split_masters=true"
+IN_FP32 = "ddp.grad_reduce_in_fp32=true"
 AUTO = ["optimizer.optimizer_offload_fraction=auto"]
 
 BAD = {
@@ -353,6 +355,18 @@ BAD = {
             1,
             "it places FP32 state alone",
         ),
+    ],
+    "check_masters_can_be_split": [
+        ([SPLIT], 1, "without optimizer.optimizer_cpu_offload=true: no master is on the host"),
+        ([OFFLOAD[0], AWARE, SPLIT], 1, "optimizer.optimizer_offload_fraction=0.0: no master is on the host"),
+        (
+            [OFFLOAD[0], AWARE, SPLIT, *AUTO],
+            1,
+            "it places FP32 state alone; set optimizer.optimizer_split",
+        ),
+        ([*OFFLOAD, SPLIT], 1, "set optimizer.use_precision_aware_optimizer=true; or set optimizer.optimizer_split"),
+        ([*OFFLOAD, AWARE, SPLIT, "optimizer.optimizer_streamed_fraction=1"], 1, "the device steps on FP32 state"),
+        ([*OFFLOAD, AWARE, SPLIT, "mixed_precision=fp16_mixed", IN_FP32], 1, "only BF16 has the exponent of FP32"),
     ],
     "check_stored_moments_can_change": [
         ([*OFFLOAD, AWARE, "optimizer.exp_avg_sq_dtype=bf16"], 1, "set optimizer.adam_beta2 to 0.996 at most"),

@@ -22,7 +22,8 @@ GOOD = {
     "offload, overlapped with the forward pass": (("mixed_precision=bf16_mixed", *OVERLAPPED), 2),
     "state in BF16 on the host": (
         ("mixed_precision=bf16_mixed", *OVERLAPPED, AWARE, "optimizer.adam_beta2=0.98")
-        + ("optimizer.exp_avg_dtype=bf16", "optimizer.exp_avg_sq_dtype=bf16", "optimizer.main_grads_dtype=bf16"),
+        + ("optimizer.exp_avg_dtype=bf16", "optimizer.exp_avg_sq_dtype=bf16", "optimizer.main_grads_dtype=bf16")
+        + ("optimizer.optimizer_split_masters=true",),
         2,
     ),
     "offload of nothing": ((OFFLOAD[0],), 1),

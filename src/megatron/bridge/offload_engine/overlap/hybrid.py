@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from megatron.bridge.offload_engine.adam import FlatAdam
+from megatron.bridge.offload_engine.late_reads import ReadsLate
 from megatron.bridge.offload_engine.overlap.worker import HostWorker, Task
 from megatron.bridge.offload_engine.step import BucketedStep
 from megatron.bridge.utils import device
@@ -66,26 +67,7 @@ class Crossing:
         device.wait_for_event(self._weights_are_there)
 
 
-class _ReadAfterTheStep:
-    """An attribute that the step on the host changes, or through which it can be seen: reading it waits."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    def __get__(self, hybrid: Any, owner: type | None = None) -> Any:
-        if hybrid is None:
-            return self
-        hybrid.finish()
-        try:
-            return vars(hybrid)[self._name]
-        except KeyError:
-            raise AttributeError(self._name) from None  # Core's lazy constructor makes it
-
-    def __set__(self, hybrid: Any, value: Any) -> None:
-        vars(hybrid)[self._name] = value
-
-
-class OverlappedStep(BucketedStep):
+class OverlappedStep(ReadsLate, BucketedStep):
     """Overrides that let `step` return early; an instance of `BucketedStep` changes its class to it."""
 
     worker: HostWorker
@@ -94,14 +76,6 @@ class OverlappedStep(BucketedStep):
 
     place_in_forward: dict[torch.Tensor, int] = {}
     """By parameter of this optimizer, when the forward pass needs it."""
-
-    state = _ReadAfterTheStep()
-    cpu_optimizers = _ReadAfterTheStep()
-    gpu_params_map_cpu_copy = _ReadAfterTheStep()
-    cpu_copys_map_gpu_param = _ReadAfterTheStep()
-    param_to_fp32_param = _ReadAfterTheStep()
-    param_to_inner_param = _ReadAfterTheStep()
-    inner_param_to_orig_param = _ReadAfterTheStep()
 
     @torch.no_grad()
     def _queue_step(self, closure: Any = None) -> None:
@@ -131,8 +105,14 @@ class OverlappedStep(BucketedStep):
     @property
     def num_rounded_bytes(self) -> int:
         """Host memory in which masters are rounded before they cross, from the first step on."""
-        params = (param for optimizer in self.cpu_optimizers for bucket in optimizer.buckets for param in bucket.params)
+        buckets = (bucket for optimizer in self.cpu_optimizers for bucket in optimizer.buckets)
+        params = (param for bucket in buckets if bucket.split_masters is None for param in bucket.params)
         return sum(param.numel() * param.element_size() for param in params if param.dtype != torch.float32)
+
+    def prepare_read(self) -> None:
+        """Wait for the step on the host, which changes what is read."""
+        self.finish()
+        super().prepare_read()
 
     def _in_order(self) -> list[FlatAdam]:
         """The optimizers on the host, by the first of their parameters that the forward pass needs."""

@@ -66,6 +66,10 @@ class OptimizerConfig(RemembersSetFields, CoreOptimizerConfig):
     # With optimizer_cpu_offload, Core's exp_avg_dtype, exp_avg_sq_dtype and main_grads_dtype (float32 or bfloat16, in
     # precision-aware mode) are what the host stores; see docs/training/cpu-offload.md.
 
+    optimizer_split_masters: bool = False
+    """Whether the host stores masters as the 16 bits that BF16 weights lack, instead of in FP32. Bit-exact. The weights
+    come down in each step. Needs precision-aware mode."""
+
     overlap_cpu_optimizer_step: bool = False
     """Whether the offloaded part of a step runs on the host while the next forward pass begins: each layer waits for
     its own weights. Bit-exact with the step that doesn't. Needs `overlap_cpu_optimizer_d2h_h2d`."""

@@ -12,6 +12,8 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.utils import unwrap_model
 
 from megatron.bridge.offload_engine.overlap.hybrid import OverlappedStep
+from megatron.bridge.offload_engine.split_masters import SPLIT_BYTES
+from megatron.bridge.offload_engine.split_step import SplitStep
 from megatron.bridge.offload_engine.state_formats import formats_of
 from megatron.bridge.offload_engine.streamed_step import StreamedStep
 from megatron.bridge.utils.device import is_on_device
@@ -33,7 +35,7 @@ class StateBytes:
     moments: int
     """The optimizer's own state on the device, and the buffers of a streamed one."""
     host_masters: int
-    """FP32 weights on the host, and what an overlapped step rounds them into."""
+    """FP32 weights on the host, or 16-bit rests of split ones, and what an overlapped step rounds them into."""
     host_moments: int
     host_gradients: int
     num_parameters: int
@@ -64,7 +66,12 @@ def count_state(model: list[Any], optimizer: Any, *, kind: str = "adam") -> Stat
         stepped_on = outer
         if isinstance(torch_optimizer, HybridDeviceOptimizer):
             stepped_on = list(torch_optimizer.param_to_inner_param.values())
-        masters.add([*outer, *stepped_on])
+        split = []
+        if isinstance(torch_optimizer, SplitStep):
+            split = torch_optimizer.split_masters
+            host["rounded"] += torch_optimizer.transit_bytes + SPLIT_BYTES * sum(master.numel() for master in split)
+        are_split = set(map(id, split))
+        masters.add([*outer, *(param for param in stepped_on if id(param) not in are_split)])
         formats = formats_of(torch_optimizer)
         streamed: set[int] = set()
         if isinstance(torch_optimizer, StreamedStep) and torch_optimizer.pipeline is not None:

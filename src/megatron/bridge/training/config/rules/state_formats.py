@@ -77,9 +77,34 @@ def check_state_dtypes_need_precision_aware_mode(cfg: RunSections, world_size: i
             )
 
 
+def check_masters_can_be_split(cfg: RunSections, world_size: int) -> None:
+    """Masters are stored as what BF16 weights on the device lack, and stepped on by the host's Adam."""
+    optimizer, model = cfg.optimizer, cfg.model
+    if not optimizer.optimizer_split_masters:
+        return
+    option, off = "optimizer.optimizer_split_masters=true", "set optimizer.optimizer_split_masters=false"
+    fraction, streamed = optimizer.optimizer_offload_fraction, optimizer.optimizer_streamed_fraction
+    keeps_fp8 = model.fp8_param or model.fp4_param or getattr(cfg.ddp, "fp8_param_gather", False)
+    hindrances = {
+        " without optimizer.optimizer_cpu_offload=true: no master is on the host": not optimizer.optimizer_cpu_offload,
+        f" with optimizer.optimizer_offload_fraction={fraction}: no master is on the host": fraction == 0,
+        f" with optimizer.optimizer_offload_fraction={AUTO}: it places FP32 state alone": fraction == AUTO,
+        " without precision-aware mode: FP32 shards on the device follow FP32 masters; set "
+        "optimizer.use_precision_aware_optimizer=true": not optimizer.use_precision_aware_optimizer,
+        f" with optimizer.optimizer={optimizer.optimizer}: only adam steps in pieces": optimizer.optimizer != "adam",
+        f" with optimizer.optimizer_streamed_fraction={streamed}: the device steps on FP32 state alone": streamed > 0,
+        " with weights kept in FP8 or FP4: 16 bits of rest belong to 16 bits of weight": keeps_fp8,
+        " with model.bf16=false: only BF16 has the exponent of FP32": not model.bf16,
+    }
+    for found, is_so in hindrances.items():
+        if is_so:
+            raise ValueError(f"{option}{found}; {'or ' if '; set' in found else ''}{off}")
+
+
 STATE_FORMAT_RULES = (
     check_offload_can_store_the_formats,
     check_stored_moments_can_change,
     check_state_dtypes_need_precision_aware_mode,
+    check_masters_can_be_split,
 )
 """They follow the optimizer's rules."""
