@@ -256,6 +256,9 @@ class Stepper:
         optimizer = self._run.optimizer
         if self._replayed is not None:
             optimizer.zero_grad()
+            for chunk in self._run.model:
+                for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
+                    group.param_gather_dispatched = False  # as the end of a backward pass does
             for buffer, gradient in zip(self._buffers, next(self._replayed), strict=True):
                 buffer.grad_data.copy_(gradient)
             updated, _, _ = optimizer.step()
