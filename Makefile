@@ -34,7 +34,7 @@ INSTALLED = $(VENV)/.installed-$(CORE)
 venv_of = $(if $(filter $1,$(CORE)),$(VENV),.venv-core-$1)
 
 .PHONY: help install finetune finetune-lora model test quick unit functional test-gpu test-checkpoints test-cpu test-newest \
-	test-resume resume-matrix test-streams soak mutants fuzz bench coverage docs wheel lint format clean
+	test-sync sync-matrix test-resume resume-matrix test-streams soak mutants fuzz bench coverage docs wheel lint format clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -106,6 +106,14 @@ test-gpu: install ## run the tests that need a CUDA device; fails without one
 	$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('no CUDA device: all of them would skip')"
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
+test-sync: ## run the whole sync matrix, on both versions of megatron-core
+	$(MAKE) --no-print-directory sync-matrix CORE=$(OLDEST_CORE) VENV=$(call venv_of,$(OLDEST_CORE))
+	$(MAKE) --no-print-directory sync-matrix CORE=$(NEWEST_CORE) VENV=$(call venv_of,$(NEWEST_CORE))
+
+sync-matrix: install # one half of it
+	$(BIN)/python -m pytest tests/functional_tests/test_sync_matrix.py --sync-matrix=whole -q \
+		--numprocesses $(JOBS) --dist loadgroup $(ARGS)
+
 test-resume: ## run the whole resume matrix, on both versions of megatron-core
 	$(MAKE) --no-print-directory resume-matrix CORE=$(OLDEST_CORE) VENV=$(call venv_of,$(OLDEST_CORE))
 	$(MAKE) --no-print-directory resume-matrix CORE=$(NEWEST_CORE) VENV=$(call venv_of,$(NEWEST_CORE))
@@ -118,8 +126,8 @@ resume-matrix: install # one half of it
 STREAMS ?= late
 test-streams: install ## run all cells of the sync and the resume matrix on streams that order only what they promise
 	$(BIN)/python -m pytest tests/functional_tests/test_sync_matrix.py::test_every_way_in \
-		tests/functional_tests/test_resume_matrix.py::test_resumes --streams=$(STREAMS) --resume-matrix=whole -q \
-		--numprocesses $(JOBS) --dist loadgroup $(ARGS)
+		tests/functional_tests/test_resume_matrix.py::test_resumes --streams=$(STREAMS) \
+		--sync-matrix=whole --resume-matrix=whole -q --numprocesses $(JOBS) --dist loadgroup $(ARGS)
 
 soak: install ## strike a run with 200 random faults: it must resume each time and end bit-exact
 	$(BIN)/python -W ignore -m tests.soak --write $(ARGS)

@@ -33,6 +33,7 @@ class CellCounts:
 
 def pytest_addoption(parser):
     parser.addoption("--resume-matrix", choices=("cut", "whole"), default="cut", help="how much of it runs")
+    parser.addoption("--sync-matrix", choices=("half", "whole"), default="half", help="how much of it runs")
     parser.addoption("--streams", default="", help="late or random:SEED: both matrices on adversarial streams")
     parser.addoption("--quick", action="store_true", help="only tests without ranks, other programs and models")
     parser.addoption("--slow", action="store_true", help="only the tests that --quick leaves out")

@@ -1,13 +1,15 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """The sync in every configuration and for every way that weights come in, on Core's own classes, two ranks.
 
-`tests/rigs/sync_matrix.py` says what must hold. `make test-streams` runs it where streams and events order only what
-they promise (--streams=late), with some more cells. A cell that Core can't build is refused by name before anything is
-built; both kinds are counted at the end of the test run.
+`tests/rigs/sync_matrix.py` says what must hold. Half of the cells run unless --sync-matrix=whole is given (`make
+test-sync`): every other one, and on newer Cores the others. `make test-streams` runs all of them, and some more, where
+streams and events order only what they promise (--streams=late). A cell that Core can't build is refused by name before
+anything is built; both kinds are counted at the end of the test run.
 """
 
 import itertools
 import re
+from importlib.metadata import version
 
 import pytest
 from megatron.core.dist_checkpointing.tensor_aware_state_dict import HAVE_NVRX
@@ -19,31 +21,37 @@ from tests.rigs.sync import LAYOUTS, Cell, Model
 from tests.rigs.sync_matrix import WAYS, load_mixed_chain, run_cells
 from tests.rigs.tiny import tiny_config
 
+AXES = (
+    ("TP1", "TP2"),
+    ("dense", "experts"),
+    ("bf16", "fp16", "bf16+fp32"),
+    (False, True),
+    (0.0, 0.5, 1.0),
+    (False, True),
+)
+
+
 CELLS = [
     Cell(Model(precision, kind, layout), precision_aware, fraction, overlap)
-    for layout, kind, precision, precision_aware, fraction, overlap in itertools.product(
-        ("TP1", "TP2"),
-        ("dense", "experts"),
-        ("bf16", "fp16", "bf16+fp32"),
-        (False, True),
-        (0.0, 0.5, 1.0),
-        (False, True),
-    )
+    for layout, kind, precision, precision_aware, fraction, overlap in itertools.product(*AXES)
 ]
-CELLS += [
+PLACES = list(itertools.product(*(range(len(axis)) for axis in AXES)))
+HALVES = [[cell for cell, places in zip(CELLS, PLACES, strict=True) if sum(places) % 2 == half] for half in (0, 1)]
+"""Every other cell, whatever axis one goes along."""
+OTHER_CELLS = [
     Cell(Model("bf16", "dense", layout), precision_aware, 0.5, True)
     for layout in LAYOUTS
     if layout not in ("TP1", "TP2")
     for precision_aware in (False, True)
 ]
-CELLS += [
+OTHER_CELLS += [
     Cell(Model("bf16", "dense"), precision_aware=False, fraction=1.0, overlap=True, streamed=0.5),
     Cell(Model("bf16", "experts"), precision_aware=True, fraction=1.0, overlap=True, overlapped_step=True),
 ]
 
 
 def _in_streams():
-    """What `CELLS` lacks of how a step overlaps: each value meets each other that it may meet."""
+    """What the other cells lack of how a step overlaps: each value meets each other that it may meet."""
     product = [
         Cell(Model(*model), aware, fraction, overlap=copies or steps, overlapped_step=steps, streamed=part, in_bf16=low)
         for model, aware, fraction, (copies, steps), part, low in itertools.product(
@@ -56,12 +64,17 @@ def _in_streams():
         )
         if not (steps and part) and (not low or (aware and not part))
     ]
-    return covering(product, lambda cell: pairs_of({**vars(cell), **vars(cell.model), "model": ""}), besides=CELLS)
+    return covering(
+        product, lambda cell: pairs_of({**vars(cell), **vars(cell.model), "model": ""}), besides=CELLS + OTHER_CELLS
+    )
 
 
 def pytest_generate_tests(metafunc):
     if metafunc.function is test_every_way_in:
-        cells = CELLS + (_in_streams() if metafunc.config.getoption("--streams") else [])
+        is_whole = metafunc.config.getoption("--sync-matrix") == "whole"
+        is_oldest = version("megatron-core").startswith("0.16.")
+        cells = (CELLS if is_whole else HALVES[0 if is_oldest else 1]) + OTHER_CELLS
+        cells += _in_streams() if metafunc.config.getoption("--streams") else []
         marked = [pytest.param(cell, id=str(cell), marks=pytest.mark.xdist_group(str(cell.model))) for cell in cells]
         metafunc.parametrize("cell", marked)
 

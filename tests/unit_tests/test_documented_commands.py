@@ -33,6 +33,7 @@ RUN_BY = {
     r"make test-newest": (".github/workflows/nightly.yml", "test-newest"),
     r"make lint|make format": (".ci/run", "make lint"),
     r"make docs": (".ci/run", "make docs"),
+    r"make test-sync": ("functional_tests/test_sync_matrix.py", "HALVES"),
     r"make test-resume": (RESUME, "resume_matrix.cut"),
     r"make test-streams": ("functional_tests/test_order_of_streams.py", "run_cells("),
     r"make soak( CORE=0.19.2 VENV=.*)?": ("functional_tests/test_crash_safety.py", "soak"),
