@@ -35,7 +35,7 @@ RUN_BY = {
     r"make docs": (".ci/run", "make docs"),
     r"make test-sync": ("functional_tests/test_sync_matrix.py", "HALVES"),
     r"make test-resume": (RESUME, "resume_matrix.cut"),
-    r"make test-streams": ("functional_tests/test_order_of_streams.py", "run_cells("),
+    r"make test-streams": ("functional_tests/test_order_of_streams.py", "run_on_ranks(run_cells,"),
     r"make soak( CORE=0.19.2 VENV=.*)?": ("functional_tests/test_crash_safety.py", "soak"),
     r"make fuzz": ("functional_tests/test_fuzz.py", "tests.fuzz"),
     r"make bench( ARGS=.*)?": ("unit_tests/test_benchmarks.py", "bench.main("),
