@@ -32,6 +32,8 @@ FAMILIES = {
     "gpt_oss": (TP2_EP2, ("norm", "router", "linear_proj.bias"), 4 * 5 + 1),
 }
 """By the tiny model: its sizes beside TP 2, the weights that both ranks hold whole, and how many they are."""
+OTHERS = ("glm4", "phi3", "smollm3")
+"""Trained with and without offload alone, one after the other in the same processes."""
 LOUD = {"deepseek_v3": 0.2, "glm4_moe": 0.5}
 """The spread of the weights of models with biased routers. Smaller ones would say one word again and again."""
 
@@ -56,6 +58,19 @@ def _generated(directory):
     with model_parallel_groups(1, 2):
         model = load_for_generation(directory / "megatron", dtype="float32")
         return list(generate_tokens(model, PROMPT, max_new_tokens=NEW_TOKENS))
+
+
+def _train_others(directory):
+    found = {}
+    for name in OTHERS:
+        plain, offloaded = (
+            finetune_from_hf(directory / name, offload=offload, save=False, recompute=False)
+            for offload in (False, True)
+        )
+        moved = any(not torch.equal(plain.weights_before[key], one) for key, one in plain.weights_after.items())
+        drift = differing(offloaded.weights_after, plain.weights_after)
+        found[name] = plain.losses, offloaded.losses, drift, moved
+    return found
 
 
 def _router_biases(directory):
@@ -128,6 +143,16 @@ def test_checkpoint_and_export_say_the_same(trained):
     assert len(set(expected)) > 3, "a text of one word would show little"
     for generated in run_on_ranks(_generated, 2, directory):
         assert generated == expected
+
+
+def test_offload_changes_no_bit_of_other_families(tmp_path):
+    for name in OTHERS:
+        options = {**MODELS[name].options, "vocab_size": VOCAB_SIZE, "initializer_range": 0.05}
+        save_tiny_model(tmp_path / name / "hf", MODELS[name].architecture, dtype=torch.bfloat16, **options)
+    for found in run_on_ranks(_train_others, 2, tmp_path):
+        for name, (losses, offloaded, drift, moved) in found.items():
+            assert offloaded == losses and drift == {} and moved, name
+            assert abs(losses[0] - loss_of(tmp_path / name / "hf")) < 0.1, name
 
 
 def _gradients_on_rank(directory, sizes, tokens):

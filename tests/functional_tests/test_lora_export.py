@@ -131,7 +131,10 @@ def test_peft_and_merged_weights_give_the_logits_of_the_run(tmp_path, cell):
         assert settings["eos_token_id"] == [2, 7, IM_END], "the model's end tokens, and the one that was learned"
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral", "phi3"])
+ONE_LAYER = ("llama", "mixtral", "phi3")
+
+
+@pytest.mark.parametrize("name", ONE_LAYER)
 def test_one_adapted_layer_is_named_in_full(tmp_path, name):
     """By the short name peft would adapt every layer. The logits are the model's own, with peft and merged."""
     options = {**MODELS[name].options, "vocab_size": VOCAB_SIZE}
@@ -187,7 +190,10 @@ def test_experts_adapters_are_named_one_by_one_and_peft_stacks_them(tmp_path, na
     torch.testing.assert_close(_logits(merged), ours, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_next"])
+BESIDE_EXPERTS = ("deepseek_v3", "qwen3_next")
+
+
+@pytest.mark.parametrize("name", BESIDE_EXPERTS)
 def test_default_targets_beside_experts_give_peft_the_logits_of_the_run(tmp_path, name):
     """Latent attention or Gated DeltaNet, experts, shared ones and an MLP: peft adapts the last two as parameters."""
     hf = save_tiny_model(tmp_path / "hf", MODELS[name].architecture, **MODELS[name].options)

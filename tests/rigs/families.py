@@ -1,6 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """The tiny models that stand for each family, the layouts that they are converted at, and the table of both."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -332,10 +333,19 @@ CELLS = [
 ]
 
 
-def table() -> str:
-    """The cells as the table of docs/models.md."""
-    lines = ["| family | shown by the model | logits and round trip at |", "|---|---|---|"]
+def table(trained: Mapping[str, str], adapted: Mapping[str, str]) -> str:
+    """The cells as the table of docs/models.md.
+
+    Args:
+        trained: By model, where it is trained with offload and without.
+        adapted: By model, which adapters are exported for peft.
+    """
+    lines = [
+        "| family | shown by the model | logits and round trip at | trained, with offload as without, at | adapters |",
+        "|---|---|---|---|---|",
+    ]
     for name, model in MODELS.items():
         layouts = ", ".join(layout for of, layout in CELLS if of == name)
-        lines.append(f"| `{model.architecture}` | {model.shows} | {layouts} |")
+        more = f"{trained.get(name, '')} | {adapted.get(name, '')}"
+        lines.append(f"| `{model.architecture}` | {model.shows} | {layouts} | {more} |")
     return "\n".join(lines) + "\n"
