@@ -31,6 +31,7 @@ BENCHMARKS = (
     Benchmark("training_step", "A training step, offload off"),
     Benchmark("optimizer_step", "A step of the offloaded optimizer"),
     Benchmark("offloaded_run", "Runs with offload and without"),
+    Benchmark("overlap_trace", "What runs beside what", picture="overlap.png"),
     Benchmark("host_memory", "Host memory of the offloaded optimizer"),
     Benchmark("start_up", "Start-up"),
     Benchmark("hf_weights", "Hugging Face weights"),
