@@ -70,7 +70,7 @@ def test_batches_of_packs_say_where_samples_end():
     [batch] = next(build_step_iterator(packed, consumed_samples=0, seed=1, shuffle=False, padding=padding, **sizes))
     assert batch["tokens"].shape == (2, 8)
     assert batch["cu_seqlens"].tolist() == [[0, 3, 5], [0, 6, 8]]
-    assert batch["position_ids"][0].tolist() == [0, 1, 2, 0, 1, 5, 6, 7]
+    assert batch["position_ids"][0].tolist() == [0, 1, 2, 0, 1, 0, 0, 0]
     alone = PackedDataset(Samples([3]), size=6, seed=1)
     [[batch]] = build_evaluation_steps(alone, padding=padding, **sizes)
     assert batch["cu_seqlens"].tolist() == [[0, 3], [0, 8]], "a row that fills up the batch is one sample"
