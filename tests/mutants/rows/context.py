@@ -43,4 +43,14 @@ CONTEXT = (
         change=expression("mpu.get_data_parallel_group(with_context_parallel=True)", "mpu.get_data_parallel_group()"),
         tests=(f"{_RUNS}each_expert_parallel_rank_keeps_its_random_states",),
     ),
+    Mutant(
+        name="context: the length of a part",
+        breaks="ranks that share rows turn by rotary frequencies of different lengths",
+        where="megatron.bridge.models.rope_by_length:RotaryByLength._length",
+        change=without_call("all_reduce"),
+        tests=(
+            "tests/unit_tests/models/test_rope_by_length.py::"
+            "test_ranks_that_share_rows_turn_by_the_longest_sample_of_all",
+        ),
+    ),
 )

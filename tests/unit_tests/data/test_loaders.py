@@ -74,7 +74,9 @@ def test_micro_batches_have_the_agreed_form():
         assert [batch[k].dtype for k in ("tokens", "labels", "position_ids")] == [torch.int64] * 3
         assert batch["loss_mask"].dtype == torch.float32
         assert batch["attention_mask"] is None
-        assert batch["position_ids"].tolist() == [list(range(size[1]))] * 2
+        for tokens, positions in zip(batch["tokens"], batch["position_ids"], strict=True):
+            length = int(Counting(20).sizes[int(tokens[0])])
+            assert positions.tolist() == [*range(length), *[0] * (size[1] - length)]
 
 
 def test_rows_are_padded_to_the_longest_sample_of_the_global_batch_and_masked_by_length():

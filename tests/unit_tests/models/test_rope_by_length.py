@@ -7,7 +7,7 @@ import torch
 from megatron.bridge.data.padded_rows import pad_sample
 from megatron.bridge.models.families import provider_fields
 from megatron.bridge.models.gpt_provider import GPTModelProvider
-from megatron.bridge.models.rope_by_length import reads_again, scaling_by_length
+from megatron.bridge.models.rope_by_length import DynamicRopeScaling, RotaryByLength, reads_again, scaling_by_length
 from tests.rigs.ranks import run_on_ranks
 from tests.unit_tests.models.tiny_llama import SMALL, hf_logits, save_tiny_model, some_tokens
 
@@ -66,11 +66,34 @@ def test_a_cache_is_read_anew_where_its_keys_would_be_turned_otherwise():
     assert not any(reads_again(plain)(*pair) for pair in pairs)
 
 
-def test_padding_makes_no_packed_sample_longer():
+def test_padding_makes_no_sample_longer():
     row = {name: torch.zeros(7) for name in ("tokens", "labels", "loss_mask")}
     packed = pad_sample({**row, "position_ids": torch.tensor([0, 1, 2, 3, 0, 1, 2])}, 12, pad_id=0)
     assert packed["position_ids"].tolist() == [0, 1, 2, 3, 0, 1, 2, 0, 0, 0, 0, 0]
-    assert pad_sample(row, 12, pad_id=0)["position_ids"].tolist() == list(range(12))
+    assert pad_sample(row, 12, pad_id=0)["position_ids"].tolist() == [*range(7), 0, 0, 0, 0, 0]
+
+
+def _angles_of_shared_row():
+    """Of a packed row of 40 with samples up to 20, which two ranks share; and of 20 and 40 positions by one rank."""
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+    from megatron.core.parallel_state import get_context_parallel_group
+
+    from megatron.bridge.utils.distributed import destroy_model_parallel, model_parallel_groups
+
+    destroy_model_parallel()
+    with model_parallel_groups(context_parallel_size=2):
+        group = get_context_parallel_group()
+        plain = RotaryEmbedding(8, 1.0, rotary_base=500, use_cpu_initialization=True, cp_group=group)
+        rotary = RotaryByLength(plain, DynamicRopeScaling(4.0, 16), base=500)
+        rotary.position_ids = torch.tensor([[0, 1, 18, 19], [4, 5, 14, 15]])[group.rank()][None]
+        found = rotary(40, packed_seq=True)
+        rotary.position_ids = None
+        return found.numpy(), *(rotary._of(length)(40, packed_seq=True).numpy() for length in (20, 40))
+
+
+def test_ranks_that_share_rows_turn_by_the_longest_sample_of_all():
+    for found, of_sample, of_row in run_on_ranks(_angles_of_shared_row, 2):
+        assert (found == of_sample).all() and not (of_sample == of_row).all()
 
 
 def _logits_on_rank(directory, texts):

@@ -92,7 +92,7 @@ class PaddedRows(Dataset):
 
 
 def pad_sample(sample: dict[str, torch.Tensor], length: int, *, pad_id: int) -> dict[str, torch.Tensor]:
-    """Returns the sample with `length` positions: what is added is `pad_id`, with loss_mask 0.
+    """Returns the sample with `length` positions: what is added is `pad_id` at position 0, with loss_mask 0.
 
     Args:
         sample: tokens, labels, loss_mask and perhaps position_ids, each [S] with S at most `length`.
@@ -103,13 +103,11 @@ def pad_sample(sample: dict[str, torch.Tensor], length: int, *, pad_id: int) -> 
     tokens = torch.full((length,), pad_id, dtype=torch.int64)
     labels = torch.full((length,), pad_id, dtype=torch.int64)
     loss_mask = torch.zeros(length, dtype=torch.float32)
-    position_ids = torch.arange(length, dtype=torch.int64)
+    position_ids = torch.zeros(length, dtype=torch.int64)  # padding makes no sample longer
     tokens[:size] = sample["tokens"]
     labels[:size] = sample["labels"]
     loss_mask[:size] = sample["loss_mask"]
-    if "position_ids" in sample:
-        position_ids = torch.zeros(length, dtype=torch.int64)  # padding makes no sample longer
-        position_ids[:size] = sample["position_ids"]
+    position_ids[:size] = sample["position_ids"] if "position_ids" in sample else torch.arange(size)
     row = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask, "position_ids": position_ids}
     return row | {"cu_seqlens": sample["cu_seqlens"]} if "cu_seqlens" in sample else row
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 BY_LENGTH = ("dynamic", "longrope")
@@ -100,11 +101,13 @@ class RotaryByLength(torch.nn.Module):
 
     def _length(self, max_seq_len: int, cp_group: Any) -> int:
         """The length that the frequencies are for; `max_seq_len` is the row's, or that of the cache."""
-        cp_group = cp_group or self._plain.cp_group
-        is_shared = cp_group is not None and cp_group.size() > 1  # each rank has the positions of a part
-        if self.position_ids is None or is_shared or self.scaling.key(max_seq_len) == self.scaling.key(0):
+        if self.position_ids is None or self.scaling.key(max_seq_len) == self.scaling.key(0):
             return max_seq_len
-        return int(self.position_ids.max()) + 1
+        last = self.position_ids.max()
+        cp_group = cp_group or self._plain.cp_group
+        if cp_group is not None and cp_group.size() > 1:  # each rank has the positions of a part
+            dist.all_reduce(last, op=dist.ReduceOp.MAX, group=cp_group)
+        return int(last) + 1
 
     def _of(self, length: int) -> RotaryEmbedding:
         key = self.scaling.key(length)

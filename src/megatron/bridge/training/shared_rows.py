@@ -72,7 +72,7 @@ def _over_all_ranks(loss_function: Callable, output: torch.Tensor, **kwargs: Any
     """
     result = loss_function(output, **kwargs)
     if not isinstance(result, tuple) or len(result) != 3:
-        return result  # a mean of the script's own, which Core scales for these ranks
+        return result  # a script's own sum over the tokens of the whole row, which Core scales for these ranks
     loss, num_tokens, reported = result
     of_all = num_tokens.detach().clone()
     dist.all_reduce(of_all, group=parallel_state.get_context_parallel_group())
