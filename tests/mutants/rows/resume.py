@@ -1,7 +1,16 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """The mutants of a resume: repairs of Core's optimizers left out, and states that are not restored."""
 
-from tests.mutants.changes import Change, condition, expression, value, without_call, without_element, without_operand
+from tests.mutants.changes import (
+    Change,
+    condition,
+    expression,
+    moved,
+    value,
+    without_call,
+    without_element,
+    without_operand,
+)
 from tests.mutants.rows.mutant import EXPERTS, NOT_OFFLOADED, OFFLOADED, RESHARDED, RESUME, Mutant
 
 _FROZEN = "tests/functional_tests/test_frozen_weights.py::test_"
@@ -181,6 +190,38 @@ THE_SPLIT_MASTERS = (
         "masters are joined from weights of another piece, and weights overwritten before they have crossed",
         "weight_transit:Passage.wait",
         without_call("synchronize"),
+    ),
+    _split(
+        "no wait for weights that come down",
+        "masters are joined from weights of another piece",
+        "split_masters:SplitMasters._join_piece",
+        without_call("wait"),
+    ),
+    _split(
+        "no wait for weights that go back",
+        "weights are overwritten before they have crossed",
+        "split_masters:SplitMasters._split_piece",
+        without_call("wait"),
+    ),
+    _split(
+        "no wait for the last copy",
+        "the host waits for the copy before it",
+        "weight_transit:Passage.copy",
+        moved("record_event", before="bypass_simulation"),
+    ),
+    _split(
+        "no wait of copies for what changes weights",
+        "masters are joined from weights of before a load, and the change goes unseen",
+        "split_masters:SplitMasters.join",
+        without_call("start_after_current"),
+        f"{_SPLIT}weights_that_a_stream_has_yet_to_change_are_seen",
+    ),
+    _split(
+        "no wait before a buffer grows",
+        "weights come from memory that was given back",
+        "weight_transit:Passage.reserve",
+        without_call("wait"),
+        f"{_SPLIT}a_buffer_keeps_its_memory_until_it_was_sent",
     ),
 )
 

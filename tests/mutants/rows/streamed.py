@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """The mutants of streamed state, its waits left out, and of the placement that a run settles by itself."""
 
-from tests.mutants.changes import Change, expression, returning, without_call
+from tests.mutants.changes import Change, expression, moved, returning, without_call
 from tests.mutants.rows.mutant import Mutant
 
 _BITS = "tests/functional_tests/test_streamed_state.py::test_the_bits_are_those_without_offload_in_any_order"
@@ -31,6 +31,12 @@ STREAMED = (
         "the next piece overwrites what isn't down yet",
         "streamed_state:Pipeline.step",
         without_call("is_down.wait"),
+    ),
+    _mutant(
+        "no wait for the whole way down",
+        "the next piece waits for the copy before it",
+        "streamed_state:Pipeline.step",
+        moved("record_event", before="wait_stream"),
     ),
     _mutant(
         "no wait of the host",

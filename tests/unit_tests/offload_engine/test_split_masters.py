@@ -16,8 +16,9 @@ from megatron.bridge.offload_engine.host_memory import ALIGNMENT
 from megatron.bridge.offload_engine.split_masters import join, split
 from megatron.bridge.offload_engine.split_step import split_masters_of
 from megatron.bridge.offload_engine.state_formats import StateFormats, keep_state_in
+from megatron.bridge.offload_engine.weight_transit import Transit
 from tests.rigs.adversarial_streams import adversarial_streams
-from tests.rigs.device_queues import ORDERS
+from tests.rigs.device_queues import HOST_FIRST, ORDERS
 from tests.rigs.hybrid_runs import RUNS, STEPS, differing_states, hybrid_of, params_of, seen_of, take_step
 from tests.rigs.ranks import run_on_ranks
 
@@ -130,6 +131,46 @@ def test_memory_is_given_back_and_weights_that_changed_are_seen():
     assert given_back == pytest.approx(2 << 22, rel=0.2)
     assert len(said) == 2  # by a save and by a step
     assert all("weights of the model aren't those that the last step left" in one for one in said)
+
+
+def _said_of_a_queued_change():
+    """What a save says where a weight was changed after the step, by work that may not have run yet."""
+    said = {}
+    for order in ORDERS[:3]:
+        with adversarial_streams(order):
+            hybrid = hybrid_of(_hybrid_class(), aware=True, overlap=True)
+            split_masters_of(hybrid)
+            take_step(hybrid, 0)
+            params_of(hybrid)[0].data.fill_(3.0)
+            with pytest.raises(RuntimeError) as refusal:
+                hybrid.state_dict()
+            said[order] = str(refusal.value)
+    return said
+
+
+def test_weights_that_a_stream_has_yet_to_change_are_seen():
+    (said,) = run_on_ranks(_said_of_a_queued_change, 1)
+    assert list(said) == list(ORDERS[:3])
+    assert all("weights of the model aren't those that the last step left" in one for one in said.values())
+
+
+def _is_sent_when_it_grows():
+    """Whether a buffer's copy to the device has run once the buffer has other memory."""
+    from megatron.bridge.utils import device
+
+    with adversarial_streams(HOST_FIRST):
+        transit, weights = Transit(pinned=False), torch.zeros(8, dtype=torch.bfloat16, device=device.current_device())
+        transit.stream = stream = device.new_stream()
+        buffer = transit.next(8)
+        buffer.copy([weights], stream, to_device=True)
+        was_sent = stream.here.is_reached
+        buffer.reserve(16)
+        return was_sent, stream.here.is_reached
+
+
+@pytest.mark.any_core
+def test_a_buffer_keeps_its_memory_until_it_was_sent():
+    assert run_on_ranks(_is_sent_when_it_grows, 1) == [(False, True)]
 
 
 def _refusals():
