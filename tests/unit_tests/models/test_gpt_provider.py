@@ -50,6 +50,23 @@ def test_scaling_of_positions_that_are_not_rotary_is_refused():
         tiny(rope_scaling=True, position_embedding_type="none").finalize()
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("moe_mlp_glu_interleave_size", 32),
+        ("moe_shared_expert_glu_interleave_size", 32),
+        ("use_grouped_gemm_for_shared_expert", True),
+    ],
+)
+def test_gate_and_up_in_alternating_blocks_are_refused(option, value):
+    provider = tiny(MixtralModelProvider, num_moe_experts=2)
+    if option not in type(provider).__dataclass_fields__:
+        pytest.skip("this Core has no such field")
+    setattr(provider, option, value)
+    with pytest.raises(ValueError, match=f"model.{option}={value}: .* leave it unset"):
+        provider.finalize()
+
+
 def test_pipeline_needs_no_dtype_of_its_own():
     provider = tiny(pipeline_model_parallel_size=2, params_dtype=torch.bfloat16, bf16=True)
     provider.finalize()

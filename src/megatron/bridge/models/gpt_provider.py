@@ -53,6 +53,12 @@ PositionEmbeddingType: TypeAlias = Literal["learned_absolute", "rope", "yarn", "
 _SCALED = ("yarn", *BY_LENGTH)
 """Kinds of positions that Core is told are plain rotary ones."""
 _INIT_METHODS = ("init_method", "output_layer_init_method", "embedding_init_method")
+_INTERLEAVED = (
+    "moe_mlp_glu_interleave_size",
+    "moe_shared_expert_glu_interleave_size",
+    "use_grouped_gemm_for_shared_expert",
+)
+"""Options of Core after 0.16 for kernels that take gate and up in alternating blocks of rows."""
 
 
 @dataclass
@@ -142,6 +148,12 @@ class GPTModelProvider(RemembersSetFields, TransformerConfig, ModelProviderMixin
             NotImplementedError: `mtp_num_layers`, which the model would be built without.
         """
         mtp_block_spec(self)
+        for name in _INTERLEAVED:
+            if getattr(self, name, None):
+                raise ValueError(
+                    f"model.{name}={getattr(self, name)}: weights of gate and up are read, adapted and exported as two "
+                    "matrices on top of each other, and never in alternating blocks; leave it unset"
+                )
         if self.rope_scaling and self.position_embedding_type != "rope":
             raise ValueError(
                 f"model.rope_scaling=True scales rotary positions, and model.position_embedding_type="
