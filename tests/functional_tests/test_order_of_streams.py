@@ -112,7 +112,7 @@ def test_what_core_waits_for_and_does_not_is_seen():
 CELLS = [  # a few of those that `make test-streams` runs
     Cell(Model("bf16", "dense"), precision_aware=False, fraction=1.0, overlap=False),
     Cell(Model("bf16", "experts"), precision_aware=True, fraction=0.5, overlap=True),
-    Cell(Model("bf16", "dense"), precision_aware=False, fraction=0.5, overlapped_step=True),
+    Cell(Model("fp16", "dense"), precision_aware=False, fraction=0.5, overlapped_step=True),
 ]
 
 

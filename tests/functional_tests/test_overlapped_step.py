@@ -17,6 +17,7 @@ from tests.rigs.resume import BF16_STATE
 from tests.rigs.tiny import tiny_config
 
 SMALL_BUCKETS = {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 3000}
+BF16_MOMENTS = {**BF16_STATE, "main_grads_dtype": torch.float32}
 
 
 class Case(NamedTuple):
@@ -32,6 +33,11 @@ class Case(NamedTuple):
     """Take all weights after the second step, and load them back into the model after the third."""
     formats: dict[str, Any] = {}
     """Of the state on the host."""
+    splits: bool = False
+    """Store masters as rests."""
+    precision: str = "bf16_mixed"
+    skips: bool = False
+    """The second step's gradients are NaN."""
 
 
 CASES = {
@@ -40,15 +46,42 @@ CASES = {
         1.0,
         occasions={"validation": {"eval_interval": 2, "eval_iters": 1}, "checkpoint": {"save_interval": 2}},
     ),
-    "in a gather for each bucket": Case(True, 0.5, ddp=SMALL_BUCKETS, swaps=True, formats=BF16_STATE),
-    "by layer": Case(False, 0.5, model={"tensor_model_parallel_size": 2}),
+    "in a gather for each bucket": Case(True, 0.5, ddp=SMALL_BUCKETS, swaps=True, formats=BF16_MOMENTS),
+    "by layer": Case(False, 0.5, model={"tensor_model_parallel_size": 2}, precision="fp16_mixed", skips=True),
+    "in 2 bytes": Case(
+        True,
+        1.0,
+        model={"calculate_per_token_loss": False},
+        ddp={"grad_reduce_in_fp32": False, "overlap_grad_reduce": True, "bucket_size": 3000},
+        formats=BF16_STATE,
+        splits=True,
+    ),
+    "after sums": Case(False, 1.0, model={"tensor_model_parallel_size": 2, "sequence_parallel": True}, skips=True),
 }
+
+
+CROSS_EARLY = {
+    "in one gather": "all in float32",
+    "in a gather for each bucket": "all in float32",
+    "by layer": "all in float32",
+    "in 2 bytes": "all in bfloat16",
+    "after sums": "some in float32",
+}
+"""Of the last step's buckets, those whose gradients crossed as they were reduced, and their format."""
 
 
 class OnlyRecords(Recorder):
     """It reads weights at the end alone."""
 
     reads_weights = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.skipped: list[bool] = []
+
+    def on_train_step_end(self, context: Any) -> None:
+        super().on_train_step_end(context)
+        self.skipped.append(context.skipped_iter)
 
 
 class Swaps(OnlyRecords):
@@ -83,7 +116,8 @@ def _run(
     **checkpoint: Any,
 ) -> Recorder:
     from megatron.bridge.offload_engine import step
-    from megatron.bridge.offload_engine.overlap import worker
+    from megatron.bridge.offload_engine.overlap import early_gradients, worker
+    from megatron.bridge.training.config.mixed_precision import get_mixed_precision_config
     from megatron.bridge.training.gpt_step import forward_step
     from megatron.bridge.training.pretrain import pretrain
 
@@ -96,6 +130,7 @@ def _run(
         ddp=case.ddp,
         scheduler={"lr_warmup_iters": 1, "lr_decay_iters": 10},
         optimizer={
+            "clip_grad": 0.1,
             "optimizer_cpu_offload": True,
             "optimizer_offload_fraction": case.fraction,
             "use_precision_aware_optimizer": case.precision_aware,
@@ -106,10 +141,35 @@ def _run(
         },
         **sections,
     )
+    cfg.mixed_precision = get_mixed_precision_config(case.precision)
+    cfg.mixed_precision.initial_loss_scale = 2.0**8  # no step overflows
+    cfg.mixed_precision.grad_reduce_in_fp32 = cfg.ddp.grad_reduce_in_fp32
+    cfg.train.max_nonfinite_steps = 1
+
+    def gpt_step(state: Any, batches: Any, model: Any) -> Any:
+        output, loss = forward_step(state, batches, model)
+        if case.skips and model.training and state.train_state.step == 1:
+            output.register_hook(lambda gradient: gradient * torch.nan)
+        return output, loss
+
     recorder = ReadsEachStep() if reads else Swaps() if case.swaps else OnlyRecords()
     new_worker = (lambda *_: LateWorker(HOST_FIRST)) if late else worker.HostWorker
-    with mock.patch.object(step, "BUCKET_ELEMENTS", 2000), mock.patch.object(worker, "HostWorker", new_worker):
-        pretrain(cfg, forward_step, callbacks=[recorder])
+    norm_is_taken = early_gradients.EarlyGradients.norm_is_taken
+
+    def recorded(early: Any, norm: Any) -> None:
+        norm_is_taken(early, norm)
+        formats = {str(crossed.unfinished.slab.dtype) for crossed in early._crossed.values()}
+        num_buckets = len(early._planned_for) - 1
+        how_many = "all" if len(early._crossed) == num_buckets else "some"
+        recorder.crossed_early = f"{how_many} in {' '.join(formats).removeprefix('torch.')}"
+
+    with (
+        mock.patch.object(step, "BUCKET_ELEMENTS", 2000),
+        mock.patch.object(worker, "HostWorker", new_worker),
+        mock.patch.object(early_gradients.EarlyGradients, "norm_is_taken", recorded),
+        mock.patch.object(early_gradients, "NUM_CHECKED_STEPS", 0 if late else 2),  # it would hide a missing wait
+    ):
+        pretrain(cfg, gpt_step, callbacks=[recorder])
     return recorder
 
 
@@ -135,8 +195,10 @@ def _gathered_at_once(case: Case) -> Case:
 def test_weights_are_there_when_they_are_read(tmp_path, name):
     case, saves = CASES[name], f"{tmp_path}/saved" if CASES[name].occasions else None
     expected = run_on_ranks(_run, 2, str(tmp_path), _gathered_at_once(case), overlapped=False)
-    found = run_on_ranks(_run, 2, str(tmp_path), case, overlapped=True, late=True, save=saves)
+    found = run_on_ranks(_run, 2, str(tmp_path), case, overlapped=True, late=True, splits=case.splits, save=saves)
     assert _apart(found, expected) == []
+    assert {run.crossed_early for run in found} == {CROSS_EARLY[name]}
+    assert all(run.skipped == [False, case.skips, False, False] for run in found)
     for one, other in zip(found, expected, strict=True):
         assert not case.swaps or differing(one.weights_before, other.weights_before) == {}
     if saves:  # and by the thread itself
@@ -160,7 +222,7 @@ def _apart_by_streams(directory: str) -> list[str]:
     case = Case(True, 0.5, occasions={"validation": {"eval_interval": 2, "eval_iters": 1}})
     expected = _run(directory, case, overlapped=False)
     with adversarial_streams(HOST_FIRST):
-        found = [_run(directory, case, overlapped=True, splits=splits) for splits in (False, True)]
+        found = [_run(directory, case, overlapped=True, late=True, splits=splits) for splits in (False, True)]
     return _apart(found, [expected, expected])
 
 

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """The mutants of the overlapped step: waits left out, errors lost."""
 
-from tests.mutants.changes import Change, returning, value, without_call
+from tests.mutants.changes import Change, condition, returning, value, without_call
 from tests.mutants.rows.mutant import Mutant
 
 _STEP = "tests/functional_tests/test_order_of_streams.py::test_the_overlapped_step_waits_for_all_it_needs"
@@ -11,6 +11,8 @@ _HYBRID = "offload_engine.overlap.hybrid"
 _ARRIVALS = "offload_engine.overlap.arrivals"
 _CONNECT = "offload_engine.overlap.connect"
 _WORKER = "tests/unit_tests/offload_engine/overlap/test_worker.py::test_"
+_EARLY = "offload_engine.overlap.early_gradients:EarlyGradients"
+_CROSS = "tests/unit_tests/offload_engine/overlap/test_early_gradients.py::test_"
 _SENT = "tests/unit_tests/offload_engine/overlap/test_hybrid.py::test_"
 _CALLBACKS = "tests/unit_tests/training/test_callbacks.py::test_"
 
@@ -40,6 +42,69 @@ OVERLAP = (
         f"{_HYBRID}:OverlappedStep._send_gradients",
         without_call("start_after_current"),
         f"{_STEP}[default]",
+    ),
+    _overlapped(
+        "no wait of early copies for the current stream",
+        "gradients cross before they are reduced",
+        f"{_EARLY}.is_reduced",
+        without_call("start_after_current"),
+        f"{_CROSS}they_cross_once_they_are_there",
+    ),
+    _overlapped(
+        "no wait of early copies for the reduction",
+        "gradients cross before they are reduced beside the backward pass",
+        f"{_EARLY}.is_reduced",
+        without_call("handle.wait"),
+        f"{_CROSS}they_cross_once_another_stream_has_reduced_them",
+    ),
+    _overlapped(
+        "no wait of scaling for early copies",
+        "gradients are scaled in place while they cross, and again on the host",
+        f"{_EARLY}._wait_before_changes",
+        without_call("wait_for_stream"),
+        f"{_CROSS}they_cross_before_they_are_scaled",
+    ),
+    _overlapped(
+        "no wait of early copies for the host",
+        "gradients are overwritten that the last step still reads",
+        f"{_EARLY}._cross",
+        without_call("wait_for_host_of"),
+        f"{_CROSS}they_wait_for_the_step_that_reads_those_before",
+    ),
+    _overlapped(
+        "no wait of the way back for readers",
+        "weights return while the backward pass still reads those before",
+        f"{_HYBRID}:OverlappedStep._queue_step",
+        without_call("start_after_current"),
+        f"{_CROSS}weights_return_once_the_backward_pass_has_read_them",
+    ),
+    _overlapped(
+        "no check of early gradients",
+        "what changes gradients after their reduction goes unseen",
+        f"{_EARLY}.norm_is_taken",
+        without_call("_check"),
+        f"{_CROSS}what_changed_in_another_way_crosses_again_and_is_logged",
+    ),
+    _overlapped(
+        "no clipping on the host",
+        "gradients that cross early are never clipped",
+        f"{_EARLY}.norm_is_taken",
+        condition("coefficient"),
+        f"{_RUN}[by layer]",
+    ),
+    _overlapped(
+        "the loss scale stays in early gradients",
+        "in FP16 the host steps on scaled gradients",
+        f"{_ARRIVALS}:ShardsArriveLater.prepare_grads",
+        without_call("is_unscaled"),
+        "tests/functional_tests/test_order_of_streams.py::test_runs_load_sync_and_step_the_same",
+    ),
+    _overlapped(
+        "sums over other ranks come too late",
+        "norms' gradients cross before tensor ranks sum them",
+        "offload_engine.overlap.later_changes:changed_after_reduction",
+        returning("set()"),
+        f"{_RUN}[after sums]",
     ),
     _overlapped(
         "no wait of readers for the way back",
@@ -116,7 +181,7 @@ OVERLAP = (
         "weights are gathered before they are stepped on",
         f"{_ARRIVALS}:Arrivals.wait_for_group",
         without_call("_arrive"),
-        f"{_RUN}[in a gather for each bucket]",
+        f"{_RUN}[in 2 bytes]",
     ),
     _overlapped(
         "no rounding of what arrived",
@@ -137,7 +202,7 @@ OVERLAP = (
         "the last step's weights are not there when a run ends",
         "training.train:run_training",
         without_call("wait_for_weights"),
-        f"{_RUN}[by layer]",
+        f"{_RUN}[in 2 bytes]",
     ),
     _overlapped(
         "no gather for who takes a model's state",

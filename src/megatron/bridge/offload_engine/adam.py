@@ -23,6 +23,7 @@ from megatron.bridge.offload_engine.neighbours import breaks, is_in_one_storage
 from megatron.bridge.offload_engine.piecewise_adam import step_in_pieces
 from megatron.bridge.offload_engine.split_masters import SplitMasters
 from megatron.bridge.offload_engine.state_formats import FP32_STATE, StateFormats
+from megatron.bridge.offload_engine.unfinished_gradients import UnfinishedGradients
 from megatron.bridge.offload_engine.weight_transit import Transit
 from megatron.bridge.utils import device
 
@@ -58,6 +59,9 @@ class Bucket:
     split_masters: SplitMasters | None = None
     """Stores the masters between steps as what weights lack, and sends the weights to the device."""
 
+    unfinished: UnfinishedGradients | None = None
+    """Where the next step's gradients crossed as they were reduced: those, with what is left to do."""
+
     def __init__(
         self,
         params: Sequence[torch.Tensor],
@@ -91,6 +95,11 @@ class Bucket:
     @functools.cached_property
     def _gradients(self) -> Slab:
         return Slab(self._shapes, pinned=self._pin_gradients, dtype=self.formats.gradient)
+
+    @functools.cached_property
+    def _reduced(self) -> dict[torch.dtype, Slab]:
+        """Gradients as they were reduced, where that isn't the format of those that Adam is given; by dtype."""
+        return {}
 
     @functools.cached_property
     def _state(self) -> dict[str, Slab]:
@@ -180,10 +189,44 @@ class Bucket:
                 on_host, on_device = [self._gradients.tensors[at] for at in there], [gradients[at] for at in there]
             if there:
                 torch._foreach_copy_(on_host, on_device, non_blocking=True)
-        if not self.has_all_gradients:
+        if not self.has_all_gradients or self.masters[0].grad is None:
             for at in there if self.formats.are_fp32 else ():  # torch takes no gradient of another format
                 self.masters[at].grad = self._gradients.tensors[at]
             self._have_gradient.update(there)
+
+    @torch.no_grad()
+    def copy_reduced_to_host(self, gradients: list[torch.Tensor], *, in_fp32: bool) -> UnfinishedGradients:
+        """Queue copies of all gradients to the host as they are, on the current stream. Returns at once.
+
+        Args:
+            gradients: In the order of `params`, of one dtype.
+            in_fp32: See `UnfinishedGradients`.
+        """
+        dtype = gradients[0].dtype
+        if dtype != self.formats.gradient and dtype not in self._reduced:
+            self._reduced[dtype] = Slab(self._shapes, pinned=self._pin_gradients, dtype=dtype)
+        slab = self._gradients if dtype == self.formats.gradient else self._reduced[dtype]
+        with device.bypass_simulation():
+            on_host, on_device = self._pairs(slab, gradients)
+            torch._foreach_copy_(on_host, on_device, non_blocking=True)
+        return UnfinishedGradients(slab, in_fp32=in_fp32, stored_as=self.formats.gradient)
+
+    def step_on(self, unfinished: UnfinishedGradients | None) -> None:
+        """Let the next step take gradients that crossed as they were reduced; None: those that `copy_...` brings."""
+        self.unfinished = unfinished
+        if unfinished is not None:
+            self._have_gradient.update(range(len(self.params)))
+
+    @torch.no_grad()
+    def finish_gradients(self) -> None:
+        """Finish unfinished gradients at once, and give each master its own."""
+        unfinished, self.unfinished = self.unfinished, None
+        if unfinished is not None:
+            pairs = zip(unfinished.slab.tensors, self._gradients.tensors, self.masters, strict=True)
+            with device.bypass_simulation():
+                for reduced, place, master in pairs:
+                    place.copy_(unfinished.finish(reduced, torch.empty_like(master)))
+                    master.grad = place
 
     @torch.no_grad()
     def copy_weights_to_device(self) -> None:
@@ -262,7 +305,7 @@ class Bucket:
         are incremented here, so that each tensor's saved step stays right.
         """
         self._counters_of_run()[1:] += 1
-        slabs = {"master": self._masters, "gradient": self._gradients, **self._state}
+        slabs = self._slabs_to_step_on()
         lists = {name: slab.tensors[self._in_run :] for name, slab in slabs.items()}
         if self._in_run:
             for name, slab in slabs.items():
@@ -271,9 +314,13 @@ class Bucket:
 
     def separate_lists(self) -> dict[str, list[torch.Tensor]]:
         """The same lists with each parameter by itself, of those that have had a gradient."""
-        slabs = {"master": self._masters, "gradient": self._gradients, **self._state}
+        slabs = self._slabs_to_step_on()
         there = sorted(self._have_gradient)
         return {name: [slab.tensors[at] for at in there] for name, slab in slabs.items()}
+
+    def _slabs_to_step_on(self) -> dict[str, Slab]:
+        gradients = self._gradients if self.unfinished is None else self.unfinished.slab
+        return {"master": self._masters, "gradient": gradients, **self._state}
 
     def _counters_of_run(self) -> torch.Tensor:
         return self._state["step"].run(0, self._in_run)
@@ -328,10 +375,14 @@ class FlatAdam(torch.optim.Optimizer):
         if self._starts[group["params"][0]][0].takes_pieces:
             self._step_in_pieces(group)
             return False  # nothing is left for torch's `adam` to step on
-        bucket = self._bucket_to_step_on(group)
+        bucket, unfinished = self._bucket_to_step_on(group), self._starts[group["params"][0]][0].unfinished
         if bucket is None:
+            self._starts[group["params"][0]][0].finish_gradients()
             adam: Any = super()
             return adam._init_group(group, *arguments)
+        if unfinished is not None and not unfinished.are_finished:
+            step_in_pieces(bucket.step_lists(), group, unfinished.finish)
+            return False
         of_kind = bucket.step_lists()
         lists = [argument for argument in arguments if isinstance(argument, list)]  # torch 2.6 adds amsgrad, a bool
         for listed, kind in zip(lists, ("master", "gradient", *MOMENTS, "largest", "step"), strict=True):
@@ -353,10 +404,11 @@ class FlatAdam(torch.optim.Optimizer):
             raise RuntimeError(f"an optimizer with {bucket.formats} on the host lacks a moment or a step counter")
         together = bucket.has_all_gradients and bucket.counters_agree()
         lists = bucket.step_lists() if together else bucket.separate_lists()
+        finish = None if bucket.unfinished is None else bucket.unfinished.finish
         if bucket.split_masters is None:
-            step_in_pieces(lists, group)
+            step_in_pieces(lists, group, finish)
         else:
-            bucket.split_masters.step(lists, group, whole=together)
+            bucket.split_masters.step(lists, group, finish, whole=together)
 
     def _bucket_to_step_on(self, group: dict[str, Any]) -> Bucket | None:
         """A group's bucket with all its state in the slabs; None if its masters must be stepped on one by one.

@@ -5,18 +5,25 @@ The arithmetic is that of torch's fused kernel in FP32. A piece ends at a multip
 element is computed as it is in one call for the whole tensor (see `adam.py`).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from megatron.bridge.utils import device
 
+Finish = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Of a piece of gradients and room for it in FP32, what Adam reads."""
 PIECE_ELEMENTS = 1 << 16
 """For each thread: its parts of master, gradient and moments take 1 MB in FP32. A multiple of the alignment."""
 
 
 @torch.no_grad()
-def step_in_pieces(lists: dict[str, list[torch.Tensor]], options: dict[str, Any]) -> None:
+def step_in_pieces(
+    lists: dict[str, list[torch.Tensor]],
+    options: dict[str, Any],
+    finish: Finish | None = None,
+) -> None:
     """Take one step of AdamW on each master.
 
     Args:
@@ -24,6 +31,7 @@ def step_in_pieces(lists: dict[str, list[torch.Tensor]], options: dict[str, Any]
             Masters and steps are FP32, the others FP32 or 16-bit. All are on the host and contiguous; all but the
             gradients are changed, and moments are rounded to nearest even.
         options: The param group, which has torch's options of AdamW.
+        finish: None: gradients are widened.
     """
     size = piece_elements()
     kinds = ("master", "gradient", "exp_avg", "exp_avg_sq")
@@ -32,7 +40,7 @@ def step_in_pieces(lists: dict[str, list[torch.Tensor]], options: dict[str, Any]
         for *stored, step in zip(*(lists[kind] for kind in (*kinds, "step")), strict=True):
             step += 1
             for master, *pieces in zip(*(tensor.view(-1).split(size) for tensor in stored), strict=True):
-                step_on_piece(master, pieces, step, options, rooms=rooms)
+                step_on_piece(master, pieces, step, options, finish, rooms=rooms)
 
 
 def piece_elements() -> int:
@@ -50,6 +58,7 @@ def step_on_piece(
     stored: list[torch.Tensor],
     step: torch.Tensor,
     options: dict[str, Any],
+    finish: Finish | None = None,
     *,
     rooms: list[torch.Tensor],
 ) -> None:
@@ -60,9 +69,11 @@ def step_on_piece(
         stored: Its gradient and both moments, FP32 or 16-bit, [N]. Moments are changed.
         step: The counter, incremented already.
         options: The param group.
+        finish: See `step_in_pieces`.
         rooms: FP32, at least [N], one for each of `stored`.
     """
-    wide = [_in_fp32(piece, room) for piece, room in zip(stored, rooms, strict=True)]
+    widened_by = (finish or _in_fp32, _in_fp32, _in_fp32)
+    wide = [widen(piece, room[: piece.numel()]) for widen, piece, room in zip(widened_by, stored, rooms, strict=True)]
     _step_on([master, *wide], step, options)
     for piece, moment in zip(stored[1:], wide[1:], strict=True):
         if moment is not piece:
@@ -71,7 +82,7 @@ def step_on_piece(
 
 def _in_fp32(piece: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
     """The piece itself, or its values in the room."""
-    return piece if piece.dtype == torch.float32 else room[: piece.numel()].copy_(piece)
+    return piece if piece.dtype == torch.float32 else room.copy_(piece)
 
 
 def _step_on(wide: list[torch.Tensor], step: torch.Tensor, options: dict[str, Any]) -> None:

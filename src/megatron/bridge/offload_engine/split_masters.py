@@ -109,12 +109,20 @@ class SplitMasters:
         self._are_lost = False
 
     @torch.no_grad()
-    def step(self, lists: dict[str, list[torch.Tensor]], options: dict[str, Any], *, whole: bool) -> None:
+    def step(
+        self,
+        lists: dict[str, list[torch.Tensor]],
+        options: dict[str, Any],
+        finish: piecewise_adam.Finish | None = None,
+        *,
+        whole: bool,
+    ) -> None:
         """Take one step of AdamW on each master, and queue the copies of the new weights to the device.
 
         Args:
             lists: As `step_in_pieces` takes them.
             options: The param group.
+            finish: See `step_in_pieces`.
             whole: Whether the lists are those of the whole bucket: the run, then each other parameter.
 
         Raises:
@@ -122,13 +130,15 @@ class SplitMasters:
         """
         self.raise_if_lost()
         if self.is_split and whole:
-            self._step_on_pieces(lists, options)
+            self._step_on_pieces(lists, options, finish)
             return
         self.join()
-        piecewise_adam.step_in_pieces(lists, options)
+        piecewise_adam.step_in_pieces(lists, options, finish)
         self._split()
 
-    def _step_on_pieces(self, lists: dict[str, list[torch.Tensor]], options: dict[str, Any]) -> None:
+    def _step_on_pieces(
+        self, lists: dict[str, list[torch.Tensor]], options: dict[str, Any], finish: piecewise_adam.Finish | None
+    ) -> None:
         fetched = self._fetch_each()
         with device.bypass_simulation():
             rooms = piecewise_adam.rooms_for(5)
@@ -141,7 +151,7 @@ class SplitMasters:
                     buffer, master = next(fetched), rooms[0][: last - first]
                     self._join_piece((at, number), piece, buffer, into=master)
                     of_piece = [tensor[first:last] for tensor in stored]
-                    piecewise_adam.step_on_piece(master, of_piece, step, options, rooms=rooms[1:4])
+                    piecewise_adam.step_on_piece(master, of_piece, step, options, finish, rooms=rooms[1:4])
                     self._split_piece((at, number), piece, master, buffer=buffer, room=rooms[4])
                     first = last
 

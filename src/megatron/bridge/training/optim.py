@@ -5,6 +5,7 @@ import logging
 from typing import Any
 
 import megatron.core.optimizer as core_optimizer
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -13,6 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.bridge.core_repairs.install import install_repairs, repaired_construction
 from megatron.bridge.offload_engine.host_threads import plan_host_threads, step_with
 from megatron.bridge.offload_engine.overlap.connect import overlap_steps
+from megatron.bridge.offload_engine.overlap.early_gradients import detach
 from megatron.bridge.offload_engine.split_step import SplitStep, split_masters_of
 from megatron.bridge.offload_engine.state_formats import formats_asked_for, formats_of, keep_state_in
 from megatron.bridge.offload_engine.streamed_step import StreamedStep, stream_buckets
@@ -63,6 +65,7 @@ def setup_optimizer(
             f"setup_optimizer: optimizer.optimizer_offload_fraction is {AUTO!r}, which only `finetune` and `pretrain` "
             "settle: expected a number; set 0 to 1"
         )
+    detach([chunk for chunk in model if isinstance(chunk, DistributedDataParallel)])
     lengths = derived or _shown_lengths(scheduler_config)
     provider = optimizer_config_override_provider or OptimizerConfigOverrideProvider()
     with repaired_construction(optimizer_config, model):
@@ -126,7 +129,7 @@ def _prepare_steps_on_the_host(optimizer: Any, config: OptimizerConfig, model: l
     hybrids = find_hybrid_optimizers(optimizer)
     if config.overlap_cpu_optimizer_step:
         if hybrids:
-            overlap_steps(hybrids, model, threads)
+            overlap_steps(optimizer, hybrids, model, threads)
     elif threads is not None:
         for hybrid in hybrids:
             step_with(hybrid.optimizer, threads)

@@ -17,6 +17,7 @@ from megatron.core.num_microbatches_calculator import get_current_global_batch_s
 from megatron.core.utils import get_model_config
 
 from megatron.bridge.models.trained_weights import check_trained_as_wrapped
+from megatron.bridge.offload_engine.overlap.connect import gradients_cross_early
 from megatron.bridge.training.callbacks import CallbackContext, CallbackManager
 from megatron.bridge.training.checkpointing import CheckpointManager, CheckpointSaveContext, DefaultCheckpointManager
 from megatron.bridge.training.cpu_offload.overlapped_steps import (
@@ -198,7 +199,8 @@ def train_step(run: SetupOutput, forward_step: Callable, micro_batches: list[dic
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
     clear_router_losses()
-    with phases_timed(run.state, get_model_config(run.model[0]), run.optimizer):
+    timed_phases = phases_timed(run.state, get_model_config(run.model[0]), run.optimizer)
+    with timed_phases, gradients_cross_early(run.optimizer):
         totals = run_micro_batches(forward_step, micro_batches, run.model, checked_as=checked_loss_of(run.state))
         router_losses = read_router_losses(run.state.cfg.model, num_micro_batches=len(micro_batches))
         gradients = read_gradients_if_shown(run.state, run.model, run.optimizer)

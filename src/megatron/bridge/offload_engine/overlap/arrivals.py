@@ -112,6 +112,11 @@ class Arrivals:
         for crossing in list(self._parts):
             self._arrive(crossing)
 
+    def wait_for_host_of(self, params: Iterable[torch.Tensor]) -> None:
+        """The same for the steps on the host that some weights take part in."""
+        for param in params:
+            self._arrive(self._crossing_of.get(param))
+
     def wait_for_all(self) -> None:
         """Wait for all weights, and gather those that ranks gather later. Collective, unless all are there."""
         self.wait_for_host()
@@ -139,8 +144,15 @@ class ShardsArriveLater(DistributedOptimizer):
     """Overrides for an overlapped hybrid optimizer; a built `DistributedOptimizer` changes its class to it."""
 
     arrivals: Arrivals
+    early: Any = None
+    """The `EarlyGradients`, if any gradients cross before the step."""
     weight_of: dict[torch.Tensor, torch.Tensor]
     """The model's parameter of each shard that the hybrid optimizer was given."""
+
+    def prepare_grads(self) -> bool:
+        if self.early is not None and self.grad_scaler:
+            self.early.is_unscaled(self)
+        return super().prepare_grads()
 
     def step_with_ready_grads(self) -> bool:
         """Queue the step. The weights arrive later."""

@@ -1,6 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Switch an offloaded optimizer to the overlapped step, and wait for its weights."""
 
+import contextlib
 import logging
 import weakref
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from megatron.core.utils import unwrap_model
 from megatron.bridge.offload_engine.host_threads import HostThreads
 from megatron.bridge.offload_engine.overlap import worker
 from megatron.bridge.offload_engine.overlap.arrivals import Arrivals, ShardsArriveLater, weights_of_shards
+from megatron.bridge.offload_engine.overlap.early_gradients import EarlyGradients, NormIsShared
 from megatron.bridge.offload_engine.overlap.hybrid import OverlappedStep
 from megatron.bridge.offload_engine.step import BucketedStep
 from megatron.bridge.utils.distributed import any_rank, raise_on_all_ranks
@@ -21,10 +23,13 @@ from megatron.bridge.utils.distributed import any_rank, raise_on_all_ranks
 logger = logging.getLogger(__name__)
 
 
-def overlap_steps(optimizers: list[DistributedOptimizer], model: list[Any], threads: HostThreads | None) -> None:
+def overlap_steps(
+    chain: Any, optimizers: list[DistributedOptimizer], model: list[Any], threads: HostThreads | None
+) -> None:
     """Let offloaded optimizers step while the next forward pass runs.
 
     Args:
+        chain: What holds them all, from Core.
         optimizers: All that wrap a hybrid optimizer, already built and repaired.
         model: This rank's chunks, wrapped in DDP.
         threads: Of the host's step, from `plan_host_threads`.
@@ -48,6 +53,8 @@ def overlap_steps(optimizers: list[DistributedOptimizer], model: list[Any], thre
         _change_class(hybrid, OverlappedStep)
         part.arrivals, part.weight_of, hybrid.worker = arrivals, weights_of_shards(optimizer), stepper
         hybrid.place_in_forward = {shard: place.get(param, 0) for shard, param in part.weight_of.items()}
+    if isinstance(chain, ChainedOptimizer):
+        _cross_early(chain, arrivals, optimizers, model)
     if not any(chunk.ddp_config.overlap_param_gather for chunk in model):  # else Core's own hooks ask
         for module, params in modules:
             module.register_forward_pre_hook(_WaitFor(arrivals, params))
@@ -62,6 +69,34 @@ def overlap_steps(optimizers: list[DistributedOptimizer], model: list[Any], thre
         num_buckets,
         len(modules),
     )
+
+
+def _cross_early(chain: Any, arrivals: Arrivals, parts: list[Any], model: list[Any]) -> None:
+    """Let gradients cross as they are reduced."""
+    _change_class(chain, NormIsShared)
+    chain.early = EarlyGradients(arrivals, parts, model)
+    for part in parts:
+        part.early = part.optimizer.early = chain.early
+
+
+@contextlib.contextmanager
+def gradients_cross_early(optimizer: Any) -> Iterator[None]:
+    """Within the context, which holds backward passes and the step, gradients cross to the host as they are reduced.
+
+    Outside of it they cross in the step. Within it, change gradients in `finalize_model_grads_func` alone.
+
+    Args:
+        optimizer: What `setup_optimizer` returned; one whose steps don't overlap is left as it is.
+    """
+    early = getattr(optimizer, "early", None)
+    if not isinstance(early, EarlyGradients):
+        yield
+        return
+    early.is_wanted = True
+    try:
+        yield
+    finally:
+        early.is_wanted = False
 
 
 def wait_for_overlapped_step(optimizer: Any) -> None:

@@ -6,13 +6,15 @@
     worker                                  waits, Adam on bucket 1 | waits, Adam on bucket 2 | ...
     h2d                                                  masters of bucket 1 | of bucket 2 | ...
 
-The buckets come in the order in which the next forward pass needs their weights. The waits:
+Gradients that crossed as they were reduced (`early_gradients.py`) are on their way before it. The buckets come in the
+order in which the next forward pass needs their weights. The waits:
 
 * d2h waits for the current stream before it reads gradients, and the current stream for d2h before what comes after
   the step may overwrite them or reuse their memory;
 * the worker waits for a bucket's event on d2h before it steps, and with that for the bucket's masters of the step
   before: they were on the device before that step's weights were read;
-* h2d waits for nothing: the worker's wait covers all that still read the weights when the step began;
+* h2d waits for the current stream as it is when the step begins: gradients that crossed early say nothing about what
+  still reads the weights then;
 * whoever reads a bucket's weights waits for the worker, and lets its stream wait for the bucket's event on h2d.
 """
 
@@ -74,6 +76,9 @@ class OverlappedStep(ReadsLate, BucketedStep):
     crossings: tuple[Crossing, ...] = ()
     """Of the last step, in order; empty once all have arrived."""
 
+    early: Any = None
+    """The `EarlyGradients`, if any gradients cross before the step."""
+
     place_in_forward: dict[torch.Tensor, int] = {}
     """By parameter of this optimizer, when the forward pass needs it."""
 
@@ -89,6 +94,7 @@ class OverlappedStep(ReadsLate, BucketedStep):
         self.finish()
         self._sync_hdo_param_groups_to_sub_optimizers()
         self._set_sub_optimizer_grads()
+        device.start_after_current(self._h2d_stream)
         if self.gpu_optimizer is not None:
             self.gpu_optimizer.step()
         crossings = tuple(
@@ -127,9 +133,12 @@ class OverlappedStep(ReadsLate, BucketedStep):
         device.start_after_current(self._d2h_stream)
         with device.on_stream(self._d2h_stream):
             for optimizer in self._in_order():
-                for bucket in optimizer.buckets:
-                    bucket.copy_gradients_to_host()
-                self._cpu_optimizer_map_data_event[optimizer] = self._d2h_stream.record_event()
+                event = None if self.early is None else self.early.take(optimizer)
+                if event is None:
+                    for bucket in optimizer.buckets:
+                        bucket.copy_gradients_to_host()
+                    event = self._d2h_stream.record_event()
+                self._cpu_optimizer_map_data_event[optimizer] = event
 
     def _send_weights(self, optimizer: FlatAdam) -> None:
         """Do nothing: the crossing sends them."""

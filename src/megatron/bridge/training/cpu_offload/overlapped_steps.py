@@ -59,7 +59,6 @@ def check_overlapped_step(cfg: Any, optimizer: Any, *, num_taken: int) -> None:
         return
     raise_failures(optimizer)
     if 0 < num_taken <= NUM_CHECKED_STEPS:
-        wait_for_overlapped_step(optimizer)
         with raise_on_all_ranks("checking the weights of an overlapped step"):
             _check_weights(optimizer)
 
