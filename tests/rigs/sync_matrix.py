@@ -140,7 +140,9 @@ def run_way(
     run = start(cfg, chunks)
     stepper = Stepper(run, replayed)
     bring_in(way, rig, run, stepper)
-    found = [(copy.detach().cpu().clone(), weight.cpu().clone()) for copy, weight in copies_and_weights(run.optimizer)]
+    pairs = copies_and_weights(run.optimizer)
+    on_host = {id(copy): copy.detach().clone() for copy, _ in pairs if copy.device.type == "cpu"}  # before any wait
+    found = [(on_host.get(id(copy), copy.detach()).cpu().clone(), weight.cpu().clone()) for copy, weight in pairs]
     return found, stepper.trace(only_last=only_last)
 
 
