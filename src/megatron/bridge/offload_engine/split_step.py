@@ -2,7 +2,8 @@
 """A bucketed step whose masters are stored as 16-bit rests between steps (see `split_masters.py`).
 
 Weights come down and return on the stream on which masters return otherwise. In a step it waits for nothing: the host
-has waited for the gradients, and so for all that was queued before they came down.
+has waited for the gradients, and so for all that was queued before they came down. Where gradients came down earlier,
+the overlapped step has let the stream wait for the current one.
 """
 
 import contextlib
