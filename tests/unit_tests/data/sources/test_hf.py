@@ -86,7 +86,12 @@ def test_without_a_network_the_error_says_what_to_fetch_and_where(hub_cache, mon
     with pytest.raises(FileNotFoundError) as caught:
         load_and_adapt_hf_dataset("gsm8k")
     message = str(caught.value)
-    for part in ("openai/gsm8k", "hf download --repo-type dataset openai/gsm8k", str(hub_cache.parents[2]), "a local copy"):
+    for part in (
+        "openai/gsm8k",
+        "hf download --repo-type dataset openai/gsm8k",
+        str(hub_cache.parents[2]),
+        "a local copy",
+    ):
         assert part in message
     assert "\n" not in message
 
@@ -195,7 +200,10 @@ def test_a_second_argument_with_a_value_is_not_the_tokenizer(squad):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda row: row["txt"], r"train.jsonl:1: process_example_fn <lambda> raised KeyError: 'txt' \(the row has: id"),
+        (
+            lambda row: row["txt"],
+            r"train.jsonl:1: process_example_fn <lambda> raised KeyError: 'txt' \(the row has: id",
+        ),
         (lambda row: "text", "train.jsonl:1: process_example_fn returned str: expected a dict such as input, output"),
         (lambda row: {"input": "a"}, r"train.jsonl:1: no field 'output' \(found: 'input'\)"),
     ],
@@ -302,7 +310,10 @@ def test_a_directory_of_lines_goes_before_the_recipes_dataset(squad, write_jsonl
         (HFDatasetSourceConfig("a", dataset_dict=[{}]), "expected one of dataset_name and dataset_dict"),
         (HFDatasetSourceConfig("a", val_proportion=1.5), "val_proportion=1.5: expected a share"),
         (HFDatasetSourceConfig("a", split="train[1"), r"split='train\[1': expected a split's name"),
-        (HFDatasetSourceConfig("a", process_example_fn="sqad"), "process_example_fn='sqad': expected a function, or squad"),
+        (
+            HFDatasetSourceConfig("a", process_example_fn="sqad"),
+            "process_example_fn='sqad': expected a function, or squad",
+        ),
         (HFDatasetSourceConfig("a", hf_kwargs={"split": "b"}), "hf_kwargs has 'split': expected it as a field"),
     ],
 )
