@@ -70,7 +70,10 @@ def test_padding_follows_the_configuration(sft_root, tokenizer):
     ("missing", "message"),
     [
         ("training.jsonl", r"training\.jsonl does not exist"),
-        ("validation.jsonl", r"validation\.jsonl does not exist: add it, cut it off with .* or set dataset.do_validation=false"),
+        (
+            "validation.jsonl",
+            r"validation\.jsonl does not exist: add it, cut it off with .* or set dataset.do_validation=false",
+        ),
         ("", r"dataset.dataset_root='.*' is no directory"),
     ],
 )

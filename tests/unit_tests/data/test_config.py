@@ -65,9 +65,15 @@ def test_checks_change_nothing():
         ),
         ({"packed_sequence_specs": PACKS(), "enable_offline_packing": True}, "both set"),
         ({"offline_packing_specs": PACKS()}, "set dataset.enable_offline_packing=true with it"),
-        ({"hf_dataset": {"path": "squad"}}, "dataset.hf_dataset=.*: expected a dataset's name, or HFDatasetSourceConfig"),
-        ({"dataset_root": None, "hf_dataset": HFDatasetSourceConfig()}, "expected one of dataset_name and dataset_dict"),
-        ({"split": "90,10"}, 'dataset.split=.90,10.: expected shares of training, validation and test, such as'),
+        (
+            {"hf_dataset": {"path": "squad"}},
+            "dataset.hf_dataset=.*: expected a dataset's name, or HFDatasetSourceConfig",
+        ),
+        (
+            {"dataset_root": None, "hf_dataset": HFDatasetSourceConfig()},
+            "expected one of dataset_name and dataset_dict",
+        ),
+        ({"split": "90,10"}, "dataset.split=.90,10.: expected shares of training, validation and test, such as"),
         ({"split": "0,1,1"}, "dataset.split='0,1,1': expected shares"),
         ({"memmap_workers": 0}, "dataset.memmap_workers=0: expected an integer of 1 or more"),
         ({"preprocessing": "f"}, "dataset.preprocessing='f': expected PromptCompletionSFTPreprocessingConfig or Chat"),

@@ -27,7 +27,8 @@ R1 = (
     "{% else %}Q:{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}A:<think>\n{% endif %}"
 )
 PLAIN = (
-    EACH + "{{ m.role + ': ' + m.content + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    EACH
+    + "{{ m.role + ': ' + m.content + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
 END_AT_LAST = PLAIN.replace("{% endfor %}", "{% endfor %}{% if not add_generation_prompt %}<|im_end|>{% endif %}")
 END_BETWEEN = PLAIN.replace("+ '\n' }}", "}}{% if m.role == 'assistant' and not loop.last %}<|im_end|>{% endif %}")
@@ -67,9 +68,7 @@ def learn(write_jsonl, tokenizer_directory):
     """What is learned of rows: a list of the learned texts of each, whole texts, and the report."""
 
     def learned(rows, template=CHATML, **options):
-        tokenizer = build_tokenizer(
-            TokenizerConfig(tokenizer_model=str(tokenizer_directory), chat_template=template)
-        )
+        tokenizer = build_tokenizer(TokenizerConfig(tokenizer_model=str(tokenizer_directory), chat_template=template))
         rows = [{"messages": row} if isinstance(row, list) else row for row in rows]
         made = load_sft_dataset(
             write_jsonl(rows), tokenizer=tokenizer, seq_length=512, options=SFTOptions.from_kwargs(options)
@@ -104,7 +103,9 @@ def warned(report, *words):
 
 
 @pytest.mark.parametrize("template", [QWEN3, MARKED_CHATML, QWEN3.replace("+ '<|im_end|>' }}{% endg", "}}{% endg")])
-@pytest.mark.parametrize("messages", [TWO, [user("a"), answer("<think>\nmat\n</think>\n\nsat")], [*TWO, user("b"), answer("é😀 ran")]])
+@pytest.mark.parametrize(
+    "messages", [TWO, [user("a"), answer("<think>\nmat\n</think>\n\nsat")], [*TWO, user("b"), answer("é😀 ran")]]
+)
 def test_marks_give_the_tokens_and_the_mask_of_transformers(learn, template, messages):
     learn([messages], template)
     [sample] = learn.samples
@@ -146,7 +147,11 @@ EMPTY = "<think>\n\n</think>\n\n"
         (UNMARKED_QWEN3, TWO, ["sat<|im_end|>", EMPTY + "ran<|im_end|>"]),
         (UNMARKED_QWEN3, [user("sat", role="system"), *TWO], ["sat<|im_end|>", EMPTY + "ran<|im_end|>"]),
         (UNMARKED_QWEN3, [*TWO, user("x"), answer("sat")], ["sat<|im_end|>", "ran<|im_end|>", EMPTY + "sat<|im_end|>"]),
-        (UNMARKED_QWEN3, [*TWO[:3], answer("<think>\nmat\n</think>\n\nran")], ["sat<|im_end|>", "<think>\nmat\n</think>\n\nran<|im_end|>"]),
+        (
+            UNMARKED_QWEN3,
+            [*TWO[:3], answer("<think>\nmat\n</think>\n\nran")],
+            ["sat<|im_end|>", "<think>\nmat\n</think>\n\nran<|im_end|>"],
+        ),
         (R1, TWO, ["sat<|im_end|>", "ran<|im_end|>"]),
         (R1, [user("a"), answer("<think>mat</think>sat")], ["sat<|im_end|>"]),
         (END_AT_LAST, TWO, [" sat\n", " ran\n<|im_end|>"]),
@@ -158,7 +163,7 @@ EMPTY = "<think>\n\n</think>\n\n"
         (ALWAYS_PROMPTED_PLAIN, TWO, ["sat", "ran"]),
         (SPACED, TWO, [" sat<|im_end|>", " ran<|im_end|>"]),
     ],
-)  # fmt: skip
+)
 def test_answers_are_found_in_the_rendering_of_the_whole(learn, template, messages, spans):
     assert learn([messages], template) == [spans]
     assert learn.whole[0] == learn.tokenizer.apply_chat_template(messages)
@@ -179,7 +184,10 @@ def test_an_answer_that_is_written_twice_is_refused(learn):
         learn([TWO], "{{ messages | length }}{% for m in messages %}{{ m.content + m.content }}{% endfor %}")
 
 
-@pytest.mark.parametrize(("template", "warns"), [(PLAIN, True), (END_AT_LAST, True), (END_BETWEEN, True), (CHATML, False), (QWEN3, False), (R1, False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("template", "warns"),
+    [(PLAIN, True), (END_AT_LAST, True), (END_BETWEEN, True), (CHATML, False), (QWEN3, False), (R1, False)],
+)
 def test_answers_without_an_end_token_are_warned_of(learn, template, warns):
     learn([TWO], template)
     assert warned(learn.report, "a learned answer ends in no special token in 1 row") == warns
@@ -232,7 +240,9 @@ def test_arguments_are_written_once(learn, template, written, as_text):
 
 
 def test_a_call_is_found_in_a_template_that_rewrites_turns(learn):
-    rewriting = AS_OBJECT.replace("{{ m.content or '' }}", "{{ '-' if loop.last and m.role == 'assistant' }}{{ m.content or '' }}")
+    rewriting = AS_OBJECT.replace(
+        "{{ m.content or '' }}", "{{ '-' if loop.last and m.role == 'assistant' }}{{ m.content or '' }}"
+    )
     assert learn([[user("a"), call({}), *TWO[2:]]], rewriting) == [["weather {}<|im_end|>", "-ran<|im_end|>"]]
 
 
@@ -262,9 +272,9 @@ def test_other_spellings_of_roles_are_read_and_counted(learn, role):
         ({"messages": TWO, "weight": 0}, "field 'weight' is ignored"),
         ({"messages": TWO, "tools": [TOOL]}, "'tools' are left out by the chat template"),
         ({"messages": [user("a", name="x"), answer("b")]}, "'name' of messages is left out by the chat template"),
-        ({"messages": [user("a"), answer("b", reasoning_content="c")]}, "'reasoning_content' of messages is left out"),
+        ({"messages": [user("a"), answer("b", reasoning_content="c")]}, "'reasoning_content' of messages is left"),
         ({"messages": [user("a"), call({}, "b")]}, "'tool_calls' of messages is left out by the chat template"),
-        ({"messages": [user("a"), answer("b", function_call={"name": "c"})]}, "'function_call' of messages is left out"),
+        ({"messages": [user("a"), answer("b", function_call={"name": "c"})]}, "'function_call' of messages is left"),
         ({"messages": [*TWO, {"role": "Bot", "content": "a"}]}, "role 'Bot' is not known"),
         ({"messages": [*TWO, user("a"), answer(" ")]}, "an answer is empty"),
         ({"input": "", "output": "the cat sat"}, "the prompt is empty"),
@@ -272,7 +282,7 @@ def test_other_spellings_of_roles_are_read_and_counted(learn, role):
         ({"text": "a", "label": "b"}, "field 'label' is ignored"),
         ({"text": "a", "label": 1}, "field 'label' is ignored"),
     ],
-)  # fmt: skip
+)
 def test_what_no_part_of_a_sample_takes_is_warned_of(learn, row, words):
     learn([row])
     assert warned(learn.report, words, "in 1 row (the first in line 1)")
@@ -312,10 +322,10 @@ def test_notes_are_kept_with_the_tokens(write_jsonl, tokenizer, tmp_path):
         ({"messages": TWO, "tools": [1]}, r"tools\[0\] is a number: expected an object"),
         ({"messages": TWO, "system": ["a"]}, "field 'system' is a list of 1: expected a string"),
         ({"messages": [user("a", role="system"), *TWO], "system": "b"}, "'system' and messages.0. hold two system"),
-        ({"messages": [user("a"), user("b", role="Bot")]}, "nothing to|anything to learn .*no message of the assistant"),
-        ({"conversations": [{"from": "human", "value": "a", "content": "b"}]}, "has 'content' beside 'from' and 'value'"),
+        ({"messages": [user("a"), user("b", role="Bot")]}, "nothing to|anything to learn .*no message of the assist"),
+        ({"conversations": [{"from": "human", "value": "a", "content": "b"}]}, "has 'content' beside 'from' and"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_meant_is_refused_by_name(learn, row, message):
     with pytest.raises(ValueError, match=message) as caught:
         learn([row])

@@ -42,7 +42,9 @@ def test_what_cannot_be_read_is_named(tmp_path):
         next(read_rows(tmp_path / "c.jsonl"))
 
 
-@pytest.mark.parametrize(("content", "what"), [(b"\x1f\x8b\x08", "gzip"), (b"PAR1", "Parquet"), (b"\xff\xfe{", "UTF-16")])
+@pytest.mark.parametrize(
+    ("content", "what"), [(b"\x1f\x8b\x08", "gzip"), (b"PAR1", "Parquet"), (b"\xff\xfe{", "UTF-16")]
+)
 def test_a_file_of_another_format_is_named(tmp_path, content, what):
     path = tmp_path / "training.jsonl"
     path.write_bytes(content)

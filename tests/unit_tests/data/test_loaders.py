@@ -156,7 +156,9 @@ def test_a_worker_lives_on_at_a_signal_that_the_run_catches(is_caught):
     before = signal.signal(signal.SIGTERM, (lambda *_: None) if is_caught else signal.SIG_DFL)
     others = set(multiprocessing.active_children())  # ranks of other tests
     try:
-        iterator = build_step_iterator(Counting(40), **arguments(consumed_samples=0, seed=1, shuffle=False, num_workers=1))
+        iterator = build_step_iterator(
+            Counting(40), **arguments(consumed_samples=0, seed=1, shuffle=False, num_workers=1)
+        )
         next(iterator)
         for worker in set(multiprocessing.active_children()) - others:  # as torchrun and schedulers do
             worker.terminate()
@@ -283,7 +285,9 @@ def test_a_script_sets_up_the_iterators_of_a_run(tmp_path):
     cfg = tiny_config(tmp_path, train={"global_batch_size": 4, "micro_batch_size": 2}, validation={"eval_iters": 1})
     cfg.dataset = _Numbers(dataloader_type="single")
     state = TrainState(consumed_train_samples=4)
-    training, validation, test = setup_data_iterators(cfg, state, 1, build_datasets, SimpleNamespace(rank=lambda: 0, size=lambda: 1))
+    training, validation, test = setup_data_iterators(
+        cfg, state, 1, build_datasets, SimpleNamespace(rank=lambda: 0, size=lambda: 1)
+    )
     steps = [[batch["tokens"][:, 0].tolist() for batch in next(training)] for _ in range(2)]
     assert steps == [[[4, 5], [6, 7]], [[8, 9], [10, 11]]]
     for _ in range(2):

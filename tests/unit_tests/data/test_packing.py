@@ -21,7 +21,9 @@ class Samples:
         return {"tokens": tokens, "labels": tokens + 1000, "loss_mask": torch.ones(len(tokens))}
 
 
-@pytest.mark.parametrize("pack", [lambda: pack_by_length(LENGTHS, size=64, seed=3), lambda: pack_in_order(LENGTHS, size=64)])
+@pytest.mark.parametrize(
+    "pack", [lambda: pack_by_length(LENGTHS, size=64, seed=3), lambda: pack_in_order(LENGTHS, size=64)]
+)
 def test_every_sample_is_in_one_pack_and_no_pack_overflows(pack):
     packs = pack()
     assert sorted(sample for samples in packs for sample in samples) == list(range(300))
@@ -81,9 +83,7 @@ def test_too_few_packs_are_named_as_packs():
     packed = PackedDataset(Samples([1] * 20), size=64, seed=1)
     sizes = {"micro_batch_size": 1, "global_batch_size": 2, "data_parallel_rank": 0, "data_parallel_size": 1}
     with pytest.raises(ValueError, match="has 1 packs, fewer than one global batch"):
-        build_step_iterator(
-            packed, consumed_samples=0, seed=1, shuffle=True, padding=Padding(seq_length=64), **sizes
-        )
+        build_step_iterator(packed, consumed_samples=0, seed=1, shuffle=True, padding=Padding(seq_length=64), **sizes)
 
 
 def test_a_sample_is_shortened_to_what_fits_when_it_is_padded(write_jsonl, tokenizer):

@@ -83,7 +83,9 @@ def test_a_run_reads_the_packs_that_it_would_make_itself(tmp_path, write_jsonl, 
     write_npy(tmp_path / "packs_0.npy", rows[:2])
     write_npy(tmp_path / "packs_1.npy", rows[2:])
     specs = PackedSequenceSpecs(packed_sequence_size=64, packed_train_data_path=tmp_path / "packs_*.npy")
-    read, validation, _ = build_datasets(GPTSFTDatasetConfig(64, packed_sequence_specs=specs, do_validation=False), context)
+    read, validation, _ = build_datasets(
+        GPTSFTDatasetConfig(64, packed_sequence_specs=specs, do_validation=False), context
+    )
     assert len(read) == len(own) and validation is None and (read.lengths == own.lengths).all()
     for number in range(len(own)):
         assert all(torch.equal(read[number][name], value) for name, value in own[number].items())

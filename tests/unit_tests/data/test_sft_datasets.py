@@ -35,9 +35,7 @@ def test_plain_text_is_learned_from_its_second_token_to_eos(write_jsonl, tokeniz
     assert text_of(dataset[0], tokenizer) == "the cat sat\non the mat<|im_end|>"
     assert dataset[0]["loss_mask"].min() == 1
     assert dataset[0]["labels"][-1] == tokenizer.eos_id
-    bare = load_sft_dataset(
-        path, tokenizer=tokenizer, seq_length=64, options=SFTOptions(add_eos=False, add_bos=True)
-    )
+    bare = load_sft_dataset(path, tokenizer=tokenizer, seq_length=64, options=SFTOptions(add_eos=False, add_bos=True))
     assert text_of(bare[1], tokenizer) == "<|begin|>dog"
 
 
@@ -154,7 +152,9 @@ def test_a_saved_dataset_without_rows_is_named(tmp_path):
 
 def test_what_is_no_saved_dataset_is_named(tmp_path):
     pytest.importorskip("datasets")
-    with pytest.raises(FileNotFoundError, match="dataset.hf_dataset='/no/such' does not exist: expected a directory that"):
+    with pytest.raises(
+        FileNotFoundError, match="dataset.hf_dataset='/no/such' does not exist: expected a directory that"
+    ):
         open_dataset("/no/such")
     (tmp_path / "data.json").write_text(json.dumps({}))
     with pytest.raises(ValueError, match="can't be opened .*: expected what datasets' save_to_disk wrote") as caught:
@@ -176,9 +176,15 @@ def test_without_the_library_the_extra_is_named(tmp_path, monkeypatch):
 
 
 def test_what_is_too_long_for_a_pack_names_the_packs_size(write_jsonl, tokenizer):
-    root = str(write_jsonl([{"messages": [{"role": "user", "content": "x" * 60}, {"role": "assistant", "content": "b"}]}]).parent)
+    root = str(
+        write_jsonl(
+            [{"messages": [{"role": "user", "content": "x" * 60}, {"role": "assistant", "content": "b"}]}]
+        ).parent
+    )
     specs = PackedSequenceSpecs(packed_sequence_size=8)
-    with pytest.raises(ValueError, match=r"packed_sequence_size=8: raise packed_sequence_specs\.packed_sequence_size or"):
+    with pytest.raises(
+        ValueError, match=r"packed_sequence_size=8: raise packed_sequence_specs\.packed_sequence_size or"
+    ):
         build(tokenizer, dataset_root=root, do_validation=False, packed_sequence_specs=specs)
 
 
@@ -187,4 +193,6 @@ def test_what_is_ignored_is_logged_before_training(write_jsonl, tokenizer, caplo
     for _ in range(2):  # the second time from the cache
         caplog.clear()
         build(tokenizer, dataset_root=root, do_validation=False)
-        assert [record.levelname for record in caplog.records if "'instruction'" in record.getMessage()][-1] == "WARNING"
+        assert [record.levelname for record in caplog.records if "'instruction'" in record.getMessage()][
+            -1
+        ] == "WARNING"

@@ -174,6 +174,6 @@ def _unused_characters(text: str) -> Iterator[str]:
 
 def _cannot_be_split(turn: int) -> ValueError:
     return ValueError(
-        f"the chat template cannot be split into turns: message {turn + 1} is not found in what it renders; set another "
-        "tokenizer.chat_template, mark its answers with {% generation %}, or use answer_only_loss=false"
+        f"the chat template cannot be split into turns: message {turn + 1} is not found in what it renders; set "
+        "another tokenizer.chat_template, mark its answers with {% generation %}, or use answer_only_loss=false"
     )

@@ -16,9 +16,9 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from megatron.bridge.data.config import DatasetBuildContext, GPTSFTDatasetConfig
-from megatron.bridge.data.sampler import epoch_order, sample_indices
 from megatron.bridge.data.finding import SPLITS
 from megatron.bridge.data.presets import preset_named
+from megatron.bridge.data.sampler import epoch_order, sample_indices
 from megatron.bridge.data.sft_datasets import build_sft_datasets
 from megatron.bridge.data.validation_sets import names_of_sets
 from megatron.bridge.utils.distributed import raise_on_all_ranks
@@ -138,9 +138,7 @@ def build_blended_datasets(config: GPTSFTDatasetConfig, context: DatasetBuildCon
             found = {
                 split: [_member_of_split(config, path, split) for path in paths] for split, paths in paths_of.items()
             }
-        by_split = {
-            split: [build_sft_datasets(member, context)[0] for member in found[split]] for split in SPLITS
-        }
+        by_split = {split: [build_sft_datasets(member, context)[0] for member in found[split]] for split in SPLITS}
         weights = (blends["training"] or ([], None))[1]
     if context.multiple_validation_sets:
         pairs = zip(names_of_sets(context, paths_of["validation"]), by_split["validation"], strict=True)
@@ -169,7 +167,9 @@ def _member(config: GPTSFTDatasetConfig, path: str, **changes: Any) -> GPTSFTDat
 def _member_of_split(config: GPTSFTDatasetConfig, path: str, split: str) -> GPTSFTDatasetConfig:
     """The same where only one split is taken from the path, which may be its file."""
     candidates = (path, f"{path}/{split}.jsonl", f"{path}/{HF_NAMES[split]}")
-    for place in candidates[1:] if Path(path).is_dir() and not (Path(path) / "state.json").is_file() else candidates[:1]:
+    for place in (
+        candidates[1:] if Path(path).is_dir() and not (Path(path) / "state.json").is_file() else candidates[:1]
+    ):
         if Path(place).exists():
             return _member(config, place, do_validation=False, do_test=False)
     raise FileNotFoundError(

@@ -58,7 +58,9 @@ def write_cache(path: Path, arrays: dict[str, np.ndarray], *, recipe: dict[str, 
     return True
 
 
-def read_cache(path: Path, names: tuple[str, ...], *, recipe: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict] | None:
+def read_cache(
+    path: Path, names: tuple[str, ...], *, recipe: dict[str, Any]
+) -> tuple[dict[str, np.ndarray], dict] | None:
     """Returns the arrays and the report of a cache file; None if there is no valid one.
 
     Args:

@@ -5,11 +5,11 @@ from bisect import bisect_right
 from typing import Any
 
 from megatron.bridge.data.answers import Rendering, find_answers, up_to_end_tokens
-from megatron.bridge.data.template_omissions import find_omissions
 from megatron.bridge.data.messages import Conversation, read_conversation
 from megatron.bridge.data.row_notes import Note
 from megatron.bridge.data.samples import RenderedSample, Span, nothing_to_learn
 from megatron.bridge.data.sft_options import SFTOptions
+from megatron.bridge.data.template_omissions import find_omissions
 from megatron.bridge.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 UNMARKED = Note(

@@ -124,7 +124,9 @@ class GPTSFTDatasetConfig(DataloaderConfig):
     def pack_size(self) -> int | None:
         """Positions of a row that packs several samples; None: each row is one sample."""
         specs = self.packing
-        if specs is None or (specs is self.packed_sequence_specs and not specs.are_read and specs.packed_sequence_size < 1):
+        if specs is None or (
+            specs is self.packed_sequence_specs and not specs.are_read and specs.packed_sequence_size < 1
+        ):
             return None
         return specs.packed_sequence_size if specs.packed_sequence_size > 0 else self.seq_length
 
@@ -153,7 +155,8 @@ class GPTSFTDatasetConfig(DataloaderConfig):
         """
         if not self.dataset_root:
             raise ValueError(
-                "dataset.dataset_root is not set: expected the directory that holds training.jsonl, or dataset.hf_dataset"
+                "dataset.dataset_root is not set: expected the directory that holds training.jsonl, or "
+                "dataset.hf_dataset"
             )
         return Path(self.dataset_root)
 
@@ -185,8 +188,8 @@ class GPTSFTDatasetConfig(DataloaderConfig):
         for key, value in meant.items():
             if said.get(key) is not None and said[key] != value:
                 raise ValueError(
-                    f"dataset.dataset_kwargs.{key}={said[key]!r} and dataset.preprocessing, which means {value!r}: they "
-                    "contradict each other; leave one of them out"
+                    f"dataset.dataset_kwargs.{key}={said[key]!r} and dataset.preprocessing, which means {value!r}: "
+                    "they contradict each other; leave one of them out"
                 )
         return SFTOptions.from_kwargs(said | meant)
 

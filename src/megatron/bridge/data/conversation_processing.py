@@ -69,8 +69,8 @@ def build_assistant_loss_mask(
         boundary_config: The tokens between which the assistant speaks.
 
     Returns:
-        1.0 where a token is learned, else 0.0: float32, of the shape and on the device of `input_ids`. It isn't shifted:
-        a token's label stands one place before it.
+        1.0 where a token is learned, else 0.0: float32, of the shape and on the device of `input_ids`. It isn't
+        shifted: a token's label stands one place before it.
     """
     ids = torch.as_tensor(input_ids)
     if ids.dim() == 2:

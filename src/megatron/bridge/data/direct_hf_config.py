@@ -24,7 +24,7 @@ class DirectHFSFTDatasetConfig(GPTSFTDatasetConfig):
         for name in ("dataset_root", "path_to_cache"):
             if getattr(self, name):
                 raise ValueError(
-                    f"dataset.{name}={getattr(self, name)!r}: DirectHFSFTDatasetConfig neither reads nor writes files of "
-                    "its own; unset it, or use GPTSFTDatasetConfig"
+                    f"dataset.{name}={getattr(self, name)!r}: DirectHFSFTDatasetConfig neither reads nor writes files "
+                    "of its own; unset it, or use GPTSFTDatasetConfig"
                 )
         super().finalize()

@@ -73,7 +73,8 @@ class SampleEncoder:
         self.max_tokens = seq_length + 1
         self.beyond_limit = Note(f"dropped: {NO_LEARNED_TOKEN.format(limit=f'{limit}={seq_length}')}")
         self.without_prompt = Note(
-            "an answer has lost all of its prompt", f"it fills {limit}={seq_length} alone: raise it, or take the row out"
+            "an answer has lost all of its prompt",
+            f"it fills {limit}={seq_length} alone: raise it, or take the row out",
         )
         self.cuts_left = options.truncation_method == "left"
         self.special_ids = tokenizer.special_ids

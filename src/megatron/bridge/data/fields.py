@@ -10,8 +10,8 @@ FLAGS = ("weight", "train", "training", "trainable", "loss", "loss_mask", "loss_
 """Keys of a message by which its author says whether it is learned."""
 
 ABOUT_THE_ROW = frozenset(
-    "id _id idx index uid uuid row_id source src dataset dataset_name origin url link file filename path license author "
-    "category categories topic topics tag tags split task task_name task_type type kind lang language "
+    "id _id idx index uid uuid row_id source src dataset dataset_name origin url link file filename path license "
+    "author category categories topic topics tag tags split task task_name task_type type kind lang language "
     "languages locale domain subset version date created created_at timestamp time hash sha model model_name "
     "generator metadata meta info score scores rating quality difficulty length num_turns turns num_tokens "
     "tool_call_id original_answers".split()

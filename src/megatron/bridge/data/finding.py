@@ -12,7 +12,13 @@ from megatron.bridge.data.sources.hf_dataset_config import HFDatasetSourceConfig
 from megatron.bridge.data.sources.hf_splits import AdaptedSource, find_split, open_hf_source
 from megatron.bridge.data.sources.renamed import RenamedSource
 from megatron.bridge.data.tokenizer import Tokenizer
-from megatron.bridge.utils.distributed import all_gathered, is_rank_0, local_rank, raise_on_all_ranks, run_while_others_wait
+from megatron.bridge.utils.distributed import (
+    all_gathered,
+    is_rank_0,
+    local_rank,
+    raise_on_all_ranks,
+    run_while_others_wait,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -96,9 +102,7 @@ def splits_of_hf_dataset(config: GPTSFTDatasetConfig, tokenizer: Tokenizer) -> d
     own = run_while_others_wait(open_and_find if opens else None, doing=f"opening {source.title}")
     splits = next(found for found in all_gathered(own and own[1]) if found is not None)
     opened = own and own[0]
-    return {
-        split: AdaptedSource(source, said, opened=opened, tokenizer=tokenizer) for split, said in splits.items()
-    }
+    return {split: AdaptedSource(source, said, opened=opened, tokenizer=tokenizer) for split, said in splits.items()}
 
 
 def choose_splits(
@@ -122,8 +126,8 @@ def choose_splits(
         separate = [found[split].label for split in SPLITS[1:] if split in found]
         if separate:
             raise ValueError(
-                f"dataset.split={config.split!r} cuts {found['training']}, but {where} has {separate[0]} too: remove it, "
-                "or unset dataset.split"
+                f"dataset.split={config.split!r} cuts {found['training']}, but {where} has {separate[0]} too: remove "
+                "it, or unset dataset.split"
             )
         return found, read_shares(config.split)
     shares = None

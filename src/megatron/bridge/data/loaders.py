@@ -44,6 +44,7 @@ __all__ = [
     "unit_of",
 ]
 
+
 def padding_for(
     config: DatasetConfig, tokenizer: Any, *, seq_length: int, divisor: int = 1, per_micro_batch: bool = False
 ) -> Padding:

@@ -144,7 +144,9 @@ def read_tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
     tools = [_parsed(tool, f"tools[{index}]") for index, tool in enumerate(tools)]
     for index, tool in enumerate(tools):
         if not isinstance(tool, dict):
-            raise ValueError(f"tools[{index}] is {json_type(tool)}: expected an object such as a function's JSON schema")
+            raise ValueError(
+                f"tools[{index}] is {json_type(tool)}: expected an object such as a function's JSON schema"
+            )
     return tools
 
 

@@ -113,7 +113,7 @@ def pad_sample(sample: dict[str, torch.Tensor], length: int, *, pad_id: int) -> 
 
 
 def stack_rows(rows: list[dict[str, torch.Tensor]]) -> MicroBatch:
-    """Joins rows of one length to a micro-batch; a row with fewer samples than another repeats the length at its end."""
+    """Joins rows of one length to a micro-batch; one with fewer samples than another repeats the length at its end."""
     ends = [row.pop("cu_seqlens", None) for row in rows]
     batch: MicroBatch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     if any(end is not None for end in ends):

@@ -203,7 +203,9 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
                 yield dict(zip(names, map(_as_numpy, values), strict=True))
     except (OSError, ValueError, AttributeError, NotImplementedError) as error:  # a column of numbers has no `values`
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path} can't be read ({reason}): expected parquet with lists in {', '.join(COLUMNS)}") from error
+        raise ValueError(
+            f"{path} can't be read ({reason}): expected parquet with lists in {', '.join(COLUMNS)}"
+        ) from error
 
 
 def _as_numpy(values: Any) -> np.ndarray | None:
@@ -228,7 +230,9 @@ def _checked(row: Any, form: PackedForm) -> tuple[np.ndarray, np.ndarray, np.nda
     if not np.isin(learned, (0, 1)).all():
         raise ValueError(f"loss_mask holds {learned[~np.isin(learned, (0, 1))][0]}: expected 0 and 1")
     if starts[0] != 0 or (np.diff(starts) <= 0).any() or starts[-1] > len(ids):
-        raise ValueError(f"seq_start_id is {_short(starts)} in a row of {len(ids)} ids: expected 0 and then rising starts")
+        raise ValueError(
+            f"seq_start_id is {_short(starts)} in a row of {len(ids)} ids: expected 0 and then rising starts"
+        )
     sizes = np.diff(np.append(starts, len(ids)))
     positions = sizes - 1
     kept = positions > 0

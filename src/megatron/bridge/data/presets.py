@@ -38,9 +38,7 @@ DATASETS: dict[str, DatasetPreset] = {
     "squad": DatasetPreset(
         repository="rajpurkar/squad", subset="plain_text", validation="validation", process=rows.process_squad_example
     ),
-    "gsm8k": DatasetPreset(
-        repository="openai/gsm8k", subset="main", test="test", process=rows.process_gsm8k_example
-    ),
+    "gsm8k": DatasetPreset(repository="openai/gsm8k", subset="main", test="test", process=rows.process_gsm8k_example),
     "openmathinstruct2": DatasetPreset(
         repository="nvidia/OpenMathInstruct-2",
         # Its other splits are the same problems again, and 14 million rows.

@@ -81,8 +81,14 @@ def sample_indices(start: int, count: int, *, num_samples: int, seed: int, shuff
 
 
 def training_batches(
-    num_samples: int, layout: BatchLayout, *, consumed_samples: int, seed: int, shuffle: bool,
-    unit: str = "samples", order: Callable[..., np.ndarray] | None = None,
+    num_samples: int,
+    layout: BatchLayout,
+    *,
+    consumed_samples: int,
+    seed: int,
+    shuffle: bool,
+    unit: str = "samples",
+    order: Callable[..., np.ndarray] | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields global batches without end: sample indices int64 [global_batch_size], the first after `consumed_samples`.
 

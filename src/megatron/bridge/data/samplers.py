@@ -62,9 +62,7 @@ class RankBatchSampler(Sampler[list[int]]):
             count = min(size, self.num_samples - start) if is_single else size
             if count <= 0 or (count < size and self.drop_last):
                 return
-            rows = sample_indices(
-                start, count, num_samples=self.num_samples, seed=self.seed, shuffle=not is_single
-            )
+            rows = sample_indices(start, count, num_samples=self.num_samples, seed=self.seed, shuffle=not is_single)
             share = self._of_this_rank(rows)
             if len(share):
                 yield share.tolist()

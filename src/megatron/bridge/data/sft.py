@@ -25,7 +25,13 @@ from megatron.bridge.data.same_data import check_same_on_all_ranks
 from megatron.bridge.data.sft_options import SFTOptions
 from megatron.bridge.data.sources import JsonlSource, Source
 from megatron.bridge.data.tokenizer import Tokenizer
-from megatron.bridge.utils.distributed import all_gathered, is_rank_0, local_rank, raise_on_all_ranks, run_while_others_wait
+from megatron.bridge.utils.distributed import (
+    all_gathered,
+    is_rank_0,
+    local_rank,
+    raise_on_all_ranks,
+    run_while_others_wait,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -170,9 +176,7 @@ def load_sft_dataset(
     return dataset
 
 
-def _through_cache(
-    path: Path, source: Source, recipe: dict[str, Any], make: Callable[[], SFTDataset]
-) -> SFTDataset:
+def _through_cache(path: Path, source: Source, recipe: dict[str, Any], make: Callable[[], SFTDataset]) -> SFTDataset:
     """Takes the tokens from a cache file, which the first process of each machine makes if it isn't there."""
 
     def kept(digest: str) -> SFTDataset | None:
@@ -184,9 +188,7 @@ def _through_cache(
         dataset = kept(digest)
         if dataset is None:
             dataset = make()
-            write_cache(
-                path, dataset.arrays, recipe={**recipe, "source": digest}, report=asdict(dataset.report)
-            )
+            write_cache(path, dataset.arrays, recipe={**recipe, "source": digest}, report=asdict(dataset.report))
         else:
             logger.info("%s: its tokens are taken from %s", source, path)
         return digest, dataset

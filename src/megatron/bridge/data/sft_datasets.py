@@ -92,9 +92,7 @@ def tokenizer_for(config: GPTSFTDatasetConfig, tokenizer: Tokenizer) -> Tokenize
     return tokenizer.with_chat_template(chat.chat_template, chat.chat_template_kwargs)
 
 
-def split_samples(
-    config: GPTSFTDatasetConfig, samples: SFTDataset, shares: Shares
-) -> dict[str, SFTDataset]:
+def split_samples(config: GPTSFTDatasetConfig, samples: SFTDataset, shares: Shares) -> dict[str, SFTDataset]:
     """Cuts one dataset into the splits that are wanted: which sample goes where follows from the seed alone.
 
     Args:

@@ -5,7 +5,7 @@ import difflib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any, Literal, ClassVar
+from typing import Any, Literal
 
 from megatron.bridge.utils.section import BridgeSection
 
@@ -140,7 +140,9 @@ class PackedSequenceSpecs(BridgeSection):
             raise ValueError(f"{where}.pad_cu_seqlens=True is not supported: set it to false")
         check_positive(f"{where}.pad_seq_to_mult", self.pad_seq_to_mult)
         if self.pad_seq_to_mult > (size if size > 0 else seq_length):
-            raise ValueError(f"{where}.pad_seq_to_mult={self.pad_seq_to_mult}: no sample fits into a row then; lower it")
+            raise ValueError(
+                f"{where}.pad_seq_to_mult={self.pad_seq_to_mult}: no sample fits into a row then; lower it"
+            )
 
 
 def check_positive(name: str, value: Any) -> None:
@@ -151,7 +153,9 @@ def check_positive(name: str, value: Any) -> None:
 
 def check_blend(option: str, blend: Any) -> None:
     """Raises ValueError unless `blend` is paths and, for each, a weight above 0, or None."""
-    expected = f"{option}={blend!r}: expected paths and weights, such as (['a', 'b'], [0.3, 0.7]), or null for the weights"
+    expected = (
+        f"{option}={blend!r}: expected paths and weights, such as (['a', 'b'], [0.3, 0.7]), or null for the weights"
+    )
     if not isinstance(blend, tuple | list) or len(blend) != 2:
         raise ValueError(expected)
     paths, weights = blend
@@ -163,7 +167,9 @@ def check_blend(option: str, blend: Any) -> None:
         raise ValueError(f"{expected}; there are {len(paths)} paths")
     for weight in weights:
         if not isinstance(weight, int | float) or not 0 < weight < float("inf"):
-            raise ValueError(f"{option} has the weight {weight!r}: expected a number above 0; leave out what isn't wanted")
+            raise ValueError(
+                f"{option} has the weight {weight!r}: expected a number above 0; leave out what isn't wanted"
+            )
 
 
 def check_blends_per_split(blends: Any) -> None:
@@ -194,6 +200,8 @@ def read_shares(split: Any) -> tuple[float, float, float]:
     except ValueError:
         shares = []
     if len(shares) != 3 or not all(0 <= share < float("inf") for share in shares) or shares[0] == 0:
-        raise ValueError(f'dataset.split={split!r}: expected shares of training, validation and test, such as "90,10,0"')
+        raise ValueError(
+            f'dataset.split={split!r}: expected shares of training, validation and test, such as "90,10,0"'
+        )
     training, validation, test = (share / sum(shares) for share in shares)
     return training, validation, test

@@ -66,7 +66,10 @@ def test_straight_from_rows(tokenizer):
     ("arguments", "message"),
     [
         ({}, "tokenizer is not set"),
-        ({"config": GPTSFTDatasetConfig(64, dataset_root="x"), "seq_length": 8, "tokenizer": 1}, "and seq_length are both"),
+        (
+            {"config": GPTSFTDatasetConfig(64, dataset_root="x"), "seq_length": 8, "tokenizer": 1},
+            "and seq_length are both",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(arguments, message):

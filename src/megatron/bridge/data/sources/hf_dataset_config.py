@@ -49,8 +49,8 @@ class HFDatasetSourceConfig(Section, metaclass=TakesAliases):
     dataset with a short name; of another, nothing."""
 
     process_example_fn: str | Callable[..., Any] | None = None
-    """What makes a row with `input` and `output` (or `messages`) of a dataset's row: a function of the row, perhaps with
-    a second argument `tokenizer`; or a short name, for that dataset's. None: a known dataset's own, else none."""
+    """What makes a row with `input` and `output` (or `messages`) of a dataset's row: a function of the row, perhaps
+    with a second argument `tokenizer`; or a short name, for that dataset's. None: a known dataset's own, else none."""
 
     filter_fn: Callable[..., Any] | None = None
     """Keeps the rows for which it is true. None: all."""
@@ -136,7 +136,9 @@ def read_split(text: str, where: str) -> tuple[str, str | None, str | None]:
     """
     match = _SPLIT.match(text.replace(" ", ""))
     if match is None:
-        raise ValueError(f"{where}={text!r}: expected a split's name, perhaps with a part of it, such as 'train[:1000]'")
+        raise ValueError(
+            f"{where}={text!r}: expected a split's name, perhaps with a part of it, such as 'train[:1000]'"
+        )
     return match["name"], match["start"], match["end"]
 
 

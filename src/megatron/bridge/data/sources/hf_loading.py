@@ -97,8 +97,8 @@ def _loaded(source: HFDatasetSourceConfig, where: str, **arguments: Any) -> Any:
         if not Path(arguments["path"]).exists() and _is_about_the_hub(error):
             raise _NotThereError(reason) from error
         raise ValueError(
-            f"dataset.hf_dataset={where!r} can't be opened ({reason}): expected what datasets' save_to_disk wrote, or files "
-            "laid out as on the hub"
+            f"dataset.hf_dataset={where!r} can't be opened ({reason}): expected what datasets' save_to_disk wrote, or "
+            "files laid out as on the hub"
         ) from error
 
 
@@ -210,14 +210,13 @@ def _how_to_fetch(source: HFDatasetSourceConfig, reason: str) -> str:
     name = source.dataset_name
     revision = f" --revision {source.revision}" if source.revision else ""
     return (
-        f"dataset.hf_dataset={name!r} can't be fetched from the hub ({reason}) and isn't in {_hub_cache()} (HF_HUB_CACHE or "
-        f"HF_HOME) or {_datasets_cache()} (HF_DATASETS_CACHE): run `hf download --repo-type dataset {name}{revision}` where "
-        "there is a network and bring the cache here, or set dataset.hf_dataset.dataset_name to a local copy (a directory "
-        "that save_to_disk wrote, or a JSONL file), or dataset.dataset_root to your own data"
+        f"dataset.hf_dataset={name!r} can't be fetched from the hub ({reason}) and isn't in {_hub_cache()} "
+        f"(HF_HUB_CACHE or HF_HOME) or {_datasets_cache()} (HF_DATASETS_CACHE): run "
+        f"`hf download --repo-type dataset {name}{revision}` where there is a network and bring the cache here, or set "
+        "dataset.hf_dataset.dataset_name to a local copy (a directory that save_to_disk wrote, or a JSONL file), or "
+        "dataset.dataset_root to your own data"
     )
 
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-

@@ -56,8 +56,8 @@ def open_hf_source(source: HFDatasetSourceConfig) -> dict[str, Source]:
     # What can only be a path is not looked up on a hub: "data/mine" is one where the directory "data" exists.
     if not is_hub_name(name) or ("/" in name and local.parent.exists()):
         raise FileNotFoundError(
-            f"dataset.hf_dataset={name!r} does not exist: expected a directory that save_to_disk wrote, one laid out as "
-            "on the hub, or a file of rows"
+            f"dataset.hf_dataset={name!r} does not exist: expected a directory that save_to_disk wrote, one laid out "
+            "as on the hub, or a file of rows"
         )
     return load_from_hub(source)
 
@@ -82,7 +82,9 @@ def find_split(opened: Mapping[str, Source], source: HFDatasetSourceConfig, spli
         if split == "training" and ALONE in opened:
             return said
         found = ", ".join(map(repr, opened))
-        raise FileNotFoundError(f"{source.title} has no split {said!r} (found: {found}): set hf_dataset.{_FIELDS[split]}")
+        raise FileNotFoundError(
+            f"{source.title} has no split {said!r} (found: {found}): set hf_dataset.{_FIELDS[split]}"
+        )
     if split == "training" and len(opened) == 1 and ALONE in opened:
         return ALONE
     return next((name for name in USUAL_NAMES[split] if name in opened), None)
@@ -151,7 +153,9 @@ class AdaptedSource:
         made = self._call("process_example_fn", process, row, number)
         if not isinstance(made, dict):
             found = type(made).__name__
-            raise ValueError(f"{self}:{number}: process_example_fn returned {found}: expected a dict such as input, output")
+            raise ValueError(
+                f"{self}:{number}: process_example_fn returned {found}: expected a dict such as input, output"
+            )
         return made
 
     def _call(self, what: str, function: Any, row: dict[str, Any], number: int) -> Any:
@@ -163,7 +167,9 @@ class AdaptedSource:
         except Exception as error:  # a function of the user's
             name = getattr(function, "__name__", str(function))
             reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{self}:{number}: {what} {name} raised {reason} (the row has: {', '.join(row)})") from error
+            raise ValueError(
+                f"{self}:{number}: {what} {name} raised {reason} (the row has: {', '.join(row)})"
+            ) from error
 
     def digest(self) -> str:
         """A hash of the content and of the functions that it goes through."""
@@ -183,7 +189,7 @@ def _code_of(function: Any, seen: tuple[Any, ...] = ()) -> Any:
         return None
     code = getattr(function, "__code__", None)
     if code is None:  # a partial, or an object that can be called
-        inner = getattr(function, "func", None) or getattr(type(function), "__call__", None)
+        inner = getattr(function, "func", None) or getattr(type(function), "__call__", None)  # noqa: B004
         held = getattr(function, "args", ()), getattr(function, "keywords", {}), getattr(function, "__dict__", {})
         return _code_of(inner, seen) if hasattr(inner, "__code__") else None, repr(held)
     seen = (*seen, code)
@@ -219,5 +225,3 @@ def _names(code: CodeType) -> list[str]:
 def _plain_code(code: CodeType) -> Any:
     consts = [_plain_code(one) if isinstance(one, CodeType) else _held(one, ()) for one in code.co_consts]
     return code.co_code.hex(), consts, code.co_names
-
-
