@@ -209,13 +209,57 @@ def test_default_targets_beside_experts_give_peft_the_logits_of_the_run(tmp_path
     torch.testing.assert_close(loaded, ours, rtol=1e-4, atol=1e-4)
 
 
-def _export_one(directory, targets, is_grouped=False, **options):
+STACKED = {
+    "gpt_oss": ("lora", ["linear_qkv", "linear_fc1", "linear_fc2"], ["experts.down_proj", "experts.gate_up_proj"], 2),
+    "gpt_oss, gate and up apart, in one layer": (
+        "canonical_lora",
+        ["linear_q", *(f"*.layers.1.*.linear_fc{kind}" for kind in ("1_gate", "1_up", "2"))],
+        ["model.layers.1.mlp.experts.down_proj", "model.layers.1.mlp.experts.gate_up_proj"],
+        4,
+    ),
+    "qwen3_5_moe": (
+        "lora",
+        ["linear_qkv", "*.layers.1.*.local_experts.2.linear_fc1", "*.layers.2.*.linear_fc2"],
+        [f"model.layers.{layer}.mlp.experts.{kind}_proj" for layer in (1, 2) for kind in ("down", "gate_up")],
+        2,
+    ),
+}
+"""By model: the kind of adapters, what is adapted, the ends of the parameters that peft gets for the experts, and the
+rank beside gate and up, whose A is one where they were trained with one."""
+
+
+@pytest.mark.parametrize("case", STACKED)
+def test_adapters_of_experts_in_one_tensor_are_in_one_too(tmp_path, case):
+    """The form of peft beside stacked experts, which it doesn't make out of single ones' for these models."""
+    scheme, targets, parameters, rank = STACKED[case]
+    model = MODELS[case.partition(",")[0]]
+    hf = save_tiny_model(tmp_path / "hf", model.architecture, **{**model.options, "vocab_size": VOCAB_SIZE})
+    options = {"scheme": scheme, "normalize_moe_lora": scheme == "lora"}
+    ours = run_on_ranks(_export_one, 1, tmp_path, targets, **options)[0][..., :VOCAB_SIZE]
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    of_experts = [name for name in config["target_parameters"] if ".shared_expert." not in name]
+    assert len(of_experts) == len(parameters) and all(map(str.endswith, of_experts, parameters))
+    with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as file:
+        stacked = file.get_tensor("base_model.model.model.layers.1.mlp.experts.base_layer.lora_A.weight")
+    assert stacked.shape == (4 * rank, model.options.get("hidden_size", 32))
+    base = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
+    bare = _logits(base)
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    torch.testing.assert_close(_logits(loaded), ours, rtol=1e-4, atol=1e-4)
+    assert (bare - ours).abs().max() > 1e-2
+    torch.testing.assert_close(_logits(loaded.merge_and_unload()), ours, rtol=1e-4, atol=1e-4)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(_logits(merged), ours, rtol=1e-4, atol=1e-4)
+
+
+def _export_one(directory, targets, is_grouped=False, scheme="lora", **options):
     from megatron.bridge import AutoBridge
-    from megatron.bridge.peft.lora import LoRA
+    from megatron.bridge.recipes.common import default_peft_config
     from megatron.bridge.utils.distributed import model_parallel_groups
 
     bridge = AutoBridge.from_hf_pretrained(directory / "hf")
-    lora = LoRA(dim=2, target_modules=targets, **options, lora_B_init_method="normal")
+    options = {"dim": 2, "alpha": 32, "target_modules": targets, "lora_B_init_method": "normal", **options}
+    lora = default_peft_config(scheme, **options)
     provider = bridge.to_megatron_provider()
     if is_grouped:
         provider.transformer_layer_spec = grouped_layer_spec

@@ -12,6 +12,10 @@ _NUMBER = f"{_SOME}an_expert_has_one_number_and_one_adapter_at_every_layout"
 _FROZEN = "tests/functional_tests/test_frozen_weights.py::test_"
 _EXPORT = "tests/functional_tests/test_lora_export.py::test_peft_and_merged_weights_give_the_logits_of_the_run"
 _STACKED = "tests/functional_tests/test_lora_export.py::test_experts_adapters_are_named_one_by_one_and_peft_stacks_them"
+_IN_ONE = (
+    "tests/unit_tests/models/conversion/test_expert_adapters.py::"
+    "test_adapters_beside_a_tensor_of_all_experts_have_the_update_of_each"
+)
 
 _DEFAULTS = (
     "tests/functional_tests/test_lora_export.py::test_default_targets_beside_experts_give_peft_the_logits_of_the_run"
@@ -205,9 +209,23 @@ ADAPTERS = (
     Mutant(
         name="adapters: experts without an adapter left out of peft's stack",
         breaks="peft drops the adapters of the layer's other experts, or dies",
-        where="megatron.bridge.models.conversion.adapters:save_hf_adapter",
-        change=expression('complete_experts(tensors, family, model_config(chunks), rank=options["dim"])', "tensors"),
+        where="megatron.bridge.models.conversion.expert_adapters:adapters_for_peft",
+        change=expression("complete_experts(tensors, family, config, rank=rank)", "dict(tensors)"),
         tests=(f"{_STACKED}[qwen3_moe]",),
+    ),
+    Mutant(
+        name="adapters: gate and up beside one tensor in another order",
+        breaks="peft adds gate's update to rows of up",
+        where="megatron.bridge.models.conversion.stacked_adapters:_Expert._rows",
+        change=returning("torch.cat(parts)"),
+        tests=(f"{_IN_ONE}[one A-GptOssForCausalLM]",),
+    ),
+    Mutant(
+        name="adapters: an A for gate and up that have one each",
+        breaks="peft adapts up with gate's A",
+        where="megatron.bridge.models.conversion.stacked_adapters:_Expert.shares_a",
+        change=returning("True"),
+        tests=(f"{_IN_ONE}[an A each-Qwen3_5MoeForCausalLM]",),
     ),
     Mutant(
         name="adapters: a bias scaled with the rows",

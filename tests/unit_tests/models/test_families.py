@@ -45,6 +45,8 @@ def _adapted():
     rows = [(name, words[scheme]) for name, scheme, *_ in tests.CELLS.values()]
     rows += [(name, "LoRA") for name in (*tests.ONE_LAYER, *tests.BESIDE_EXPERTS)]
     rows += [(name, "LoRA of experts") for name in tests.EXPERTS]
+    stacked = [(case.partition(",")[0], scheme) for case, (scheme, *_) in tests.STACKED.items()]
+    rows += [(name, f"{words[scheme]} of experts") for name, scheme in stacked]
     return {name: ", ".join(dict.fromkeys(kind for of, kind in rows if of == name)) for name, _ in rows}
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron.bridge.models.conversion.expert_adapters import complete_experts
+from megatron.bridge.models.conversion.expert_adapters import adapters_for_peft, complete_experts
 from megatron.bridge.models.families import family_of
 
 CONFIG = SimpleNamespace(num_moe_experts=2, num_layers=2, hidden_size=8, moe_ffn_hidden_size=6)
@@ -26,10 +26,32 @@ def test_what_peft_would_leave_out_is_refused(name, message):
         complete_experts({LAYER + name: torch.ones(2, 8)}, family, CONFIG, rank=2)
 
 
-def test_an_adapter_of_one_expert_has_no_place_beside_a_tensor_of_all():
-    family = family_of({"architectures": ["GptOssForCausalLM"]})
-    with pytest.raises(ValueError, match=r"experts\.1\.up_proj is an expert's, .* one tensor for all experts"):
-        complete_experts({f"{LAYER}experts.1.up_proj.lora_A.weight": torch.ones(2, 8)}, family, CONFIG, rank=2)
+@pytest.mark.parametrize("architecture", ["GptOssForCausalLM", "Qwen3_5MoeForCausalLM"])
+@pytest.mark.parametrize("shares_a", [True, False], ids=["one A", "an A each"])
+def test_adapters_beside_a_tensor_of_all_experts_have_the_update_of_each(architecture, shares_a):
+    """In peft's words: A [E * R, I], B [O, R * E]. Gate and up alternate in GPT-OSS."""
+    torch.manual_seed(1)
+    given, updates, rank = {}, {}, 2
+    for expert in (0, 1):
+        shared = torch.randn(rank, 8)
+        for part in ("gate_proj", "up_proj"):
+            module = f"{LAYER}experts.{expert}.{part}"
+            a, b = shared if shares_a else torch.randn(rank, 8), torch.randn(6, rank)
+            given |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+            updates[expert, part] = b @ a
+    adapters = adapters_for_peft(given, family_of({"architectures": [architecture]}), CONFIG, rank=rank)
+    assert adapters.modules == []
+    assert adapters.parameters == [f"model.layers.1.mlp.experts.{name}_proj" for name in ("down", "gate_up")]
+    assert adapters.ranks == ({} if shares_a else {"mlp.experts.gate_up_proj": 2 * rank})
+    assert not any(adapters.tensors[f"{LAYER}experts.lora_{side}.weight"].any() for side in "AB"), "none beside down"
+    a, b = (adapters.tensors[f"{LAYER}experts.base_layer.lora_{side}.weight"] for side in "AB")
+    assert a.shape == ((1 if shares_a else 2) * rank * 2, 8)
+    update = torch.einsum("ore,eri->eoi", b.reshape(12, -1, 2), a.reshape(2, -1, 8))
+    for expert in (0, 1):
+        parts = updates[expert, "gate_proj"], updates[expert, "up_proj"]
+        is_interleaved = architecture == "GptOssForCausalLM"
+        expected = torch.stack(parts, dim=1).flatten(0, 1) if is_interleaved else torch.cat(parts)
+        torch.testing.assert_close(update[expert], expected)
 
 
 def test_zeros_stand_for_the_matrices_without_an_adapter():

@@ -23,6 +23,8 @@ class AdapterExport(BridgeBase):
     ) -> "Iterator[tuple[str, torch.Tensor]]":
         """Yield the adapters' (name, whole tensor) pairs, named as the peft library does. Collective.
 
+        Those of experts come one by one, also where a file has them in one tensor.
+
         Args:
             model: This rank's adapted chunks, wrapped or not.
             cpu: Yield tensors in host memory.

@@ -14,7 +14,7 @@ import torch
 from megatron.core.transformer.module import MegatronModule
 from safetensors.torch import save_file
 
-from megatron.bridge.models.conversion.expert_adapters import complete_experts, targets
+from megatron.bridge.models.conversion.expert_adapters import PeftAdapters, adapters_for_peft
 from megatron.bridge.models.conversion.export import export_weights
 from megatron.bridge.models.conversion.generation_config import FILE as GENERATION_FILE
 from megatron.bridge.models.conversion.generation_config import end_ids, generation_config_of_model
@@ -131,12 +131,11 @@ def save_hf_adapter(
         if not tensors:
             raise ValueError(f"the model has no adapters: there is nothing to write to {path}")
         if is_rank_0():
-            tensors = complete_experts(tensors, family, model_config(chunks), rank=options["dim"])
-            named = targets(tensors, family, model_config(chunks))
-            config = adapter_config(tensors, options, named=named, base=base_name or base)
+            adapters = adapters_for_peft(tensors, family, model_config(chunks), rank=options["dim"])
+            config = adapter_config(adapters, options, base=base_name or base)
             warn_of_end_ids(path, text, base)
             with replaced_directory(path) as directory:
-                weights = {name: tensor.contiguous() for name, tensor in tensors.items()}
+                weights = {name: tensor.contiguous() for name, tensor in adapters.tensors.items()}
                 save_file(weights, directory / WEIGHTS_FILE, metadata={"format": "pt"})
                 use_umask(directory / WEIGHTS_FILE)  # safetensors makes files that only their owner can read
                 (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -158,32 +157,27 @@ def warn_of_end_ids(path: Path, text: TokenizerFiles, base: Path | None) -> None
         )
 
 
-def adapter_config(
-    tensors: Mapping[str, torch.Tensor],
-    options: Mapping[str, Any],
-    *,
-    named: tuple[list[str], list[str]],
-    base: str | Path | None,
-) -> dict[str, Any]:
+def adapter_config(adapters: PeftAdapters, options: Mapping[str, Any], *, base: str | Path | None) -> dict[str, Any]:
     """What `adapter_config.json` says.
 
     Args:
-        tensors: By the peft library's names.
+        adapters: As peft has them.
         options: As for `save_hf_adapter`.
-        named: The adapted modules, and parameters, as peft is told them.
         base: The name or directory of the model under them.
     """
-    modules, parameters = named
+    rank, alpha, parameters = options["dim"], options["alpha"], adapters.parameters
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None if base is None else str(base),
-        "r": options["dim"],
-        "lora_alpha": options["alpha"],
+        "r": rank,
+        "lora_alpha": alpha,
         "lora_dropout": 0.0 if parameters else options["dropout"],  # peft has none for parameters
-        "use_dora": any("lora_magnitude_vector" in name for name in tensors),
-        "target_modules": modules,
+        "use_dora": any("lora_magnitude_vector" in name for name in adapters.tensors),
+        "target_modules": adapters.modules,
         **({"target_parameters": parameters} if parameters else {}),
+        "rank_pattern": adapters.ranks,
+        "alpha_pattern": {end: alpha * own / rank for end, own in adapters.ranks.items()},  # at the same scale
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

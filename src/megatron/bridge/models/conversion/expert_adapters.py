@@ -1,22 +1,67 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Adapters of experts in the form that the peft library stacks: all matrices of all experts of a layer, or none.
 
-Files name them one by one, `...experts.3.gate_proj.lora_A.weight`, as vLLM reads them. transformers keeps the experts
-of a layer in two tensors; peft puts the adapters of a layer together beside these, and has no place for a part of them.
+Where a family's files have the experts one by one, so are the adapters named: `...experts.3.gate_proj.lora_A.weight`.
+transformers keeps the experts of a layer in two tensors; peft puts the adapters of a layer together beside these, and
+has no place for a part of them. Where files have these two tensors themselves, `stacked_adapters.py` puts the adapters
+together: for such families peft doesn't.
 """
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
 from megatron.bridge.models.conversion.mapping import WeightMapping
+from megatron.bridge.models.conversion.stacked_adapters import stack_adapters
 from megatron.bridge.models.families import ModelFamily
 
 _PREFIX = "base_model.model."
 _EXPERT = re.compile(r"\.layers\.(\d+)\..*\.experts\.\d+\.")
+
+
+@dataclass(frozen=True)
+class PeftAdapters:
+    """Adapters as the peft library has them."""
+
+    tensors: dict[str, torch.Tensor]
+    """By their names in a file."""
+    modules: list[str]
+    """The adapted modules, for `target_modules`."""
+    parameters: list[str]
+    """The adapted parameters, for `target_parameters`."""
+    ranks: dict[str, int] = field(default_factory=dict)
+    """The ranks that aren't that of all adapters, by the end of a parameter's name."""
+
+
+def adapters_for_peft(
+    tensors: Mapping[str, torch.Tensor], family: ModelFamily, config: TransformerConfig, *, rank: int
+) -> PeftAdapters:
+    """Adapters of every layer, an expert's by its own name, in the form that peft has a place for.
+
+    Args:
+        tensors: As for `complete_experts`, and so are `family`, `config` and `rank`.
+
+    Raises:
+        ValueError: peft has no place for an adapter.
+    """
+    completed = complete_experts(tensors, family, config, rank=rank)
+    if not family.stacks_in_files:
+        return PeftAdapters(completed, *targets(completed, family, config))
+    stacked = stack_adapters(
+        {name: tensor for name, tensor in completed.items() if _is_expert(name)},
+        family.stacks_in_files,
+        given=tensors,
+        rank=rank,
+        num_layers=config.num_layers,
+        num_experts=config.num_moe_experts,
+    )
+    others = {name: tensor for name, tensor in completed.items() if not _is_expert(name)}
+    modules, parameters = targets(others, family, config)
+    return PeftAdapters({**others, **stacked.tensors}, modules, parameters + stacked.parameters, stacked.ranks)
 
 
 def complete_experts(
@@ -35,7 +80,6 @@ def complete_experts(
     """
     if config.num_moe_experts is None:
         return dict(tensors)
-    _check_experts_are_modules(tensors, family)
     rows = _rows_of_experts(family)
     _check_peft_has_a_place(tensors, {_leaf(name) for row in rows for name in row.hf_names})
     layers = {int(found[1]): name for name in tensors if (found := _EXPERT.search(name))}
@@ -91,17 +135,6 @@ def _of_rank(rank: int, name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 def _rows_of_experts(family: ModelFamily) -> list[WeightMapping]:
     return [row for row in family.mappings if row.is_expert and "local_experts" in row.megatron_name]
-
-
-def _check_experts_are_modules(tensors: Mapping[str, torch.Tensor], family: ModelFamily) -> None:
-    for name in tensors:
-        if family.expert_stacks and _is_expert(name):
-            raise ValueError(
-                f"{name.split('.lora_')[0]} is an expert's, and files of this family have one tensor for all experts "
-                "of a layer, beside which peft has no place for that of one: merge the adapters into the weights "
-                "(python -m megatron.bridge.convert export), or train those of attention alone "
-                "(peft.target_modules=[linear_qkv,linear_proj])"
-            )
 
 
 def _check_peft_has_a_place(tensors: Mapping[str, torch.Tensor], matrices: set[str]) -> None:
