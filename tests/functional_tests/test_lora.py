@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 
+from megatron.bridge.models.layer_specs import has_transformer_engine, transformer_engine_layer_spec
 from tests.rigs.grouped_experts import grouped_layer_spec
 from tests.rigs.load import planned_directories
 from tests.rigs.on_ranks import Recorder, differing, make_pretrained
@@ -173,6 +174,50 @@ def test_experts_of_every_form_compute_and_train_the_same(directory, trained_exp
     _check_layout(directory, trained_experts, layout, run="experts-dora", **_DORA_OF_EXPERTS)
 
 
+SHARED_LAYOUTS = {
+    "EP 2, grouped experts": EXPERT_LAYOUTS["EP 2, grouped experts"],
+    "TP 2, EP 2, experts whole": {**EXPERTS, **TP2, **EP2, "sequence_parallel": True},
+    "TP 2, experts too": EXPERT_LAYOUTS["TP 2, experts too"],
+}
+_SHARED = {"lora": {"share_expert_adapters": True}}
+
+
+@pytest.fixture(scope="module")
+def trained_shared(directory):
+    """Adapters that all experts of a layer share."""
+    run = {"save": f"{directory}/experts-shared", "save_interval": 1}
+    return run_on_ranks(_train, 2, directory, model=EXPERTS, **run, **_SHARED)
+
+
+@pytest.mark.parametrize("layout", SHARED_LAYOUTS)
+def test_adapters_that_experts_share_compute_and_train_the_same(directory, trained_shared, layout):
+    """In the second layout, ranks have other experts and other tokens, and the adapter whole."""
+    _check_layout(directory, trained_shared, layout, run="experts-shared", **_SHARED)
+
+
+def test_adapters_that_experts_share_are_stored_once(trained_shared):
+    """Two matrices of each layer's experts, with an A and a B each: no axis of experts."""
+    names = [name for name in trained_shared[0].weights_after if ".experts." in name and ".adapter." in name]
+    assert len(names) == SIZES["num_layers"] * 2 * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_transformer_engine(), reason="Transformer Engine is not installed")
+@pytest.mark.parametrize("is_shared", [False, True], ids=["each its own", "shared"])
+def test_transformer_engines_grouped_experts_train_as_modules_of_their_own(directory, tmp_path, is_shared):
+    """From the same weights, and from the adapters that the grouped form saved after a step."""
+    options = {"precision": "bf16_mixed", "lora": {"share_expert_adapters": is_shared}}
+    model = {**EXPERTS, "transformer_layer_spec": transformer_engine_layer_spec}
+    grouped = {**model, "moe_grouped_gemm": True}
+    run = str(tmp_path / "grouped")
+    (whole,) = run_on_ranks(_train, 1, directory, model=grouped, save=run, save_interval=1, **options)
+    (alone,) = run_on_ranks(_train, 1, directory, model=model, **options)
+    (resumed,) = run_on_ranks(_train, 1, directory, model=model, load=run, ckpt_step=1, **options)
+    assert alone.losses == pytest.approx(whole.losses, abs=2e-2)
+    assert resumed.losses == pytest.approx(whole.losses[1:], abs=2e-2)
+    assert differing(whole.weights_before, whole.weights_after) != {}
+
+
 def _check_layout(directory, trained, layout, *, run, **options):
     """From the adapters of the first step, two more with all state; gradients that some rank lacks would show."""
     options["load"] = f"{directory}/{run}"
@@ -180,7 +225,7 @@ def _check_layout(directory, trained, layout, *, run, **options):
         options["model"] = EXPERTS
     changed = {
         **options,
-        "model": {**LAYOUTS, **EXPERT_LAYOUTS}[layout],
+        "model": {**LAYOUTS, **EXPERT_LAYOUTS, **SHARED_LAYOUTS}[layout],
         "ckpt_step": 1,
         "save": f"{directory}/new-{run}",
     }
@@ -212,6 +257,7 @@ EXACT = {
     },
     "half, DoRA": {"precision": "bf16_mixed", "optimizer": HALF, "scheme": "dora"},
     "half, experts": {"precision": "bf16_mixed", "optimizer": HALF, "model": {**EXPERTS, **EP2}},
+    "half, shared by experts": {"precision": "bf16_mixed", "optimizer": HALF, "model": {**EXPERTS, **EP2}, **_SHARED},
 }
 
 

@@ -157,17 +157,19 @@ def test_one_adapted_layer_is_named_in_full(tmp_path, name):
 EXPERTS = {
     "mixtral": (["linear_qkv", "linear_fc1", "linear_fc2"], ["k_proj", "q_proj", "v_proj", "w1", "w2", "w3"]),
     "qwen3_moe": (["*.layers.1.*.local_experts.2.linear_fc1"], None),
+    "qwen3_moe, shared": (["*.layers.1.*.experts.linear_fc*"], None),
 }
 """By model: what is adapted, and the names that peft gets for it; None: names in full. Qwen3-MoE's are grouped."""
 
 
-@pytest.mark.parametrize("name", EXPERTS)
-def test_experts_adapters_are_named_one_by_one_and_peft_stacks_them(tmp_path, name):
-    """The names are those that vLLM reads. Zeros stand for what has no adapter: peft stacks whole layers of experts."""
-    targets, expected = EXPERTS[name]
+@pytest.mark.parametrize("case", EXPERTS)
+def test_experts_adapters_are_named_one_by_one_and_peft_stacks_them(tmp_path, case):
+    """Zeros stand for what has no adapter: peft stacks whole layers of experts. Each has a copy of a shared one."""
+    targets, expected = EXPERTS[case]
+    name, _, is_shared = case.partition(", ")
     options = {**MODELS[name].options, "vocab_size": VOCAB_SIZE}
     hf = save_tiny_model(tmp_path / "hf", MODELS[name].architecture, **options)
-    options = {"is_grouped": name == "qwen3_moe", "normalize_moe_lora": True}
+    options = {"is_grouped": name == "qwen3_moe", "normalize_moe_lora": True, "share_expert_adapters": bool(is_shared)}
     ours = run_on_ranks(_export_one, 1, tmp_path, targets, **options)[0][..., :VOCAB_SIZE]
     block, matrices = ("block_sparse_moe", "w1 w2 w3") if name == "mixtral" else ("mlp", "gate_proj up_proj down_proj")
     with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as file:
@@ -217,6 +219,12 @@ STACKED = {
         ["model.layers.1.mlp.experts.down_proj", "model.layers.1.mlp.experts.gate_up_proj"],
         4,
     ),
+    "gpt_oss, shared by experts": (
+        "lora",
+        ["linear_fc1", "linear_fc2"],
+        ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"],
+        2,
+    ),
     "qwen3_5_moe": (
         "lora",
         ["linear_qkv", "*.layers.1.*.local_experts.2.linear_fc1", "*.layers.2.*.linear_fc2"],
@@ -234,7 +242,7 @@ def test_adapters_of_experts_in_one_tensor_are_in_one_too(tmp_path, case):
     scheme, targets, parameters, rank = STACKED[case]
     model = MODELS[case.partition(",")[0]]
     hf = save_tiny_model(tmp_path / "hf", model.architecture, **{**model.options, "vocab_size": VOCAB_SIZE})
-    options = {"scheme": scheme, "normalize_moe_lora": scheme == "lora"}
+    options = {"scheme": scheme, "normalize_moe_lora": scheme == "lora", "share_expert_adapters": "shared" in case}
     ours = run_on_ranks(_export_one, 1, tmp_path, targets, **options)[0][..., :VOCAB_SIZE]
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     of_experts = [name for name in config["target_parameters"] if ".shared_expert." not in name]

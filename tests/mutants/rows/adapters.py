@@ -6,6 +6,7 @@ from tests.mutants.rows.mutant import Mutant
 
 _LORA = "tests/functional_tests/test_lora.py::test_"
 _FORMS = f"{_LORA}experts_of_every_form_compute_and_train_the_same"
+_SHARE = f"{_LORA}adapters_that_experts_share_"
 _SAME = f"{_LORA}every_layout_computes_and_trains_the_same"
 _SOME = "tests/functional_tests/test_lora_in_some_layers.py::test_"
 _NUMBER = f"{_SOME}an_expert_has_one_number_and_one_adapter_at_every_layout"
@@ -219,6 +220,20 @@ ADAPTERS = (
         where="megatron.bridge.models.conversion.stacked_adapters:_Expert._rows",
         change=returning("torch.cat(parts)"),
         tests=(f"{_IN_ONE}[one A-GptOssForCausalLM]",),
+    ),
+    Mutant(
+        name="adapters: a shared one taken for an expert's",
+        breaks="expert-parallel ranks step with the gradients of their own experts",
+        where="megatron.bridge.peft.shared_experts:share_adapters",
+        change=without_call("_mark_as_whole"),
+        tests=(f"{_SHARE}compute_and_train_the_same[EP 2, grouped experts]",),
+    ),
+    Mutant(
+        name="adapters: a shared one's parts not summed over tensor-parallel ranks",
+        breaks="each rank steps with the gradient of its own experts or tokens",
+        where="megatron.bridge.peft.shared_experts:_mark_as_whole",
+        change=value("sequence_parallel", "False"),
+        tests=(f"{_SHARE}compute_and_train_the_same[TP 2, EP 2, experts whole]",),
     ),
     Mutant(
         name="adapters: an A for gate and up that have one each",

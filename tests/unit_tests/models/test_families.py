@@ -44,9 +44,10 @@ def _adapted():
     words = {"lora": "LoRA", "dora": "DoRA", "canonical_lora": "CanonicalLoRA"}
     rows = [(name, words[scheme]) for name, scheme, *_ in tests.CELLS.values()]
     rows += [(name, "LoRA") for name in (*tests.ONE_LAYER, *tests.BESIDE_EXPERTS)]
-    rows += [(name, "LoRA of experts") for name in tests.EXPERTS]
-    stacked = [(case.partition(",")[0], scheme) for case, (scheme, *_) in tests.STACKED.items()]
-    rows += [(name, f"{words[scheme]} of experts") for name, scheme in stacked]
+    experts = {case: "lora" for case in tests.EXPERTS} | {case: scheme for case, (scheme, *_) in tests.STACKED.items()}
+    for case, scheme in experts.items():
+        shared = "shared " if "shared" in case else ""
+        rows.append((case.partition(",")[0], f"{shared}{words[scheme]} of experts"))
     return {name: ", ".join(dict.fromkeys(kind for of, kind in rows if of == name)) for name, _ in rows}
 
 

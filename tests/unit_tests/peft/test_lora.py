@@ -33,7 +33,6 @@ def test_the_experts_of_a_token_share_the_rank(kind):
     ("options", "message"),
     [
         ({"dim": 6, "normalize_moe_lora": True}, r"peft\.dim=6 and model\.moe_router_topk=4: expected a multiple"),
-        ({"share_expert_adapters": True}, r"peft\.share_expert_adapters=true, and .* is an expert's"),
         ({"experts_shared_outer_loras": True}, r"peft\.experts_shared_outer_loras=true, and .* is an expert's"),
         ({"lora_dtype": torch.bfloat16}, r"peft\.lora_dtype=torch\.bfloat16, and .* is in torch\.float32"),
     ],
@@ -43,6 +42,18 @@ def test_what_a_layer_cannot_have_is_refused_by_name(options, message):
         LoRA(**options).options_for(_linear(), EXPERT)
     if "experts" in message:
         assert LoRA(**options).options_for(_linear(), SHARED).dim == 32
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (DoRA, {}, r"peft\.share_expert_adapters=true with DoRA"),
+        (LoRA, {"exclude_modules": ["*.local_experts.3.*"]}, r"'\*\.local_experts\.3\.\*' names single experts"),
+    ],
+)
+def test_what_experts_cannot_share_is_refused(kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        kind(share_expert_adapters=True, **options).check()
 
 
 @pytest.mark.parametrize("option", ["a2a_experimental", "sequence_parallel_input_regather"])

@@ -35,7 +35,8 @@ def mark_weights(chunk: MegatronModule) -> None:
             _mark_cut(weight, axis)
     splits_experts_otherwise = isinstance(chunk, MegatronModule) and _splits_experts_otherwise(chunk.config)
     for name, parameter in chunk.named_parameters():
-        if splits_experts_otherwise and ".experts." in name:
+        # An adapter that all experts of a layer share is no expert's.
+        if splits_experts_otherwise and ".experts." in name and ".experts.adapter." not in name:
             parameter.allreduce = False
         if name.endswith(_SINKS):
             _mark_cut(parameter, 0)

@@ -19,11 +19,23 @@ _Linear: Any = object
 """The class that `AdaptedLinear` is put before: of Core's or of Transformer Engine's."""
 
 
-class AdaptedLinear(_Linear):
-    """Mark of layers that have an adapter, and what they do with it. Stands before Core's class among the bases."""
+class Adapted(_Linear):
+    """Mark of modules that have an adapter. Stands before Core's class among the bases."""
 
     adapter: Any
-    """Called with the layer, its input and its output; returns the output of both."""
+    """The adapter."""
+
+    def adapted_weights(self) -> "dict[str, AdaptedWeight]":
+        """The weights that have an adapter, by their names in the module."""
+        return {}
+
+
+class AdaptedLinear(Adapted):
+    """Mark of layers that have an adapter, and what they do with it.
+
+    The adapter is called with the layer, its input and its output, and returns the output of both.
+    """
+
     adapter_enabled: bool = True
     """Whether the adapter takes part in the forward pass."""
 
@@ -41,7 +53,7 @@ class AdaptedLinear(_Linear):
         return state
 
     def adapted_weights(self) -> "dict[str, AdaptedWeight]":
-        """The weights that have an adapter, by their names in the layer."""
+        """See `Adapted.adapted_weights`."""
         return {"weight": AdaptedWeight(self, self.adapter)}
 
 
@@ -62,7 +74,7 @@ class AdaptedGroupedLinear(AdaptedLinear):
         return state
 
     def adapted_weights(self) -> "dict[str, AdaptedWeight]":
-        """See `AdaptedLinear.adapted_weights`."""
+        """See `Adapted.adapted_weights`."""
         return {
             f"weight{number}": AdaptedWeight(GroupedExpert(self, int(number)), adapter)
             for number, adapter in self.adapter.items()
@@ -85,30 +97,35 @@ class AdaptedWeight:
 
 def add_adapter(linear: CoreLinear, adapter: torch.nn.Module) -> None:
     """Give a linear layer an adapter, in place."""
-    mark = AdaptedGroupedLinear if is_grouped(linear) else AdaptedLinear
-    linear.__class__ = _adapted_class(linear.__class__, mark)
+    adapt(linear, AdaptedGroupedLinear if is_grouped(linear) else AdaptedLinear)
     linear.adapter = adapter
+
+
+def adapt(module: Any, mark: type) -> None:
+    """Give a module of Core's the subclass of its class that has a mark, in place."""
+    module.__class__ = _adapted_class(module.__class__, mark)
 
 
 def merge_adapters(chunks: list[torch.nn.Module]) -> int:
     """Add every adapter to the weight of its layer, in place, and remove it. Call on all ranks.
 
     Returns:
-        How many there were.
+        How many layers had one.
     """
-    adapted = [module for chunk in chunks for module in chunk.modules() if isinstance(module, AdaptedLinear)]
-    for linear in adapted:
-        merge_adapter(linear)
-    return len(adapted)
+    adapted = [module for chunk in chunks for module in chunk.modules() if isinstance(module, Adapted)]
+    num_layers = sum(isinstance(module, AdaptedLinear) for module in adapted)
+    for module in adapted:
+        merge_adapter(module)
+    return num_layers
 
 
 @torch.no_grad()
-def merge_adapter(linear: AdaptedLinear) -> None:
+def merge_adapter(module: Adapted) -> None:
     """Add the adapter to the weight of its layer, in place, and remove it. Call on all tensor-parallel ranks."""
-    for adapted in linear.adapted_weights().values():
+    for adapted in module.adapted_weights().values():
         adapted.linear.weight.copy_(adapted.merged())
-    del linear.adapter
-    linear.__class__ = type(linear).__bases__[1]
+    del module.adapter
+    module.__class__ = type(module).__bases__[1]
 
 
 @functools.cache

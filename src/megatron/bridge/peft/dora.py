@@ -20,6 +20,15 @@ class DoRA(LoRA):
     alpha: float = 64
     """The update is scaled by alpha / dim."""
 
+    def check(self) -> None:
+        """See `PEFT.check`."""
+        super().check()
+        if self.share_expert_adapters:
+            raise ValueError(
+                "peft.share_expert_adapters=true with DoRA, which trains the lengths of each expert's own rows: set it "
+                "to false, or take LoRA"
+            )
+
     def adapter_for(self, linear: CoreLinear, name: str) -> torch.nn.Module:
         """See `LoRA.adapter_for`."""
         layout = linear_layout(linear, name)

@@ -6,13 +6,14 @@ from typing import Literal
 
 import torch
 
-from megatron.bridge.peft.adapted_linear import AdaptedLinear, add_adapter, merge_adapter
+from megatron.bridge.peft.adapted_linear import Adapted, add_adapter, merge_adapter
 from megatron.bridge.peft.base import PEFT, Model
 from megatron.bridge.peft.grouped_experts import GroupedAdapter, experts_of
 from megatron.bridge.peft.linear_layout import CoreLinear, is_grouped, is_linear, linear_layout
 from megatron.bridge.peft.lora_layers import INITIALISERS, LowRankAdapter
 from megatron.bridge.peft.lora_plus import get_lora_plus_config_overrides
 from megatron.bridge.peft.matcher import ModuleMatcher
+from megatron.bridge.peft.shared_experts import a_matrix_of, is_experts, linears_of, share_adapters
 from megatron.bridge.utils.distributed import all_gathered, raise_on_all_ranks
 
 __all__ = ["LoRA", "LoRAMerge", "get_lora_plus_config_overrides"]
@@ -43,9 +44,10 @@ class LoRA(PEFT, ModuleMatcher):
     lora_dtype: torch.dtype | None = None
     """Refused if it isn't the adapted layers' dtype, which adapters have. None: that one."""
     share_expert_adapters: bool = False
-    """Refused beside experts: each has adapters of its own, as in Hugging Face."""
+    """Whether all experts of a layer share one adapter for each of their matrices. Targets then name experts as a
+    whole: "linear_fc1" or "*.layers.0.*.experts.linear_fc1". False: each expert has adapters of its own."""
     experts_shared_outer_loras: bool = False
-    """Refused beside experts, for the same reason."""
+    """Refused beside experts: they share both matrices of an adapter or none."""
     a2a_experimental: bool = False
     """Refused: only `dim` channels travel between ranks."""
     sequence_parallel_input_regather: bool = False
@@ -70,6 +72,12 @@ class LoRA(PEFT, ModuleMatcher):
         ):
             if not is_right:
                 raise ValueError(f"peft.{option}={value!r}: expected {expected}")
+        for pattern in (*self.target_modules, *self.exclude_modules) if self.share_expert_adapters else ():
+            if "local_experts" in pattern:
+                raise ValueError(
+                    f"peft.share_expert_adapters=true, and {pattern!r} names single experts: expected all of a layer, "
+                    'as in "*.layers.0.*.experts.linear_fc1"'
+                )
 
     def __call__(self, model: Model, training: bool = True) -> Model:
         """See `PEFT.__call__`. Collective where there are several processes.
@@ -109,6 +117,11 @@ class LoRA(PEFT, ModuleMatcher):
         """
         whole_name = f"{prefix}.{name}" if prefix else name
         adapter: torch.nn.Module | None
+        if self.share_expert_adapters and is_experts(module, name):
+            self._share_adapters(module, whole_name)
+            return module
+        if self.share_expert_adapters and "experts" in prefix.split("."):
+            return module  # their container has been seen before them
         if is_grouped(module):
             experts = experts_of(module, whole_name)
             self._experts[whole_name] = frozenset(experts)
@@ -119,6 +132,15 @@ class LoRA(PEFT, ModuleMatcher):
         if adapter is not None:
             add_adapter(module, adapter)
         return module
+
+    def _share_adapters(self, experts: torch.nn.Module, name: str) -> None:
+        """Put an adapter beside each matrix of all experts of a layer, if a target matches it."""
+        found = {
+            own: self.adapter_at(a_matrix_of(same[0]), f"{name}.{own}") for own, same in linears_of(experts).items()
+        }
+        adapters = {own: adapter for own, adapter in found.items() if adapter is not None}
+        if adapters:
+            share_adapters(experts, adapters)
 
     def adapter_at(self, linear: CoreLinear, name: str) -> torch.nn.Module | None:
         """A new adapter for a module, if a target matches it.
@@ -163,14 +185,11 @@ class LoRA(PEFT, ModuleMatcher):
             )
         if "experts" not in name.split("."):
             return self
-        for option, is_shared in (
-            ("share_expert_adapters", self.share_expert_adapters),
-            ("experts_shared_outer_loras", self.experts_shared_outer_loras),
-        ):
-            if is_shared:
-                raise ValueError(
-                    f"peft.{option}=true, and {name} is an expert's: each has adapters of its own; set it to false"
-                )
+        if self.experts_shared_outer_loras:
+            raise ValueError(
+                f"peft.experts_shared_outer_loras=true, and {name} is an expert's: expected false; with "
+                "peft.share_expert_adapters=true the experts of a layer share both matrices of an adapter"
+            )
         if not self.normalize_moe_lora:
             return self
         topk = linear.config.moe_router_topk
@@ -191,6 +210,6 @@ class LoRAMerge(PEFT):
 
     def transform(self, module: torch.nn.Module, name: str = "", prefix: str = "") -> torch.nn.Module:
         """Merge the adapter of one layer; see `PEFT.transform`."""
-        if isinstance(module, AdaptedLinear):
+        if isinstance(module, Adapted):
             merge_adapter(module)
         return module

@@ -156,8 +156,7 @@ def local_tasks(chunks: Sequence[MegatronModule], family: ModelFamily) -> list[l
     for chunk in map(unwrap_model, chunks):
         chunk_tasks = []
         parameters = {**dict(chunk.named_parameters()), **dict(expert_biases(chunk))}
-        layers = {name.partition(".adapter.")[0] for name in parameters if ".adapter." in name}
-        adapted = {f"{name}.{own}": one for name in layers for own, one in _adapted_weights(chunk, name).items()}
+        adapted = _adapted_weights(chunk)
         for name, parameter in parameters.items():
             if ".adapter." in name:
                 continue
@@ -178,9 +177,9 @@ def local_tasks(chunks: Sequence[MegatronModule], family: ModelFamily) -> list[l
     return tasks
 
 
-def _adapted_weights(chunk: torch.nn.Module, name: str) -> dict[str, AdaptedWeight]:
-    layer: Any = chunk.get_submodule(name)
-    return layer.adapted_weights()
+def _adapted_weights(chunk: torch.nn.Module) -> dict[str, AdaptedWeight]:
+    layers: list[tuple[str, Any]] = [one for one in chunk.named_modules() if hasattr(one[1], "adapted_weights")]
+    return {f"{name}.{own}": one for name, layer in layers for own, one in layer.adapted_weights().items()}
 
 
 def all_places(tasks: Sequence[Sequence[ConversionTask]]) -> list[WeightPlace]:

@@ -71,7 +71,7 @@ def _check_kind(peft: Any, saved: dict[str, Any], path: Path) -> None:
             f"{path} (checkpoint.load) holds adapters of the kind {target}, and peft is a {kind.__name__}: "
             f"set peft to a {target.rpartition('.')[2]}, or give the new adapters a checkpoint.load of their own"
         )
-    for name in ("dim", "alpha", "normalize_moe_lora"):
+    for name in ("dim", "alpha", "normalize_moe_lora", "share_expert_adapters"):
         was, now = saved.get(name), getattr(peft, name, None)
         if was is not None and now is not None and was != now:
             raise ValueError(
