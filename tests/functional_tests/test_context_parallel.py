@@ -135,6 +135,7 @@ def _two_share_rows(path):
         "resumed": _offloaded(path, model=SHARED, **again),
         "by data": _offloaded(path, **again),
         "uncut": _refusal_of_whole_rows(path),
+        "mean": _refusal_of_a_mean(path),
     }
 
 
@@ -185,6 +186,28 @@ def _refusal_of_whole_rows(path):
     model = {**SIZES, **SHARED, "transformer_layer_spec": gathered_layer_spec}
     cfg = tiny_config(path, model=model, checkpoint={"save": None, "pretrained_checkpoint": f"{path}/dense"})
     with pytest.raises(ValueError, match="gave the model") as caught:
+        finetune(cfg, forward_step)
+    return str(caught.value)
+
+
+def _refusal_of_a_mean(path):
+    """The error of a loss that each rank divides by the tokens of its own part of the rows."""
+    from megatron.bridge.training import gpt_step
+    from megatron.bridge.training.finetune import finetune
+
+    def forward_step(data_iterator, model):
+        batch = gpt_step.get_batch(data_iterator)
+        mask = batch["loss_mask"]
+
+        def mean(output):
+            loss = (output.float() * mask).sum() / mask.sum()
+            return loss, {"my loss": loss.detach()}
+
+        return model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"]), mean
+
+    model = {**SIZES, **SHARED, "transformer_layer_spec": gathered_layer_spec, "calculate_per_token_loss": False}
+    cfg = tiny_config(path, model=model, checkpoint={"save": None, "pretrained_checkpoint": f"{path}/dense"})
+    with pytest.raises(ValueError, match="mean over the tokens of this rank") as caught:
         finetune(cfg, forward_step)
     return str(caught.value)
 
@@ -268,6 +291,11 @@ def test_a_forward_step_that_cuts_no_rows_is_named(two):
             "gave the model 16 positions of a row of 16, with model.context_parallel_size=2: expected 8"
             in rank["uncut"]
         )
+
+
+def test_a_mean_over_a_part_of_the_rows_is_refused(two):
+    for rank in two:
+        assert "adds up the gradients of 2 ranks" in rank["mean"] and "calculate_per_token_loss" not in rank["mean"]
 
 
 def _with_transformer_engine(path, packed, **model):

@@ -56,6 +56,7 @@ def _export(directory, checkpoint):
     from megatron.bridge import AutoBridge
 
     AutoBridge.from_auto_config(checkpoint, NAME).export_ckpt(checkpoint, directory / "merged", show_progress=False)
+    AutoBridge.import_ckpt(NAME, directory / "imported", show_progress=False)
     options = ("--megatron-path", checkpoint, "--hf-path", directory / "adapter", "--no-progress")
     status, _, errors = on_rank("export-adapter", *options)
     return status, errors
@@ -84,6 +85,8 @@ def test_a_model_of_the_hub_is_finetuned_and_exported(tmp_path):
     adapters = str(tmp_path / "checkpoints")
     for status, errors in run_on_ranks(_on_hub, 2, tmp_path, None, _export, adapters):
         assert status == 0, errors
+    imported = yaml.safe_load((tmp_path / "imported" / "iter_0000000" / "run_config.yaml").read_text())
+    assert imported["checkpoint"] == {"hub_revisions": {NAME: COMMIT}}
     base = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert base == NAME
     assert load_file(tmp_path / "merged" / "model.safetensors").keys() == load_file(hf / "model.safetensors").keys()

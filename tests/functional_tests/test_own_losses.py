@@ -80,6 +80,30 @@ def test_a_form_that_is_none_ends_all_ranks_with_one_line(tmp_path, model):
     assert all("the loss function reports 'my loss' as a str: expected a number" in line for line in said)
 
 
+def _mean_of_this_rank(mask, output):
+    loss = (output.float() * mask).sum() / mask.sum()
+    return loss, {"my loss": loss.detach()}
+
+
+def _mean_of_all_ranks(mask, output):
+    count = mask.sum()
+    torch.distributed.all_reduce(count)
+    total = (output.float() * mask).sum()
+    return total / count, {"my loss": (total.detach(), mask.sum())}
+
+
+def test_two_values_are_a_mean_of_the_ranks_whose_gradients_are_added(tmp_path):
+    """By tokens Core adds up the gradients of all ranks, else it averages them."""
+    by_tokens = {"calculate_per_token_loss": True}
+    refused = run_on_ranks(_losses_of_each_step, 2, tmp_path, _mean_of_this_rank, **by_tokens)
+    for said in refused:
+        assert "the gradients of 2 ranks, which makes them 2 times too large; give three values" in said
+        assert "or set model.calculate_per_token_loss=false" in said and "\n" not in said
+    for loss, model in ((_mean_of_this_rank, {"calculate_per_token_loss": False}), (_mean_of_all_ranks, by_tokens)):
+        first, second = run_on_ranks(_losses_of_each_step, 2, tmp_path, loss, **model)
+        assert first == second and len(first) == 2
+
+
 PAIR, SCALAR = (6.0, 4.0), 3.0
 UNLIKE = {
     "another name on each rank": ([[{"a": PAIR}], [{"b": SCALAR}]], {"a": (6.0, 4.0), "b": (3.0, 1.0)}),

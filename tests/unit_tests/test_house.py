@@ -44,8 +44,8 @@ FLOORS = {
 """Each room imports from lower floors and from itself; rooms on one floor don't know each other."""
 
 THE_RUN = (
-    "finetune pretrain setup initialize train eval gpt_step losses micro_batches shared_rows optim checkpointing state "
-    "callbacks"
+    "finetune pretrain setup initialize train eval gpt_step losses micro_batches shared_rows two_value_losses optim "
+    "checkpointing state callbacks"
 ).split()
 """The files of `training/` itself; all else has a room."""
 

@@ -67,6 +67,15 @@ def test_gate_and_up_in_alternating_blocks_are_refused(option, value):
         provider.finalize()
 
 
+def test_a_grouped_product_that_no_layer_is_built_with_is_refused():
+    provider = tiny()
+    if not hasattr(provider, "use_grouped_gemm_for_dense_mlp"):
+        pytest.skip("this Core has no such field")
+    provider.use_grouped_gemm_for_dense_mlp = True
+    with pytest.raises(ValueError, match="use_grouped_gemm_for_dense_mlp=True: .* no effect; leave it unset"):
+        provider.finalize()
+
+
 def test_pipeline_needs_no_dtype_of_its_own():
     provider = tiny(pipeline_model_parallel_size=2, params_dtype=torch.bfloat16, bf16=True)
     provider.finalize()

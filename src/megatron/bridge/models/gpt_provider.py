@@ -59,6 +59,8 @@ _INTERLEAVED = (
     "use_grouped_gemm_for_shared_expert",
 )
 """Options of Core after 0.16 for kernels that take gate and up in alternating blocks of rows."""
+_UNSEEN = ("use_grouped_gemm_for_dense_mlp",)
+"""Options of Core's that its layer specs take as arguments, and that nothing hands to them."""
 
 
 @dataclass
@@ -153,6 +155,12 @@ class GPTModelProvider(RemembersSetFields, TransformerConfig, ModelProviderMixin
                 raise ValueError(
                     f"model.{name}={getattr(self, name)}: weights of gate and up are read, adapted and exported as two "
                     "matrices on top of each other, and never in alternating blocks; leave it unset"
+                )
+        for name in _UNSEEN:
+            if getattr(self, name, None):
+                raise ValueError(
+                    f"model.{name}={getattr(self, name)}: Core's layers are built without it, so it would have no "
+                    "effect; leave it unset"
                 )
         if self.rope_scaling and self.position_embedding_type != "rope":
             raise ValueError(

@@ -13,6 +13,7 @@ from megatron.bridge.training.monitoring.finite_steps import check_loss
 from megatron.bridge.training.monitoring.reported_losses import Total, sum_over_ranks
 from megatron.bridge.training.shared_rows import on_shared_rows
 from megatron.bridge.training.state import GlobalState
+from megatron.bridge.training.two_value_losses import with_checked_loss
 
 
 def bind_forward_step(forward_step_func: Callable, state: GlobalState) -> Callable:
@@ -39,7 +40,8 @@ def bind_forward_step(forward_step_func: Callable, state: GlobalState) -> Callab
         first.annotation in (GlobalState, "GlobalState") or first.name in ("state", "global_state")
     )
     if len(positional) == (3 if wants_state else 2):
-        return _with_heartbeat(partial(forward_step_func, state) if wants_state else forward_step_func, state)
+        bound = partial(forward_step_func, state) if wants_state else forward_step_func
+        return _with_heartbeat(with_checked_loss(bound), state)
     names = ", ".join(parameter.name for parameter in parameters)
     raise ValueError(
         f"forward_step_func {getattr(forward_step_func, '__name__', forward_step_func)!r} takes ({names}): "

@@ -142,7 +142,7 @@ def setup(
         context = init_checkpointing_context(cfg)
     base_plan = plan_base_on_all_ranks(cfg)
     plan = plan_on_all_ranks(cfg, context, load_required=load_required)
-    record_hub_revisions(cfg, plan)
+    record_hub_revisions(cfg, base_plan, plan)
     with raise_on_all_ranks("reading where a text ends"):
         state.generation_config = generation_config_to_save(cfg, state.tokenizer, plan) if is_rank_0() else None
 

@@ -4,6 +4,7 @@
 import json
 import logging
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,6 +17,7 @@ from megatron.bridge.data.builders import (
 )
 from megatron.bridge.data.builders.gpt_sft import GPTSFTDatasetBuilder
 from megatron.bridge.data.presets import DATASETS
+from megatron.bridge.data.sources import hf_loading
 from megatron.bridge.data.sources.hf import hf_dataset_supports_split, load_and_adapt_hf_dataset
 from megatron.bridge.utils.hf_hub import commits_of
 from megatron.bridge.utils.overrides import apply_overrides
@@ -80,6 +82,35 @@ def test_a_short_name_finds_what_was_fetched_before(hub_cache, tokenizer):
         assert "original_answers" not in "".join(train.report.warnings)
     assert list((hub_cache.parents[3] / "datasets").rglob("*.npz")), "tokens are kept in the library's cache"
     assert commits_of(["datasets/rajpurkar/squad"]) == {"datasets/rajpurkar/squad": hub_cache.name}
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_the_commit_is_known_wherever_the_library_puts_its_tables(tmp_path, monkeypatch, in_memory):
+    """One that it reads into memory, by `keep_in_memory` or because it is empty, has no file that tells."""
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list([{"question": "q", "context": "c", "answers": {"text": ["a"]}}])
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    if not in_memory:
+        rows.save_to_disk(str(tmp_path / commit))
+        rows = datasets.load_from_disk(str(tmp_path / commit))
+    asked = []
+
+    class Library:
+        @staticmethod
+        def load_dataset(path, name=None, split=None, cache_dir=None, revision=None, keep_in_memory=None, **more):
+            return {"train": rows.select([]) if in_memory else datasets.Dataset.from_list([]), "validation": rows}
+
+        @staticmethod
+        def load_dataset_builder(path, name=None, cache_dir=None, revision=None, **more):
+            asked.append(more)
+            return SimpleNamespace(hash=commit)
+
+    monkeypatch.setattr(hf_loading, "_library", lambda where: Library)
+    monkeypatch.setattr("megatron.bridge.utils.hf_hub._commits", {})
+    options = {"keep_in_memory": True, "split": None, "encoding": "utf-8"}
+    hf_loading.load_from_hub(HFDatasetSourceConfig(dataset_name="some/data", hf_kwargs=options))
+    assert commits_of(["datasets/some/data"]) == {"datasets/some/data": commit}
+    assert asked == ([{"encoding": "utf-8"}] if in_memory else [])
 
 
 def test_without_a_network_the_error_says_what_to_fetch_and_where(hub_cache, monkeypatch):

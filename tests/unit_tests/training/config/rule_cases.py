@@ -198,7 +198,11 @@ BAD = {
     ],
     "check_tokens_have_enough_experts": [
         (["model.num_moe_experts=4", "model.moe_router_topk=5"], 1, "model.moe_router_topk=5 with model.num_moe_exp"),
-        (["model.num_moe_experts=4", "model.moe_router_num_groups=3"], 1, "model.moe_router_num_groups=3 doesn't div"),
+        (
+            ["model.num_moe_experts=4", "model.moe_router_num_groups=3", "model.moe_router_group_topk=2"],
+            1,
+            "model.moe_router_num_groups=3 doesn't div",
+        ),
         (
             ["model.num_moe_experts=4", "model.moe_router_num_groups=4", "model.moe_router_group_topk=1"],
             1,

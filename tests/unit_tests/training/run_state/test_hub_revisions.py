@@ -27,7 +27,7 @@ def cache(tmp_path, monkeypatch):
     put_into_cache(tmp_path / "hub", MODEL, save_tiny_llama(tmp_path / "hf", num_hidden_layers=1))
 
 
-def _recorded(saved=None, dataset=None):
+def _recorded(saved=None, dataset=None, train_state=True):
     cfg = SimpleNamespace(
         model=SimpleNamespace(hf_model_id=MODEL),
         tokenizer=SimpleNamespace(tokenizer_model="some-org/not-asked-for-yet"),
@@ -37,7 +37,7 @@ def _recorded(saved=None, dataset=None):
     plan = None
     if saved is not None:
         plan = SimpleNamespace(
-            run_config={"checkpoint": {"hub_revisions": saved}}, train_state=True, path=Path("iter_2")
+            run_config={"checkpoint": {"hub_revisions": saved}}, train_state=train_state, path=Path("iter_2")
         )
     record_hub_revisions(cfg, plan)
     return cfg.checkpoint.hub_revisions
@@ -63,7 +63,26 @@ def test_a_resume_names_what_has_changed_and_keeps_what_it_did_not_fetch(cache, 
     assert caplog.text == ""
     assert _recorded({**kept, MODEL: OTHER}) == {**kept, MODEL: COMMIT}
     (said,) = caplog.messages
-    assert said.startswith(
-        f"iter_2 was saved by a run with {MODEL} at revision {OTHER} of the hub, and this one has it"
-    )
+    assert said.startswith(f"iter_2 was saved with {MODEL} at revision {OTHER} of the hub, and this run has it at")
     assert f"`hf download {MODEL} --revision {OTHER}`" in said and "\n" not in said
+
+
+def test_of_two_commits_of_one_name_each_is_compared(cache, caplog):
+    """The tokenizer's and the weights', say, of which a resume needs one alone."""
+    third = "00112233445566778899aabbccddeeff00112233"
+    both = f"{COMMIT}, {OTHER}"
+    find_hf_directory(MODEL)
+    assert _recorded({MODEL: both}) == {MODEL: both}
+    assert caplog.text == ""
+    assert _recorded({MODEL: f"{third}, {OTHER}"}) == {MODEL: COMMIT}
+    (said,) = caplog.messages
+    assert f"run `hf download {MODEL} --revision {third}` and `hf download {MODEL} --revision {OTHER}` and name" in said
+
+
+def test_an_imported_checkpoint_keeps_the_commit_of_its_weights(cache, caplog):
+    saved = {MODEL: OTHER, "datasets/rajpurkar/squad": OTHER}
+    data = GPTSFTDatasetConfig(32, hf_dataset="squad")
+    assert _recorded(saved, data, train_state=False) == {MODEL: OTHER}, "its data are of no concern to this run"
+    find_hf_directory(MODEL)
+    _recorded(saved, data, train_state=False)
+    assert f"`hf download {MODEL} --revision {OTHER}`" in caplog.text

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +72,29 @@ def load_from_hub(source: HFDatasetSourceConfig) -> dict[str, Source]:
         found = _loaded(source, name, path=str(snapshot), name=source.subset)
         note_commit(f"datasets/{name}", snapshot.name)
     else:
-        note_commit(f"datasets/{name}", _folder_of_tables(found))
+        note_commit(f"datasets/{name}", _folder_of_tables(found) or _hash_of_builder(source))
     return _by_split(found, source.title, alone="train")
 
 
 def _folder_of_tables(found: Any) -> str:
     """The folder that the library made a dataset's tables in, which has the commit's name; empty if there is none."""
-    one = next(iter(found.values()), None) if isinstance(found, Mapping) else found
-    files = getattr(one, "cache_files", None) or [{"filename": ""}]
-    return Path(files[0]["filename"]).parent.name
+    splits = found.values() if isinstance(found, Mapping) else [found]
+    files = [file["filename"] for split in splits for file in getattr(split, "cache_files", None) or []]
+    return Path(files[0]).parent.name if files else ""
+
+
+def _hash_of_builder(source: HFDatasetSourceConfig) -> str:
+    """The same of a dataset that was read into memory, by asking the hub once more; empty if it gives no answer."""
+    library = _library(str(source.dataset_name))
+    known = {"split", *(set(signature(library.load_dataset).parameters) - set(signature(library.load_dataset_builder).parameters))}
+    asked = {name: value for name, value in (source.hf_kwargs or {}).items() if name not in known}
+    wanted = {"path": source.dataset_name, "name": source.subset, "revision": source.revision, **asked}
+    try:
+        builder = library.load_dataset_builder(**wanted, cache_dir=source.cache_dir or _datasets_cache())
+    except Exception as error:  # as of `_loaded`; the rows are there
+        logger.debug("%s: the hub can't be asked for its commit (%s)", source.title, _one_line(error))
+        return ""
+    return str(builder.hash)
 
 
 class _NotThereError(Exception):

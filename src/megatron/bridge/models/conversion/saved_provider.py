@@ -18,6 +18,7 @@ from megatron.bridge.models.conversion.tokenizer_files import TokenizerFiles
 from megatron.bridge.models.conversion.trained_config import COMPUTED_WITH
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.utils.field_types import field_hints
+from megatron.bridge.utils.hf_hub import commits_of
 from megatron.bridge.utils.parallel_sizes import PARALLEL_SIZES, sizes_of_groups
 from megatron.bridge.utils.yaml_io import from_yaml_dict, to_yaml_dict
 
@@ -60,7 +61,9 @@ def save_model(chunks: Sequence[MegatronModule], path: str | Path, *, text: Toke
         target.mkdir()
         text.write(target)
 
-    run_config = {"model": to_yaml_dict(provider)}
+    run_config: dict[str, Any] = {"model": to_yaml_dict(provider)}
+    if commits := commits_of([provider.hf_model_id] if provider.hf_model_id else []):
+        run_config["checkpoint"] = {"hub_revisions": commits}
     return save_model_checkpoint(chunks, path, run_config=run_config, write_beside=write_text_files)
 
 

@@ -12,37 +12,52 @@ logger = logging.getLogger(__name__)
 
 _OF_DATASETS = "datasets/"
 """Before the name of one."""
+_BETWEEN = ", "
+"""Between commits of one name: its tokenizer and its weights, say, were taken at different ones."""
 
 
-def record_hub_revisions(cfg: ConfigContainer, plan: LoadPlan | None) -> None:
-    """Put the commits into `checkpoint.hub_revisions`, and warn (rank 0) of those that a resumed run had otherwise.
+def record_hub_revisions(cfg: ConfigContainer, *plans: LoadPlan | None) -> None:
+    """Put the commits into `checkpoint.hub_revisions`, and warn (rank 0) of those that a checkpoint had otherwise.
 
-    What a resume didn't have to fetch, such as the pretrained weights, keeps the recorded commit.
+    What this run didn't have to fetch, such as the weights of an imported checkpoint, keeps the recorded commit.
 
     Args:
         cfg: The run's configuration, whose tokenizer, data and weights have been found.
-        plan: What is loaded.
+        plans: What is loaded; later ones go before earlier ones.
     """
     names = _names(cfg)
     now = commits_of(names)
-    saved = {} if plan is None or not plan.train_state else plan.run_config.get("checkpoint") or {}
-    was = {name: commit for name, commit in (saved.get("hub_revisions") or {}).items() if name in names}
-    for name, commit in now.items():
-        if was.get(name, commit) != commit and is_rank_0():
-            kind = "--repo-type dataset " if name.startswith(_OF_DATASETS) else ""
-            plain = name.removeprefix(_OF_DATASETS)
-            logger.warning(
-                "%s was saved by a run with %s at revision %s of the hub, and this one has it at %s: to continue with "
-                "the former, run `hf download %s%s --revision %s` and name the directory that it prints",
-                None if plan is None else plan.path,
-                name,
-                was[name],
-                commit,
-                kind,
-                plain,
-                was[name],
-            )
-    cfg.checkpoint.hub_revisions = {**was, **now} or None
+    kept: dict[str, str] = {}
+    for plan in plans:
+        saved = {} if plan is None else plan.run_config.get("checkpoint") or {}
+        for name, was in (saved.get("hub_revisions") or {}).items():
+            # The weights of another run may have been trained on other data.
+            if plan is None or name not in names or not (plan.train_state or not name.startswith(_OF_DATASETS)):
+                continue
+            before, found = set(was.split(_BETWEEN)), set(now.get(name, was).split(_BETWEEN))
+            if found <= before:
+                kept[name] = was
+            else:
+                kept.pop(name, None)
+                _warn(plan, name, was=was, now=now[name])
+    cfg.checkpoint.hub_revisions = {**now, **kept} or None
+
+
+def _warn(plan: LoadPlan, name: str, *, was: str, now: str) -> None:
+    """Say what differs, and how to get what was."""
+    if not is_rank_0():
+        return
+    kind = "--repo-type dataset " if name.startswith(_OF_DATASETS) else ""
+    fetch = f"hf download {kind}{name.removeprefix(_OF_DATASETS)} --revision"
+    logger.warning(
+        "%s was saved with %s at revision %s of the hub, and this run has it at %s: to continue with the former, run "
+        "%s and name the directory that it prints",
+        plan.path,
+        name,
+        was,
+        now,
+        " and ".join(f"`{fetch} {commit}`" for commit in was.split(_BETWEEN)),
+    )
 
 
 def _names(cfg: ConfigContainer) -> set[str]:

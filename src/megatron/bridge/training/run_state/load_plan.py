@@ -239,7 +239,7 @@ def _plan_pretrained(cfg: ConfigContainer, name: str) -> LoadPlan:
             f"{directory} (checkpoint.pretrained_checkpoint) holds adapters only: expected the weights that they "
             "adapt, or adapters merged into them (python -m megatron.bridge.convert export)"
         )
-    return _weights_only(directory, "pretrained weights")
+    return replace(_weights_only(directory, "pretrained weights"), run_config=saved)
 
 
 def _weights_only(

@@ -1,8 +1,12 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Rules on what Core's experts and routers refuse too, but only in the first forward pass, or do without a word."""
 
+import logging
+
 from megatron.bridge.training.config.derived import eval_settings
 from megatron.bridge.training.config.sections import RunSections
+
+logger = logging.getLogger(__name__)
 
 
 def check_experts_train_with_sequence_parallelism(cfg: RunSections, world_size: int) -> None:
@@ -57,12 +61,19 @@ def check_tokens_have_enough_experts(cfg: RunSections, world_size: int) -> None:
             "token goes to that many different experts; set a number from 1 to the number of experts"
         )
     groups, taken = model.moe_router_num_groups, model.moe_router_group_topk
+    if groups and not taken:
+        logger.warning(
+            "model.moe_router_num_groups=%s has no effect: without model.moe_router_group_topk a token takes experts "
+            "of all groups",
+            groups,
+        )
+        return
     if groups and model.num_moe_experts % groups:
         raise ValueError(
             f"model.moe_router_num_groups={groups} doesn't divide model.num_moe_experts={model.num_moe_experts}: "
             "groups have equally many experts; change model.moe_router_num_groups"
         )
-    if groups and taken and model.num_moe_experts // groups * taken < model.moe_router_topk:
+    if groups and model.num_moe_experts // groups * taken < model.moe_router_topk:
         raise ValueError(
             f"model.moe_router_topk={model.moe_router_topk} with {taken} of {groups} groups of "
             f"{model.num_moe_experts // groups} experts: there are not as many in them; raise "
