@@ -86,8 +86,10 @@ def _folder_of_tables(found: Any) -> str:
 def _hash_of_builder(source: HFDatasetSourceConfig) -> str:
     """The same of a dataset that was read into memory, by asking the hub once more; empty if it gives no answer."""
     library = _library(str(source.dataset_name))
-    known = {"split", *(set(signature(library.load_dataset).parameters) - set(signature(library.load_dataset_builder).parameters))}
-    asked = {name: value for name, value in (source.hf_kwargs or {}).items() if name not in known}
+    of_rows, of_builders = (
+        set(signature(load).parameters) for load in (library.load_dataset, library.load_dataset_builder)
+    )
+    asked = {name: value for name, value in (source.hf_kwargs or {}).items() if name not in of_rows - of_builders}
     wanted = {"path": source.dataset_name, "name": source.subset, "revision": source.revision, **asked}
     try:
         builder = library.load_dataset_builder(**wanted, cache_dir=source.cache_dir or _datasets_cache())
