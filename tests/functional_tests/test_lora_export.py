@@ -131,7 +131,7 @@ def test_peft_and_merged_weights_give_the_logits_of_the_run(tmp_path, cell):
         assert settings["eos_token_id"] == [2, 7, IM_END], "the model's end tokens, and the one that was learned"
 
 
-ONE_LAYER = ("llama", "mixtral", "phi3")
+ONE_LAYER = ("llama", "mixtral", "olmo2", "phi3")
 
 
 @pytest.mark.parametrize("name", ONE_LAYER)

@@ -170,6 +170,21 @@ MODELS = {
         },
         has_biased_experts=True,
     ),
+    "granite": TinyModel(
+        "GraniteForCausalLM",
+        "multipliers of embeddings, residuals, scores and logits, tied embeddings, biases",
+        {
+            **_ODD,
+            **_TIED,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.7,
+            "attention_multiplier": 0.4,
+            "logits_scaling": 1.3,
+        },
+        layouts=("TP2 SP", "PP2 VP2"),
+    ),
     "llama": TinyModel("LlamaForCausalLM", "untied embeddings"),
     "llama3": TinyModel("LlamaForCausalLM", "llama3 rotary scaling", {**_ODD, "rope_parameters": LLAMA3_ROPE}),
     "mistral": TinyModel("MistralForCausalLM", "sliding window, wide heads", {"sliding_window": 8, "head_dim": 16}),
@@ -190,6 +205,27 @@ MODELS = {
             },
         },
         layouts=("one process", "TP2 SP", "PP2"),
+    ),
+    "olmo2": TinyModel(
+        "Olmo2ForCausalLM",
+        "norms after attention and MLP alone, queries and keys normalised over all heads, tied embeddings",
+        {**_ODD, **_TIED, "pad_token_id": None, "eos_token_id": None},
+        layouts=("one process", "TP2 SP", "PP2"),
+    ),
+    "olmo3": TinyModel(
+        "Olmo3ForCausalLM",
+        "as before, with a window and unscaled positions in some layers, YaRN in the others",
+        {
+            "pad_token_id": None,
+            "eos_token_id": None,
+            "sliding_window": 7,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "full_attention": _YARN,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+            },
+        },
+        layouts=("TP2", "PP2 VP2"),
     ),
     "llama_dynamic": TinyModel(
         "LlamaForCausalLM",
@@ -248,6 +284,12 @@ MODELS = {
             "layer_types": _LINEAR_FIRST,
         },
         layouts=("one process", "TP2 EP2 ETP1"),
+    ),
+    "seed_oss": TinyModel(
+        "SeedOssForCausalLM",
+        "biases on query, key and value alone, wide heads, one query group, dropout of attention and MLP",
+        {**_ODD, "pad_token_id": None, "head_dim": 16, "num_key_value_heads": 1},
+        layouts=("TP2 SP", "PP2"),
     ),
     "smollm3": TinyModel(
         "SmolLM3ForCausalLM",

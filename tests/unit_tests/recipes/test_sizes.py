@@ -35,6 +35,8 @@ PUBLISHED_PARAMETERS = {
     "glm45_355b": 352_797_829_024,
     "gpt_oss_20b": 20_914_757_184,
     "gpt_oss_120b": 116_829_156_672,
+    "granite33_2b": 2_533_539_840,
+    "granite33_8b": 8_170_864_640,
     "llama32_1b": 1_235_814_400,
     "llama32_3b": 3_212_749_824,
     "llama3_8b": 8_030_261_248,
@@ -42,6 +44,10 @@ PUBLISHED_PARAMETERS = {
     "llama3_70b": 70_553_706_496,
     "llama31_70b": 70_553_706_496,
     "llama31_405b": 405_853_388_800,
+    "olmo2_7b": 7_298_617_344,
+    "olmo2_32b": 32_234_279_936,
+    "olmo3_7b": 7_298_011_136,
+    "olmo3_32b": 32_233_522_176,
     "phi4_mini_3p8b": 3_836_021_760,
     "phi4_14b": 14_659_507_200,
     "qwen25_500m": 494_032_768,
@@ -65,6 +71,7 @@ PUBLISHED_PARAMETERS = {
     "qwen35_text_122b_a10b": 122_111_526_912,
     "mistral_7b": 7_248_023_552,
     "mixtral_8x7b": 46_702_792_704,
+    "seed_oss_36b": 36_151_104_512,
     "smollm2_135m": 134_515_008,
     "smollm2_360m": 361_821_120,
     "smollm2_1p7b": 1_711_376_384,
@@ -96,6 +103,23 @@ def _smollm2(layers: int, hidden: int, ffn: int, heads: int, groups: int, *, bas
 
 def _phi3(layers: int, hidden: int, ffn: int, heads: int, groups: int, **others: Any) -> Any:
     return transformers.Phi3Config, (layers, hidden, ffn, heads), {"num_key_value_heads": groups, **others}
+
+
+def _granite(hidden: int, ffn: int, *, scores: float, logits: float) -> Any:
+    multipliers = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": logits}
+    fields = {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e7, "vocab_size": 49159}
+    others = {"attention_multiplier": scores, "tie_word_embeddings": True, "max_position_embeddings": 131072}
+    return transformers.GraniteConfig, (40, hidden, ffn, 32), {**multipliers, **fields, **others}
+
+
+def _olmo(layers: int, hidden: int, ffn: int, heads: int, groups: int, *, version: int) -> Any:
+    fields = {"num_key_value_heads": groups, "rms_norm_eps": 1e-6, "rope_theta": 500000}
+    if version == 2:
+        return transformers.Olmo2Config, (layers, hidden, ffn, heads), {**fields, "vocab_size": 100352}
+    yarn = {"rope_type": "yarn", "factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0}
+    scaling = {**yarn, "attention_factor": 1.2079441541679836, "original_max_position_embeddings": 8192}
+    fields |= {"sliding_window": 4096, "rope_scaling": scaling, "max_position_embeddings": 65536}
+    return transformers.Olmo3Config, (layers, hidden, ffn, heads), {**fields, "vocab_size": 100278}
 
 
 def _qwen2(layers: int, hidden: int, ffn: int, heads: int, groups: int, *, eps: float = 1e-6, **others: Any) -> Any:
@@ -367,6 +391,17 @@ PUBLISHED_CONFIGS = {
     ),
     "smollm2_135m": _smollm2(30, 576, 1536, 9, 3, base=100000.0, std=0.041666666666666664),
     "smollm2_360m": _smollm2(32, 960, 2560, 15, 5, base=100000.0, std=0.02),
+    "granite33_2b": _granite(2048, 8192, scores=0.015625, logits=8.0),
+    "granite33_8b": _granite(4096, 12800, scores=0.0078125, logits=16.0),
+    "olmo2_7b": _olmo(32, 4096, 11008, 32, 32, version=2),
+    "olmo2_32b": _olmo(64, 5120, 27648, 40, 8, version=2),
+    "olmo3_7b": _olmo(32, 4096, 11008, 32, 32, version=3),
+    "olmo3_32b": _olmo(64, 5120, 27648, 40, 8, version=3),
+    "seed_oss_36b": (
+        transformers.SeedOssConfig,
+        (64, 5120, 27648, 80),
+        {"max_position_embeddings": 524288, "rope_theta": 1e7, "vocab_size": 155136},
+    ),
     "smollm3_3b": (
         transformers.SmolLM3Config,
         (36, 2048, 11008, 16),

@@ -14,10 +14,13 @@ _DOORS = {
     "GPTModelProvider": "megatron.bridge.models.gpt_provider",
     "Gemma3ModelProvider": "megatron.bridge.models.gemma3",
     "GPTOSSModelProvider": "megatron.bridge.models.gpt_oss",
+    "GraniteModelProvider": "megatron.bridge.models.granite",
     "LlamaModelProvider": "megatron.bridge.models.llama",
     "Llama3ModelProvider": "megatron.bridge.models.llama",
     "MistralModelProvider": "megatron.bridge.models.mistral",
     "MixtralModelProvider": "megatron.bridge.models.mixtral",
+    "OLMo2ModelProvider": "megatron.bridge.models.olmo2",
+    "OLMo3ModelProvider": "megatron.bridge.models.olmo3",
     "Phi3ModelProvider": "megatron.bridge.models.phi3",
     "Qwen2ModelProvider": "megatron.bridge.models.qwen2",
     "Qwen3ModelProvider": "megatron.bridge.models.qwen3",
@@ -25,6 +28,7 @@ _DOORS = {
     "Qwen3NextModelProvider": "megatron.bridge.models.qwen3_next",
     "Qwen35ModelProvider": "megatron.bridge.models.qwen3_5",
     "Qwen35MoEModelProvider": "megatron.bridge.models.qwen3_5_moe",
+    "SeedOSSModelProvider": "megatron.bridge.models.seed_oss",
     "SmolLM3ModelProvider": "megatron.bridge.models.smollm3",
 }
 __all__ = list(_DOORS)

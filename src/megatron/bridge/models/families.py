@@ -27,9 +27,12 @@ FAMILY_MODULES = {
     "Glm4MoeForCausalLM": "megatron.bridge.models.glm4_moe",
     "GlmForCausalLM": "megatron.bridge.models.glm",
     "GptOssForCausalLM": "megatron.bridge.models.gpt_oss",
+    "GraniteForCausalLM": "megatron.bridge.models.granite",
     "LlamaForCausalLM": "megatron.bridge.models.llama",
     "MistralForCausalLM": "megatron.bridge.models.mistral",
     "MixtralForCausalLM": "megatron.bridge.models.mixtral",
+    "Olmo2ForCausalLM": "megatron.bridge.models.olmo2",
+    "Olmo3ForCausalLM": "megatron.bridge.models.olmo3",
     "Phi3ForCausalLM": "megatron.bridge.models.phi3",
     "Qwen2ForCausalLM": "megatron.bridge.models.qwen2",
     "Qwen3ForCausalLM": "megatron.bridge.models.qwen3",
@@ -39,6 +42,7 @@ FAMILY_MODULES = {
     "Qwen3_5ForConditionalGeneration": "megatron.bridge.models.qwen3_5",
     "Qwen3_5MoeForCausalLM": "megatron.bridge.models.qwen3_5_moe",
     "Qwen3_5MoeForConditionalGeneration": "megatron.bridge.models.qwen3_5_moe",
+    "SeedOssForCausalLM": "megatron.bridge.models.seed_oss",
     "SmolLM3ForCausalLM": "megatron.bridge.models.smollm3",
 }
 

@@ -10,11 +10,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 
 from megatron.bridge.models.activations import gelu_tanh
 from megatron.bridge.models.conversion.mapping import replicated
+from megatron.bridge.models.conversion.rope_fields import rope_of_each_kind
 from megatron.bridge.models.conversion.transformers_config import expect_value
 from megatron.bridge.models.decoder import (
     FINAL_NORM_MAPPING,
@@ -31,7 +31,11 @@ from megatron.bridge.models.decoder import (
 )
 from megatron.bridge.models.families import ModelFamily
 from megatron.bridge.models.gpt_provider import LayerSpec
-from megatron.bridge.models.sandwich_layers import RotaryOfEachKind, sandwich_spec
+from megatron.bridge.models.sandwich_layers import (
+    check_positions_of_each_kind,
+    give_each_kind_its_positions,
+    sandwich_spec,
+)
 
 
 @dataclass
@@ -58,15 +62,7 @@ class Gemma3ModelProvider(DecoderModelProvider):
         Raises:
             ValueError: Also for positions that have no base for each kind of layer.
         """
-        for name, found, needed in (
-            ("position_embedding_type", self.position_embedding_type, "rope"),
-            ("flash_decode", self.flash_decode, False),
-        ):
-            if found != needed:
-                raise ValueError(
-                    f"model.{name}={found!r}: Gemma 3 has rotary positions of its own for each kind of layer; set it "
-                    f"to {needed!r}"
-                )
+        check_positions_of_each_kind(self, ["rope"])
         super().finalize()
 
     def provide(
@@ -74,15 +70,7 @@ class Gemma3ModelProvider(DecoderModelProvider):
     ) -> GPTModel:
         """Build one bare chunk. See `GPTModelProvider.provide`."""
         model = super().provide(pre_process, post_process, vp_stage)
-        sliding = RotaryEmbedding(
-            kv_channels=self.kv_channels,
-            rotary_percent=self.rotary_percent,
-            rotary_interleaved=self.rotary_interleaved,
-            rotary_base=self.rotary_base_local,
-            use_cpu_initialization=self.use_cpu_initialization,
-            cp_group=model.rotary_pos_emb.cp_group,
-        )
-        model.rotary_pos_emb = RotaryOfEachKind(model.rotary_pos_emb, sliding)
+        give_each_kind_its_positions(model, self)
         if model.pre_process:
             model.embedding.register_forward_hook(partial(_scaled, factor=self.hidden_size**0.5))
         return model
@@ -103,16 +91,11 @@ def _provider_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     expect_value(hf, "attn_logit_softcapping", None)
     if hf.get("use_bidirectional_attention"):
         expect_value(hf, "use_bidirectional_attention", False)
-    rope = hf["rope_parameters"]
-    local = rope["sliding_attention"]
-    if local.get("rope_type", "default") != "default":
-        raise ValueError(
-            f"config.json: rope_type={local['rope_type']!r} of sliding_attention is not supported: expected default"
-        )
+    of_full_layers, local_base = rope_of_each_kind(hf)
     return {
-        **decoder_fields({**hf, "rope_parameters": rope["full_attention"]}),
+        **decoder_fields(of_full_layers),
         **window_fields(hf, layer_types=hf["layer_types"]),
-        "rotary_base_local": local["rope_theta"],
+        "rotary_base_local": local_base,
         "softmax_scale": hf["query_pre_attn_scalar"] ** -0.5,
     }
 

@@ -6,7 +6,8 @@ They are made of the layers of a block spec, Core's local ones or Transformer En
 Shapes: S sequence, B batch, H hidden, D channels of a head.
 """
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -66,8 +67,60 @@ class RotaryOfEachKind(torch.nn.Module):
         return torch.stack([self.full(*args, **kwargs), self.sliding(*args, **kwargs)])
 
 
+def give_each_kind_its_positions(model: Any, config: Any) -> None:
+    """Give a model rotary positions of base `rotary_base_local`, unscaled, where a window slides.
+
+    Args:
+        model: A bare chunk of a `GPTModel` with rotary positions: those of its other layers.
+        config: The provider.
+    """
+    sliding = RotaryEmbedding(
+        kv_channels=config.kv_channels,
+        rotary_percent=config.rotary_percent,
+        rotary_interleaved=config.rotary_interleaved,
+        rotary_base=config.rotary_base_local,
+        use_cpu_initialization=config.use_cpu_initialization,
+        cp_group=model.rotary_pos_emb.cp_group,
+    )
+    model.rotary_pos_emb = RotaryOfEachKind(model.rotary_pos_emb, sliding)
+
+
+def check_positions_of_each_kind(config: Any, kinds: Sequence[str]) -> None:
+    """Refuse positions that don't have a base for each kind of layer.
+
+    Args:
+        config: The provider.
+        kinds: The values of `position_embedding_type` that the family has.
+
+    Raises:
+        ValueError: Another kind, or one table of positions for all layers.
+    """
+    found = config.position_embedding_type
+    if found not in kinds:
+        raise ValueError(
+            f"model.position_embedding_type={found!r}: the family has rotary positions of its own for each kind of "
+            f"layer; set it to {' or '.join(map(repr, kinds))}"
+        )
+    if config.flash_decode:
+        raise ValueError(
+            "model.flash_decode=True: the family has rotary positions of its own for each kind of layer; set it to "
+            "False"
+        )
+
+
+def _slides(config: Any, layer_number: int) -> bool:
+    return is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+
+
 class SelfAttentionOfItsKind(SelfAttention):
     """Attention that takes the rotary positions of its kind of layer, as `RotaryOfEachKind` gives them."""
+
+    def __init__(self, config: Any, *args: Any, layer_number: int, **kwargs: Any) -> None:
+        if _slides(config, layer_number) and getattr(config, "yarn_rotary_scaling_factor", 1.0) != 1:
+            # Core multiplies cosine and sine by what YaRN's fields say, and YaRN is for the other layers.
+            config = copy.copy(config)
+            config.yarn_rotary_scaling_factor = 1.0
+        super().__init__(config, *args, layer_number=layer_number, **kwargs)
 
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, *args: Any, **kwargs: Any
@@ -75,8 +128,7 @@ class SelfAttentionOfItsKind(SelfAttention):
         """As Core's, with `rotary_pos_emb` [2, S, 1, 1, D]."""
         angles = kwargs.get("rotary_pos_emb")
         if angles is not None:
-            config = self.config
-            slides = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, self.layer_number)
+            slides = _slides(self.config, self.layer_number)
             kwargs["rotary_pos_emb"] = angles[int(slides)]
         return super().forward(hidden_states, attention_mask, *args, **kwargs)
 

@@ -106,6 +106,10 @@ CHANGES = {
     "experts' weights": ("qwen3_moe", {"moe_router_pre_softmax": True, "moe_router_topk": 1}),
     "both rotary bases": ("gemma3_images", {"rotary_base": 500_000, "rotary_base_local": 77.0}),
     "scale of the scores": ("gemma3", {"softmax_scale": 1 / 6}),
+    "multipliers": ("granite", {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "logits_scaling": 4.0}),
+    "multiplier of scores": ("granite", {"softmax_scale": 0.3, "rotary_base": 700.0}),
+    "rotary base and YaRN of full layers": ("olmo3", {"rotary_base": 700.0, "yarn_rotary_scaling_factor": 8.0}),
+    "rotary base of sliding layers": ("olmo3", {"rotary_base_local": 77.0}),
     "window": ("mistral", {"window_size": (4, 0)}),
     "no window": ("mistral", {"window_size": None, "window_attn_skip_freq": None}),
 }

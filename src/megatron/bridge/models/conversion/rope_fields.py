@@ -55,6 +55,27 @@ def rope_fields(hf: Mapping[str, Any], *, partial: bool = False) -> dict[str, An
     return fields
 
 
+def rope_of_each_kind(hf: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
+    """The rotary positions of a family whose sliding layers have a base of their own.
+
+    Args:
+        hf: From `as_read_by_transformers`, with `rope_parameters` of each kind of layer.
+
+    Returns:
+        The configuration with those of its other layers, as `rope_fields` takes it, and the base of sliding layers.
+
+    Raises:
+        ValueError: Sliding layers have scaled positions.
+    """
+    rope = hf["rope_parameters"]
+    local = rope["sliding_attention"]
+    if local.get("rope_type", "default") != "default":
+        raise ValueError(
+            f"config.json: rope_type={local['rope_type']!r} of sliding_attention is not supported: expected default"
+        )
+    return {**hf, "rope_parameters": rope["full_attention"]}, _number(local, "rope_theta")
+
+
 def _longrope_fields(hf: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of LongRoPE, with what transformers puts where the file says nothing."""
     original, given = _positive(rope, "original_max_position_embeddings"), _given(rope)
