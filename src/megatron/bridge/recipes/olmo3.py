@@ -1,6 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """OLMo 3."""
 
+import math
 from typing import Any
 
 from megatron.bridge.recipes.table import Family, Layout, ModelSize
@@ -20,7 +21,7 @@ def _shape(layers: int, hidden: int, ffn: int, heads: int, groups: int) -> dict[
         "position_embedding_type": "yarn",
         "yarn_rotary_scaling_factor": 8.0,
         "yarn_original_max_position_embeddings": 8192,
-        "yarn_mscale": 1.0,
+        "yarn_mscale": (1.2079441541679836 - 1) / (0.1 * math.log(8)),  # of the published attention_factor
         "yarn_mscale_all_dim": 0.0,
     }
 
