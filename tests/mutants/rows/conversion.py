@@ -109,6 +109,13 @@ THE_CONVERSION = (
         f"{_CELL}[gemma3-one_process]",
     ),
     _converted_wrongly(
+        "norms over the heads of all ranks",
+        "each rank normalises its own",
+        "post_norm_layers:_RMSNormOverRanks.forward",
+        without_call("dist.all_reduce"),
+        f"{_CELL}[olmo3-TP2]",
+    ),
+    _converted_wrongly(
         "norms around attention and MLP",
         "the bias is added after the norm",
         "sandwich_layers:NormThenAdd.forward",

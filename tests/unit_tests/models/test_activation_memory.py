@@ -9,9 +9,12 @@ import torch
 from megatron.bridge.models.activation_memory import activation_bytes, layer_bytes_per_token, logit_bytes
 from megatron.bridge.models.deepseek_v3 import DeepSeekV3ModelProvider
 from megatron.bridge.models.gemma3 import Gemma3ModelProvider
+from megatron.bridge.models.glm4 import GLM4ModelProvider
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.models.layer_kinds import LayerKind
+from megatron.bridge.models.llama import LlamaModelProvider
 from megatron.bridge.models.mixtral import MixtralModelProvider
+from megatron.bridge.models.olmo2 import OLMo2ModelProvider
 from megatron.bridge.models.qwen3_5 import Qwen35ModelProvider
 from tests.rigs.ranks import run_on_ranks
 
@@ -46,6 +49,13 @@ def test_gemmas_norms_behind_attention_and_mlp_and_norms_of_queries_and_keys_cou
     plain = dataclasses.replace(GPT, tensor_model_parallel_size=2)
     added = layer_bytes_per_token(qwen, DENSE) - layer_bytes_per_token(plain, DENSE)
     assert added == 2 * (64 + 64) / 2
+    llama, olmo, glm = (
+        of(**shape, num_query_groups=4) for of in (LlamaModelProvider, OLMo2ModelProvider, GLM4ModelProvider)
+    )
+    glm.kv_channels = None
+    plain = layer_bytes_per_token(llama, DENSE)
+    assert layer_bytes_per_token(olmo, DENSE) == plain + 2 * (64 + 64), "as many norms, behind in place of before"
+    assert layer_bytes_per_token(glm, DENSE) == plain + 4 * 64
 
 
 def test_recomputation_keeps_the_inputs_of_layers_and_all_of_one_group():

@@ -7,7 +7,7 @@ same count for a gated MLP, grouped queries and no dropout, with fused attention
 
     norms and their outputs       8 H                      / TP with sequence parallelism
     norms of what attention and
-    MLP give (Gemma 3)            4 H                      / TP with sequence parallelism
+    MLP give (Gemma 3, GLM-4)     4 H                      / TP with sequence parallelism
     attention                     2 (Q + 2 K) + 2 Q        / TP
     norms of queries and keys     2 (Q + K)                / TP
     MLP                           2 F (gate) + 2 F (up) + 2 F (product)     / TP
@@ -32,9 +32,11 @@ from megatron.core.utils import unwrap_model
 
 from megatron.bridge.models.delta_rule import CHUNK
 from megatron.bridge.models.gemma3 import Gemma3ModelProvider
+from megatron.bridge.models.glm4 import GLM4ModelProvider
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.models.latent_attention import MLAModelProvider
 from megatron.bridge.models.layer_kinds import LayerKind, kind_of_layer
+from megatron.bridge.models.olmo2 import OLMo2ModelProvider
 
 BYTES_PER_LOGIT = 8
 """16 bits from the matrix product, FP32 in the cross entropy, 16 bits of gradient."""
@@ -48,7 +50,7 @@ def layer_bytes_per_token(model: GPTModelProvider, kind: LayerKind) -> float:
     """
     tp = model.tensor_model_parallel_size
     sequence = tp if model.sequence_parallel else 1
-    norms = (12 if isinstance(model, Gemma3ModelProvider) else 8) * model.hidden_size / sequence
+    norms = (12 if isinstance(model, (Gemma3ModelProvider, GLM4ModelProvider)) else 8) * model.hidden_size / sequence
     attention = _mixer_bytes(model, kind)
     gates = 2 if model.gated_linear_unit else 1
     if not kind.is_moe:
@@ -80,7 +82,7 @@ def _attention_bytes(model: GPTModelProvider) -> float:
     groups = model.num_query_groups or model.num_attention_heads
     channels = model.kv_channels or model.hidden_size // model.num_attention_heads
     query, key = model.num_attention_heads * channels, groups * channels
-    normed = 2 * (query + key) if model.qk_layernorm else 0
+    normed = 2 * (query + key) if model.qk_layernorm or isinstance(model, OLMo2ModelProvider) else 0
     gated = 6 * query if model.attention_output_gate else 0  # its sigmoid in FP32, and the product
     return (2 * (query + 2 * key) + 2 * query + normed + gated) / model.tensor_model_parallel_size
 
