@@ -84,6 +84,7 @@ TESTS_OF_SEVERAL_MODULES = {
     "data/test_conversations.py": "chats, from their rows to where the loss is taken",
     "data/test_prepare_scripts.py": "the scripts that fetch the demonstration's model and data",
     "data/test_smollm2_data.py": "the demonstration's own data",
+    "models/test_dense_families.py": "what OLMo, Seed-OSS and Granite ask for and Core lacks",
     "recipes/test_launch_paths.py": "paths, from this machine to where a job runs",
     "recipes/test_launching_docs.py": "the commands and examples of docs/launching.md",
     "recipes/test_recipes.py": "all recipes, and the table of them",
