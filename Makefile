@@ -107,19 +107,13 @@ test-gpu: install ## run the tests that need a CUDA device; fails without one
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 test-sync: ## run the whole sync matrix, on both versions of megatron-core
-	$(MAKE) --no-print-directory sync-matrix CORE=$(OLDEST_CORE) VENV=$(call venv_of,$(OLDEST_CORE))
-	$(MAKE) --no-print-directory sync-matrix CORE=$(NEWEST_CORE) VENV=$(call venv_of,$(NEWEST_CORE))
-
-sync-matrix: install # one half of it
-	$(BIN)/python -m pytest tests/functional_tests/test_sync_matrix.py --sync-matrix=whole -q \
-		--numprocesses $(JOBS) --dist loadgroup $(ARGS)
-
 test-resume: ## run the whole resume matrix, on both versions of megatron-core
-	$(MAKE) --no-print-directory resume-matrix CORE=$(OLDEST_CORE) VENV=$(call venv_of,$(OLDEST_CORE))
-	$(MAKE) --no-print-directory resume-matrix CORE=$(NEWEST_CORE) VENV=$(call venv_of,$(NEWEST_CORE))
+test-sync test-resume: test-%:
+	$(MAKE) --no-print-directory $*-matrix CORE=$(OLDEST_CORE) VENV=$(call venv_of,$(OLDEST_CORE))
+	$(MAKE) --no-print-directory $*-matrix CORE=$(NEWEST_CORE) VENV=$(call venv_of,$(NEWEST_CORE))
 
-resume-matrix: install # one half of it
-	$(BIN)/python -m pytest tests/functional_tests/test_resume_matrix.py --resume-matrix=whole -q \
+sync-matrix resume-matrix: %-matrix: install # the whole matrix, on one of them
+	$(BIN)/python -m pytest tests/functional_tests/test_$*_matrix.py --$@=whole -q \
 		--numprocesses $(JOBS) --dist loadgroup $(ARGS)
 
 # STREAMS=random:7 takes other orders than the latest one.
