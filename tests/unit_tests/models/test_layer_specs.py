@@ -49,6 +49,22 @@ def test_choice_and_reason(monkeypatch, transformer_impl, simulated, has_te, nam
     assert chosen == name and reason in why
 
 
+@pytest.mark.parametrize(
+    ("spec", "has_te", "reason"),
+    [
+        (layer_specs.local_layer_spec, True, "model.transformer_layer_spec=local_layer_spec"),
+        (layer_specs.default_layer_spec, False, "Transformer Engine is not installed"),
+        (layer_specs.default_layer_spec, True, None),
+        (layer_specs.transformer_engine_layer_spec, False, None),
+        (lambda config: None, False, None),
+    ],
+)
+def test_layers_that_will_be_local_are_known_before_they_are_built(monkeypatch, spec, has_te, reason):
+    monkeypatch.setattr(layer_specs, "is_simulated", lambda: False)
+    monkeypatch.setattr(layer_specs, "has_transformer_engine", lambda: has_te)
+    assert layer_specs.why_local(provider(transformer_layer_spec=spec)) == reason
+
+
 def local_spec_on_rank(fields):
     model = provider(**fields)
     model.initialize_model_parallel()

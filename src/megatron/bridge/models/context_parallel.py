@@ -14,7 +14,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 
-from megatron.bridge.models.layer_specs import choose_layer_spec, default_layer_spec, local_layer_spec
+from megatron.bridge.models.layer_specs import why_local
 from megatron.bridge.utils.replaced import replaced
 
 CUT = ("tokens", "labels", "loss_mask", "position_ids")
@@ -95,11 +95,8 @@ def check_attention_can_share_rows(model: Any) -> None:
     Raises:
         ValueError: They can't.
     """
-    name, reason = choose_layer_spec(model)
-    is_local = name == "local" and model.transformer_layer_spec is default_layer_spec
-    if model.transformer_layer_spec is local_layer_spec:
-        is_local, reason = True, "model.transformer_layer_spec=local_layer_spec"
-    if model.context_parallel_size > 1 and is_local:
+    reason = why_local(model)
+    if model.context_parallel_size > 1 and reason is not None:
         raise ValueError(
             f"model.context_parallel_size={model.context_parallel_size} needs Transformer Engine's attention, and this "
             f"run has Core's local one ({reason}), which sees the tokens of its own rank alone: set "

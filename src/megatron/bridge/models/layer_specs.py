@@ -36,6 +36,18 @@ def choose_layer_spec(config: TransformerConfig) -> tuple[str, str]:
     return "transformer_engine", "Transformer Engine is installed"
 
 
+def why_local(model: Any) -> str | None:
+    """Why the layers that a provider will get are Core's local ones; None if they are others, or not known yet.
+
+    Args:
+        model: The provider. What a layer spec of its own has is seen when it is built.
+    """
+    if model.transformer_layer_spec is local_layer_spec:
+        return "model.transformer_layer_spec=local_layer_spec"
+    name, reason = choose_layer_spec(model)
+    return reason if name == "local" and model.transformer_layer_spec is default_layer_spec else None
+
+
 def default_layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """Transformer Engine's layers where they can run, else Core's local layers; logs the choice and the reason.
 

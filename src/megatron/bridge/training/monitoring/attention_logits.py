@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron.core.utils import unwrap_model
 
 from megatron.bridge.models.gpt_provider import GPTModelProvider
-from megatron.bridge.models.layer_specs import choose_layer_spec, default_layer_spec
+from megatron.bridge.models.layer_specs import why_local
 from megatron.bridge.utils.device import current_device
 from megatron.bridge.utils.distributed import raise_on_all_ranks
 
@@ -26,8 +26,8 @@ def check_attention_can_keep_logits(model: GPTModelProvider) -> None:
     Raises:
         ValueError: They don't.
     """
-    name, reason = choose_layer_spec(model)
-    if name == "local" and model.transformer_layer_spec is default_layer_spec:
+    reason = why_local(model)
+    if reason is not None:
         raise ValueError(
             f"logger.log_max_attention_logit=true needs Transformer Engine's attention, and this run has Core's local "
             f"one ({reason}), which doesn't keep its logits: set logger.log_max_attention_logit=false"
