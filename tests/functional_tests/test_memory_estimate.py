@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron.bridge.models.layer_specs import default_layer_spec
-from megatron.bridge.offload_engine.overlap.connect import wait_for_overlapped_step
+from megatron.bridge.offload_engine.overlap.connect import gradients_cross_early, wait_for_overlapped_step
 from megatron.bridge.planning.memory import plan_memory
 from megatron.bridge.planning.theoretical_memory import (
     estimate_here,
@@ -31,6 +31,12 @@ EXPERTS = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 96
 BF16_ON_HOST = dict.fromkeys(("exp_avg_dtype", "exp_avg_sq_dtype", "main_grads_dtype"), torch.bfloat16)
 BF16_ON_HOST["adam_beta2"] = 0.98
 BF16_ON_HOST["optimizer_split_masters"] = True
+OVERLAPPED = {"overlap_cpu_optimizer_d2h_h2d": True, "overlap_cpu_optimizer_step": True}
+IN_16_BITS = {
+    "model": {"calculate_per_token_loss": False},
+    "ddp": {"grad_reduce_in_fp32": False},
+    "bf16_gradients": True,
+}
 
 
 def _offload(fraction, **options):
@@ -42,13 +48,15 @@ CASES = {
     "nothing offloaded": _offload(0.0),
     "half": _offload(0.5),
     "all": _offload(1.0),
-    "half, precision-aware, overlapped": _offload(
-        0.5, use_precision_aware_optimizer=True, overlap_cpu_optimizer_d2h_h2d=True, overlap_cpu_optimizer_step=True
-    ),
+    "half, precision-aware, overlapped": _offload(0.5, use_precision_aware_optimizer=True, **OVERLAPPED),
     "all, most of it streamed": _offload(1.0, optimizer_streamed_fraction=0.6),
     "all, precision-aware": _offload(1.0, use_precision_aware_optimizer=True),
     "all, BF16 on the host": _offload(1.0, use_precision_aware_optimizer=True, **BF16_ON_HOST),
     "gradients in 16 bits": {"ddp": {"grad_reduce_in_fp32": False}, "bf16_gradients": True},
+    "half, gradients cross early in 16 bits": _offload(0.5, **OVERLAPPED) | IN_16_BITS,
+    "gradients that are divided in 16 bits cross in the step": _offload(1.0, **OVERLAPPED)
+    | IN_16_BITS
+    | {"model": {"calculate_per_token_loss": True}},
     "not distributed": {"optimizer": {"use_distributed_optimizer": False}, "ddp": {"use_distributed_optimizer": False}},
     "TP 2": {"model": {"tensor_model_parallel_size": 2, "sequence_parallel": True}, **_offload(0.5)},
     "CP 2": {"model": {"context_parallel_size": 2, "transformer_layer_spec": gathered_layer_spec}, **_offload(0.5)},
@@ -80,6 +88,7 @@ def _held_after_a_step(case):
     from megatron.bridge.training.config import runtime_config_update
     from megatron.bridge.training.initialize import destroy_global_state, initialize_megatron
     from megatron.bridge.training.optim import setup_optimizer
+    from megatron.bridge.training.setup import set_schedule_functions
 
     cfg = _config(case)
     gc.collect()
@@ -90,12 +99,15 @@ def _held_after_a_step(case):
     adapt = None if cfg.peft is None else lambda chunks: cfg.peft(chunks, training=True)
     model = cfg.model.provide_distributed_model(ddp_config=cfg.ddp, pg_collection=groups, pre_wrap_hook=adapt)
     optimizer, _ = setup_optimizer(cfg.optimizer, cfg.scheduler, model, cfg.dist.use_gloo_process_groups)
+    set_schedule_functions(model, optimizer, cfg)
     for chunk in model:
         for param in chunk.parameters():
             if param.requires_grad:
                 param.main_grad.fill_(1e-3)
-        chunk.finish_grad_sync()
-    optimizer.step()
+    with gradients_cross_early(optimizer):
+        for chunk in model:
+            chunk.finish_grad_sync()
+        optimizer.step()
     wait_for_overlapped_step(optimizer)
     gc.collect()
     held, given_back = {}, _given_back(optimizer)

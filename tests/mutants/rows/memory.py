@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """The mutants of the memory estimate."""
 
-from tests.mutants.changes import condition, value, without_element, without_operand
+from tests.mutants.changes import condition, expression, value, without_element
 from tests.mutants.rows.mutant import Mutant
 
 _HELD = "tests/functional_tests/test_memory_estimate.py::test_the_estimate_is_what_ranks_hold"
@@ -25,8 +25,15 @@ MEMORY = (
         name="memory: gradients on the host forgotten",
         breaks="the host needs a quarter more than the estimate says",
         where="megatron.bridge.training.monitoring.state_memory:count_state",
-        change=without_operand("side", "host"),
+        change=expression("formats.gradient.itemsize", "0"),
         tests=(f"{_HELD}[all]",),
+    ),
+    Mutant(
+        name="memory: gradients that cross early, as Adam reads them",
+        breaks="the estimate is 2 bytes a parameter too large where they are reduced in 16 bits",
+        where="megatron.bridge.training.monitoring.state_memory:_host_gradient_bytes",
+        change=condition("early"),
+        tests=(f"{_HELD}[half, gradients cross early in 16 bits]",),
     ),
     Mutant(
         name="memory: gradients of experts forgotten",

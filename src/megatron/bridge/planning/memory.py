@@ -25,6 +25,7 @@ from megatron.bridge.training.config.optimizer import AUTO, PRECISION_AWARE_DTYP
 from megatron.bridge.training.initialize import initialize_megatron
 from megatron.bridge.training.monitoring.state_memory import StateBytes, count_state
 from megatron.bridge.training.optim import setup_optimizer
+from megatron.bridge.training.setup import set_schedule_functions
 from megatron.bridge.utils.parallel_sizes import PARALLEL_SIZES
 
 GIB = 1 << 30
@@ -188,6 +189,7 @@ class PlannedRun:
         # The steps of an epoch aren't known without the data, and Core refuses a warm-up that is longer than the run.
         derived = dataclasses.replace(self.cfg.derive(), lr_warmup_steps=0)
         optimizer, _ = setup_optimizer(options, self.cfg.scheduler, self.model, derived=derived)
+        set_schedule_functions(self.model, optimizer, self.cfg)  # they say when gradients can cross to the host
         activations, logits = stage_bytes(
             self.cfg.model,
             self.model,

@@ -45,6 +45,7 @@ class Planned:
         self.weights = [part.weight_of[shard] for shard in bucket.params]
         self.gradients = [_owned_gradient(part, weight) for weight in self.weights]
         self.dtypes = {gradient.dtype for gradient in self.gradients}
+        """Of the reduction; one, where the bucket can cross early."""
         self.groups: set[Any] = set()
         self.buffers = {id(part.buffers[part.model_param_gbuf_map[weight][0]]) for weight in self.weights}
 
@@ -194,6 +195,10 @@ class EarlyGradients:
         )
         self._is_off = True
         self._crossed.clear()
+
+    def planned(self) -> list[Planned]:
+        """The buckets that cross early, as things are."""
+        return list(plan_of(self._parts, self._model)[0].values())
 
     def _make_plan(self) -> None:
         """Find the buckets that can cross early, once for these optimizers; a load makes new ones."""

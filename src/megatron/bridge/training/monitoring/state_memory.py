@@ -73,22 +73,19 @@ def count_state(model: list[Any], optimizer: Any, *, kind: str = "adam") -> Stat
         are_split = set(map(id, split))
         masters.add([*outer, *(param for param in stepped_on if id(param) not in are_split)])
         formats = formats_of(torch_optimizer)
-        streamed: set[int] = set()
         if isinstance(torch_optimizer, StreamedStep) and torch_optimizer.pipeline is not None:
             device["moments"] += torch_optimizer.pipeline.buffer_bytes
-            streamed = {id(master) for bucket in torch_optimizer.streamed_buckets for master in bucket.masters}
         if isinstance(torch_optimizer, OverlappedStep):
             host["rounded"] += torch_optimizer.num_rounded_bytes
+        gradient_bytes = _host_gradient_bytes(torch_optimizer)
         for param in stepped_on:
-            if not is_on_device(param) and not formats.are_fp32:
-                host["moments"] += formats.moment_bytes * param.numel()
-                host["gradients"] += formats.gradient.itemsize * param.numel()
-                continue
             side = device if is_on_device(param) else host
-            side["moments"] += MOMENTS[kind] * param.numel() * param.element_size()
-            if id(param) in streamed:
-                continue  # its gradient stays where it is
-            if side is host or (gradients.are_16_bit and param.dtype == torch.float32):
+            in_low_formats = side is host and not formats.are_fp32
+            moment_bytes = formats.moment_bytes if in_low_formats else MOMENTS[kind] * param.element_size()
+            side["moments"] += moment_bytes * param.numel()
+            if side is host:
+                side["gradients"] += gradient_bytes.get(id(param), formats.gradient.itemsize) * param.numel()
+            elif gradients.are_16_bit and param.dtype == torch.float32:
                 side["gradients"] += param.numel() * param.element_size()
     return StateBytes(
         weights=weights.num_bytes(on_device=True),
@@ -101,6 +98,20 @@ def count_state(model: list[Any], optimizer: Any, *, kind: str = "adam") -> Stat
         num_parameters=sum(param.numel() for param in params),
         num_trained=sum(param.numel() for param in params if param.requires_grad),
     )
+
+
+def _host_gradient_bytes(torch_optimizer: torch.optim.Optimizer) -> dict[int, int]:
+    """By the id of a master on the host: the bytes of each of its gradients, where they aren't those of the format.
+
+    Gradients of a streamed bucket stay where they are. Those that cross as they are reduced are stored as they were.
+    """
+    found: dict[int, int] = {}
+    if isinstance(torch_optimizer, StreamedStep):
+        found = {id(master): 0 for bucket in torch_optimizer.streamed_buckets for master in bucket.masters}
+    if isinstance(torch_optimizer, OverlappedStep) and torch_optimizer.early is not None:
+        for planned in torch_optimizer.early.planned():
+            found |= {id(master): dtype.itemsize for dtype in planned.dtypes for master in planned.bucket.masters}
+    return found
 
 
 class _Storages:
