@@ -12,7 +12,7 @@ from tests.rigs.ranks import run_on_ranks
 def _compared(run: str, *, aware: bool, overlap: bool) -> tuple[int, list[str]]:
     """How often a bucket was stepped on as one, and in what the bits are not Core's."""
     from megatron.bridge.core_repairs import install, master_lookup, offload_step, state_device
-    from megatron.bridge.offload_engine.adam import Bucket
+    from megatron.bridge.offload_engine.bucket import Bucket
 
     of_run = RUNS[run]
     core = install._repaired_class(HybridDeviceOptimizer, (*master_lookup.REPAIRS, *state_device.REPAIRS))

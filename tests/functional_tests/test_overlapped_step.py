@@ -232,7 +232,7 @@ def test_a_whole_run_waits_for_all_it_needs(tmp_path):
 
 def _error_of_run(directory: str, fault: str, first_step: int = 1) -> str:
     """The error of a run in which the second rank's host can't take a step, or a weight doesn't follow it."""
-    from megatron.bridge.offload_engine.adam import Bucket
+    from megatron.bridge.offload_engine.bucket import Bucket
     from megatron.bridge.offload_engine.overlap.arrivals import ShardsArriveLater
 
     copy = Bucket.copy_weights_to_device

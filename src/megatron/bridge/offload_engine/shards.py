@@ -2,7 +2,7 @@
 """FP32 shards that lie side by side on the device, so that a bucket crosses to the host and back in one copy.
 
 In default mode Core clones each 16-bit weight into an FP32 tensor of its own, and an offloaded step makes one copy for
-each of them. Here the same tensors lie in a few allocations, in the order of a bucket's masters (`adam.py`).
+each of them. Here the same tensors lie in a few allocations, in the order of a bucket's masters (`bucket.py`).
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron.bridge.offload_engine.adam import is_aligned
+from megatron.bridge.offload_engine.bucket import is_aligned
 from megatron.bridge.offload_engine.host_memory import ALIGNMENT
 from megatron.bridge.offload_engine.step import split_into_buckets
 

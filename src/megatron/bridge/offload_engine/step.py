@@ -3,7 +3,7 @@
 
 Core keeps a pinned tensor for each offloaded parameter, which torch rounds up to a power of two, and with overlap an
 optimizer for each. It copies gradients and weights and calls Adam tensor by tensor, and it rebuilds its dicts of state
-after every step. Here the masters, gradients and moments of a bucket are contiguous memory (`adam.py`). Checkpoints,
+after every step. Here the masters, gradients and moments of a bucket are contiguous memory (`bucket.py`). Checkpoints,
 loads and repairs still see the tensors and dicts that they know from Core.
 
 The streams of one step, with `overlap_cpu_optimizer_d2h_h2d` (without it all three are the current stream):
@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
-from megatron.bridge.offload_engine.adam import Bucket, FlatAdam, states_hold
+from megatron.bridge.offload_engine.adam import FlatAdam
+from megatron.bridge.offload_engine.bucket import Bucket, states_hold
 from megatron.bridge.offload_engine.state_formats import formats_of, kept_by_loads
 from megatron.bridge.utils import device
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron.bridge.offload_engine.adam import MOMENTS, Bucket
+from megatron.bridge.offload_engine.bucket import MOMENTS, Bucket
 from megatron.bridge.offload_engine.host_memory import ALIGNMENT
 from megatron.bridge.utils import device
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from megatron.bridge.offload_engine.adam import Bucket, FlatAdam, gradients_of
+from megatron.bridge.offload_engine.adam import FlatAdam
+from megatron.bridge.offload_engine.bucket import Bucket, gradients_of
 from megatron.bridge.offload_engine.step import BucketedStep
 from megatron.bridge.offload_engine.streamed_state import Pipeline
 from megatron.bridge.utils import device

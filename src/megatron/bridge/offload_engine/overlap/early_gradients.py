@@ -25,7 +25,8 @@ import torch
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.utils import get_model_config
 
-from megatron.bridge.offload_engine.adam import Bucket, FlatAdam, gradients_of
+from megatron.bridge.offload_engine.adam import FlatAdam
+from megatron.bridge.offload_engine.bucket import Bucket, gradients_of
 from megatron.bridge.offload_engine.overlap.arrivals import Arrivals, ShardsArriveLater, groups_of
 from megatron.bridge.offload_engine.overlap.later_changes import changed_after_reduction, reason_to_wait
 from megatron.bridge.offload_engine.unfinished_gradients import UnfinishedGradients
