@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """The mutants of the memory estimate."""
 
-from tests.mutants.changes import condition, expression, value, without_element
+from tests.mutants.changes import condition, expression, returning, value, without_element
 from tests.mutants.rows.mutant import Mutant
 
 _HELD = "tests/functional_tests/test_memory_estimate.py::test_the_estimate_is_what_ranks_hold"
@@ -31,8 +31,8 @@ MEMORY = (
     Mutant(
         name="memory: gradients that cross early, as Adam reads them",
         breaks="the estimate is 2 bytes a parameter too large where they are reduced in 16 bits",
-        where="megatron.bridge.training.monitoring.state_memory:_host_gradient_bytes",
-        change=condition("early"),
+        where="megatron.bridge.training.monitoring.state_memory:_bytes_of_early_gradients",
+        change=returning("{}"),
         tests=(f"{_HELD}[half, gradients cross early in 16 bits]",),
     ),
     Mutant(

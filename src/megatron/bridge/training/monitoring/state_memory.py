@@ -63,30 +63,33 @@ def count_state(model: list[Any], optimizer: Any, *, kind: str = "adam") -> Stat
     device = dict.fromkeys(("moments", "gradients"), 0)
     for torch_optimizer in _torch_optimizers(optimizer):
         outer = [param for group in torch_optimizer.param_groups for param in group["params"]]
-        stepped_on = outer
+        stepped_on = list(zip(outer, outer, strict=True))
         if isinstance(torch_optimizer, HybridDeviceOptimizer):
-            stepped_on = list(torch_optimizer.param_to_inner_param.values())
+            stepped_on = list(torch_optimizer.param_to_inner_param.items())
         split = []
         if isinstance(torch_optimizer, SplitStep):
             split = torch_optimizer.split_masters
             host["rounded"] += torch_optimizer.transit_bytes + SPLIT_BYTES * sum(master.numel() for master in split)
         are_split = set(map(id, split))
-        masters.add([*outer, *(param for param in stepped_on if id(param) not in are_split)])
+        masters.add([*outer, *(param for _, param in stepped_on if id(param) not in are_split)])
         formats = formats_of(torch_optimizer)
+        streamed: set[int] = set()
         if isinstance(torch_optimizer, StreamedStep) and torch_optimizer.pipeline is not None:
             device["moments"] += torch_optimizer.pipeline.buffer_bytes
+            streamed = {id(master) for bucket in torch_optimizer.streamed_buckets for master in bucket.masters}
         if isinstance(torch_optimizer, OverlappedStep):
             host["rounded"] += torch_optimizer.num_rounded_bytes
-        gradient_bytes = _host_gradient_bytes(torch_optimizer)
-        for param in stepped_on:
-            side = device if is_on_device(param) else host
-            in_low_formats = side is host and not formats.are_fp32
+        early = _bytes_of_early_gradients(torch_optimizer)
+        for shard, param in stepped_on:
+            is_on_host = not is_on_device(param)
+            in_low_formats = is_on_host and not formats.are_fp32
             moment_bytes = formats.moment_bytes if in_low_formats else MOMENTS[kind] * param.element_size()
-            side["moments"] += moment_bytes * param.numel()
-            if side is host:
-                side["gradients"] += gradient_bytes.get(id(param), formats.gradient.itemsize) * param.numel()
-            elif gradients.are_16_bit and param.dtype == torch.float32:
-                side["gradients"] += param.numel() * param.element_size()
+            (host if is_on_host else device)["moments"] += moment_bytes * param.numel()
+            if is_on_host and id(param) not in streamed:  # whose gradient stays where it is
+                host["gradients"] += early.get(id(param), formats.gradient.itemsize) * param.numel()
+            widened = shard if is_on_host else param
+            if gradients.are_16_bit and widened.dtype == torch.float32 and id(param) not in early:
+                device["gradients"] += widened.numel() * widened.element_size()
     return StateBytes(
         weights=weights.num_bytes(on_device=True),
         gradients=gradients.num_bytes(on_device=True) + device["gradients"],
@@ -100,18 +103,19 @@ def count_state(model: list[Any], optimizer: Any, *, kind: str = "adam") -> Stat
     )
 
 
-def _host_gradient_bytes(torch_optimizer: torch.optim.Optimizer) -> dict[int, int]:
-    """By the id of a master on the host: the bytes of each of its gradients, where they aren't those of the format.
+def _bytes_of_early_gradients(torch_optimizer: torch.optim.Optimizer) -> dict[int, int]:
+    """By the id of a master on the host whose gradients cross as they are reduced: the bytes of each, stored as it was.
 
-    Gradients of a streamed bucket stay where they are. Those that cross as they are reduced are stored as they were.
+    The device drops its own FP32 copies of these before the step.
     """
-    found: dict[int, int] = {}
-    if isinstance(torch_optimizer, StreamedStep):
-        found = {id(master): 0 for bucket in torch_optimizer.streamed_buckets for master in bucket.masters}
-    if isinstance(torch_optimizer, OverlappedStep) and torch_optimizer.early is not None:
-        for planned in torch_optimizer.early.planned():
-            found |= {id(master): dtype.itemsize for dtype in planned.dtypes for master in planned.bucket.masters}
-    return found
+    if not isinstance(torch_optimizer, OverlappedStep) or torch_optimizer.early is None:
+        return {}
+    return {
+        id(master): dtype.itemsize
+        for planned in torch_optimizer.early.planned()
+        for dtype in planned.dtypes
+        for master in planned.bucket.masters
+    }
 
 
 class _Storages:
