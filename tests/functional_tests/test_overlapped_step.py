@@ -263,6 +263,30 @@ def test_an_error_on_one_host_ends_all_ranks(tmp_path, step):
     assert run_on_ranks(_error_of_run, 2, str(tmp_path), "an error", step) == [of_others, error]
 
 
+def _error_after_a_change(directory: str) -> str:
+    """The error of a run with split masters in which the second rank's weights change after a step."""
+
+    def change_after_the_second_step(recorder: OnlyRecords, context: Any) -> None:
+        Recorder.on_train_step_end(recorder, context)
+        if len(recorder.losses) == 2 and torch.distributed.get_rank() == 1:
+            for param in context.model[0].parameters():
+                param.data.add_(1.0)
+
+    case = Case(True, 1.0)
+    with mock.patch.object(OnlyRecords, "on_train_step_end", change_after_the_second_step):
+        try:
+            _run(directory, case, overlapped=False, splits=True)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def test_weights_that_changed_on_one_rank_end_all_ranks_in_a_step_that_does_not_overlap(tmp_path):
+    of_others, own = run_on_ranks(_error_after_a_change, 2, str(tmp_path))
+    assert own.startswith("RuntimeError: weights of the model aren't those that the last step left")
+    assert of_others == f"RuntimeError: the optimizer's step on the host failed on rank 1: {own}"
+
+
 def test_a_weight_left_behind_ends_all_ranks(tmp_path):
     for error in run_on_ranks(_error_of_run, 2, str(tmp_path), "a weight"):
         assert error.startswith("RuntimeError: an overlapped step left a weight behind: the offloaded optimizer's copy")

@@ -12,6 +12,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron.bridge.core_repairs.install import install_repairs, repaired_construction
+from megatron.bridge.offload_engine.failures import end_all_ranks_together
 from megatron.bridge.offload_engine.host_threads import plan_host_threads, step_with
 from megatron.bridge.offload_engine.overlap.connect import overlap_steps
 from megatron.bridge.offload_engine.overlap.early_gradients import detach
@@ -122,7 +123,9 @@ def _shown_lengths(scheduler: SchedulerConfig) -> SchedulerConfig:
 
 
 def _prepare_steps_on_the_host(optimizer: Any, config: OptimizerConfig, model: list[Any]) -> None:
-    """Let the offloaded optimizer step with this rank's share of the cores, and overlapped if asked for. Collective."""
+    """Let the offloaded optimizer step with this rank's share of the cores, overlapped if asked for, and let its errors
+    end all ranks. Collective.
+    """
     threads = plan_host_threads(config.optimizer_cpu_num_threads)
     if threads is not None:
         logger.info("the host's optimizer steps with %d threads (%s)", threads.count, threads.reason)
@@ -130,9 +133,10 @@ def _prepare_steps_on_the_host(optimizer: Any, config: OptimizerConfig, model: l
     if config.overlap_cpu_optimizer_step:
         if hybrids:
             overlap_steps(optimizer, hybrids, model, threads)
-    elif threads is not None:
-        for hybrid in hybrids:
-            step_with(hybrid.optimizer, threads)
+        return
+    for hybrid in hybrids if threads is not None else ():
+        step_with(hybrid.optimizer, threads)
+    end_all_ranks_together(optimizer, [hybrid.optimizer for hybrid in hybrids])
 
 
 def build_scheduler(
