@@ -54,6 +54,14 @@ _LATENT = {
 _YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
 _DYNAMIC = {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 4.0}
 _SANDWICH = {"num_hidden_layers": 4, "sliding_window": 7, "query_pre_attn_scalar": 20, "pad_token_id": None}
+_TWO_SIZES = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 7,
+    "head_dim": 8,
+    "hidden_size_per_layer_input": 0,
+    "pad_token_id": None,
+}
 _DELTA_NET = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 6,
@@ -97,6 +105,35 @@ MODELS = {
             },
             "mm_tokens_per_image": 16,
         },
+    ),
+    "gemma4": TinyModel(
+        "Gemma4ForCausalLM",
+        "as before, heads of two sizes, keys that are values too, normalised values, capped logits, scaled layers",
+        {
+            **_TWO_SIZES,
+            **_ODD,
+            "global_head_dim": 12,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma4_images": TinyModel(
+        "Gemma4ForConditionalGeneration",
+        "the language model out of one that takes images, full layers with values of their own",
+        {
+            "text_config": {**SMALL, **_TWO_SIZES, "global_head_dim": 16, "pad_token_id": 0},
+            "vision_config": {
+                "model_type": "gemma4_vision",
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "head_dim": 8,
+                "num_hidden_layers": 1,
+            },
+        },
+        layouts=("one process", "TP2"),
     ),
     "deepseek_v2": TinyModel(
         "DeepseekV2ForCausalLM",

@@ -51,6 +51,9 @@ def save_tiny_model(
                 torch.nn.init.uniform_(parameter, 0.5, 1.5)
             elif name.endswith("A_log"):  # a state that lasts, and little rounding
                 torch.nn.init.uniform_(parameter, -3, 0)
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                torch.nn.init.uniform_(buffer, 0.5, 1.5)
         model.to(dtype).save_pretrained(directory)
     return Path(directory)
 

@@ -29,6 +29,7 @@ PUBLISHED_PARAMETERS = {
     "gemma3_4b": 3_880_263_168,
     "gemma3_12b": 11_766_034_176,
     "gemma3_27b": 27_009_346_304,
+    "gemma4_31b": 30_697_345_340,
     "glm4_9b": 9_400_279_040,
     "glm4_32b": 32_566_081_536,
     "glm45_air_106b": 106_852_251_264,
@@ -146,6 +147,12 @@ def _qwen3_moe(layers: int, hidden: int, ffn: int, heads: int, *, expert_ffn: in
 def _gemma3(layers: int, hidden: int, ffn: int, heads: int = 8, groups: int = 4, **others: Any) -> Any:
     fields = {"num_key_value_heads": groups, "sliding_window": 1024, "vocab_size": 262208, **others}
     return transformers.Gemma3TextConfig, (layers, hidden, ffn, heads), fields
+
+
+def _gemma4(layers: int, hidden: int, ffn: int, heads: int, groups: int, **others: Any) -> Any:
+    fields = {"num_key_value_heads": groups, "sliding_window": 1024, "hidden_size_per_layer_input": 0}
+    capped = {"final_logit_softcapping": 30.0, "attention_k_eq_v": True, "max_position_embeddings": 262144}
+    return transformers.Gemma4TextConfig, (layers, hidden, ffn, heads), {**fields, **capped, **others}
 
 
 def _gpt_oss(layers: int, *, experts: int) -> Any:
@@ -287,6 +294,7 @@ PUBLISHED_CONFIGS = {
     "gemma3_1b": _gemma3(26, 1152, 6912, 4, 1, sliding_window=512, vocab_size=262144),
     "gemma3_4b": _gemma3(34, 2560, 10240, **_GEMMA_IMAGES),
     "gemma3_12b": _gemma3(48, 3840, 15360, 16, 8, **_GEMMA_IMAGES),
+    "gemma4_31b": _gemma4(60, 5376, 21504, 32, 16, num_global_key_value_heads=4),
     "gemma3_27b": _gemma3(62, 5376, 21504, 32, 16, head_dim=128, query_pre_attn_scalar=168, **_GEMMA_IMAGES),
     "glm4_9b": _glm4(40, 4096, 13696, 32),
     "glm4_32b": _glm4(61, 6144, 23040, 48, attention_bias=False),
@@ -416,7 +424,7 @@ NOT_THE_ARCHITECTURE = {"seq_length", "params_dtype", "pipeline_dtype", "bf16", 
 
 EXPERT_RANKS = 8
 """One of them builds its share of the experts, which is faster."""
-PATTERNS = ("moe_layer_freq", "linear_attention_freq", "no_rope_freq")
+PATTERNS = ("moe_layer_freq", "linear_attention_freq", "no_rope_freq", "window_attn_skip_freq")
 """The provider's fields that say for each layer which kind it is of."""
 
 
@@ -427,10 +435,11 @@ def _of_layers(provider: Any, pattern: str) -> list[Any]:
 
 
 def _weights_of(module: Any) -> int:
-    biases = [(name, buffer) for name, buffer in module.named_buffers() if name.endswith("expert_bias")]
+    kept = ("expert_bias", "layer_scalar")  # weights in files
+    buffers = [(name, buffer) for name, buffer in module.named_buffers() if name.endswith(kept)]
     return sum(
         weight.numel() * (EXPERT_RANKS if ".experts." in name else 1)
-        for name, weight in [*module.named_parameters(), *biases]
+        for name, weight in [*module.named_parameters(), *buffers]
     )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from megatron.bridge.inference.prompts import check_lengths, with_bos
 from megatron.bridge.inference.settings import NO_END, InferenceLimits
 from megatron.bridge.models.generation import Sampling, generate_together
+from megatron.bridge.models.layer_kinds import kinds_of_layers
 
 if TYPE_CHECKING:
     from megatron.core.inference.inference_request import InferenceRequest
@@ -143,9 +144,9 @@ class TextGenerationEngine:
         from megatron.core.utils import get_model_config
 
         config = get_model_config(self.model)
-        groups = max(config.num_query_groups // config.tensor_model_parallel_size, 1)
-        layers = config.num_layers // config.pipeline_model_parallel_size
-        token_bytes = 2 * layers * groups * config.kv_channels * config.params_dtype.itemsize
+        sizes = [config.attention_sizes(slides=kind.window is not None) for kind in kinds_of_layers(config)]
+        rows = sum(max(one.num_query_groups // config.tensor_model_parallel_size, 1) * one.kv_channels for one in sizes)
+        token_bytes = 2 * rows // config.pipeline_model_parallel_size * config.params_dtype.itemsize
         needed = len(lengths) * max(lengths) * token_bytes / 2**30
         if needed > self.config.buffer_size_gb:
             raise ValueError(

@@ -13,6 +13,7 @@ _DOORS = {
     "GLM45ModelProvider": "megatron.bridge.models.glm4_moe",
     "GPTModelProvider": "megatron.bridge.models.gpt_provider",
     "Gemma3ModelProvider": "megatron.bridge.models.gemma3",
+    "Gemma4ModelProvider": "megatron.bridge.models.gemma4",
     "GPTOSSModelProvider": "megatron.bridge.models.gpt_oss",
     "GraniteModelProvider": "megatron.bridge.models.granite",
     "LlamaModelProvider": "megatron.bridge.models.llama",

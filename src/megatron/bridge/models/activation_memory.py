@@ -32,6 +32,7 @@ from megatron.core.utils import unwrap_model
 
 from megatron.bridge.models.delta_rule import CHUNK
 from megatron.bridge.models.gemma3 import Gemma3ModelProvider
+from megatron.bridge.models.gemma4 import Gemma4ModelProvider
 from megatron.bridge.models.glm4 import GLM4ModelProvider
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.models.latent_attention import MLAModelProvider
@@ -65,7 +66,8 @@ def layer_bytes_per_token(model: GPTModelProvider, kind: LayerKind) -> float:
 def _mixer_bytes(model: GPTModelProvider, kind: LayerKind) -> float:
     if kind.is_delta_net:
         return _delta_net_bytes(model)
-    return _latent_bytes(model) if isinstance(model, MLAModelProvider) else _attention_bytes(model)
+    sizes = model.attention_sizes(slides=kind.window is not None)
+    return _latent_bytes(model) if isinstance(model, MLAModelProvider) else _attention_bytes(sizes)
 
 
 def _delta_net_bytes(model: GPTModelProvider) -> float:
@@ -82,7 +84,8 @@ def _attention_bytes(model: GPTModelProvider) -> float:
     groups = model.num_query_groups or model.num_attention_heads
     channels = model.kv_channels or model.hidden_size // model.num_attention_heads
     query, key = model.num_attention_heads * channels, groups * channels
-    normed = 2 * (query + key) if model.qk_layernorm or isinstance(model, OLMo2ModelProvider) else 0
+    values = key if isinstance(model, Gemma4ModelProvider) else 0  # which are normalised, too
+    normed = 2 * (query + key + values) if model.qk_layernorm or isinstance(model, OLMo2ModelProvider) else 0
     gated = 6 * query if model.attention_output_gate else 0  # its sigmoid in FP32, and the product
     return (2 * (query + 2 * key) + 2 * query + normed + gated) / model.tensor_model_parallel_size
 

@@ -23,6 +23,8 @@ FAMILY_MODULES = {
     "DeepseekV3ForCausalLM": "megatron.bridge.models.deepseek_v3",
     "Gemma3ForCausalLM": "megatron.bridge.models.gemma3",
     "Gemma3ForConditionalGeneration": "megatron.bridge.models.gemma3",
+    "Gemma4ForCausalLM": "megatron.bridge.models.gemma4",
+    "Gemma4ForConditionalGeneration": "megatron.bridge.models.gemma4",
     "Glm4ForCausalLM": "megatron.bridge.models.glm4",
     "Glm4MoeForCausalLM": "megatron.bridge.models.glm4_moe",
     "GlmForCausalLM": "megatron.bridge.models.glm",

@@ -70,10 +70,13 @@ class Gemma3ModelProvider(DecoderModelProvider):
     ) -> GPTModel:
         """Build one bare chunk. See `GPTModelProvider.provide`."""
         model = super().provide(pre_process, post_process, vp_stage)
-        give_each_kind_its_positions(model, self)
+        self._give_positions(model)
         if model.pre_process:
             model.embedding.register_forward_hook(partial(_scaled, factor=self.hidden_size**0.5))
         return model
+
+    def _give_positions(self, model: GPTModel) -> None:
+        give_each_kind_its_positions(model, self)
 
     def _layer_spec(self, vp_stage: int | None) -> LayerSpec:
         return sandwich_spec(super()._layer_spec(vp_stage), self)
@@ -115,7 +118,7 @@ def _write_own_keys(config: dict[str, Any], trained: Any) -> None:
 
 
 _BEFORE_MLP = f"{HF_LAYER}pre_feedforward_layernorm.weight"
-_NORM_MAPPINGS = (
+NORM_MAPPINGS = (
     *INPUT_NORM_MAPPINGS,
     replicated(f"{LAYER}self_attn_bda.norm.weight", f"{HF_LAYER}post_attention_layernorm.weight"),
     replicated(f"{LAYER}pre_mlp_layernorm.weight", _BEFORE_MLP),
@@ -129,7 +132,7 @@ FAMILY = ModelFamily(
     provider_fields=_provider_fields,
     mappings=(
         *VOCABULARY_MAPPINGS,
-        *_NORM_MAPPINGS,
+        *NORM_MAPPINGS,
         *QK_NORM_MAPPINGS,
         *attention_mappings("weight"),
         *mlp_mappings("weight"),

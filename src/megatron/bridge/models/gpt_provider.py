@@ -224,6 +224,10 @@ class GPTModelProvider(RemembersSetFields, TransformerConfig, ModelProviderMixin
         if reasons:
             logger.info("fusions off: %s", "; ".join(f"{', '.join(names)} ({why})" for why, names in reasons.items()))
 
+    def attention_sizes(self, *, slides: bool) -> "GPTModelProvider":
+        """The fields as they are for attention in layers with a sliding window, or without: these, in most families."""
+        return self
+
     def padded_vocab_size(self) -> int:
         """Rows of the embedding over all tensor-parallel ranks.
 

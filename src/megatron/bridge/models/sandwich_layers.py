@@ -74,15 +74,30 @@ def give_each_kind_its_positions(model: Any, config: Any) -> None:
         model: A bare chunk of a `GPTModel` with rotary positions: those of its other layers.
         config: The provider.
     """
-    sliding = RotaryEmbedding(
-        kv_channels=config.kv_channels,
-        rotary_percent=config.rotary_percent,
+    sliding = rotary_of(
+        model, config, config.rotary_percent, channels=config.kv_channels, base=config.rotary_base_local
+    )
+    model.rotary_pos_emb = RotaryOfEachKind(model.rotary_pos_emb, sliding)
+
+
+def rotary_of(model: Any, config: Any, part: float, *, channels: int | None, base: float) -> RotaryEmbedding:
+    """Unscaled rotary positions, otherwise like those of a model.
+
+    Args:
+        model: A bare chunk of a `GPTModel` with rotary positions.
+        config: The provider.
+        part: Of the channels of a head, how much turns.
+        channels: Of a head.
+        base: Of the frequencies.
+    """
+    return RotaryEmbedding(
+        kv_channels=channels,
+        rotary_percent=part,
         rotary_interleaved=config.rotary_interleaved,
-        rotary_base=config.rotary_base_local,
+        rotary_base=base,
         use_cpu_initialization=config.use_cpu_initialization,
         cp_group=model.rotary_pos_emb.cp_group,
     )
-    model.rotary_pos_emb = RotaryOfEachKind(model.rotary_pos_emb, sliding)
 
 
 def check_positions_of_each_kind(config: Any, kinds: Sequence[str]) -> None:
@@ -134,7 +149,11 @@ class SelfAttentionOfItsKind(SelfAttention):
 
 
 def sandwich_spec(
-    block: Any, config: TransformerConfig, *, attention: type[SelfAttention] = SelfAttentionOfItsKind
+    block: Any,
+    config: TransformerConfig,
+    *,
+    attention: type[SelfAttention] = SelfAttentionOfItsKind,
+    after_mlp: type[NormThenAdd] = NormThenAdd,
 ) -> TransformerBlockSubmodules:
     """The layers of a block with a norm after attention and MLP, and with rotary positions of each kind of layer.
 
@@ -142,6 +161,7 @@ def sandwich_spec(
         block: The spec of Core's local layers, or of Transformer Engine's. It isn't changed.
         config: A finalized provider.
         attention: The layers' own: `SelfAttention` where rotary positions are the same in all layers.
+        after_mlp: What normalises and adds what the MLP gives.
 
     Raises:
         ValueError: A spec of another form, which says nothing of its norms.
@@ -151,24 +171,22 @@ def sandwich_spec(
             f"model.transformer_layer_spec gives a {type(block).__name__}: this family needs the layers and the final "
             "norm of a block (TransformerBlockSubmodules), such as local_layer_spec or transformer_engine_layer_spec"
         )
-    return replace(
-        block, layer_specs=[_sandwich(layer, block.layer_norm, config, attention) for layer in block.layer_specs]
-    )
+    options = {"norm": block.layer_norm, "config": config}
+    return replace(block, layer_specs=[_sandwich(layer, options, attention, after_mlp) for layer in block.layer_specs])
 
 
-def _sandwich(layer: ModuleSpec, norm: Any, config: TransformerConfig, attention: type[SelfAttention]) -> ModuleSpec:
+def _sandwich(
+    layer: ModuleSpec, options: dict[str, Any], attention: type[SelfAttention], after_mlp: type[NormThenAdd]
+) -> ModuleSpec:
     parts = layer.submodules
     given = parts.self_attention
     if given.module is not SelfAttention:
         raise ValueError(f"model.transformer_layer_spec has attention of {given.module}: expected {SelfAttention}")
 
-    def norm_then(add: Any) -> ModuleSpec:
-        return ModuleSpec(module=NormThenAdd, params={"add": add, "norm": norm, "config": config})
-
     parts = replace(
         parts,
         self_attention=replace(given, module=attention),
-        self_attn_bda=norm_then(parts.self_attn_bda),
-        mlp_bda=norm_then(parts.mlp_bda),
+        self_attn_bda=ModuleSpec(module=NormThenAdd, params={"add": parts.self_attn_bda, **options}),
+        mlp_bda=ModuleSpec(module=after_mlp, params={"add": parts.mlp_bda, **options}),
     )
     return replace(layer, submodules=parts)

@@ -12,6 +12,7 @@ FAMILIES = (
     "deepseek_v2",
     "deepseek_v3",
     "gemma3",
+    "gemma4",
     "glm4",
     "glm45",
     "gpt_oss",

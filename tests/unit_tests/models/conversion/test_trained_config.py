@@ -31,7 +31,9 @@ def provider_of(config, **changes):
 
 
 def old_form(config):
-    """As before transformers 5."""
+    """As before transformers 5, of families that were there."""
+    if config["model_type"] == "gemma4_text":
+        return config
     rope = dict(config.pop("rope_parameters"))
     if "full_attention" in rope:
         config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
@@ -105,6 +107,7 @@ CHANGES = {
     "experts of a token": ("mixtral", {"moe_router_topk": 3}),
     "experts' weights": ("qwen3_moe", {"moe_router_pre_softmax": True, "moe_router_topk": 1}),
     "both rotary bases": ("gemma3_images", {"rotary_base": 500_000, "rotary_base_local": 77.0}),
+    "cap and rotary base": ("gemma4", {"final_logit_softcapping": 5.0, "rotary_base": 77.0, "rotary_percent": 0.5}),
     "scale of the scores": ("gemma3", {"softmax_scale": 1 / 6}),
     "multipliers": ("granite", {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "logits_scaling": 4.0}),
     "multiplier of scores": ("granite", {"softmax_scale": 0.3, "rotary_base": 700.0}),

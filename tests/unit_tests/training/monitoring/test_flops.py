@@ -15,7 +15,10 @@ from tests.unit_tests.models.tiny_llama import SMALL
 
 BATCH, SEQ = 2, 128
 """Of two chunks of a Gated DeltaNet layer."""
-FAMILIES = ("deepseek_v2", "deepseek_v3", "gemma3", "glm4_moe", "gpt_oss", "qwen3_next", "qwen3_5", "mixtral")
+FAMILIES = (
+    *("deepseek_v2", "deepseek_v3", "gemma3", "gemma4", "glm4_moe", "gpt_oss", "qwen3_next", "qwen3_5"),
+    "mixtral",
+)
 
 
 def _of_triangle(_matrix, sides, *_, **__):

@@ -7,6 +7,7 @@ A layer with an adapter is known by its method `adapted_weights`: this room need
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def _adapter_mapping(of_weight: WeightMapping, name: str) -> WeightMapping:
     if part:
         return (split_rows if is_cut else replicated)(megatron_name, hf_names[_PARTS[part]])
     if is_cut:
-        return WeightMapping(megatron_name, hf_names, of_weight.layout, of_weight.dim)
+        return replace(of_weight, megatron_name=megatron_name, hf_names=hf_names)
     return replicated(megatron_name, hf_names[0])
 
 

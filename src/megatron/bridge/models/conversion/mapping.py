@@ -49,6 +49,10 @@ class WeightMapping:
     """The axis that tensor parallelism splits; None: every rank holds the whole weight."""
     rows: tuple[str, ...] = ()
     """Of a weight that some layers split and others hold whole on every rank: sizes that add up to its rows."""
+    differs_by_layer: bool = False
+    """Whether the sizes are those that a layer has of its own, `of_layer` of the provider."""
+    layer: int | None = None
+    """The layer's number, once it is filled in."""
 
     @property
     def is_vocabulary(self) -> bool:
@@ -66,16 +70,29 @@ class WeightMapping:
         def filled(name: str) -> str:
             return name.replace("{layer}", str(layer)).replace("{expert}", str(expert))
 
-        return replace(self, megatron_name=filled(self.megatron_name), hf_names=tuple(map(filled, self.hf_names)))
+        hf_names = tuple(map(filled, self.hf_names))
+        return replace(self, megatron_name=filled(self.megatron_name), hf_names=hf_names, layer=layer)
 
     def as_held(self, sizes: Any, rows: int) -> "WeightMapping":
-        """The same mapping, not split where a rank holds all rows of a weight that needn't be."""
+        """The same mapping, not split where a rank holds all rows of a weight that needn't be.
+
+        A layer's query, key and value are two tensors where keys are values too.
+        """
+        if self.differs_by_layer and self._own(sizes).values_are_keys:
+            return replace(self, hf_names=self.hf_names[:2])
         is_whole = bool(self.rows) and sum(getattr(sizes, name) for name in self.rows) == rows
         return replace(self, dim=None) if is_whole else self
 
     def segments(self, sizes: ModelSizes, tensor_parallel_size: int, full_length: int) -> list[Segment]:
         """The segments of the whole weight, whose length along the split axis is `full_length`."""
-        return self.layout(sizes, tensor_parallel_size, self.hf_names, full_length)
+        return self.layout(self._own(sizes), tensor_parallel_size, self.hf_names, full_length)
+
+    def _own(self, sizes: Any) -> Any:
+        """The sizes of its layer."""
+        if not self.differs_by_layer:
+            return sizes
+        assert self.layer is not None, "at_layer comes first"
+        return sizes.of_layer(self.layer + 1)
 
 
 def shard(segments: Iterable[Segment], start: int, length: int) -> list[tuple[int, Segment]]:
@@ -135,6 +152,11 @@ def fused_qkv(megatron_name: str, *, q: str, k: str, v: str) -> WeightMapping:
     return WeightMapping(megatron_name, (q, k, v), _grouped_qkv, dim=0)
 
 
+def fused_qkv_of_layer(megatron_name: str, *, q: str, k: str, v: str) -> WeightMapping:
+    """As `fused_qkv`, of layers whose sizes differ. Those whose keys are values too have no value."""
+    return WeightMapping(megatron_name, (q, k, v), _grouped_qkv, dim=0, differs_by_layer=True)
+
+
 def fused_gate_up(megatron_name: str, *, gate: str, up: str) -> WeightMapping:
     """A gated MLP's two input matrices in one: on each tensor-parallel rank its gate rows, then its up rows."""
     return WeightMapping(megatron_name, (gate, up), _gate_up_by_rank, dim=0)
@@ -160,7 +182,7 @@ def _padded_vocabulary(sizes: ModelSizes, ranks: int, names: tuple[str, ...], fu
 
 
 def _grouped_qkv(sizes: ModelSizes, ranks: int, names: tuple[str, ...], full_length: int) -> list[Segment]:
-    q, k, v = names
+    q, *k_and_v = names
     kv_rows = sizes.kv_channels
     q_rows = kv_rows * (sizes.num_attention_heads // sizes.num_query_groups)
     return [
@@ -168,8 +190,7 @@ def _grouped_qkv(sizes: ModelSizes, ranks: int, names: tuple[str, ...], full_len
         for group in range(sizes.num_query_groups)
         for segment in (
             Segment(q, group * q_rows, q_rows),
-            Segment(k, group * kv_rows, kv_rows),
-            Segment(v, group * kv_rows, kv_rows),
+            *(Segment(name, group * kv_rows, kv_rows) for name in k_and_v),
         )
     ]
 

@@ -15,13 +15,15 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 
 from megatron.bridge.models.conversion.mapping import Segment, WeightMapping, hf_lengths
-from megatron.bridge.models.expert_bias import EXPERT_BIAS, expert_biases
+from megatron.bridge.models.expert_bias import EXPERT_BIAS
 from megatron.bridge.models.families import ModelFamily
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"(?<=\.experts\.)(local_experts\.|linear_fc[12]\.(?:weight|bias))(\d+)")
 _EMBEDDING = "embedding.word_embeddings.weight"
 _OUTPUT = "output_layer.weight"
+_BUFFERS = (EXPERT_BIAS, "mlp_bda.layer_scalar")
+"""What the names of buffers end with that are weights in files: a router's bias, and a layer's scale."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class ConversionTask:
 
     place: WeightPlace
     parameter: torch.Tensor
-    """The parameter, or the buffer of a router's bias."""
+    """The parameter, or a buffer of `_BUFFERS`."""
     adapted: AdaptedWeight | None = None
     """The same weight with its adapter, if it has one that is to be merged."""
 
@@ -155,7 +157,8 @@ def local_tasks(chunks: Sequence[MegatronModule], family: ModelFamily) -> list[l
     tasks = []
     for chunk in map(unwrap_model, chunks):
         chunk_tasks = []
-        parameters = {**dict(chunk.named_parameters()), **dict(expert_biases(chunk))}
+        buffers = {name: buffer for name, buffer in chunk.named_buffers() if name.endswith(_BUFFERS)}
+        parameters = {**dict(chunk.named_parameters()), **buffers}
         adapted = _adapted_weights(chunk)
         for name, parameter in parameters.items():
             if ".adapter." in name:

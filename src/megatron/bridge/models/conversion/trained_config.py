@@ -67,6 +67,7 @@ COMPUTED_WITH = (
     "embedding_multiplier",
     "residual_multiplier",
     "logits_scaling",
+    "final_logit_softcapping",
     "normalization",
     "layernorm_epsilon",
     "layernorm_zero_centered_gamma",

@@ -35,13 +35,18 @@ def train_step_flops(model: Any, batch_shapes: Iterable[tuple[int, int]]) -> int
 def _weights_a_token_meets(model: Any, kind: LayerKind) -> int:
     """The elements of the matrices that a layer multiplies each token with."""
     matrices = 3 if model.gated_linear_unit else 2
-    mixer = _delta_net_weights(model) if kind.is_delta_net else _attention_weights(model)
+    mixer = _delta_net_weights(model) if kind.is_delta_net else _attention_weights(_sizes(model, kind))
     if not kind.is_moe:
         return mixer + matrices * model.hidden_size * model.ffn_hidden_size
     shared = model.moe_shared_expert_intermediate_size or 0
     widths = model.moe_router_topk * (model.moe_ffn_hidden_size or model.ffn_hidden_size) + shared
     router = model.num_moe_experts + bool(shared and model.moe_shared_expert_gate)
     return mixer + model.hidden_size * (matrices * widths + router)
+
+
+def _sizes(model: Any, kind: LayerKind) -> Any:
+    """The fields of attention in a kind of layer."""
+    return model.attention_sizes(slides=kind.window is not None)
 
 
 def _attention_weights(model: Any) -> int:
@@ -55,7 +60,8 @@ def _attention_weights(model: Any) -> int:
         return queries + down + latent * keys_and_values + value * hidden
     groups = model.num_query_groups or heads
     gates = 1 if model.attention_output_gate else 0
-    return hidden * ((2 + gates) * query + 2 * query // heads * groups)
+    keys_and_values = 1 if getattr(model, "values_are_keys", False) else 2
+    return hidden * ((2 + gates) * query + keys_and_values * query // heads * groups)
 
 
 def _channels(model: Any) -> tuple[int, int]:
@@ -77,7 +83,9 @@ def _mixing_flops(model: Any, kind: LayerKind, length: int) -> int:
     """Operations of a layer's products of tokens with tokens, for a row of that many tokens."""
     if not kind.is_delta_net:
         window = min(kind.window or length, length)
-        return (2 * length - window) * window * sum(_channels(model))  # of scores, and of the weighted sum
+        return (
+            (2 * length - window) * window * sum(_channels(_sizes(model, kind)))
+        )  # of scores, and of the weighted sum
     # See `gated_delta_rule`. Within a chunk: the system, its solution (a triangle, so half), and the scores twice;
     # with the state: what it says of keys and of queries, and what is added to it.
     chunk, key, value = min(CHUNK, length), model.linear_key_head_dim, model.linear_value_head_dim

@@ -1,0 +1,79 @@
+# Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
+"""What Gemma 4's configuration asks for and can't be built is refused by the key's name."""
+
+import pytest
+import torch
+import transformers
+
+from megatron.bridge.models.families import build_provider
+from megatron.bridge.models.gemma4 import Gemma4ModelProvider
+from megatron.bridge.models.gemma4_layers import cap_logits
+from tests.rigs.families import MODELS
+from tests.unit_tests.models.tiny_llama import SMALL
+
+FULL = {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6}
+SLIDING = {"rope_type": "default", "rope_theta": 1e4}
+
+
+def provider_with(**changes):
+    config = transformers.Gemma4TextConfig(**{**SMALL, **MODELS["gemma4"].options, **changes}).to_dict()
+    return build_provider({**config, "architectures": ["Gemma4ForCausalLM"]})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_kv_shared_layers": 2},
+        {"hidden_size_per_layer_input": 8},
+        {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16},
+        {"use_bidirectional_attention": "all"},
+        {"attention_bias": True},
+        {"hidden_activation": "silu"},
+        {"per_layer_config": {0: {"head_dim": 16}}},
+        {"per_layer_config": {1: {"head_dim": 16}, 3: {"head_dim": 12}}},
+        {"rope_parameters": {"full_attention": SLIDING, "sliding_attention": SLIDING}},
+        {"rope_parameters": {"full_attention": {**FULL, "factor": 8.0}, "sliding_attention": SLIDING}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_what_cannot_be_built_is_refused_by_name(changes):
+    with pytest.raises(ValueError, match=rf"config\.json: .*{next(iter(changes))}") as refused:
+        provider_with(**changes)
+    assert "\n" not in str(refused.value)
+
+
+def test_full_layers_have_sizes_of_their_own():
+    provider = provider_with()
+    sliding, full = provider.of_layer(1), provider.of_layer(2)
+    assert (sliding.kv_channels, sliding.num_query_groups, sliding.values_are_keys) == (8, 2, False)
+    assert (full.kv_channels, full.num_query_groups, full.values_are_keys) == (12, 1, True)
+    assert provider.kv_channels == 8, "unchanged"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("rope_scaling", True), ("seq_len_interpolation_factor", 2.0), ("qk_layernorm", False)],
+)
+def test_what_attention_of_two_sizes_cannot_have_is_refused(field, value):
+    provider = Gemma4ModelProvider(num_layers=2, hidden_size=32, num_attention_heads=4, **{field: value})
+    with pytest.raises(ValueError, match=rf"model\.{field}={value}"):
+        provider.finalize()
+
+
+def test_ranks_that_cannot_share_the_groups_of_full_layers_are_refused():
+    sizes = {"num_attention_heads": 12, "num_query_groups": 4, "num_global_query_groups": 3}
+    provider = Gemma4ModelProvider(num_layers=2, hidden_size=48, tensor_model_parallel_size=4, **sizes)
+    with pytest.raises(ValueError, match=r"model\.num_global_query_groups"):
+        provider.finalize()
+
+
+def test_logits_are_capped_before_padding_is_masked():
+    class Output(torch.nn.Module):
+        def forward(self, logits):
+            return logits, None
+
+    layer = Output()
+    layer.register_forward_hook(lambda _layer, _inputs, output: (torch.cat([output[0], torch.tensor([-1e4])]), None))
+    cap_logits(layer, 2.0)
+    logits, _ = layer(torch.tensor([1.0, 100.0, -100.0]))
+    torch.testing.assert_close(logits, torch.tensor([2 * torch.tanh(torch.tensor(0.5)), 2.0, -2.0, -1e4]))
