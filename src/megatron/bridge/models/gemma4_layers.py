@@ -20,6 +20,8 @@ from megatron.bridge.models.sandwich_layers import NormThenAdd, RotaryOfEachKind
 class NormThenAddAndScale(NormThenAdd):
     """As `NormThenAdd`; the sum is the layer's output, and is multiplied by the layer's scale [1], a buffer."""
 
+    layer_scalar: torch.Tensor
+
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.register_buffer("layer_scalar", torch.ones(1))
