@@ -134,8 +134,9 @@ def _prepare_steps_on_the_host(optimizer: Any, config: OptimizerConfig, model: l
         if hybrids:
             overlap_steps(optimizer, hybrids, model, threads)
         return
-    for hybrid in hybrids if threads is not None else ():
-        step_with(hybrid.optimizer, threads)
+    if threads is not None:
+        for hybrid in hybrids:
+            step_with(hybrid.optimizer, threads)
     end_all_ranks_together(optimizer, [hybrid.optimizer for hybrid in hybrids])
 
 
