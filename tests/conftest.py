@@ -1,7 +1,8 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """Counts of matrix cells, printed at the end of a test run; what several modules load: checkpoints, a model, data.
 
-Which tests see CUDA is in rigs/gpus.py, which are quick in rigs/quick.py. Nothing heavy is imported here.
+Which tests see CUDA is in rigs/gpus.py, which are quick in rigs/quick.py, which two runs divide in
+rigs/shares.py. Nothing heavy is imported here.
 """
 
 import importlib.metadata
@@ -12,7 +13,7 @@ from collections import Counter
 
 import pytest
 
-from tests.rigs import gpus, quick, ranks
+from tests.rigs import gpus, quick, ranks, shares
 
 _COUNTS: dict[str, "CellCounts"] = {}
 
@@ -37,6 +38,7 @@ def pytest_addoption(parser):
     parser.addoption("--streams", default="", help="late or random:SEED: both matrices on adversarial streams")
     parser.addoption("--quick", action="store_true", help="only tests without ranks, other programs and models")
     parser.addoption("--slow", action="store_true", help="only the tests that --quick leaves out")
+    parser.addoption("--share", choices=shares.SHARES, help="of the cases of long tests, half: the other runs the rest")
 
 
 def pytest_configure(config):
@@ -52,11 +54,15 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def pytest_collection_modifyitems(config, items):
+    left_out = set()
     asked = config.getoption("--quick"), config.getoption("--slow")
     if any(asked):
-        left_out = [item for item in items if quick.is_quick(item) != asked[0]]
-        items[:] = [item for item in items if item not in set(left_out)]
-        config.hook.pytest_deselected(items=left_out)
+        left_out |= {item for item in items if quick.is_quick(item) != asked[0]}
+    if share := config.getoption("--share"):
+        left_out |= set(shares.left_to_the_other(items, share))
+    if left_out:
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=list(left_out))
 
 
 @pytest.hookimpl(wrapper=True)
