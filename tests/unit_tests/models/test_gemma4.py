@@ -7,9 +7,10 @@ import transformers
 
 from megatron.bridge.models.families import build_provider
 from megatron.bridge.models.gemma4 import Gemma4ModelProvider
-from megatron.bridge.models.gemma4_layers import cap_logits
+from megatron.bridge.models.gemma4_layers import NormThenAddAndScale, cap_logits
 from tests.rigs.families import MODELS
-from tests.unit_tests.models.tiny_llama import SMALL
+from tests.rigs.ranks import run_on_ranks
+from tests.unit_tests.models.tiny_llama import SMALL, megatron_logits, some_tokens
 
 FULL = {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6}
 SLIDING = {"rope_type": "default", "rope_theta": 1e4}
@@ -58,6 +59,42 @@ def test_what_attention_of_two_sizes_cannot_have_is_refused(field, value):
     provider = Gemma4ModelProvider(num_layers=2, hidden_size=32, num_attention_heads=4, **{field: value})
     with pytest.raises(ValueError, match=rf"model\.{field}={value}"):
         provider.finalize()
+
+
+def test_the_part_of_a_head_that_turns_is_read_without_a_word(caplog):
+    assert provider_with().rotary_percent == 0.25
+    assert "partial_rotary_factor" not in caplog.text, "other families ignore it, and say so"
+
+
+def test_the_scale_of_a_layer_has_the_dtype_of_the_weights():
+    """In FP32 it would make the layers' output FP32, and files in bf16 would be said to be cast."""
+    config = Gemma4ModelProvider(num_layers=2, hidden_size=4, num_attention_heads=1, params_dtype=torch.bfloat16)
+    add = NormThenAddAndScale(add=lambda *_: torch.add, norm=torch.nn.Identity, config=config)
+    assert add.layer_scalar.dtype is torch.bfloat16
+
+
+def angles_on_rank():
+    """The shape of each layer's angles, and whether they lie in memory row by row, at a query's rotation."""
+    from megatron.core.transformer import attention
+
+    provider = provider_with()
+    provider.initialize_model_parallel()
+    chunks = provider.provide_distributed_model(wrap_with_ddp=False)
+    rotate, seen = attention.apply_rotary_pos_emb, []
+
+    def rotate_seen(rows, angles, *arguments, **options):
+        seen.append((tuple(angles.shape), angles.is_contiguous()))
+        return rotate(rows, angles, *arguments, **options)
+
+    attention.apply_rotary_pos_emb = rotate_seen
+    megatron_logits(chunks, some_tokens(provider.vocab_size))
+    return seen[::2]
+
+
+def test_angles_lie_row_by_row():
+    """Transformer Engine's fused rotation reads their memory and not their strides."""
+    (layers,) = run_on_ranks(angles_on_rank, 1)
+    assert layers == [((32, 1, 1, channels), True) for channels in (8, 12, 8, 12)]
 
 
 def test_ranks_that_cannot_share_the_groups_of_full_layers_are_refused():

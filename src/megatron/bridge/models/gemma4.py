@@ -128,8 +128,9 @@ def _provider_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
         expect_value(hf, "use_bidirectional_attention", None)
     sliding, full = _rotary_parameters(hf)
     of_full = _of_full_layers(hf)
+    plain = {"rope_type": "default", "rope_theta": full.get("rope_theta")}  # the part that turns is read here
     fields = {
-        **decoder_fields({**hf, "rope_parameters": {**full, "rope_type": "default"}, "per_layer_config": None}),
+        **decoder_fields({**hf, "rope_parameters": plain, "per_layer_config": None}),
         **window_fields(hf, layer_types=hf["layer_types"]),
         "rotary_percent": full.get("partial_rotary_factor", 1.0),
         "rotary_base_local": sliding["rope_theta"],

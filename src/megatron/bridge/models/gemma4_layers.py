@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import all_gather_last_dim_from_tensor_parallel_region
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.utils import is_layer_window_attention
 
@@ -22,9 +23,9 @@ class NormThenAddAndScale(NormThenAdd):
 
     layer_scalar: torch.Tensor
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.register_buffer("layer_scalar", torch.ones(1))
+    def __init__(self, *, config: TransformerConfig, **options: Any) -> None:
+        super().__init__(config=config, **options)
+        self.register_buffer("layer_scalar", torch.ones(1, dtype=config.params_dtype))
 
     def forward(self, training: bool, fused: bool) -> Callable[..., torch.Tensor]:
         """The function that adds, as in `NormThenAdd`."""
@@ -36,8 +37,12 @@ class RotaryOfEachSize(RotaryOfEachKind):
     """Rotary positions of two kinds of layers whose heads differ in size."""
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The angles, [S, 1, 1, D of full layers + D of sliding ones]. Arguments as for `RotaryEmbedding`."""
-        return torch.cat([self.full(*args, **kwargs), self.sliding(*args, **kwargs)], dim=-1)
+        """The angles, [S * (D of full layers + D of sliding ones)]. Arguments as for `RotaryEmbedding`.
+
+        One after the other, because Transformer Engine's fused rotation reads the memory of angles row by row, whatever
+        their strides: a part of wider rows would give it other positions' angles.
+        """
+        return torch.cat([self.full(*args, **kwargs).flatten(), self.sliding(*args, **kwargs).flatten()])
 
 
 class SelfAttentionOfItsSize(SelfAttention):
@@ -57,6 +62,7 @@ class SelfAttentionOfItsSize(SelfAttention):
             submodules = replace(submodules, linear_qkv=_with_fewer_rows(submodules.linear_qkv, values))
         super().__init__(sizes, submodules, layer_number, *args, **options)
         self.slides = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.channels_of_both = config.global_kv_channels + config.kv_channels
 
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, *args: Any, **kwargs: Any
@@ -64,8 +70,9 @@ class SelfAttentionOfItsSize(SelfAttention):
         """As Core's, with `rotary_pos_emb` as `RotaryOfEachSize` gives it."""
         angles = kwargs.get("rotary_pos_emb")
         if angles is not None:
-            channels = self.hidden_size_per_attention_head
-            kwargs["rotary_pos_emb"] = angles[..., -channels:] if self.slides else angles[..., :channels]
+            length, channels = angles.numel() // self.channels_of_both, self.hidden_size_per_attention_head
+            own = angles[-length * channels :] if self.slides else angles[: length * channels]
+            kwargs["rotary_pos_emb"] = own.view(length, 1, 1, channels)
         return super().forward(hidden_states, attention_mask, *args, **kwargs)
 
     def get_query_key_value_tensors(self, hidden_states: torch.Tensor, *args: Any, **options: Any) -> Any:
