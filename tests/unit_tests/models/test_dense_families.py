@@ -5,6 +5,8 @@ import pytest
 
 from megatron.bridge import AutoBridge
 from megatron.bridge.models.olmo2 import OLMo2ModelProvider
+from megatron.bridge.models.olmo3 import FAMILY as OLMO3
+from megatron.bridge.models.olmo3 import OLMo3ModelProvider
 from tests.rigs.families import MODELS
 from tests.unit_tests.models.tiny_llama import SMALL
 
@@ -44,3 +46,10 @@ def test_norms_over_other_channels_than_those_of_all_heads_are_refused(fields, m
     provider = OLMo2ModelProvider(num_layers=2, hidden_size=32, num_attention_heads=8, **fields)
     with pytest.raises(ValueError, match=message):
         provider.finalize()
+
+
+def test_a_changed_base_is_written_to_an_old_file_that_leaves_the_other_out():
+    config = {}
+    OLMO3.write_own_keys(config, OLMo3ModelProvider(num_layers=2, rotary_base_local=300.0))
+    bases = {kind: rope["rope_theta"] for kind, rope in config["rope_parameters"].items()}
+    assert bases == {"full_attention": 500_000, "sliding_attention": 300.0}

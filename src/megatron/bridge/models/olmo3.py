@@ -62,7 +62,7 @@ def _write_own_keys(config: dict[str, Any], trained: Any) -> None:
         return  # the form before transformers 5, which has a base for full layers alone
     if rope is None:
         rope = {
-            "rope_theta": config.pop("rope_theta"),
+            "rope_theta": config.pop("rope_theta", trained.rotary_base),
             **(config.pop("rope_scaling", None) or {"rope_type": "default"}),
         }
     config["rope_parameters"] = {
