@@ -133,6 +133,29 @@ def test_memory_is_given_back_and_weights_that_changed_are_seen():
     assert all("weights of the model aren't those that the last step left" in one for one in said)
 
 
+def _masters_after_a_failed_step():
+    """The masters that a script reads after it caught a step's error, and the weights."""
+    hybrid = hybrid_of(_hybrid_class(), aware=True, overlap=False)
+    split_masters_of(hybrid)
+    take_step(hybrid, 0)
+
+    def fail(*_):
+        raise MemoryError("of the host")
+
+    hybrid.cpu_optimizers[0].register_step_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        take_step(hybrid, 1)
+    masters = [hybrid.param_to_inner_param[param] for param in params_of(hybrid)]
+    are_split = [bucket.split_masters.is_split for bucket in vars(hybrid)["_buckets"] if bucket.split_masters]
+    return are_split, [torch.equal(master.bfloat16(), param.cpu()) for master, param in zip(masters, params_of(hybrid))]
+
+
+@pytest.mark.any_core
+def test_masters_are_in_fp32_for_who_reads_them_after_a_failed_step():
+    ((are_split, are_equal),) = run_on_ranks(_masters_after_a_failed_step, 1)
+    assert are_split and not any(are_split) and all(are_equal)
+
+
 def _said_of_a_queued_change():
     """What a save says where a weight was changed after the step, by work that may not have run yet."""
     said = {}

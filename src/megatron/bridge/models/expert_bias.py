@@ -5,7 +5,7 @@ It is a weight of the model all the same: it is converted, saved and exported. C
 `moe_router_bias_update_rate`, towards experts that got fewer tokens than the mean.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from megatron.core.transformer.module import Float16Module, MegatronModule
@@ -15,15 +15,6 @@ EXPERT_BIAS = "router.expert_bias"
 """What its name in a model ends with."""
 _IN_FP32 = ("expert_bias", "local_tokens_per_expert")
 """A router's buffers that 16 bits would spoil: the bias, and the counts of tokens that move it."""
-
-
-def expert_biases(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The name and the values [experts] of each router's bias.
-
-    Args:
-        chunk: A part of the model.
-    """
-    return (item for item in chunk.named_buffers() if item[0].endswith(EXPERT_BIAS))
 
 
 def in_16_bits(chunks: Sequence[MegatronModule], config: TransformerConfig) -> list[MegatronModule]:

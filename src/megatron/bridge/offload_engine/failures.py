@@ -15,15 +15,21 @@ from megatron.bridge.utils.distributed import any_rank, raise_on_all_ranks
 
 
 class RemembersFailure(HybridDeviceOptimizer):
-    """Override that remembers an error of the last step; an instance changes its class to it."""
+    """Override that remembers an error of a step of the chain; an instance changes its class to it.
+
+    Whoever steps without the chain, as Core does to create state, gets the error at once: nobody else would raise it.
+    """
 
     failure: Exception | None = None
+    is_remembering = False
+    """Whether the chain is stepping."""
 
     def _try_step(self, closure: Any = None) -> Any:
-        self.failure = None
         try:
             return super().step(closure)
         except Exception as failure:
+            if not self.is_remembering:
+                raise
             self.failure = failure
 
     step: Any = _try_step
@@ -42,7 +48,13 @@ class RaisesOnAllRanks(ChainedOptimizer):
         Raises:
             Exception: The step on the host failed, here or on another rank. Raised on all ranks.
         """
-        done = super().step()
+        for hybrid in self.offloaded:
+            hybrid.failure, hybrid.is_remembering = None, True  # a step that is skipped has no failure
+        try:
+            done = super().step()
+        finally:
+            for hybrid in self.offloaded:
+                hybrid.is_remembering = False
         failure = next((hybrid.failure for hybrid in self.offloaded if hybrid.failure is not None), None)
         if any_rank(failure is not None):
             with raise_on_all_ranks("the optimizer's step on the host"):

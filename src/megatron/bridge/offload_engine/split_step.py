@@ -72,6 +72,16 @@ class SplitStep(ReadsLate, BucketedStep):
             if bucket.params[0].dtype == torch.bfloat16 and bucket.split_masters is None:
                 bucket.split_through(self.transit)
 
+    def _step(self, closure: Any = None) -> Any:
+        try:
+            return super().step(closure)
+        except BaseException:
+            self._is_stepping = False  # who reads masters after a failed step finds them in FP32 too
+            raise
+
+    step: Any = _step
+    step.hooked = True  # torch runs hooks of a step in the one that is overridden
+
     def _sync_hdo_param_groups_to_sub_optimizers(self) -> None:
         with self._within_a_step():
             super()._sync_hdo_param_groups_to_sub_optimizers()

@@ -15,6 +15,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.utils import get_model_config
 
+_LOSSES_OF_TOKENS = 2
+"""Dimensions of [B, S]. A mean can't be told by its derivatives by logits, which add up to 0. And Core's and
+Transformer Engine's cross-entropy overwrite what they saved in the backward pass, so a second one would be wrong."""
+
 
 def with_checked_loss(forward_step: Callable) -> Callable:
     """A forward step whose loss function is checked the first time that it trains.
@@ -33,7 +37,7 @@ def with_checked_loss(forward_step: Callable) -> Callable:
         result = loss_function(output, **kwargs)
         if not is_checked and torch.is_grad_enabled() and isinstance(result, tuple):
             is_checked = True
-            if len(result) == 2:
+            if len(result) == 2 and output.dim() == _LOSSES_OF_TOKENS:
                 _check_is_no_mean(result[0], output, model)
         return result
 
@@ -53,7 +57,7 @@ def _check_is_no_mean(loss: torch.Tensor, output: torch.Tensor, model: Any) -> N
 
     Args:
         loss: Scalar.
-        output: [B, S] losses of tokens, or whatever else the model's last stage gives.
+        output: [B, S] losses of tokens.
         model: The chunk.
     """
     is_sum = get_model_config(model).calculate_per_token_loss
