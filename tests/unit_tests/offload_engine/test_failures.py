@@ -5,7 +5,7 @@ from tests.rigs.ranks import run_on_ranks
 
 
 def _failing_steps():
-    """What is raised by steps of a chain's hybrid optimizer, and of the chain; whether other children went on."""
+    """What steps of a hybrid optimizer and of its chain raise or return, before and after the host fails."""
     from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
     from megatron.core.optimizer.optimizer import ChainedOptimizer
 

@@ -147,7 +147,8 @@ def _masters_after_a_failed_step():
         take_step(hybrid, 1)
     masters = [hybrid.param_to_inner_param[param] for param in params_of(hybrid)]
     are_split = [bucket.split_masters.is_split for bucket in vars(hybrid)["_buckets"] if bucket.split_masters]
-    return are_split, [torch.equal(master.bfloat16(), param.cpu()) for master, param in zip(masters, params_of(hybrid))]
+    pairs = zip(masters, params_of(hybrid), strict=True)
+    return are_split, [torch.equal(master.to(param.dtype), param.cpu()) for master, param in pairs]
 
 
 @pytest.mark.any_core

@@ -7,7 +7,6 @@ It is a weight of the model all the same: it is converted, saved and exported. C
 
 from collections.abc import Sequence
 
-import torch
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
