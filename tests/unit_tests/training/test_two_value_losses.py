@@ -29,7 +29,8 @@ def two_ranks():
     """The same twice, as far as the check sees."""
     with (
         mock.patch.object(two_value_losses, "get_model_config", lambda _: SimpleNamespace(calculate_per_token_loss=0)),
-        mock.patch.object(two_value_losses, "parallel_state"),
+        mock.patch.object(two_value_losses.parallel_state, "get_context_parallel_world_size", return_value=2),
+        mock.patch.object(two_value_losses.parallel_state, "get_context_parallel_group"),
         mock.patch.object(two_value_losses.dist, "get_world_size", return_value=2),
         mock.patch.object(two_value_losses.dist, "all_reduce", lambda total, group: total.mul_(2)),
     ):
