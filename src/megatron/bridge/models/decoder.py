@@ -95,6 +95,21 @@ def decoder_fields(hf: Mapping[str, Any], *, partial_rotary: bool = False) -> di
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
+def bias_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Whether linear layers have biases, of a config.json that has a key for attention and one for the MLP.
+
+    Raises:
+        ValueError: One of them has biases, and the other doesn't.
+    """
+    attention, mlp = hf["attention_bias"], hf["mlp_bias"]
+    if attention != mlp:
+        raise ValueError(
+            f"config.json: attention_bias={attention} with mlp_bias={mlp} is not supported for {hf['architectures']}: "
+            "Core has one switch for the biases of both; need both or neither"
+        )
+    return {"add_bias_linear": attention}
+
+
 def window_fields(hf: Mapping[str, Any], *, layer_types: Sequence[str] | None = None) -> dict[str, Any]:
     """Sliding-window attention: each token attends to the last `sliding_window` tokens, itself included.
 

@@ -11,6 +11,7 @@ from megatron.bridge.models.decoder import (
     DECODER_MAPPINGS,
     DecoderModelProvider,
     attention_mappings,
+    bias_fields,
     decoder_fields,
     mlp_mappings,
 )
@@ -64,13 +65,7 @@ def write_multipliers(config: dict[str, Any], trained: Any) -> None:
 
 
 def _provider_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
-    attention, mlp = hf["attention_bias"], hf["mlp_bias"]
-    if attention != mlp:
-        raise ValueError(
-            f"config.json: attention_bias={attention} with mlp_bias={mlp} is not supported for {hf['architectures']}: "
-            "Core has one switch for the biases of both; need both or neither"
-        )
-    return {**granite_fields(hf), "add_bias_linear": attention}
+    return {**granite_fields(hf), **bias_fields(hf)}
 
 
 FAMILY = ModelFamily(

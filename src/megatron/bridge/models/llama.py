@@ -10,6 +10,7 @@ from megatron.bridge.models.decoder import (
     IGNORED_TENSORS,
     DecoderModelProvider,
     attention_mappings,
+    bias_fields,
     decoder_fields,
     mlp_mappings,
 )
@@ -33,13 +34,7 @@ class Llama3ModelProvider(LlamaModelProvider):
 
 
 def _provider_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
-    attention, mlp = hf["attention_bias"], hf["mlp_bias"]
-    if attention != mlp:
-        raise ValueError(
-            f"config.json: attention_bias={attention} with mlp_bias={mlp} is not supported for {hf['architectures']}: "
-            "Core has one switch for the biases of both; need both or neither"
-        )
-    return {**decoder_fields(hf), "add_bias_linear": attention}
+    return {**decoder_fields(hf), **bias_fields(hf)}
 
 
 FAMILY = ModelFamily(

@@ -11,6 +11,7 @@ from typing import Any
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
+from megatron.bridge.offload_engine.mixins import mix_in
 from megatron.bridge.utils.distributed import any_rank, raise_on_all_ranks
 
 
@@ -71,11 +72,6 @@ def end_all_ranks_together(chain: Any, hybrids: Sequence[Any]) -> None:
         hybrids: The hybrid optimizers in it, already built and repaired.
     """
     for hybrid in hybrids:
-        _change_class(hybrid, RemembersFailure)
-    _change_class(chain, RaisesOnAllRanks)
+        mix_in(hybrid, RemembersFailure)
+    mix_in(chain, RaisesOnAllRanks)
     chain.offloaded = hybrids
-
-
-def _change_class(built: Any, mixin: type) -> None:
-    if not isinstance(built, mixin):
-        built.__class__ = type(type(built).__name__, (mixin, type(built)), {})

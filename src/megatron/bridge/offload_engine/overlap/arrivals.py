@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from megatron.bridge.offload_engine.mixins import mix_in
 from megatron.bridge.offload_engine.overlap.hybrid import Crossing
 
 logger = logging.getLogger(__name__)
@@ -215,9 +216,7 @@ def weights_of_shards(optimizer: DistributedOptimizer) -> dict[torch.Tensor, tor
 
 def _let_ask(group: Any, arrivals: Arrivals) -> None:
     """Let a group of DDP's buckets wait for its weights before it gathers them."""
-    cls = type(group)
-    if not issubclass(cls, _GatherOnArrival):
-        group.__class__ = type(cls.__name__, (_GatherOnArrival, cls), {})
+    mix_in(group, _GatherOnArrival)
     group.arrivals = weakref.ref(arrivals)
 
 

@@ -13,6 +13,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.utils import unwrap_model
 
 from megatron.bridge.offload_engine.host_threads import HostThreads
+from megatron.bridge.offload_engine.mixins import mix_in
 from megatron.bridge.offload_engine.overlap import worker
 from megatron.bridge.offload_engine.overlap.arrivals import Arrivals, ShardsArriveLater, weights_of_shards
 from megatron.bridge.offload_engine.overlap.early_gradients import EarlyGradients, NormIsShared
@@ -49,8 +50,8 @@ def overlap_steps(
                 "step in buckets: set optimizer.overlap_cpu_optimizer_step=false"
             )
         part: Any = optimizer
-        _change_class(part, ShardsArriveLater)
-        _change_class(hybrid, OverlappedStep)
+        mix_in(part, ShardsArriveLater)
+        mix_in(hybrid, OverlappedStep)
         part.arrivals, part.weight_of, hybrid.worker = arrivals, weights_of_shards(optimizer), stepper
         hybrid.place_in_forward = {shard: place.get(param, 0) for shard, param in part.weight_of.items()}
     if isinstance(chain, ChainedOptimizer):
@@ -73,7 +74,7 @@ def overlap_steps(
 
 def _cross_early(chain: Any, arrivals: Arrivals, parts: list[Any], model: list[Any]) -> None:
     """Let gradients cross as they are reduced."""
-    _change_class(chain, NormIsShared)
+    mix_in(chain, NormIsShared)
     chain.early = EarlyGradients(arrivals, parts, model)
     for part in parts:
         part.early = part.optimizer.early = chain.early
@@ -130,11 +131,6 @@ def _arrivals_of(optimizer: Any) -> Iterator[Arrivals]:
             yield from _arrivals_of(child)
     elif isinstance(optimizer, ShardsArriveLater):
         yield optimizer.arrivals
-
-
-def _change_class(built: Any, mixin: type) -> None:
-    if not isinstance(built, mixin):
-        built.__class__ = type(mixin.__name__, (mixin, type(built)), {})
 
 
 class _WaitFor:

@@ -27,6 +27,7 @@ from megatron.core.utils import get_model_config
 
 from megatron.bridge.offload_engine.adam import FlatAdam
 from megatron.bridge.offload_engine.bucket import Bucket, gradients_of
+from megatron.bridge.offload_engine.mixins import mix_in
 from megatron.bridge.offload_engine.overlap.arrivals import Arrivals, ShardsArriveLater, groups_of
 from megatron.bridge.offload_engine.overlap.later_changes import changed_after_reduction, reason_to_wait
 from megatron.bridge.offload_engine.unfinished_gradients import UnfinishedGradients
@@ -82,9 +83,9 @@ class EarlyGradients:
         """Whether nobody changes gradients between their reduction and the step, but in ways that are known here."""
         for chunk in model:
             for group in groups_of(chunk):
-                _change_class(group, _SaysWhatIsReduced, self)
+                _let_say(group, _SaysWhatIsReduced, self)
             for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
-                _change_class(buffer, _SaysWhatIsScaled, self)
+                _let_say(buffer, _SaysWhatIsScaled, self)
 
     @torch.no_grad()
     def is_reduced(self, group: Any, handle: Any) -> None:
@@ -269,9 +270,8 @@ def _owned_gradient(part: ShardsArriveLater, weight: Any) -> torch.Tensor:
     return weight.main_grad.view(-1)[owned.start : owned.end]
 
 
-def _change_class(built: Any, mixin: type, early: EarlyGradients) -> None:
-    if not isinstance(built, mixin):
-        built.__class__ = type(type(built).__name__, (mixin, type(built)), {})
+def _let_say(built: Any, mixin: type, early: EarlyGradients) -> None:
+    mix_in(built, mixin)
     built.early = weakref.ref(early)
 
 
