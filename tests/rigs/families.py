@@ -52,6 +52,7 @@ _LATENT = {
     "v_head_dim": 12,
 }
 _YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
+_GROWING = {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5}
 _DYNAMIC = {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 4.0}
 _SANDWICH = {"num_hidden_layers": 4, "sliding_window": 7, "query_pre_attn_scalar": 20, "pad_token_id": None}
 _TWO_SIZES = {
@@ -225,6 +226,45 @@ MODELS = {
     "llama": TinyModel("LlamaForCausalLM", "untied embeddings"),
     "llama3": TinyModel("LlamaForCausalLM", "llama3 rotary scaling", {**_ODD, "rope_parameters": LLAMA3_ROPE}),
     "mistral": TinyModel("MistralForCausalLM", "sliding window, wide heads", {"sliding_window": 8, "head_dim": 16}),
+    "ministral3": TinyModel(
+        "Ministral3ForCausalLM",
+        "queries that grow beyond the original length, YaRN, tied embeddings, wide heads, one query group",
+        {
+            **_ODD,
+            **_TIED,
+            "pad_token_id": None,
+            "head_dim": 16,
+            "num_key_value_heads": 1,
+            "rope_parameters": {**_YARN, **_GROWING, "original_max_position_embeddings": 8},
+        },
+        layouts=("TP2 SP", "PP2 VP2"),
+    ),
+    "ministral3_images": TinyModel(
+        "Mistral3ForConditionalGeneration",
+        "the language model out of one that takes images, a window",
+        {
+            "tie_word_embeddings": False,
+            "text_config": {
+                **SMALL,
+                "model_type": "ministral3",
+                "head_dim": 8,
+                "sliding_window": 9,
+                "pad_token_id": None,
+                "rope_parameters": {**_YARN, **_GROWING},
+            },
+            "vision_config": {
+                "model_type": "pixtral",
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_attention_heads": 2,
+                "head_dim": 8,
+                "num_hidden_layers": 1,
+                "patch_size": 4,
+                "image_size": 16,
+            },
+        },
+        layouts=("one process",),
+    ),
     "phi3": TinyModel(
         "Phi3ForCausalLM",
         "fused projections, LongRoPE beyond the original length, three quarters of each head turn, a window",

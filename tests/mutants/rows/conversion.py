@@ -116,6 +116,20 @@ THE_CONVERSION = (
         f"{_CELL}[olmo3-TP2]",
     ),
     _converted_wrongly(
+        "queries that grow",
+        "they don't",
+        "scaled_queries:SelfAttentionWithScaledQueries.get_query_key_value_tensors",
+        expression("query * self._scales.to(query.dtype)", "query"),
+        f"{_CELL}[ministral3-TP2_SP]",
+    ),
+    _converted_wrongly(
+        "queries that grow in packed rows",
+        "they go by the position in the row",
+        "scaled_queries:RotaryWithScales.forward",
+        value(0, "torch.arange(max_seq_len)[None]", of="query_scales"),
+        "tests/unit_tests/models/test_scaled_queries.py::test_each_token_goes_by_its_position_in_its_own_sample",
+    ),
+    _converted_wrongly(
         "norms around attention and MLP",
         "the bias is added after the norm",
         "sandwich_layers:NormThenAdd.forward",

@@ -96,7 +96,7 @@ def test_ranks_that_share_rows_turn_by_the_longest_sample_of_all():
         assert (found == of_sample).all() and not (of_sample == of_row).all()
 
 
-def _logits_on_rank(directory, texts):
+def logits_on_rank(directory, texts):
     """Of whole texts, then of the first two in one row; then what follows the second."""
     from megatron.bridge import AutoBridge
     from megatron.bridge.models.generation import generate_together, generate_tokens
@@ -130,7 +130,7 @@ def test_logits_and_new_tokens_are_those_of_transformers_on_both_sides_of_the_le
     tokens = some_tokens(SMALL["vocab_size"]).tolist()
     texts = [tokens[0][:10], tokens[1][:14], tokens[0][:16], tokens[0][:17], tokens[0]]
     expected = [hf_logits(directory, torch.tensor([text])) for text in texts]
-    ((alone, packed, new, together),) = run_on_ranks(_logits_on_rank, 1, directory, texts)
+    ((alone, packed, new, together),) = run_on_ranks(logits_on_rank, 1, directory, texts)
     for found, wanted in zip(alone, expected, strict=True):
         torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=0, atol=1e-4)
     both = torch.cat(expected[:2], 1)  # the row is longer than the length, and no sample is

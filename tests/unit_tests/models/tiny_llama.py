@@ -83,9 +83,11 @@ def some_tokens(vocab_size: int, length: int = 32) -> torch.Tensor:
 def hf_logits(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
     """What transformers computes in fp32: [B, S, V]."""
     with suspended(), torch.no_grad():
-        from transformers import AutoModelForCausalLM
+        import transformers
 
-        return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()(tokens).logits
+        (architecture,) = transformers.AutoConfig.from_pretrained(directory).architectures
+        model = getattr(transformers, architecture).from_pretrained(directory, dtype=torch.float32)
+        return model.eval()(tokens).logits
 
 
 def megatron_logits(chunks: list, tokens: torch.Tensor) -> torch.Tensor | None:

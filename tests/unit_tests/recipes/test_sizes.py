@@ -45,6 +45,8 @@ PUBLISHED_PARAMETERS = {
     "llama3_70b": 70_553_706_496,
     "llama31_70b": 70_553_706_496,
     "llama31_405b": 405_853_388_800,
+    "ministral3_3b": 3_429_006_336,
+    "ministral3_8b": 8_489_553_920,
     "olmo2_7b": 7_298_617_344,
     "olmo2_32b": 32_234_279_936,
     "olmo3_7b": 7_298_011_136,
@@ -111,6 +113,14 @@ def _granite(hidden: int, ffn: int, *, scores: float, logits: float) -> Any:
     fields = {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e7, "vocab_size": 49159}
     others = {"attention_multiplier": scores, "tie_word_embeddings": True, "max_position_embeddings": 131072}
     return transformers.GraniteConfig, (40, hidden, ffn, 32), {**multipliers, **fields, **others}
+
+
+def _ministral3(layers: int, hidden: int, ffn: int, *, tie_word_embeddings: bool) -> Any:
+    yarn = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384}
+    rope = {**yarn, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32.0, "beta_slow": 1.0}
+    fields = {"rms_norm_eps": 1e-5, "vocab_size": 131072, "max_position_embeddings": 262144, "head_dim": 128}
+    others = {"rope_parameters": {**rope, "llama_4_scaling_beta": 0.1}, "tie_word_embeddings": tie_word_embeddings}
+    return transformers.Ministral3Config, (layers, hidden, ffn, 32), {"num_key_value_heads": 8, **fields, **others}
 
 
 def _olmo(layers: int, hidden: int, ffn: int, heads: int, groups: int, *, version: int) -> Any:
@@ -401,6 +411,8 @@ PUBLISHED_CONFIGS = {
     "smollm2_360m": _smollm2(32, 960, 2560, 15, 5, base=100000.0, std=0.02),
     "granite33_2b": _granite(2048, 8192, scores=0.015625, logits=8.0),
     "granite33_8b": _granite(4096, 12800, scores=0.0078125, logits=16.0),
+    "ministral3_3b": _ministral3(26, 3072, 9216, tie_word_embeddings=True),
+    "ministral3_8b": _ministral3(34, 4096, 14336, tie_word_embeddings=False),
     "olmo2_7b": _olmo(32, 4096, 11008, 32, 32, version=2),
     "olmo2_32b": _olmo(64, 5120, 27648, 40, 8, version=2),
     "olmo3_7b": _olmo(32, 4096, 11008, 32, 32, version=3),

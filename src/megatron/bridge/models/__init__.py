@@ -18,6 +18,7 @@ _DOORS = {
     "GraniteModelProvider": "megatron.bridge.models.granite",
     "LlamaModelProvider": "megatron.bridge.models.llama",
     "Llama3ModelProvider": "megatron.bridge.models.llama",
+    "Ministral3ModelProvider": "megatron.bridge.models.ministral3",
     "MistralModelProvider": "megatron.bridge.models.mistral",
     "MixtralModelProvider": "megatron.bridge.models.mixtral",
     "OLMo2ModelProvider": "megatron.bridge.models.olmo2",

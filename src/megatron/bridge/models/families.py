@@ -31,6 +31,8 @@ FAMILY_MODULES = {
     "GptOssForCausalLM": "megatron.bridge.models.gpt_oss",
     "GraniteForCausalLM": "megatron.bridge.models.granite",
     "LlamaForCausalLM": "megatron.bridge.models.llama",
+    "Ministral3ForCausalLM": "megatron.bridge.models.ministral3",
+    "Mistral3ForConditionalGeneration": "megatron.bridge.models.ministral3",
     "MistralForCausalLM": "megatron.bridge.models.mistral",
     "MixtralForCausalLM": "megatron.bridge.models.mixtral",
     "Olmo2ForCausalLM": "megatron.bridge.models.olmo2",

@@ -127,11 +127,21 @@ def scale_by_length(model: Any, config: Any) -> None:
     """
     positions = RotaryByLength(model.rotary_pos_emb, scaling_by_length(config), base=config.rotary_base)
     model.rotary_pos_emb = positions
+    keep_position_ids(model, positions)
 
-    def keep_positions(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+
+def keep_position_ids(model: Any, positions: Any) -> None:
+    """Before each forward pass of a model, let `positions.position_ids` be those of its tokens, [B, S] or None.
+
+    Args:
+        model: A bare chunk of a `GPTModel`.
+        positions: What stands in for its `rotary_pos_emb`.
+    """
+
+    def keep(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         positions.position_ids = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
 
-    model.register_forward_pre_hook(keep_positions, with_kwargs=True)
+    model.register_forward_pre_hook(keep, with_kwargs=True)
 
 
 def scaling_by_length(config: Any) -> DynamicRopeScaling | LongRopeScaling:

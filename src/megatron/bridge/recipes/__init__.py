@@ -18,6 +18,7 @@ FAMILIES = (
     "gpt_oss",
     "granite",
     "llama",
+    "ministral3",
     "mistral",
     "mixtral",
     "olmo2",

@@ -53,6 +53,22 @@ def test_configurations_of_transformers():
         AutoBridge.supports({**PUBLISHED, "text_config": None})
 
 
+@pytest.mark.parametrize(
+    ("within", "architecture"),
+    [({"model_type": "ministral3"}, "Ministral3ForCausalLM"), ({"model_type": "mistral"}, "MistralForCausalLM")]
+    + [({}, "MistralForCausalLM")],
+)
+def test_the_language_model_within_is_that_of_its_type(within, architecture):
+    config = {"architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3", "text_config": within}
+    found = config_as_dict(config)
+    assert found["architectures"] == [architecture] and AutoBridge.supports(config)
+    assert found["model_type"] == architecture.removesuffix("ForCausalLM").lower()
+    with pytest.raises(
+        ValueError, match=r"text_config\.model_type='mistral4' is not supported: expected .* ministral3"
+    ):
+        config_as_dict({**config, "text_config": {"model_type": "mistral4"}})
+
+
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
 def test_names_in_files_of_each_age(prefix):
     stored = [f"{prefix}norm.weight", "language_model.lm_head.weight", "vision_tower.weight", "model.vision_tower.bias"]

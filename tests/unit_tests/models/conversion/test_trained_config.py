@@ -112,6 +112,8 @@ CHANGES = {
     "multipliers": ("granite", {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "logits_scaling": 4.0}),
     "multiplier of scores": ("granite", {"softmax_scale": 0.3, "rotary_base": 700.0}),
     "rotary base and YaRN of full layers": ("olmo3", {"rotary_base": 700.0, "yarn_rotary_scaling_factor": 8.0}),
+    "growth of queries": ("ministral3", {"llama_4_scaling_beta": 0.2}),
+    "length from which queries grow": ("ministral3", {"yarn_original_max_position_embeddings": 16}),
     "rotary base of sliding layers": ("olmo3", {"rotary_base_local": 77.0}),
     "window": ("mistral", {"window_size": (4, 0)}),
     "no window": ("mistral", {"window_size": None, "window_attn_skip_freq": None}),

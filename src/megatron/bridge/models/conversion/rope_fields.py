@@ -34,16 +34,16 @@ def rope_fields(hf: Mapping[str, Any], *, partial: bool = False) -> dict[str, An
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in _KINDS:
         raise ValueError(f"config.json: rope_type={kind!r} is not supported: expected one of {', '.join(_KINDS)}")
-    fields: dict[str, Any] = {"rotary_base": _number(rope, "rope_theta")}
+    fields: dict[str, Any] = {"rotary_base": rope_number(rope, "rope_theta")}
     if partial:
         fields["rotary_percent"] = _part_that_turns(hf, rope)
     else:
         _check_all_channels_turn(hf, rope, kind)
     if kind == "linear":
-        fields["seq_len_interpolation_factor"] = _number(rope, "factor")
+        fields["seq_len_interpolation_factor"] = rope_number(rope, "factor")
     elif kind == "llama3":
         fields["rope_scaling"] = True
-        fields.update({f"rope_scaling_{name}": _number(rope, name) for name in ("factor", *_LLAMA3)})
+        fields.update({f"rope_scaling_{name}": rope_number(rope, name) for name in ("factor", *_LLAMA3)})
     elif kind == "yarn":
         fields.update(_yarn_fields(hf, rope))
     elif kind == "dynamic":
@@ -73,13 +73,13 @@ def rope_of_each_kind(hf: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
         raise ValueError(
             f"config.json: rope_type={local['rope_type']!r} of sliding_attention is not supported: expected default"
         )
-    return {**hf, "rope_parameters": rope["full_attention"]}, _number(local, "rope_theta")
+    return {**hf, "rope_parameters": rope["full_attention"]}, rope_number(local, "rope_theta")
 
 
 def _longrope_fields(hf: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of LongRoPE, with what transformers puts where the file says nothing."""
     original, given = _positive(rope, "original_max_position_embeddings"), _given(rope)
-    factor = _positive(rope, "factor") if "factor" in given else _number(hf, "max_position_embeddings") / original
+    factor = _positive(rope, "factor") if "factor" in given else rope_number(hf, "max_position_embeddings") / original
     attention = longrope_attention_factor(factor, int(original))
     return {
         "position_embedding_type": "longrope",
@@ -94,7 +94,7 @@ def _yarn_fields(hf: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, An
     """The fields of YaRN, with what transformers puts where the file says nothing."""
     original = _positive(rope, "original_max_position_embeddings")
     given = _given(rope)
-    factor = _positive(rope, "factor") if "factor" in given else _number(hf, "max_position_embeddings") / original
+    factor = _positive(rope, "factor") if "factor" in given else rope_number(hf, "max_position_embeddings") / original
     fields = {
         "position_embedding_type": "yarn",
         "yarn_rotary_scaling_factor": factor,
@@ -103,9 +103,9 @@ def _yarn_fields(hf: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, An
     }
     fields |= {f"yarn_{name}": _positive(rope, name) for name in ("beta_fast", "beta_slow") if rope.get(name)}
     if "attention_factor" in given:
-        fields |= _mscales(factor, _number(rope, "attention_factor"))
+        fields |= _mscales(factor, rope_number(rope, "attention_factor"))
     elif rope.get("mscale") and rope.get("mscale_all_dim"):
-        fields |= {f"yarn_{name}": _number(rope, name) for name in ("mscale", "mscale_all_dim")}
+        fields |= {f"yarn_{name}": rope_number(rope, name) for name in ("mscale", "mscale_all_dim")}
     return fields
 
 
@@ -120,7 +120,12 @@ def _mscales(factor: float, attention_factor: float) -> dict[str, float]:
     return {}
 
 
-def _number(rope: Mapping[str, Any], name: str) -> float:
+def rope_number(rope: Mapping[str, Any], name: str) -> float:
+    """A number of the rotary parameters.
+
+    Raises:
+        ValueError: It is missing, or none.
+    """
     value = rope.get(name)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         found = "is missing" if value is None else f"is {value!r}"
@@ -134,11 +139,11 @@ def _numbers(rope: Mapping[str, Any], name: str) -> list[float]:
         raise ValueError(
             f"config.json: {name} of the rotary positions (rope_parameters) is {found!r}: expected a list of numbers"
         )
-    return [_number({name: value}, name) for value in found]
+    return [rope_number({name: value}, name) for value in found]
 
 
 def _positive(rope: Mapping[str, Any], name: str) -> float:
-    value = _number(rope, name)
+    value = rope_number(rope, name)
     if value <= 0:
         raise ValueError(
             f"config.json: {name} of the rotary positions (rope_parameters) is {value!r}: expected more than 0"

@@ -6,13 +6,15 @@ from typing import Any
 
 from megatron.bridge.models.conversion.transformers_config import absent_sizes, config_class_of
 
-TEXT_TOWERS = {
+TEXT_TOWERS: dict[str, str | dict[str, str]] = {
     "Gemma3ForConditionalGeneration": "Gemma3ForCausalLM",
     "Gemma4ForConditionalGeneration": "Gemma4ForCausalLM",
+    "Mistral3ForConditionalGeneration": {"mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM"},
     "Qwen3_5ForConditionalGeneration": "Qwen3_5ForCausalLM",
     "Qwen3_5MoeForConditionalGeneration": "Qwen3_5MoeForCausalLM",
 }
-"""The architecture of the language model by that of the whole."""
+"""The architecture of the language model by that of the whole; where it may be one of several, by its `model_type`, of
+which the first is meant where the file has none."""
 
 _PREFIXES = {
     "language_model.model.": "model.",
@@ -41,7 +43,7 @@ def as_text_model(hf_config: dict[str, Any]) -> dict[str, Any]:
         hf_config: Content of `config.json`.
 
     Raises:
-        ValueError: It lacks `text_config`.
+        ValueError: It lacks `text_config`, or has a language model of another kind in it.
     """
     whole = whole_of_text_tower(hf_config)
     if whole is None:
@@ -52,7 +54,7 @@ def as_text_model(hf_config: dict[str, Any]) -> dict[str, Any]:
             f"config.json of a {whole} has text_config={text!r}: expected the fields of its language model; restore "
             "the file from another copy"
         )
-    architecture = TEXT_TOWERS[whole]
+    architecture = _architecture_within(whole, text)
     config_class = config_class_of(architecture, text)
     absent = absent_sizes(text, config_class)  # published files leave out what the class's default says
     defaults = config_class() if absent else None
@@ -63,6 +65,19 @@ def as_text_model(hf_config: dict[str, Any]) -> dict[str, Any]:
         "architectures": [architecture],
         "model_type": config_class.model_type,
     }
+
+
+def _architecture_within(whole: str, text: Mapping[str, Any]) -> str:
+    known = TEXT_TOWERS[whole]
+    if isinstance(known, str):
+        return known
+    model_type = text.get("model_type", next(iter(known)))
+    if model_type not in known:
+        raise ValueError(
+            f"config.json of a {whole}: text_config.model_type={model_type!r} is not supported: expected one of "
+            f"{', '.join(known)}"
+        )
+    return known[model_type]
 
 
 def text_names(stored: Iterable[str]) -> dict[str, str]:

@@ -67,6 +67,7 @@ COMPUTED_WITH = (
     "embedding_multiplier",
     "residual_multiplier",
     "logits_scaling",
+    "llama_4_scaling_beta",
     "final_logit_softcapping",
     "normalization",
     "layernorm_epsilon",
