@@ -38,7 +38,7 @@ def pytest_addoption(parser):
     parser.addoption("--streams", default="", help="late or random:SEED: both matrices on adversarial streams")
     parser.addoption("--quick", action="store_true", help="only tests without ranks, other programs and models")
     parser.addoption("--slow", action="store_true", help="only the tests that --quick leaves out")
-    parser.addoption("--share", choices=shares.SHARES, help="of the cases of long tests, half: the other runs the rest")
+    parser.addoption("--share", type=shares.share, help="1/2, 2/2, 1/4, ...: that part of the cases of long tests")
 
 
 def pytest_configure(config):
@@ -59,7 +59,7 @@ def pytest_collection_modifyitems(config, items):
     if any(asked):
         left_out |= {item for item in items if quick.is_quick(item) != asked[0]}
     if share := config.getoption("--share"):
-        left_out |= set(shares.left_to_the_other(items, share))
+        left_out |= set(shares.left_to_others(items, share))
     if left_out:
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=list(left_out))

@@ -77,6 +77,7 @@ def _config(
     cfg = tiny_config(
         directory,
         model={**SIZES, **(model or {})},
+        train={"micro_batch_size": 4},
         optimizer={"lr": 1e-2, **(optimizer or {})},
         checkpoint={
             "save": None,

@@ -4,6 +4,9 @@
 A process asks the driver once which devices there are, so they are hidden from the tests' own process before anything
 is imported, and from all that it starts. A test marked gpu sees them in its ranks and in what else it starts; its own
 code in pytest's process must not ask for them.
+
+The simulated accelerator compiles nothing, but Core asks torch to as it is imported, which imports the compiler: a
+fifth of the time that a process takes to start. Where devices are hidden, torch is told not to.
 """
 
 import contextlib
@@ -19,12 +22,14 @@ VARIABLE = "CUDA_VISIBLE_DEVICES"
 GIVEN = "CUDA_VISIBLE_DEVICES_OF_GPU_TESTS"
 """The first one's value as pytest was started, where it had one; pytest-xdist's workers find it here."""
 UNSET = "unset"
+NO_COMPILER = "TORCHDYNAMO_DISABLE"
 _is_gpu_test = False
 
 
 def hide() -> None:
     """From this process, which has not asked for them yet, and those that it starts."""
     os.environ[VARIABLE] = ""
+    os.environ[NO_COMPILER] = "1"
 
 
 def hide_from_tests() -> None:
@@ -62,6 +67,7 @@ def shared_fixture() -> Iterator[None]:
 
 def show() -> None:
     """To processes that this one starts."""
+    os.environ.pop(NO_COMPILER, None)
     if os.environ[GIVEN] == UNSET:
         os.environ.pop(VARIABLE, None)
     else:

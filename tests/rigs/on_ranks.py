@@ -115,6 +115,7 @@ def finetune_from_hf(
     cfg = tiny_config(
         directory,
         train_iters=3,
+        train={"micro_batch_size": 4},
         optimizer={"optimizer_cpu_offload": offload, "optimizer_offload_fraction": 0.5, "lr": 5e-3},
         checkpoint={
             "pretrained_checkpoint": str(directory / "hf"),

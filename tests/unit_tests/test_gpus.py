@@ -3,6 +3,7 @@
 
 import os
 import subprocess
+import sys
 
 import pytest
 
@@ -23,17 +24,20 @@ def test_two_ranks_never_share_a_gpu(count):
         gpus.choose(2, is_gpu_test=True, count=count)
 
 
-def test_this_process_and_those_it_starts_see_no_gpu():
+def test_this_process_and_those_it_starts_see_no_gpu_and_import_no_compiler():
     assert os.environ[gpus.VARIABLE] == ""
+    code = "import sys, megatron.core.fusions.fused_bias_geglu; print('torch._inductor.compile_fx' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "False\n"
 
 
 @pytest.mark.parametrize(("given", "shown"), [("1,3", "1,3"), (gpus.UNSET, None)])
 def test_a_test_marked_gpu_sees_what_pytest_was_given_but_not_in_what_is_shared(monkeypatch, given, shown):
     monkeypatch.setenv(gpus.VARIABLE, "")
     monkeypatch.setenv(gpus.GIVEN, given)
+    monkeypatch.setenv(gpus.NO_COMPILER, "")
     gpus.hide_from_tests()  # as in a worker: what is remembered stays
     with gpus.gpu_test():
-        assert os.environ.get(gpus.VARIABLE) == shown
+        assert os.environ.get(gpus.VARIABLE) == shown and gpus.NO_COMPILER not in os.environ
         with gpus.shared_fixture():
             assert os.environ[gpus.VARIABLE] == "" and gpus.device_of_ranks(2) == "cpu"
         assert os.environ.get(gpus.VARIABLE) == shown
