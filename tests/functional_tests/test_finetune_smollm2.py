@@ -25,9 +25,10 @@ pytestmark = [
 def output(tmp_path_factory):
     directory = tmp_path_factory.mktemp("smollm2")
     command = [sys.executable, ROOT / "scripts/finetune_smollm2/run.py", "--output", directory, "--stock-iters", "2"]
-    command += ["--model", MODEL, "--data", DATA, "train.train_iters=4", "train.global_batch_size=4"]
-    command += ["scheduler.lr_warmup_iters=1", "validation.eval_iters=3"]
-    result = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=2700)
+    command += ["--model", MODEL, "--data", DATA, "train.train_iters=4", "scheduler.lr_warmup_iters=1"]
+    result = subprocess.run(
+        [*map(str, command), "validation.eval_iters=3"], cwd=ROOT, capture_output=True, text=True, timeout=2700
+    )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return directory, result.stdout
 
