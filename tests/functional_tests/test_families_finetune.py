@@ -32,7 +32,7 @@ FAMILIES = {
     "gpt_oss": (TP2_EP2, ("norm", "router", "linear_proj.bias"), 4 * 5 + 1),
 }
 """By the tiny model: its sizes beside TP 2, the weights that both ranks hold whole, and how many they are."""
-OTHERS = ("gemma4", "glm4", "granite", "ministral3", "olmo3", "phi3", "seed_oss", "smollm3")
+OTHERS = ("gemma4", "glm4", "granite", "granite4_nope", "ministral3", "olmo3", "phi3", "seed_oss", "smollm3")
 """Trained with and without offload alone, one after the other in the same processes."""
 LOUD = {"deepseek_v3": 0.2, "glm4_moe": 0.5}
 """The spread of the weights of models with biased routers. Smaller ones would say one word again and again."""

@@ -30,7 +30,7 @@ class TinyModel:
 
     @property
     def has_experts(self) -> bool:
-        return "num_experts_per_tok" in self.options
+        return bool(self.options.get("num_experts_per_tok"))
 
 
 _EXPERTS = {"num_experts_per_tok": 2, "head_dim": 8}
@@ -70,6 +70,17 @@ _DELTA_NET = {
     "linear_value_head_dim": 10,
     "linear_conv_kernel_dim": 3,
     "eos_token_id": None,
+}
+_DENSE_HYBRID = {
+    "layer_types": ["attention"] * 4,
+    "num_local_experts": 0,
+    "num_experts_per_tok": 0,
+    "shared_intermediate_size": 40,
+    "mamba_n_heads": 4,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.7,
+    "attention_multiplier": 0.4,
+    "logits_scaling": 1.3,
 }
 _QWEN_EXPERTS = {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24}
 _QWEN_VISION = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32}
@@ -222,6 +233,18 @@ MODELS = {
             "logits_scaling": 1.3,
         },
         layouts=("TP2 SP", "PP2 VP2"),
+    ),
+    "granite4": TinyModel(
+        "GraniteMoeHybridForCausalLM",
+        "as before, without biases, gate and up in one tensor",
+        {**_ODD, **_TIED, **_DENSE_HYBRID, "position_embedding_type": "rope"},
+        layouts=("TP2 SP",),
+    ),
+    "granite4_nope": TinyModel(
+        "GraniteMoeHybridForCausalLM",
+        "no rotary positions, one query group",
+        {**_DENSE_HYBRID, "position_embedding_type": None, "num_key_value_heads": 1},
+        layouts=("PP2",),
     ),
     "llama": TinyModel("LlamaForCausalLM", "untied embeddings"),
     "llama3": TinyModel("LlamaForCausalLM", "llama3 rotary scaling", {**_ODD, "rope_parameters": LLAMA3_ROPE}),

@@ -24,6 +24,9 @@ SLIDING_YARN = {
         ("olmo3", {"rope_parameters": SLIDING_YARN}, "rope_type='linear' of sliding_attention is not supported"),
         ("seed_oss", {"mlp_bias": True}, "attention_bias=True, attention_out_bias=False, mlp_bias=True is not"),
         ("seed_oss", {"attention_out_bias": True}, "attention_out_bias=True, mlp_bias=False is not supported"),
+        ("granite4", {"attention_bias": True}, "attention_bias=True is not supported"),
+        ("granite4", {"layer_types": ["attention", "mamba"] * 2}, "layer_types names .*, and Mamba layers are not"),
+        ("granite4", {"num_local_experts": 8, "num_experts_per_tok": 2}, "num_local_experts=8 is not supported"),
         ("granite", {"mlp_bias": False}, "attention_bias=True with mlp_bias=False is not supported"),
     ],
 )

@@ -38,6 +38,8 @@ PUBLISHED_PARAMETERS = {
     "gpt_oss_120b": 116_829_156_672,
     "granite33_2b": 2_533_539_840,
     "granite33_8b": 8_170_864_640,
+    "granite4_1b": 1_631_750_144,
+    "granite4_micro_3b": 3_402_836_480,
     "llama32_1b": 1_235_814_400,
     "llama32_3b": 3_212_749_824,
     "llama3_8b": 8_030_261_248,
@@ -113,6 +115,15 @@ def _granite(hidden: int, ffn: int, *, scores: float, logits: float) -> Any:
     fields = {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e7, "vocab_size": 49159}
     others = {"attention_multiplier": scores, "tie_word_embeddings": True, "max_position_embeddings": 131072}
     return transformers.GraniteConfig, (40, hidden, ffn, 32), {**multipliers, **fields, **others}
+
+
+def _granite4(hidden: int, ffn: int, heads: int, groups: int, *, scores: float, logits: float) -> Any:
+    multipliers = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": logits}
+    fields = {"num_key_value_heads": groups, "rms_norm_eps": 1e-5, "rope_theta": 1e7, "vocab_size": 100352}
+    others = {"attention_multiplier": scores, "tie_word_embeddings": True, "max_position_embeddings": 131072}
+    layers = {"layer_types": ["attention"] * 40, "num_local_experts": 0, "shared_intermediate_size": ffn}
+    parts = {**multipliers, **fields, **others, **layers, "position_embedding_type": "rope"}
+    return transformers.GraniteMoeHybridConfig, (40, hidden, ffn, heads), parts
 
 
 def _ministral3(layers: int, hidden: int, ffn: int, *, tie_word_embeddings: bool) -> Any:
@@ -411,6 +422,8 @@ PUBLISHED_CONFIGS = {
     "smollm2_360m": _smollm2(32, 960, 2560, 15, 5, base=100000.0, std=0.02),
     "granite33_2b": _granite(2048, 8192, scores=0.015625, logits=8.0),
     "granite33_8b": _granite(4096, 12800, scores=0.0078125, logits=16.0),
+    "granite4_1b": _granite4(2048, 4096, 16, 4, scores=0.0078125, logits=8.0),
+    "granite4_micro_3b": _granite4(2560, 8192, 40, 8, scores=0.015625, logits=10.0),
     "ministral3_3b": _ministral3(26, 3072, 9216, tie_word_embeddings=True),
     "ministral3_8b": _ministral3(34, 4096, 14336, tie_word_embeddings=False),
     "olmo2_7b": _olmo(32, 4096, 11008, 32, 32, version=2),

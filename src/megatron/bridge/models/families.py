@@ -30,6 +30,7 @@ FAMILY_MODULES = {
     "GlmForCausalLM": "megatron.bridge.models.glm",
     "GptOssForCausalLM": "megatron.bridge.models.gpt_oss",
     "GraniteForCausalLM": "megatron.bridge.models.granite",
+    "GraniteMoeHybridForCausalLM": "megatron.bridge.models.granite4",
     "LlamaForCausalLM": "megatron.bridge.models.llama",
     "Ministral3ForCausalLM": "megatron.bridge.models.ministral3",
     "Mistral3ForConditionalGeneration": "megatron.bridge.models.ministral3",

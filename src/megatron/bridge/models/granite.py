@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""The Granite family without experts, 3.x: a Llama with multipliers of embeddings, residuals, scores and logits."""
+"""The Granite family without experts: a Llama with multipliers of embeddings, residuals, scores and logits."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

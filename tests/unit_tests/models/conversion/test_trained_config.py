@@ -110,6 +110,8 @@ CHANGES = {
     "cap and rotary base": ("gemma4", {"final_logit_softcapping": 5.0, "rotary_base": 77.0, "rotary_percent": 0.5}),
     "scale of the scores": ("gemma3", {"softmax_scale": 1 / 6}),
     "multipliers": ("granite", {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "logits_scaling": 4.0}),
+    "positions of a dense hybrid": ("granite4", {"position_embedding_type": "none", "softmax_scale": 0.3}),
+    "positions of one without": ("granite4_nope", {"position_embedding_type": "rope", "rotary_base": 700.0}),
     "multiplier of scores": ("granite", {"softmax_scale": 0.3, "rotary_base": 700.0}),
     "rotary base and YaRN of full layers": ("olmo3", {"rotary_base": 700.0, "yarn_rotary_scaling_factor": 8.0}),
     "growth of queries": ("ministral3", {"llama_4_scaling_beta": 0.2}),

@@ -2,6 +2,7 @@
 """Read a `config.json` as transformers does: its configuration classes have the defaults of missing keys."""
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,7 +36,7 @@ def as_read_by_transformers(hf_config: Mapping[str, Any], architecture: str) -> 
             f"{config_class.model_type!r}: transformers goes by model_type; correct the one that is wrong"
         )
     # A copy: transformers fills in what is nested.
-    content = copy.deepcopy({key: value for key, value in hf_config.items() if key not in _OF_THE_FILE})
+    content = _with_all_floats({key: value for key, value in hf_config.items() if key not in _OF_THE_FILE})
     try:
         config = config_class.from_dict(content)
         if getattr(config, "rope_parameters", None):
@@ -47,6 +48,18 @@ def as_read_by_transformers(hf_config: Mapping[str, Any], architecture: str) -> 
             f"config.json: transformers' {config_class.__name__} refuses it ({reason}): correct that key"
         ) from error
     return {**read, **{key: hf_config[key] for key in _OF_THE_FILE if key in hf_config}}
+
+
+_FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
+
+
+def _with_all_floats(value: Any) -> Any:
+    """A copy of what a `config.json` holds, where {"__float__": "Infinity"} stands for a float that JSON lacks."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"} and value["__float__"] in tuple(_FLOATS):
+            return _FLOATS[value["__float__"]]
+        return {key: _with_all_floats(one) for key, one in value.items()}
+    return [_with_all_floats(one) for one in value] if isinstance(value, list) else copy.deepcopy(value)
 
 
 def check_transformers_knows(architecture: str, hf_config: Mapping[str, Any]) -> None:
@@ -112,4 +125,4 @@ def config_class_of(architecture: str, hf_config: Mapping[str, Any]) -> Any:
 
 def config_object(hf_config: Mapping[str, Any]) -> Any:
     """Transformers' configuration object (`PretrainedConfig`) of the content of a `config.json`."""
-    return config_class_of(hf_config["architectures"][0], hf_config).from_dict(dict(hf_config))
+    return config_class_of(hf_config["architectures"][0], hf_config).from_dict(_with_all_floats(dict(hf_config)))
