@@ -4,17 +4,13 @@
 import math
 from typing import Any
 
+from megatron.bridge.recipes.olmo2 import shape
 from megatron.bridge.recipes.table import Family, Layout, ModelSize
 
 
 def _shape(layers: int, hidden: int, ffn: int, heads: int, groups: int) -> dict[str, Any]:
     return {
-        "num_layers": layers,
-        "hidden_size": hidden,
-        "ffn_hidden_size": ffn,
-        "num_attention_heads": heads,
-        "num_query_groups": groups,
-        "kv_channels": hidden // heads,
+        **shape(layers, hidden, ffn, heads, groups),
         "vocab_size": 100278,
         "window_size": (4095, 0),
         "window_attn_skip_freq": [int(layer % 4 != 0) for layer in range(1, layers + 1)],

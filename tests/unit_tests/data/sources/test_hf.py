@@ -84,8 +84,8 @@ def test_a_short_name_finds_what_was_fetched_before(hub_cache, tokenizer):
     assert commits_of(["datasets/rajpurkar/squad"]) == {"datasets/rajpurkar/squad": hub_cache.name}
 
 
-@pytest.mark.parametrize("in_memory", [False, True])
-def test_the_commit_is_known_wherever_the_library_puts_its_tables(tmp_path, monkeypatch, in_memory):
+@pytest.mark.parametrize(("in_memory", "is_silent"), [(False, False), (True, False), (True, True)])
+def test_the_commit_is_known_wherever_the_library_puts_its_tables(tmp_path, monkeypatch, caplog, in_memory, is_silent):
     """One that it reads into memory, by `keep_in_memory` or because it is empty, has no file that tells."""
     datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_list([{"question": "q", "context": "c", "answers": {"text": ["a"]}}])
@@ -103,13 +103,16 @@ def test_the_commit_is_known_wherever_the_library_puts_its_tables(tmp_path, monk
         @staticmethod
         def load_dataset_builder(path, name=None, cache_dir=None, revision=None, **more):
             asked.append(more)
+            if is_silent:
+                raise ConnectionError("no network")
             return SimpleNamespace(hash=commit)
 
     monkeypatch.setattr(hf_loading, "_library", lambda where: Library)
     monkeypatch.setattr("megatron.bridge.utils.hf_hub._commits", {})
     options = {"keep_in_memory": True, "split": None, "encoding": "utf-8"}
     hf_loading.load_from_hub(HFDatasetSourceConfig(dataset_name="some/data", hf_kwargs=options))
-    assert commits_of(["datasets/some/data"]) == {"datasets/some/data": commit}
+    assert commits_of(["datasets/some/data"]) == ({} if is_silent else {"datasets/some/data": commit})
+    assert ("its commit isn't recorded" in caplog.text) == is_silent
     assert asked == ([{"encoding": "utf-8"}] if in_memory else [])
 
 

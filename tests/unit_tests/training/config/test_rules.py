@@ -9,6 +9,7 @@ import logging
 import pytest
 from megatron.core.dist_checkpointing import tensor_aware_state_dict
 
+from megatron.bridge.models.gemma4 import Gemma4ModelProvider
 from megatron.bridge.training.config import runtime_config_update
 from megatron.bridge.training.config.rules import RULES
 from tests.rigs.config_examples import make_config
@@ -85,6 +86,17 @@ def test_precision_aware_mode_needs_transformer_engine_unless_offloaded():
 def test_delayed_fp8_weights_may_be_offloaded():
     cfg = make_config(*OFFLOAD, "model.fp8=hybrid", "model.fp8_recipe=delayed", "model.fp8_param=true")
     BY_NAME["check_offload_has_no_fp8_weights"](cfg, 1)
+
+
+def test_query_groups_of_layers_without_a_window_are_shared_evenly_too():
+    cfg = make_config("model.context_parallel_size=2")
+    sizes = {"num_attention_heads": 8, "num_query_groups": 4, "num_global_query_groups": 1}
+    exchange = {"context_parallel_size": 2, "cp_comm_type": "a2a"}
+    cfg.model = Gemma4ModelProvider(num_layers=2, hidden_size=32, **sizes, **exchange)
+    with pytest.raises(
+        ValueError, match=r"cp_comm_type=a2a with model\.num_global_query_groups=1: expected a multiple"
+    ):
+        BY_NAME["check_heads_are_shared_evenly"](cfg, 2)
 
 
 def test_core_pads_no_vocabulary_that_is_not_known_yet():

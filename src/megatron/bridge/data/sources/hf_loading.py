@@ -94,7 +94,12 @@ def _hash_of_builder(source: HFDatasetSourceConfig) -> str:
     try:
         builder = library.load_dataset_builder(**wanted, cache_dir=source.cache_dir or _datasets_cache())
     except Exception as error:  # as of `_loaded`; the rows are there
-        logger.debug("%s: the hub can't be asked for its commit (%s)", source.title, _one_line(error))
+        logger.warning(
+            "%s: its commit isn't recorded, so a resume can't say whether the data is another (the hub didn't tell: "
+            "%s); give the dataset's revision as a commit",
+            source.title,
+            _one_line(error),
+        )
         return ""
     return str(builder.hash)
 

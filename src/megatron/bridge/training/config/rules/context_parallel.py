@@ -85,6 +85,8 @@ def check_heads_are_shared_evenly(cfg: RunSections, world_size: int) -> None:
         "num_attention_heads": model.num_attention_heads,
         "num_query_groups": model.num_query_groups or model.num_attention_heads,
     }
+    if getattr(model, "num_global_query_groups", None):  # of Gemma 4's layers without a window
+        heads["num_global_query_groups"] = model.num_global_query_groups
     for exchange in (one for one in ranks if one in exchanges):
         for name, number in heads.items():
             if number % (model.tensor_model_parallel_size * ranks[exchange]):
