@@ -3,8 +3,8 @@
 
 `tests/rigs/resume_matrix.py` lists the cells, `tests/rigs/resume.py` says what must hold. `make test` runs a cut of the
 matrix, `make test-resume` all of it (--resume-matrix=whole), and `make test-streams` all of it where streams and events
-order only what they promise (--streams=late), with some more cells: there each cell resumes once, and the runs on the
-ordinary accelerator are what all must equal. Stock Core can't resume any offloaded optimizer (the repairs in
+order only what they promise (--streams=late), with some more cells: there each cell resumes once, and must equal the
+runs without offload on the ordinary accelerator. Stock Core can't resume any offloaded optimizer (the repairs in
 training/cpu_offload say why); without Transformer Engine or Apex it can't resume a plain one either.
 """
 
@@ -52,7 +52,23 @@ def order(request):
 
 
 @pytest.fixture(scope="module")
-def run_of(directory, order):
+def plain_run_of(directory):
+    """The directory and the name of the run, on the ordinary accelerator, that a saved run must equal; all are kept."""
+    kept = {}
+
+    def of(saved):
+        plain = saved.plain
+        if plain not in kept:
+            path, name = directory(saved.kind), f"{plain} on the ordinary accelerator"
+            saves = (RESHARDED_AT,)
+            kept[plain] = path, name, run_on_ranks(run_through, _num_ranks(plain), path, name, plain, saves=saves)
+        return kept[plain]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def run_of(directory, order, plain_run_of):
     """The directory and the name of a saved run, and what each rank saw of it; the last one is kept."""
     kept = {}
 
@@ -60,36 +76,54 @@ def run_of(directory, order):
         if saved not in kept:
             kept.clear()
             path = directory(saved.kind)
-            num_ranks = LAYOUTS[saved.layout][0]
-            whole = run_on_ranks(run_through, num_ranks, path, str(saved), saved)
-            if order is not None:  # this one's saves take the place of the others
-                found = run_on_ranks(run_in, num_ranks, order, run_through, path, f"{saved} in streams", saved)
-                assert unlike(whole, found) == []
+            saves = SAVES if order is None else (RESHARDED_AT,)
+            whole = run_on_ranks(run_in, _num_ranks(saved), order, run_through, path, str(saved), saved, saves=saves)
+            if order is not None:
+                assert unlike(plain_run_of(saved)[2], whole) == []
             if saved.layout.startswith("DP") and saved.optimizer == "distributed":
                 assert all(seen.padded_buckets for seen in whole), "no bucket but the last is padded"
-            kept[saved] = path, str(saved) if order is None else f"{saved} in streams", whole
+            kept[saved] = path, str(saved), whole
         return kept[saved]
 
     return of
 
 
-def _check(run, cell, step, order):
-    (path, name, whole), num_ranks = run, LAYOUTS[cell.layout][0]
-    resumed = run_on_ranks(run_in, num_ranks, order, resume, path, name, cell, step, and_still=order is None)
+@pytest.fixture(scope="module")
+def plain_resume_of(plain_run_of):
+    """What each rank sees of the run that resumes the plain one in another layout; all are kept."""
+    kept = {}
+
+    def of(cell):
+        resumes = Cell(cell.saved.plain, cell.layout)
+        if resumes not in kept:
+            path, name, _ = plain_run_of(cell.saved)
+            resumed = run_on_ranks(resume, _num_ranks(cell), path, name, resumes, RESHARDED_AT, and_still=False)
+            kept[resumes] = [seen for seen, _ in resumed]
+        return kept[resumes]
+
+    return of
+
+
+def _num_ranks(of):
+    return LAYOUTS[of.layout][0]
+
+
+def _check(run, cell, step, order, plain_resume_of):
+    path, name, whole = run
+    resumed = run_on_ranks(run_in, _num_ranks(cell), order, resume, path, name, cell, step, and_still=order is None)
     if order is not None and cell.layout != cell.saved.layout:
-        expected = run_on_ranks(resume, num_ranks, path, name, cell, step, and_still=False)
-        assert unlike(*([seen for seen, _ in run] for run in (expected, resumed))) == []
+        assert unlike(plain_resume_of(cell), [seen for seen, _ in resumed]) == []
     assert apart(whole, [seen for seen, _ in resumed], step, exact=cell.layout == cell.saved.layout) == []
     assert all(seen.moved for seen, _ in resumed), "the run that resumed trained nothing"
     assert [moved for _, moved in resumed if moved] == [], "a step at learning rate 0 changed weights"
 
 
-def test_resumes(cell, run_of, cell_counts, order):
+def test_resumes(cell, run_of, plain_resume_of, cell_counts, order):
     run = run_of(cell.saved)
     if cell.refused:
         cell_counts.add(failed=1)
         path, name, _ = run
-        messages = run_on_ranks(without_repairs, LAYOUTS[cell.layout][0], (), resume, path, name, cell, RESHARDED_AT)
+        messages = run_on_ranks(without_repairs, _num_ranks(cell), (), resume, path, name, cell, RESHARDED_AT)
         for message in messages:
             assert f"holds optimizer state of another layout ({cell.refused}), which can't be resharded" in message
             assert "\n" not in message
@@ -97,16 +131,16 @@ def test_resumes(cell, run_of, cell_counts, order):
         return
     for step in SAVES if cell.change == SAME and order is None else (RESHARDED_AT,):
         cell_counts.add(failed=1)
-        _check(run, cell, step, order)
+        _check(run, cell, step, order, plain_resume_of)
         cell_counts.add(failed=-1, passed=1)
 
 
-def test_resumes_in_fresh_processes(run_of, order):
+def test_resumes_in_fresh_processes(run_of, plain_resume_of, order):
     """The ranks of the other tests serve many runs; these have seen none."""
     cell = Cell(Saved(precision="fp16", fraction=0.5, form="dp_reshardable"))
     run = run_of(cell.saved)
     end_ranks(2)
-    _check(run, cell, RESHARDED_AT, order)
+    _check(run, cell, RESHARDED_AT, order, plain_resume_of)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0])

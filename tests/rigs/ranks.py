@@ -11,6 +11,7 @@ Only the ranks of a test marked gpu compute on CUDA (`tests/rigs/gpus.py`): they
 
 import atexit
 import contextlib
+import gc
 import multiprocessing
 import os
 import shutil
@@ -191,6 +192,7 @@ def _serve(connection: Connection, rank: int, world_size: int, device: str, stor
         try:
             result = fn(*args, **kwargs)
             destroy_model_parallel()
+            gc.collect()  # a model that was let go still holds its groups until then, and they their threads
             connection.send((None, (result, _num_threads())))
         except BaseException:
             connection.send((traceback.format_exc(), None))

@@ -176,9 +176,9 @@ def _finetune(cfg: Any, **witness: Any) -> Seen:
     return witness.seen
 
 
-def run_through(directory: Path, run: str, saved: Saved, **options: Any) -> Seen:
-    """The uninterrupted run."""
-    return _finetune(resume_config(directory, Cell(saved), save=f"{directory}/{run}", **options), saves=SAVES)
+def run_through(directory: Path, run: str, saved: Saved, *, saves: tuple[int, ...] = SAVES, **options: Any) -> Seen:
+    """The uninterrupted run, which saves at these steps."""
+    return _finetune(resume_config(directory, Cell(saved), save=f"{directory}/{run}", **options), saves=saves)
 
 
 def resume(

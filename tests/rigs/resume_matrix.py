@@ -6,7 +6,7 @@ Sizes are odd and buckets small, so that buckets end with padding and slices beg
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tests.rigs.covering import covering, pairs_of
@@ -94,6 +94,14 @@ class Saved:
         streamed = f"-streamed-{self.streamed}" if self.streamed else ""
         streamed += "-gathered_late" if self.gathered_late else ""
         return f"{model}-{self.precision}-{mode}-{self.fraction}-{overlap}-{self.form.partition('_')[0]}{streamed}"
+
+    @property
+    def plain(self) -> "Saved":
+        """The run whose bits this one computes on the CPU: nothing is offloaded, unless the host rounds its state."""
+        plain = Saved(self.kind, self.layout, self.precision, self.optimizer, fraction=0.0)
+        if not self.in_bf16:
+            return plain
+        return replace(plain, fraction=self.fraction, precision_aware=True, in_bf16=True)
 
 
 @dataclass(frozen=True)
