@@ -83,8 +83,20 @@ class TinyDataset(DatasetProvider):
     num_samples: int = 64
 
     def build_datasets(self, context: Any) -> tuple[Any, Any, Any]:
-        train = [_sample(index) for index in range(self.num_samples)]
-        return train, [_sample(index) for index in range(1000, 1011)], None
+        return TinySamples(range(self.num_samples)), TinySamples(range(1000, 1011)), None
+
+
+@dataclass
+class TinySamples(torch.utils.data.Dataset):
+    """Made when they are read: a short run reads few of them."""
+
+    indices: range
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, at: int) -> dict[str, torch.Tensor]:
+        return _sample(self.indices[at])
 
 
 def _sample(index: int) -> dict[str, torch.Tensor]:
