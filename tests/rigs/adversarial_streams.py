@@ -103,6 +103,8 @@ class _Queueing(TorchDispatchMode):
         device.before_issue = self.freed.look
         self.is_host_copy = False
         """Whether the operation on its way is the copy of a `.cpu()`, for which the host waits."""
+        self.is_end_of_collective = False
+        """Whether it is a collective's own: gloo leaves the end of a reduce-scatter to the wait for it."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         with torch._C.DisableTorchFunction():
@@ -121,7 +123,7 @@ class _Queueing(TorchDispatchMode):
             return result
         if _is_of_metadata(func) or self._device.runs_at_once(stream):
             return func(*args, **kwargs)
-        if self.is_host_copy or _host_waits(func, args):
+        if self.is_host_copy or self.is_end_of_collective or _host_waits(func, args):
             stream.synchronize()
             return func(*args, **kwargs)
         return self._queued(stream, func, args, kwargs)
@@ -363,6 +365,15 @@ def adversarial_streams(order: str | int) -> Iterator[Device]:
         with torch._C.DisableTorchFunction():
             queueing.freed.record(tensor, adopted(stream))
 
+    wait_for_collective = torch.distributed.Work.wait
+
+    def wait(work: Any, *args: Any) -> Any:
+        before, queueing.is_end_of_collective = queueing.is_end_of_collective, True
+        try:
+            return wait_for_collective(work, *args)
+        finally:
+            queueing.is_end_of_collective = before
+
     def backward(*args: Any, **kwargs: Any) -> Any:
         with _simulation_in_force(), reads:
             return run_backward(*args, **kwargs)
@@ -383,6 +394,7 @@ def adversarial_streams(order: str | int) -> Iterator[Device]:
             for name in methods:
                 stack.enter_context(mock.patch.object(kind, name, _as_if_made_inside(name)))
         stack.enter_context(mock.patch.object(torch.Tensor, "record_stream", record_stream))
+        stack.enter_context(mock.patch.object(torch.distributed.Work, "wait", wait))
         stack.enter_context(mock.patch.object(worker, "HostWorker", lambda *_: LateWorker(order)))
         stack.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", backward))
         stack.enter_context(mock.patch.object(Stream, "device_in_force", device))
@@ -390,3 +402,4 @@ def adversarial_streams(order: str | int) -> Iterator[Device]:
         stack.enter_context(reads)
         yield device
         device.synchronize()
+    device.is_over = True

@@ -43,6 +43,10 @@ class Stream:
     def issue(self, task: Point | Callable[[], None]) -> None:
         """Queue work, or a wait for a place in another stream."""
         self.move_to_device_in_force()
+        if self.is_left_over:
+            if not isinstance(task, Point):
+                task()
+            return
         if self.owner is not None:
             self.owner.before_issue()
         self.tasks.append(task)
@@ -56,6 +60,11 @@ class Stream:
         if device is not None and self.owner is not device:
             self.owner = device
             device.streams.append(self)
+
+    @property
+    def is_left_over(self) -> bool:
+        """Whether its device is over. What Core keeps in a class is used later; then it orders nothing."""
+        return Stream.device_in_force is None and self.owner is not None and self.owner.is_over
 
     @property
     def here(self) -> Point:
@@ -89,10 +98,12 @@ class Stream:
     # What torch.cuda.Stream has.
 
     def wait_stream(self, other: "Stream") -> None:
-        self.issue(other.here)
+        if not self.is_left_over:
+            self.issue(other.here)
 
     def wait_event(self, event: Any) -> None:
-        event.wait(self)
+        if not self.is_left_over:
+            event.wait(self)
 
     def record_event(self, event: "Event | None" = None) -> "Event":
         event = event or Event()
@@ -155,6 +166,8 @@ class Device:
         self._random = random.Random(order)
         self._is_running = False
         self.before_issue: Callable[[], None] = lambda: None
+        self.is_over = False
+        """Whether it was in force, all its work is done, and no more of it is simulated."""
 
     def runs_at_once(self, stream: Stream) -> bool:
         """Whether work for a stream would run before it is issued."""

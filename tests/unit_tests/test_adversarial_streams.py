@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.rigs.adversarial_streams import adversarial_streams
 from tests.rigs.device_queues import DEFAULT_FIRST, HOST_FIRST, ORDERS, SIDES_FIRST
@@ -175,6 +176,32 @@ def _kept_stream() -> list[Any]:
     return found
 
 
+def _left_stream() -> list[Any]:
+    """A stream that is made in every order, and used there and afterwards, as one that Core keeps in a class."""
+    found = []
+    for order in ORDERS:
+        with adversarial_streams(order):
+            side = torch.cuda.Stream()
+            found.append(_fill_on(side, torch.cuda.Event()))
+        found.append(_fill_on(side, torch.cuda.Event()))
+    return found
+
+
+def _reduced_beside() -> torch.Tensor:
+    """Gradients that a stream beside waits for and reads; then nobody holds the reduction."""
+    side, gradient = torch.cuda.Stream(), torch.full((4,), dist.get_rank() + 1.0, device="cuda")
+    own = torch.zeros(2, device="cuda")
+    with dist._coalescing_manager(async_ops=True) as reduction:
+        dist.reduce_scatter_tensor(own, gradient, async_op=True)
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        reduction.wait()
+        del reduction
+        read = own * 2
+    torch.cuda.current_stream().wait_stream(side)
+    return read + 0
+
+
 def _fill_on(side: Any, event: Any) -> float:
     tensor = torch.zeros(1, device="cuda")
     side.wait_stream(torch.cuda.current_stream())
@@ -187,6 +214,14 @@ def _fill_on(side: Any, event: Any) -> float:
 
 def test_streams_may_be_older_than_the_mode():
     assert run_on_ranks(_kept_stream, 1) == [[6.0] * 2 * len(ORDERS)]
+
+
+def test_streams_may_be_used_after_the_mode():
+    assert run_on_ranks(_left_stream, 1) == [[6.0] * 2 * len(ORDERS)]
+
+
+def test_a_collective_is_over_where_a_stream_waits_for_it():
+    assert run_on_ranks(_outcomes, 2, _reduced_beside) == [dict.fromkeys(ORDERS, [6.0, 6.0])] * 2
 
 
 def test_right_waits_give_right_bits():
