@@ -84,11 +84,13 @@ def test_family_at_layout(model, layout, models, cell_counts):
     cell_counts.add(passed=1, failed=-1)
 
 
-def through_a_checkpoint_on_rank(directory, root, whole_experts):
+def through_a_checkpoint_on_rank(directory, root, model):
     """Import at one layout, export at another."""
-    sizes = {"tensor_model_parallel_size": 2, **({"expert_tensor_parallel_size": 1} if whole_experts else {})}
+    sizes = {"tensor_model_parallel_size": 2}
+    sizes |= {"expert_tensor_parallel_size": 1} if model.has_biased_experts else {}
     AutoBridge.import_ckpt(directory, root / "megatron", show_progress=False, **sizes)
     sizes = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+    sizes = {} if model.is_on_one_stage else sizes
     AutoBridge.from_hf_pretrained(directory).export_ckpt(root / "megatron", root / "hf", False, **sizes)
 
 
@@ -100,7 +102,7 @@ def tensors_of(weights):
 def test_family_through_a_checkpoint(model, models, tmp_path):
     """What the family's fields say survives `run_config.yaml`, and every bit of the weights."""
     directory, tokens, expected = models(model)
-    run_on_ranks(through_a_checkpoint_on_rank, 2, directory, tmp_path, MODELS[model].has_biased_experts)
+    run_on_ranks(through_a_checkpoint_on_rank, 2, directory, tmp_path, MODELS[model])
     source = weights_of(directory) if MODELS[model].is_stacked else HFWeights(directory)
     before, after = map(tensors_of, (source, HFWeights(tmp_path / "hf")))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)

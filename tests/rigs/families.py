@@ -25,6 +25,9 @@ class TinyModel:
     is_stacked: bool = False
     """Whether its files have one tensor for all experts of a layer, as the published ones; transformers reads both."""
 
+    is_on_one_stage: bool = False
+    """Whether its layers need more of others than the output of the one before, so that stages can't share them."""
+
     layouts: tuple[str, ...] | None = None
     """Where it is converted; None: at every layout that it fits. Others of the family show the rest."""
 
@@ -62,6 +65,14 @@ _TWO_SIZES = {
     "head_dim": 8,
     "hidden_size_per_layer_input": 0,
     "pad_token_id": None,
+}
+_WITH_CONTEXT = {
+    **_TWO_SIZES,
+    "global_head_dim": 12,
+    "hidden_size_per_layer_input": 6,
+    "vocab_size_per_layer_input": 96,
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
 }
 _DELTA_NET = {
     "linear_num_key_heads": 2,
@@ -130,11 +141,27 @@ MODELS = {
             "final_logit_softcapping": 3.0,
         },
     ),
+    "gemma4_e2b": TinyModel(
+        "Gemma4ForCausalLM",
+        "as before, inputs of each layer's own, keys and values of layers before, wider MLPs, one query group",
+        {
+            **_ODD,
+            **_WITH_CONTEXT,
+            "num_hidden_layers": 6,
+            "layer_types": ["full_attention", *["sliding_attention"] * 3, *["full_attention"] * 2],
+            "num_kv_shared_layers": 3,
+            "num_key_value_heads": 1,
+            "initializer_range": 0.1,  # less rounding, of which transformers' own has 2e-4 in FP32 otherwise
+            "vocab_size_per_layer_input": _ODD["vocab_size"],
+            "final_logit_softcapping": 3.0,
+        },
+        is_on_one_stage=True,
+    ),
     "gemma4_images": TinyModel(
         "Gemma4ForConditionalGeneration",
-        "the language model out of one that takes images, full layers with values of their own",
+        "the language model out of one that takes images, inputs of each layer's own",
         {
-            "text_config": {**SMALL, **_TWO_SIZES, "global_head_dim": 16, "pad_token_id": 0},
+            "text_config": {**SMALL, **_TWO_SIZES, **_WITH_CONTEXT, "global_head_dim": 16, "pad_token_id": 0},
             "vision_config": {
                 "model_type": "gemma4_vision",
                 "hidden_size": 16,
@@ -145,6 +172,7 @@ MODELS = {
                 "num_hidden_layers": 1,
             },
         },
+        is_on_one_stage=True,
         layouts=("one process", "TP2"),
     ),
     "deepseek_v2": TinyModel(
@@ -435,6 +463,8 @@ class Layout:
     def fits(self, model: TinyModel) -> bool:
         """Whether a model can be shared so, of those that run on so many processes."""
         shares_an_expert = self.sizes.get("expert_tensor_parallel_size", 1) > 1
+        if model.is_on_one_stage and self.sizes.get("pipeline_model_parallel_size", 1) > 1:
+            return False
         if self.num_ranks > 2 and model not in [MODELS[name] for name in FOUR_RANKS]:
             return False
         return (model.has_experts or not self.needs_experts) and not (model.has_biased_experts and shares_an_expert)

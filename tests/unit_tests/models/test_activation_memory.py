@@ -9,12 +9,14 @@ import torch
 from megatron.bridge.models.activation_memory import activation_bytes, layer_bytes_per_token, logit_bytes
 from megatron.bridge.models.deepseek_v3 import DeepSeekV3ModelProvider
 from megatron.bridge.models.gemma3 import Gemma3ModelProvider
+from megatron.bridge.models.gemma4 import Gemma4ModelProvider
 from megatron.bridge.models.glm4 import GLM4ModelProvider
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.models.layer_kinds import LayerKind
 from megatron.bridge.models.llama import LlamaModelProvider
 from megatron.bridge.models.mixtral import MixtralModelProvider
 from megatron.bridge.models.olmo2 import OLMo2ModelProvider
+from megatron.bridge.models.per_layer_inputs import AddLayerInput
 from megatron.bridge.models.qwen3_5 import Qwen35ModelProvider
 from tests.rigs.ranks import run_on_ranks
 
@@ -56,6 +58,49 @@ def test_gemmas_norms_behind_attention_and_mlp_and_norms_of_queries_and_keys_cou
     plain = layer_bytes_per_token(llama, DENSE)
     assert layer_bytes_per_token(olmo, DENSE) == plain + 2 * (64 + 64), "as many norms, behind in place of before"
     assert layer_bytes_per_token(glm, DENSE) == plain + 4 * 64
+
+
+def test_a_layers_own_input_keeps_what_was_measured_and_taken_keys_count_once():
+    shape = {"num_attention_heads": 4, "num_query_groups": 1, "kv_channels": 16, "seq_length": 32, "vocab_size": 100}
+    model = Gemma4ModelProvider(num_layers=1, hidden_size=64, ffn_hidden_size=256, **shape)
+    plain = layer_bytes_per_token(model, LayerKind(window=8))
+    taking = LayerKind(window=8, takes_keys=True)
+    assert layer_bytes_per_token(model, taking) == plain - 2 * 16 * 3, "no key before its rotation, no value twice"
+    model.use_double_wide_mlp = True
+    assert layer_bytes_per_token(model, taking) == plain - 2 * 16 * 3 + 6 * 256
+    model.hidden_size_per_layer_input = 24
+    added = layer_bytes_per_token(model, LayerKind(window=8)) - plain
+    of_norm, own = 2 * 64, 2 * 24  # which is counted with those of all layers
+    assert added - of_norm + own == _kept_by_a_layers_own_input(model)
+
+
+def _kept_by_a_layers_own_input(model):
+    """Bytes a token that its backward pass needs, in bf16; weights and the norm aside."""
+    model.params_dtype = torch.bfloat16
+    model.perform_initialization = False
+    layer = AddLayerInput(model, torch.nn.Identity)
+    weights, kept = {weight.data_ptr() for weight in layer.parameters()}, {}
+
+    def keep(tensor):
+        if tensor.data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    output, own = (torch.randn(32, 1, size, dtype=torch.bfloat16, requires_grad=True) for size in (64, 24))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(output, own)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 32
+
+
+def test_what_passes_from_layer_to_layer_is_kept_once():
+    shape = {"num_attention_heads": 4, "num_query_groups": 1, "kv_channels": 16, "global_kv_channels": 20}
+    sizes = {"hidden_size": 64, "ffn_hidden_size": 256, "seq_length": 32, "vocab_size": 100, "window_size": (7, 0)}
+    model = Gemma4ModelProvider(num_layers=4, window_attn_skip_freq=[0, 1, 1, 0], **shape, **sizes)
+    before = _bytes(model)
+    model.num_kv_shared_layers, model.hidden_size_per_layer_input, model.values_are_keys = 2, 24, False
+    layers = 4 * (4 * 64 + 6 * 24)
+    inputs, keys = 2 * 4 * 24 + 3 * 24 + 2 * 24, 2 * 20 + (2 * 20 + 2 * 16)
+    assert _bytes(model) - before == 2 * 32 * (layers + 2 * (inputs + keys))
 
 
 def test_recomputation_keeps_the_inputs_of_layers_and_all_of_one_group():

@@ -24,8 +24,7 @@ def provider_with(**changes):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"num_kv_shared_layers": 2},
-        {"hidden_size_per_layer_input": 8},
+        {"vocab_size_per_layer_input": 8, "hidden_size_per_layer_input": 8},
         {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16},
         {"use_bidirectional_attention": "all"},
         {"attention_bias": True},

@@ -45,7 +45,10 @@ def save_tiny_model(
 
         torch.manual_seed(seed)
         model_class = getattr(transformers, architecture)
-        model = model_class(model_class.config_class(**{**SMALL, **overrides}))
+        options = {**SMALL, **overrides}
+        if "vocab_size_per_layer_input" in options:
+            options["vocab_size_per_layer_input"] = options["vocab_size"]
+        model = model_class(model_class.config_class(**options))
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):
                 torch.nn.init.uniform_(parameter, 0.5, 1.5)

@@ -29,6 +29,8 @@ PUBLISHED_PARAMETERS = {
     "gemma3_4b": 3_880_263_168,
     "gemma3_12b": 11_766_034_176,
     "gemma3_27b": 27_009_346_304,
+    "gemma4_e2b": 4_628_569_379,
+    "gemma4_e4b": 7_463_013_418,
     "gemma4_31b": 30_697_345_340,
     "glm4_9b": 9_400_279_040,
     "glm4_32b": 32_566_081_536,
@@ -176,6 +178,13 @@ def _gemma4(layers: int, hidden: int, ffn: int, heads: int, groups: int, **other
     return transformers.Gemma4TextConfig, (layers, hidden, ffn, heads), {**fields, **capped, **others}
 
 
+def _gemma4_small(layers: int, hidden: int, ffn: int, groups: int, *, sliding: int, **others: Any) -> Any:
+    kinds = [*["sliding_attention"] * sliding, "full_attention"] * (layers // (sliding + 1))
+    fields = {"layer_types": kinds, "hidden_size_per_layer_input": 256, "sliding_window": 512}
+    lengths = {"attention_k_eq_v": False, "max_position_embeddings": 131072}
+    return _gemma4(layers, hidden, ffn, 8, groups, **{**fields, **lengths, **others})
+
+
 def _gpt_oss(layers: int, *, experts: int) -> Any:
     rope = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
     scaling = {**rope, "original_max_position_embeddings": 4096}
@@ -315,6 +324,8 @@ PUBLISHED_CONFIGS = {
     "gemma3_1b": _gemma3(26, 1152, 6912, 4, 1, sliding_window=512, vocab_size=262144),
     "gemma3_4b": _gemma3(34, 2560, 10240, **_GEMMA_IMAGES),
     "gemma3_12b": _gemma3(48, 3840, 15360, 16, 8, **_GEMMA_IMAGES),
+    "gemma4_e2b": _gemma4_small(35, 1536, 6144, 1, sliding=4, num_kv_shared_layers=20, use_double_wide_mlp=True),
+    "gemma4_e4b": _gemma4_small(42, 2560, 10240, 2, sliding=5, num_kv_shared_layers=18),
     "gemma4_31b": _gemma4(60, 5376, 21504, 32, 16, num_global_key_value_heads=4),
     "gemma3_27b": _gemma3(62, 5376, 21504, 32, 16, head_dim=128, query_pre_attn_scalar=168, **_GEMMA_IMAGES),
     "glm4_9b": _glm4(40, 4096, 13696, 32),
@@ -477,6 +488,10 @@ def _one_layer_of_each_kind(provider: Any) -> tuple[Any, list[Any], list[Any]]:
     if provider.num_moe_experts:
         provider.expert_model_parallel_size = EXPERT_RANKS
     layers = list(zip(*(_of_layers(provider, pattern) for pattern in PATTERNS), strict=True))
+    if getattr(provider, "num_kv_shared_layers", 0):  # a layer depends on those before it: all are built
+        provider.initialize_model_parallel(create_gloo_process_groups=False)
+        (model,) = provider.provide_distributed_model(wrap_with_ddp=False)
+        return model, list(range(len(layers))), list(range(len(layers)))
     built = list(dict.fromkeys(layers))
     provider.num_layers = len(built)
     for pattern, values in zip(PATTERNS, zip(*built, strict=True), strict=True):

@@ -144,7 +144,7 @@ class TextGenerationEngine:
         from megatron.core.utils import get_model_config
 
         config = get_model_config(self.model)
-        sizes = [config.attention_sizes(slides=kind.window is not None) for kind in kinds_of_layers(config)]
+        sizes = [config.sizes_of(kind) for kind in kinds_of_layers(config)]
         rows = sum(max(one.num_query_groups // config.tensor_model_parallel_size, 1) * one.kv_channels for one in sizes)
         token_bytes = 2 * rows // config.pipeline_model_parallel_size * config.params_dtype.itemsize
         needed = len(lengths) * max(lengths) * token_bytes / 2**30

@@ -14,12 +14,15 @@ same count for a gated MLP, grouped queries and no dropout, with fused attention
     gate of attention's output    6 Q                      / TP
     latent attention instead      2 (2 Q + V) + 2 V        / TP
     what it projects down         4 L + 2 R                / TP with sequence parallelism
+    a layer's own input           4 H + 6 P                / TP with sequence parallelism
     Gated DeltaNet instead        N (20 C + 36 k + 34 v + 4 k v / C + 32) + 8 (2 M k + N v)     / TP
 
 in bytes a token, with H the hidden size, Q, K and V the channels of all query heads, of all query groups and of all
 values, F the MLP's width, L the latent channels, kept before and after their norms, and R the channels of the key that
 turn. Gated DeltaNet is what `delta_rule.py` keeps, mostly in FP32: N and M are the heads of values and keys, v and k
-the channels of one, C the tokens of a chunk. The MLP of shared experts counts beside the experts. With context
+the channels of one, C the tokens of a chunk. P are the channels of a layer's own input (Gemma 4's E2B and E4B); what
+passes from layer to layer there is counted once. A layer that takes another's keys and values keeps the keys that it
+turned, and no values. The MLP of shared experts counts beside the experts. With context
 parallelism a rank has 1 / CP of a sample's tokens; what it gets of other ranks' keys and values isn't counted. For the
 paper's GPT (Q = K = H, F = 4 H, no gate: 4 F) this is its 34 H less the 2 H of its dropout masks.
 """
@@ -38,6 +41,7 @@ from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.models.latent_attention import MLAModelProvider
 from megatron.bridge.models.layer_kinds import LayerKind, kind_of_layer
 from megatron.bridge.models.olmo2 import OLMo2ModelProvider
+from megatron.bridge.models.shared_keys import context_of
 
 BYTES_PER_LOGIT = 8
 """16 bits from the matrix product, FP32 in the cross entropy, 16 bits of gradient."""
@@ -55,7 +59,9 @@ def layer_bytes_per_token(model: GPTModelProvider, kind: LayerKind) -> float:
     attention = _mixer_bytes(model, kind)
     gates = 2 if model.gated_linear_unit else 1
     if not kind.is_moe:
-        return norms + attention + 2 * (gates + 1) * model.ffn_hidden_size / tp
+        inputs = getattr(model, "hidden_size_per_layer_input", 0)
+        of_input = (4 * model.hidden_size + 6 * inputs) / sequence if inputs else 0
+        return norms + attention + of_input + 2 * (gates + 1) * (model.sizes_of(kind).ffn_hidden_size or 0) / tp
     # What goes to an expert and comes back, and the expert's MLP, for each of a token's experts.
     etp = model.expert_tensor_parallel_size or tp
     routed = 4 * model.hidden_size + 2 * (gates + 1) * (model.moe_ffn_hidden_size or model.ffn_hidden_size) / etp
@@ -66,7 +72,7 @@ def layer_bytes_per_token(model: GPTModelProvider, kind: LayerKind) -> float:
 def _mixer_bytes(model: GPTModelProvider, kind: LayerKind) -> float:
     if kind.is_delta_net:
         return _delta_net_bytes(model)
-    sizes = model.attention_sizes(slides=kind.window is not None)
+    sizes = model.sizes_of(kind)
     return _latent_bytes(model) if isinstance(model, MLAModelProvider) else _attention_bytes(sizes)
 
 
@@ -87,6 +93,8 @@ def _attention_bytes(model: GPTModelProvider) -> float:
     values = key if isinstance(model, Gemma4ModelProvider) else 0  # which are normalised, too
     normed = 2 * (query + key + values) if model.qk_layernorm or isinstance(model, OLMo2ModelProvider) else 0
     gated = 6 * query if model.attention_output_gate else 0  # its sigmoid in FP32, and the product
+    if getattr(model, "num_kv_projections", 2) == 0:
+        return (2 * (query + key) + 2 * query + 2 * query) / model.tensor_model_parallel_size
     return (2 * (query + 2 * key) + 2 * query + normed + gated) / model.tensor_model_parallel_size
 
 
@@ -96,6 +104,15 @@ def _latent_bytes(model: MLAModelProvider) -> float:
     value = model.num_attention_heads * model.v_head_dim
     latent = 4 * ((model.q_lora_rank or 0) + model.kv_lora_rank) + 2 * model.qk_pos_emb_head_dim
     return (2 * (2 * query + value) + 2 * value) / tp + latent / (tp if model.sequence_parallel else 1)
+
+
+def _context_bytes(model: GPTModelProvider) -> float:
+    """What `LayerWithContext` hands from layer to layer, of one token: inputs and their norm, and copies at sources."""
+    if not isinstance(model, Gemma4ModelProvider) or not (found := [*context_of(model)]):
+        return 0.0
+    sequence = model.tensor_model_parallel_size if model.sequence_parallel else 1
+    inputs, keys = (sum(part) for part in zip(*found, strict=True))
+    return 2 * inputs / sequence + 2 * keys
 
 
 def activation_bytes(
@@ -111,17 +128,18 @@ def activation_bytes(
         micro_batches_in_flight: Forward passes whose backward pass is still to come.
     """
     tokens = micro_batch_size * model.seq_length / model.context_parallel_size
+    context = round(tokens * _context_bytes(model) * micro_batches_in_flight)
     layers = [layer_bytes_per_token(model, kind) for kind in kinds]
     if model.recompute_granularity != "full" or not layers:
-        return round(tokens * sum(layers) * micro_batches_in_flight)
+        return context + round(tokens * sum(layers) * micro_batches_in_flight)
     boundary = 2 * model.hidden_size / (model.tensor_model_parallel_size if model.sequence_parallel else 1)
     if model.recompute_method == "block":  # the first layers are recomputed, the others keep all
         recomputed = min(model.recompute_num_layers, len(layers))
         kept = recomputed * boundary + sum(layers[recomputed:])
-        return round(tokens * (kept * micro_batches_in_flight + max(layers)))
+        return context + round(tokens * (kept * micro_batches_in_flight + max(layers)))
     group = model.recompute_num_layers or 1
     kept = -(-len(layers) // group) * boundary
-    return round(tokens * (kept * micro_batches_in_flight + min(group, len(layers)) * max(layers)))
+    return context + round(tokens * (kept * micro_batches_in_flight + min(group, len(layers)) * max(layers)))
 
 
 def logit_bytes(model: GPTModelProvider, *, micro_batch_size: int) -> int:

@@ -2,18 +2,18 @@
 """The Gemma 4 family, text: Gemma 3's norms and kinds of layers, with wider heads in layers that attend to everything.
 
 These turn a quarter of each head, and may take their keys as values. Values are normalised, each layer's output is
-scaled, and logits are capped.
+scaled, and logits are capped. The last layers of E2B and E4B take keys and values of layers before them, and each layer
+has an input of its own.
 """
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer.utils import is_layer_window_attention
 
-from megatron.bridge.models.conversion.mapping import fused_qkv_of_layer, replicated, split_columns
+from megatron.bridge.models.conversion.mapping import fused_qkv_of_layer, replicated, split_columns, vocabulary
 from megatron.bridge.models.conversion.transformers_config import expect_value
 from megatron.bridge.models.decoder import (
     HF_LAYER,
@@ -33,7 +33,9 @@ from megatron.bridge.models.gemma4_layers import (
     cap_logits,
 )
 from megatron.bridge.models.gpt_provider import GPTModelProvider, LayerSpec
+from megatron.bridge.models.layer_kinds import LayerKind, kind_of_layer
 from megatron.bridge.models.sandwich_layers import rotary_of, sandwich_spec
+from megatron.bridge.models.shared_keys import LayerWithContext, ModelWithContext, sources
 from megatron.bridge.utils.set_fields import writes_that_nobody_set
 
 
@@ -53,7 +55,16 @@ class Gemma4ModelProvider(Gemma3ModelProvider):
     """Whether layers without a sliding window have no value projection: keys, before norm and rotation, are values."""
     final_logit_softcapping: float | None = 30.0
     """What logits are capped at, by a hyperbolic tangent. None: nothing."""
+    num_kv_shared_layers: int = 0
+    """How many layers, the last ones, take keys and values of the last layer of their kind before them."""
+    use_double_wide_mlp: bool = False
+    """Whether the MLP of these layers is twice as wide."""
+    hidden_size_per_layer_input: int = 0
+    """Channels of the input that each layer has of its own. 0: they have none."""
     hetereogenous_dist_checkpoint: bool = True  # layers differ in shape, so a checkpoint has each by itself
+
+    num_kv_projections: ClassVar[int] = 2
+    """Of keys and of values, in the layers of a kind: see `sizes_of`."""
 
     def finalize(self) -> None:
         """As for every provider.
@@ -73,29 +84,50 @@ class Gemma4ModelProvider(Gemma3ModelProvider):
                 raise ValueError(
                     f"model.{name}={getattr(self, name)!r}: Gemma 4's attention isn't built with it; set it to {needed}"
                 )
-        groups, ranks = self.attention_sizes(slides=False).num_query_groups, self.tensor_model_parallel_size
+        groups, ranks = self.sizes_of(LayerKind()).num_query_groups, self.tensor_model_parallel_size
         if groups and groups % ranks and ranks % groups:
             raise ValueError(
                 f"model.tensor_model_parallel_size={ranks} and {groups} query groups in layers without a window "
                 "(model.num_global_query_groups): one must divide the other; change model.tensor_model_parallel_size"
             )
+        if self._has_context():
+            self._check_context()
         super().finalize()
 
-    def attention_sizes(self, *, slides: bool) -> "Gemma4ModelProvider":
-        """See `GPTModelProvider.attention_sizes`."""
+    def _has_context(self) -> bool:
+        """Whether layers need more than the layer before them gives."""
+        return bool(self.num_kv_shared_layers or self.hidden_size_per_layer_input)
+
+    def _check_context(self) -> None:
+        if self.pipeline_model_parallel_size > 1:
+            raise ValueError(
+                f"model.pipeline_model_parallel_size={self.pipeline_model_parallel_size} with "
+                f"model.num_kv_shared_layers={self.num_kv_shared_layers} and model.hidden_size_per_layer_input="
+                f"{self.hidden_size_per_layer_input}: layers need the keys, values and inputs that are made on the "
+                "first stages, and only the layers' output is sent on; set it to 1, and share the model by "
+                "model.tensor_model_parallel_size"
+            )
+        sources(self)
+
+    def sizes_of(self, kind: LayerKind) -> "Gemma4ModelProvider":
+        """See `GPTModelProvider.sizes_of`."""
         sizes = copy.copy(self)
         with writes_that_nobody_set(sizes):
-            if slides:
+            if kind.window is not None:
                 sizes.values_are_keys = False
             else:
                 sizes.kv_channels = self.global_kv_channels
                 sizes.num_query_groups = self.num_global_query_groups or self.num_query_groups
+            if kind.takes_keys and self.use_double_wide_mlp:
+                assert self.ffn_hidden_size is not None, "derived when finalized"
+                sizes.ffn_hidden_size = 2 * self.ffn_hidden_size
+            projections = 1 if sizes.values_are_keys else 2
+            sizes.num_kv_projections = 0 if kind.takes_keys else projections  # type: ignore[misc]
         return sizes
 
     def of_layer(self, layer_number: int) -> "Gemma4ModelProvider":
-        """The fields as they are for attention in one layer, counted from 1 over all pipeline stages."""
-        slides = is_layer_window_attention(self.window_size, self.window_attn_skip_freq, layer_number)
-        return self.attention_sizes(slides=slides)
+        """The fields as they are in one layer, counted from 1 over all pipeline stages."""
+        return self.sizes_of(kind_of_layer(self, layer_number))
 
     def provide(
         self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
@@ -112,18 +144,27 @@ class Gemma4ModelProvider(Gemma3ModelProvider):
         sliding = rotary_of(model, self, 1.0, channels=self.kv_channels, base=self.rotary_base_local)
         model.rotary_pos_emb = RotaryOfEachSize(full, sliding)
 
+    def _model_class(self) -> type[GPTModel]:
+        return ModelWithContext if self._has_context() else GPTModel
+
     def _layer_spec(self, vp_stage: int | None) -> LayerSpec:
         block = GPTModelProvider._layer_spec(self, vp_stage)
-        return sandwich_spec(block, self, attention=SelfAttentionOfItsSize, after_mlp=NormThenAddAndScale)
+        if not self._has_context():
+            return sandwich_spec(block, self, attention=SelfAttentionOfItsSize, after_mlp=NormThenAddAndScale)
+        spec = sandwich_spec(block, self, attention=SelfAttentionOfItsSize)
+        layers = [
+            replace(layer, module=LayerWithContext, params={**layer.params, "norm": spec.layer_norm})
+            for layer in spec.layer_specs or ()
+        ]
+        return replace(spec, layer_specs=layers)
 
 
 def _provider_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     expect_value(hf, "hidden_activation", "gelu_pytorch_tanh")
     expect_value(hf, "attention_bias", False)
-    expect_value(hf, "num_kv_shared_layers", 0)
     expect_value(hf, "enable_moe_block", False)
     if hf["hidden_size_per_layer_input"]:
-        expect_value(hf, "hidden_size_per_layer_input", 0)
+        expect_value(hf, "vocab_size_per_layer_input", hf["vocab_size"])
     if hf["use_bidirectional_attention"] == "all":  # "vision" is about images
         expect_value(hf, "use_bidirectional_attention", None)
     sliding, full = _rotary_parameters(hf)
@@ -137,6 +178,9 @@ def _provider_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
         "global_kv_channels": of_full.get("head_dim", hf["head_dim"]),
         "values_are_keys": hf["attention_k_eq_v"],
         "final_logit_softcapping": hf["final_logit_softcapping"],
+        "num_kv_shared_layers": hf["num_kv_shared_layers"],
+        "use_double_wide_mlp": hf["use_double_wide_mlp"],
+        "hidden_size_per_layer_input": hf["hidden_size_per_layer_input"] or 0,
     }
     if "num_key_value_heads" in of_full:
         fields["num_global_query_groups"] = of_full["num_key_value_heads"]
@@ -201,6 +245,13 @@ FAMILY = ModelFamily(
         split_columns(f"{LAYER}self_attention.linear_proj.weight", f"{_ATTENTION}o_proj.weight"),
         *mlp_mappings("weight"),
         replicated(f"{LAYER}mlp_bda.layer_scalar", f"{HF_LAYER}layer_scalar"),
+        replicated(f"{LAYER}layer_scalar", f"{HF_LAYER}layer_scalar"),
+        replicated(f"{LAYER}layer_input.gate.weight", f"{HF_LAYER}per_layer_input_gate.weight"),
+        replicated(f"{LAYER}layer_input.projection.weight", f"{HF_LAYER}per_layer_projection.weight"),
+        replicated(f"{LAYER}layer_input.norm.weight", f"{HF_LAYER}post_per_layer_input_norm.weight"),
+        vocabulary("per_layer_inputs.table.weight", "model.embed_tokens_per_layer.weight"),
+        replicated("per_layer_inputs.projection.weight", "model.per_layer_model_projection.weight"),
+        replicated("per_layer_inputs.norm.weight", "model.per_layer_projection_norm.weight"),
     ),
     write_own_keys=_write_own_keys,
 )

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""What Gemma 4's layers have of their own: heads of two sizes, keys that are values too, and a scale at their end.
+"""What Gemma 4's layers have of their own: heads of two sizes, values that are keys or another layer's, and a scale.
 
 Shapes: S sequence, B batch, H hidden, D channels of a head.
 """
@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import all_gather_last_dim_from_tensor_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.utils import is_layer_window_attention
 
 from megatron.bridge.models.sandwich_layers import NormThenAdd, RotaryOfEachKind
+from megatron.bridge.models.shared_keys import sources
 
 
 class NormThenAddAndScale(NormThenAdd):
@@ -57,10 +59,15 @@ class SelfAttentionOfItsSize(SelfAttention):
 
     def __init__(self, config: Any, submodules: Any, layer_number: int, *args: Any, **options: Any) -> None:
         sizes = config.of_layer(layer_number)
-        if sizes.values_are_keys:
-            values = sizes.kv_channels * sizes.num_query_groups
-            submodules = replace(submodules, linear_qkv=_with_fewer_rows(submodules.linear_qkv, values))
+        missing = 2 - sizes.num_kv_projections
+        if missing:
+            rows = missing * sizes.kv_channels * sizes.num_query_groups
+            submodules = replace(submodules, linear_qkv=_with_fewer_rows(submodules.linear_qkv, rows))
+        if not sizes.num_kv_projections:
+            submodules = replace(submodules, k_layernorm=IdentityOp)
         super().__init__(sizes, submodules, layer_number, *args, **options)
+        self.is_source = layer_number in sources(config)
+        self.keys_and_values: tuple[torch.Tensor, torch.Tensor] | None = None
         self.slides = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.channels_of_both = config.global_kv_channels + config.kv_channels
 
@@ -76,15 +83,29 @@ class SelfAttentionOfItsSize(SelfAttention):
         return super().forward(hidden_states, attention_mask, *args, **kwargs)
 
     def get_query_key_value_tensors(self, hidden_states: torch.Tensor, *args: Any, **options: Any) -> Any:
-        """Query [S, B, heads, D], key and value [S, B, groups, D] of this rank. Arguments as for Core's."""
+        """Query [S, B, heads, D], key and value [S, B, groups, D] of this rank. Arguments as for Core's.
+
+        Key and value are `keys_and_values` in a layer without its own, which it is given before. A layer whose keys and
+        values others take puts them there.
+        """
+        assert self.q_layernorm is not None, "qk_layernorm, checked when finalized"
+        if not self.config.num_kv_projections:
+            query, _ = self.linear_qkv(hidden_states)
+            assert self.keys_and_values is not None, "of LayerWithContext"
+            return self.q_layernorm(
+                query.unflatten(-1, (-1, self.hidden_size_per_attention_head))
+            ), *self.keys_and_values
         if self.config.values_are_keys:
             query, value = self._query_and_key(hidden_states)
-            assert self.q_layernorm is not None and self.k_layernorm is not None, "qk_layernorm, checked when finalized"
+            assert self.k_layernorm is not None, "as q_layernorm"
             query, key = self.q_layernorm(query), self.k_layernorm(value)
         else:
             query, key, value = super().get_query_key_value_tensors(hidden_states, *args, **options)
         normed = F.rms_norm(value.float(), value.shape[-1:], eps=self.config.layernorm_epsilon)
-        return query, key, normed.to(value.dtype)
+        value = normed.to(value.dtype)
+        if self.is_source:
+            self.keys_and_values = key, value
+        return query, key, value
 
     def _query_and_key(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Both before their norms. Where ranks share a group, each has a part of its rows: they are gathered."""

@@ -15,6 +15,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron.bridge.models.fusions import COMPILED_FUSIONS, KERNEL_FUSIONS, why_unavailable
+from megatron.bridge.models.layer_kinds import LayerKind
 from megatron.bridge.models.layer_specs import (
     choose_layer_spec,
     default_layer_spec,
@@ -224,8 +225,8 @@ class GPTModelProvider(RemembersSetFields, TransformerConfig, ModelProviderMixin
         if reasons:
             logger.info("fusions off: %s", "; ".join(f"{', '.join(names)} ({why})" for why, names in reasons.items()))
 
-    def attention_sizes(self, *, slides: bool) -> "GPTModelProvider":
-        """The fields as they are for attention in layers with a sliding window, or without: these, in most families."""
+    def sizes_of(self, kind: LayerKind) -> "GPTModelProvider":
+        """The fields as they are for attention and MLP in a kind of layer: these, in most families."""
         return self
 
     def padded_vocab_size(self) -> int:
@@ -271,7 +272,7 @@ class GPTModelProvider(RemembersSetFields, TransformerConfig, ModelProviderMixin
         positions = "rope" if self.position_embedding_type in _SCALED else self.position_embedding_type
         # Core reads the kind of positions from the configuration as well.
         with writes_that_nobody_set(self), replaced(self, position_embedding_type=positions):
-            model = GPTModel(
+            model = self._model_class()(
                 config=self,
                 transformer_layer_spec=self._layer_spec(vp_stage),
                 vocab_size=self.padded_vocab_size(),
@@ -297,6 +298,9 @@ class GPTModelProvider(RemembersSetFields, TransformerConfig, ModelProviderMixin
                 tensor_parallel_size=self.tensor_model_parallel_size,
             )
         return model
+
+    def _model_class(self) -> type[GPTModel]:
+        return GPTModel
 
     def _layer_spec(self, vp_stage: int | None) -> LayerSpec:
         spec = self.transformer_layer_spec

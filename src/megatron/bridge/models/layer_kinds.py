@@ -20,6 +20,8 @@ class LayerKind:
     """Whether it has Gated DeltaNet in place of attention."""
     window: int | None = None
     """Tokens that a token attends to, itself included; None: all before it."""
+    takes_keys: bool = False
+    """Whether its keys and values are those of a layer before it."""
 
 
 def kind_of_layer(config: TransformerConfig, layer_number: int) -> LayerKind:
@@ -35,6 +37,7 @@ def kind_of_layer(config: TransformerConfig, layer_number: int) -> LayerKind:
         is_moe=bool(config.num_moe_experts) and _is_in(config.moe_layer_freq, layer_number),
         is_delta_net=is_delta_net(config, layer_number),
         window=before + 1 if before >= 0 else None,
+        takes_keys=layer_number > (config.num_layers or 0) - getattr(config, "num_kv_shared_layers", 0),
     )
 
 

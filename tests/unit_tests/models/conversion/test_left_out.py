@@ -45,3 +45,13 @@ def test_a_model_with_code_of_its_own_is_exported_as_one_that_needs_none():
     """Kimi-K2's configuration is DeepSeek-V3's under another name."""
     content = {"model_type": "kimi_k2", "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}, "eps": 1}
     assert config_of_export(content) == {"model_type": "deepseek_v3", "eps": 1}
+
+
+def test_keys_of_layers_that_take_anothers_are_left_out_and_named():
+    """Published files of Gemma 4's E2B and E4B hold them."""
+    model = SimpleNamespace(**{**vars(MODEL), "num_layers": 4, "num_kv_shared_layers": 2})
+    taken = [f"model.layers.2.self_attn.{name}.weight" for name in ("k_proj", "v_proj", "k_norm")]
+    needed = ["model.layers.1.self_attn.k_proj.weight", "model.layers.2.self_attn.q_proj.weight"]
+    assert [may_be_ignored(name, model, FAMILY) for name in (*taken, *needed)] == [True] * 3 + [False] * 2
+    assert say_what_is_left_out([*needed, *taken], model, FAMILY).startswith("3 tensors of keys and values")
+    assert say_what_is_left_out(needed, model, FAMILY) is None

@@ -15,6 +15,7 @@ from megatron.bridge.models.conversion.transformers_config import SAME_AS
 from megatron.bridge.models.families import ModelFamily
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_OF_KEYS = re.compile(r"\.self_attn\.[kv]_(proj|norm)\.weight$")
 _APART = "mtp."
 """Before the names of Qwen's."""
 _FURTHER_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
@@ -33,6 +34,8 @@ def may_be_ignored(name: str, config: TransformerConfig, family: ModelFamily) ->
         return True
     if is_of_further_layer(name, config, family) or is_of_no_shared_expert(name, config):
         return True
+    if is_of_taken_keys(name, config):
+        return True
     return any(fnmatchcase(name, pattern) for pattern in family.ignored_tensors)
 
 
@@ -41,6 +44,17 @@ def is_of_further_layer(name: str, config: TransformerConfig, family: ModelFamil
     layer = _LAYER.match(name)
     is_after = name.startswith(_APART) if layer is None else int(layer[1]) >= config.num_layers
     return family.has_further_layers and is_after
+
+
+def is_of_taken_keys(name: str, config: TransformerConfig) -> bool:
+    """Whether a tensor makes keys or values of a layer that takes those of another (Gemma 4), so that nothing reads it.
+
+    Published files hold such tensors, and transformers leaves them out, too.
+    """
+    layer = _LAYER.match(name)
+    shared = getattr(config, "num_kv_shared_layers", 0)
+    takes = layer is not None and config.num_layers - shared <= int(layer[1]) < config.num_layers
+    return takes and bool(_OF_KEYS.search(name))
 
 
 def is_of_no_shared_expert(name: str, config: TransformerConfig) -> bool:
@@ -54,6 +68,13 @@ def say_what_is_left_out(names: Iterable[str], config: TransformerConfig, family
     Args:
         names: The tensors' in the files; as above for the others.
     """
+    names = list(names)
+    unread = [name for name in names if is_of_taken_keys(name, config)]
+    if unread:
+        return (
+            f"{len(unread)} tensors of keys and values in layers that take another layer's, such as {unread[0]}, are "
+            "left out: the model doesn't read them, and exports don't hold them"
+        )
     found = [name for name in names if is_of_further_layer(name, config, family)]
     if not found:
         return None

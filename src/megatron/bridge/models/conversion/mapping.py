@@ -76,10 +76,10 @@ class WeightMapping:
     def as_held(self, sizes: Any, rows: int) -> "WeightMapping":
         """The same mapping, not split where a rank holds all rows of a weight that needn't be.
 
-        A layer's query, key and value are two tensors where keys are values too.
+        A layer's query, key and value are two tensors where keys are values too, and one where they are another's.
         """
-        if self.differs_by_layer and self._own(sizes).values_are_keys:
-            return replace(self, hf_names=self.hf_names[:2])
+        if self.differs_by_layer:
+            return replace(self, hf_names=self.hf_names[: 1 + self._own(sizes).num_kv_projections])
         is_whole = bool(self.rows) and sum(getattr(sizes, name) for name in self.rows) == rows
         return replace(self, dim=None) if is_whole else self
 
@@ -153,7 +153,7 @@ def fused_qkv(megatron_name: str, *, q: str, k: str, v: str) -> WeightMapping:
 
 
 def fused_qkv_of_layer(megatron_name: str, *, q: str, k: str, v: str) -> WeightMapping:
-    """As `fused_qkv`, of layers whose sizes differ. Those whose keys are values too have no value."""
+    """As `fused_qkv`, of layers whose sizes differ, and that may lack a value, or a key too."""
     return WeightMapping(megatron_name, (q, k, v), _grouped_qkv, dim=0, differs_by_layer=True)
 
 

@@ -22,7 +22,7 @@ _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"(?<=\.experts\.)(local_experts\.|linear_fc[12]\.(?:weight|bias))(\d+)")
 _EMBEDDING = "embedding.word_embeddings.weight"
 _OUTPUT = "output_layer.weight"
-_BUFFERS = (EXPERT_BIAS, "mlp_bda.layer_scalar")
+_BUFFERS = (EXPERT_BIAS, "layer_scalar")
 """What the names of buffers end with that are weights in files: a router's bias, and a layer's scale."""
 
 

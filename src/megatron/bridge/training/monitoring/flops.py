@@ -23,10 +23,12 @@ def train_step_flops(model: Any, batch_shapes: Iterable[tuple[int, int]]) -> int
         batch_shapes: [B, S] of each micro-batch.
     """
     kinds = Counter(kinds_of_layers(model))
-    output = model.hidden_size * model.padded_vocab_size()
+    # Beside the output layer, what projects embeddings to inputs of the layers.
+    inputs = model.num_layers * getattr(model, "hidden_size_per_layer_input", 0)
+    ends = model.hidden_size * (model.padded_vocab_size() + inputs)
     forward = 0
     for batch_size, length in batch_shapes:
-        weights = output + sum(number * _weights_a_token_meets(model, kind) for kind, number in kinds.items())
+        weights = ends + sum(number * _weights_a_token_meets(model, kind) for kind, number in kinds.items())
         mixing = sum(number * _mixing_flops(model, kind, length) for kind, number in kinds.items())
         forward += batch_size * (2 * length * weights + mixing)
     return 3 * forward
@@ -35,18 +37,15 @@ def train_step_flops(model: Any, batch_shapes: Iterable[tuple[int, int]]) -> int
 def _weights_a_token_meets(model: Any, kind: LayerKind) -> int:
     """The elements of the matrices that a layer multiplies each token with."""
     matrices = 3 if model.gated_linear_unit else 2
-    mixer = _delta_net_weights(model) if kind.is_delta_net else _attention_weights(_sizes(model, kind))
+    sizes = model.sizes_of(kind)
+    mixer = _delta_net_weights(model) if kind.is_delta_net else _attention_weights(sizes)
     if not kind.is_moe:
-        return mixer + matrices * model.hidden_size * model.ffn_hidden_size
+        of_input = 2 * getattr(model, "hidden_size_per_layer_input", 0)
+        return mixer + model.hidden_size * (matrices * sizes.ffn_hidden_size + of_input)
     shared = model.moe_shared_expert_intermediate_size or 0
     widths = model.moe_router_topk * (model.moe_ffn_hidden_size or model.ffn_hidden_size) + shared
     router = model.num_moe_experts + bool(shared and model.moe_shared_expert_gate)
     return mixer + model.hidden_size * (matrices * widths + router)
-
-
-def _sizes(model: Any, kind: LayerKind) -> Any:
-    """The fields of attention in a kind of layer."""
-    return model.attention_sizes(slides=kind.window is not None)
 
 
 def _attention_weights(model: Any) -> int:
@@ -60,7 +59,7 @@ def _attention_weights(model: Any) -> int:
         return queries + down + latent * keys_and_values + value * hidden
     groups = model.num_query_groups or heads
     gates = 1 if model.attention_output_gate else 0
-    keys_and_values = 1 if getattr(model, "values_are_keys", False) else 2
+    keys_and_values = getattr(model, "num_kv_projections", 2)
     return hidden * ((2 + gates) * query + keys_and_values * query // heads * groups)
 
 
@@ -83,9 +82,8 @@ def _mixing_flops(model: Any, kind: LayerKind, length: int) -> int:
     """Operations of a layer's products of tokens with tokens, for a row of that many tokens."""
     if not kind.is_delta_net:
         window = min(kind.window or length, length)
-        return (
-            (2 * length - window) * window * sum(_channels(_sizes(model, kind)))
-        )  # of scores, and of the weighted sum
+        channels = sum(_channels(model.sizes_of(kind)))  # of scores, and of the weighted sum
+        return (2 * length - window) * window * channels
     # See `gated_delta_rule`. Within a chunk: the system, its solution (a triangle, so half), and the scores twice;
     # with the state: what it says of keys and of queries, and what is added to it.
     chunk, key, value = min(CHUNK, length), model.linear_key_head_dim, model.linear_value_head_dim
