@@ -151,6 +151,27 @@ THE_CONVERSION = (
         "tests/unit_tests/models/test_gemma3.py::test_the_factor_is_rounded_as_in_transformers",
     ),
     _converted_wrongly(
+        "keys and values that layers share",
+        "a layer takes those of the first layer of its kind, in place of the last",
+        "shared_keys:source_of",
+        expression("range(first - 1, 0, -1)", "range(1, first)"),
+        "tests/unit_tests/models/test_shared_keys.py::test_a_layer_takes_keys_of_the_last_layer_of_its_kind_that_has_some",
+    ),
+    _converted_wrongly(
+        "inputs of each layer's own",
+        "they aren't gated by what the layer gives",
+        "per_layer_inputs:AddLayerInput.forward",
+        expression("self.activation(self.gate(output)) * layer_input", "layer_input"),
+        f"{_CELL}[gemma4_e2b-one_process]",
+    ),
+    _converted_wrongly(
+        "gradients of inputs of each layer's own",
+        "with sequence parallelism each rank has that of its part of the sequence",
+        "per_layer_inputs:WholeLinear.__init__",
+        expression("config.sequence_parallel", "False"),
+        f"{_GRADIENTS}[gemma4_e2b-layouts3]",
+    ),
+    _converted_wrongly(
         "a language model's adapters",
         "peft would look for them in the model around it",
         "conversion.adapter_export:AdapterExport.save_hf_adapter",
