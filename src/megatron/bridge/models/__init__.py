@@ -16,6 +16,7 @@ _DOORS = {
     "Gemma4ModelProvider": "megatron.bridge.models.gemma4",
     "GPTOSSModelProvider": "megatron.bridge.models.gpt_oss",
     "GraniteModelProvider": "megatron.bridge.models.granite",
+    "Granite4ModelProvider": "megatron.bridge.models.granite4",
     "LlamaModelProvider": "megatron.bridge.models.llama",
     "Llama3ModelProvider": "megatron.bridge.models.llama",
     "Ministral3ModelProvider": "megatron.bridge.models.ministral3",

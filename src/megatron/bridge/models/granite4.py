@@ -2,6 +2,7 @@
 """Granite 4's dense sizes: a Granite 3 in files of the hybrid family, with or without rotary positions."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from megatron.bridge.models.conversion.mapping import gate_up_in_one, split_columns
@@ -12,6 +13,11 @@ from megatron.bridge.models.granite import GraniteModelProvider, granite_fields,
 
 _ATTENTION = ("attention", "full_attention")
 """How files, and transformers from version 5 on, name a layer with attention."""
+
+
+@dataclass
+class Granite4ModelProvider(GraniteModelProvider):
+    """What Granite 4's dense sizes share."""
 
 
 def _provider_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,7 +45,7 @@ def _write_own_keys(config: dict[str, Any], trained: Any) -> None:
 
 
 FAMILY = ModelFamily(
-    provider_class=GraniteModelProvider,
+    provider_class=Granite4ModelProvider,
     provider_fields=_provider_fields,
     mappings=(
         *VOCABULARY_MAPPINGS,

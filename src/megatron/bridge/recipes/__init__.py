@@ -17,6 +17,7 @@ FAMILIES = (
     "glm45",
     "gpt_oss",
     "granite",
+    "granite4",
     "llama",
     "ministral3",
     "mistral",
