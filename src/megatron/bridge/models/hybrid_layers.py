@@ -14,6 +14,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron.bridge.models.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
+from megatron.bridge.models.layer_specs import with_each_layer
 
 
 class GatedSelfAttention(SelfAttention):
@@ -70,12 +71,7 @@ def delta_net_spec(block: Any) -> TransformerBlockSubmodules:
     Raises:
         ValueError: A spec of another form, which says nothing of its linear layers.
     """
-    if not isinstance(block, TransformerBlockSubmodules) or block.layer_specs is None:
-        raise ValueError(
-            f"model.transformer_layer_spec gives a {type(block).__name__}: this family needs the layers of a block "
-            "(TransformerBlockSubmodules), such as local_layer_spec or transformer_engine_layer_spec"
-        )
-    return replace(block, layer_specs=[_of_its_kind(layer) for layer in block.layer_specs])
+    return with_each_layer(block, _of_its_kind)
 
 
 def _of_its_kind(layer: ModuleSpec) -> ModuleSpec:

@@ -4,6 +4,7 @@
 import dataclasses
 import importlib.util
 import logging
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -87,6 +88,24 @@ def mtp_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> No
         raise NotImplementedError(
             f"model.mtp_num_layers={config.mtp_num_layers}: layers that predict further tokens aren't built; unset it"
         )
+
+
+def with_each_layer(block: Any, change: Callable[[ModuleSpec], ModuleSpec]) -> TransformerBlockSubmodules:
+    """The spec of a block with each of its layers changed.
+
+    Args:
+        block: The spec of Core's local layers, or of Transformer Engine's. It isn't changed.
+        change: Gives the new layer for one of its layers.
+
+    Raises:
+        ValueError: A spec of another form.
+    """
+    if not isinstance(block, TransformerBlockSubmodules) or block.layer_specs is None:
+        raise ValueError(
+            f"model.transformer_layer_spec gives a {type(block).__name__}: this family needs the layers of a block "
+            "(TransformerBlockSubmodules), such as local_layer_spec or transformer_engine_layer_spec"
+        )
+    return dataclasses.replace(block, layer_specs=[change(layer) for layer in block.layer_specs])
 
 
 def replace_norms(spec: Any, replaced: tuple[type, ...], norm: type = TorchNorm) -> None:

@@ -14,6 +14,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+from megatron.bridge.models.layer_specs import with_each_layer
+
 
 class MultiplyThenAdd(torch.nn.Module):
     """Multiplies what attention or MLP gives before it is added to the residual.
@@ -52,12 +54,7 @@ def multiplied_spec(block: Any, factor: float) -> TransformerBlockSubmodules:
     Raises:
         ValueError: A spec of another form.
     """
-    if not isinstance(block, TransformerBlockSubmodules) or block.layer_specs is None:
-        raise ValueError(
-            f"model.transformer_layer_spec gives a {type(block).__name__}: this family needs the layers of a block "
-            "(TransformerBlockSubmodules), such as local_layer_spec or transformer_engine_layer_spec"
-        )
-    return replace(block, layer_specs=[_multiplied(layer, factor) for layer in block.layer_specs])
+    return with_each_layer(block, lambda layer: _multiplied(layer, factor))
 
 
 def _multiplied(layer: ModuleSpec, factor: float) -> ModuleSpec:

@@ -13,6 +13,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+from megatron.bridge.models.layer_specs import with_each_layer
 from megatron.bridge.models.rope_by_length import keep_position_ids
 
 
@@ -128,12 +129,7 @@ def scaled_queries_spec(block: Any) -> TransformerBlockSubmodules:
     Raises:
         ValueError: A spec of another form, or with another attention.
     """
-    if not isinstance(block, TransformerBlockSubmodules) or block.layer_specs is None:
-        raise ValueError(
-            f"model.transformer_layer_spec gives a {type(block).__name__}: this family needs the layers of a block "
-            "(TransformerBlockSubmodules), such as local_layer_spec or transformer_engine_layer_spec"
-        )
-    return replace(block, layer_specs=[_with_scaled_queries(layer) for layer in block.layer_specs])
+    return with_each_layer(block, _with_scaled_queries)
 
 
 def _with_scaled_queries(layer: ModuleSpec) -> ModuleSpec:
