@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", type=int, default=4000, help=f"parameters of {SMALL_ELEMENTS} elements")
     parser.add_argument("--ranks", type=int, default=8, help="data-parallel ranks that share SmolLM2-135M")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=21)
     return parser
 
 
