@@ -59,7 +59,7 @@ def layer_bytes_per_token(model: GPTModelProvider, kind: LayerKind) -> float:
     attention = _mixer_bytes(model, kind)
     gates = 2 if model.gated_linear_unit else 1
     if not kind.is_moe:
-        inputs = getattr(model, "hidden_size_per_layer_input", 0)
+        inputs = model.layer_input_channels()
         of_input = (4 * model.hidden_size + 6 * inputs) / sequence if inputs else 0
         return norms + attention + of_input + 2 * (gates + 1) * (model.sizes_of(kind).ffn_hidden_size or 0) / tp
     # What goes to an expert and comes back, and the expert's MLP, for each of a token's experts.
@@ -93,7 +93,7 @@ def _attention_bytes(model: GPTModelProvider) -> float:
     values = key if isinstance(model, Gemma4ModelProvider) else 0  # which are normalised, too
     normed = 2 * (query + key + values) if model.qk_layernorm or isinstance(model, OLMo2ModelProvider) else 0
     gated = 6 * query if model.attention_output_gate else 0  # its sigmoid in FP32, and the product
-    if getattr(model, "num_kv_projections", 2) == 0:
+    if not model.num_kv_projections:
         return (2 * (query + key) + 2 * query + 2 * query) / model.tensor_model_parallel_size
     return (2 * (query + 2 * key) + 2 * query + normed + gated) / model.tensor_model_parallel_size
 

@@ -9,7 +9,7 @@ has an input of its own.
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 from megatron.core.models.gpt import GPTModel
 
@@ -63,9 +63,6 @@ class Gemma4ModelProvider(Gemma3ModelProvider):
     """Channels of the input that each layer has of its own. 0: they have none."""
     hetereogenous_dist_checkpoint: bool = True  # layers differ in shape, so a checkpoint has each by itself
 
-    num_kv_projections: ClassVar[int] = 2
-    """Of keys and of values, in the layers of a kind: see `sizes_of`."""
-
     def finalize(self) -> None:
         """As for every provider.
 
@@ -110,7 +107,7 @@ class Gemma4ModelProvider(Gemma3ModelProvider):
         sources(self)
 
     def sizes_of(self, kind: LayerKind) -> "Gemma4ModelProvider":
-        """See `GPTModelProvider.sizes_of`."""
+        """See `FamilySizes.sizes_of`."""
         sizes = copy.copy(self)
         with writes_that_nobody_set(sizes):
             if kind.window is not None:
@@ -124,6 +121,20 @@ class Gemma4ModelProvider(Gemma3ModelProvider):
             projections = 1 if sizes.values_are_keys else 2
             sizes.num_kv_projections = 0 if kind.takes_keys else projections  # type: ignore[misc]
         return sizes
+
+    def takes_keys(self, layer_number: int) -> bool:
+        """See `FamilySizes.takes_keys`."""
+        assert self.num_layers is not None, "checked when finalized"
+        return self.num_layers - self.num_kv_shared_layers < layer_number <= self.num_layers
+
+    def layer_input_channels(self) -> int:
+        """See `FamilySizes.layer_input_channels`."""
+        return self.hidden_size_per_layer_input
+
+    def heads_by_field(self) -> dict[str, int]:
+        """See `FamilySizes.heads_by_field`."""
+        of_full = self.num_global_query_groups
+        return super().heads_by_field() | ({"num_global_query_groups": of_full} if of_full else {})
 
     def of_layer(self, layer_number: int) -> "Gemma4ModelProvider":
         """The fields as they are in one layer, counted from 1 over all pipeline stages."""

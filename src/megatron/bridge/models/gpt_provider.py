@@ -14,8 +14,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+from megatron.bridge.models.family_sizes import FamilySizes
 from megatron.bridge.models.fusions import COMPILED_FUSIONS, KERNEL_FUSIONS, why_unavailable
-from megatron.bridge.models.layer_kinds import LayerKind
 from megatron.bridge.models.layer_specs import (
     choose_layer_spec,
     default_layer_spec,
@@ -65,7 +65,7 @@ _UNSEEN = ("use_grouped_gemm_for_dense_mlp",)
 
 
 @dataclass
-class GPTModelProvider(RemembersSetFields, TransformerConfig, ModelProviderMixin):
+class GPTModelProvider(RemembersSetFields, TransformerConfig, FamilySizes, ModelProviderMixin):
     """A GPT's configuration, which builds the GPT.
 
     Fields may be changed until the model is built: nothing is checked or derived before `finalize()`.
@@ -224,10 +224,6 @@ class GPTModelProvider(RemembersSetFields, TransformerConfig, ModelProviderMixin
             reasons.setdefault("it has no factor for cosine and sine", []).append(name)
         if reasons:
             logger.info("fusions off: %s", "; ".join(f"{', '.join(names)} ({why})" for why, names in reasons.items()))
-
-    def sizes_of(self, kind: LayerKind) -> "GPTModelProvider":
-        """The fields as they are for attention and MLP in a kind of layer: these, in most families."""
-        return self
 
     def padded_vocab_size(self) -> int:
         """Rows of the embedding over all tensor-parallel ranks.

@@ -37,7 +37,7 @@ def kind_of_layer(config: TransformerConfig, layer_number: int) -> LayerKind:
         is_moe=bool(config.num_moe_experts) and _is_in(config.moe_layer_freq, layer_number),
         is_delta_net=is_delta_net(config, layer_number),
         window=before + 1 if before >= 0 else None,
-        takes_keys=layer_number > (config.num_layers or 0) - getattr(config, "num_kv_shared_layers", 0),
+        takes_keys=config.takes_keys(layer_number),
     )
 
 

@@ -52,9 +52,7 @@ def is_of_taken_keys(name: str, config: TransformerConfig) -> bool:
     Published files hold such tensors, and transformers leaves them out, too.
     """
     layer = _LAYER.match(name)
-    shared = getattr(config, "num_kv_shared_layers", 0)
-    takes = layer is not None and config.num_layers - shared <= int(layer[1]) < config.num_layers
-    return takes and bool(_OF_KEYS.search(name))
+    return layer is not None and config.takes_keys(int(layer[1]) + 1) and bool(_OF_KEYS.search(name))
 
 
 def is_of_no_shared_expert(name: str, config: TransformerConfig) -> bool:

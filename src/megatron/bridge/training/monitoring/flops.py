@@ -24,7 +24,7 @@ def train_step_flops(model: Any, batch_shapes: Iterable[tuple[int, int]]) -> int
     """
     kinds = Counter(kinds_of_layers(model))
     # Beside the output layer, what projects embeddings to inputs of the layers.
-    inputs = model.num_layers * getattr(model, "hidden_size_per_layer_input", 0)
+    inputs = model.num_layers * model.layer_input_channels()
     ends = model.hidden_size * (model.padded_vocab_size() + inputs)
     forward = 0
     for batch_size, length in batch_shapes:
@@ -40,7 +40,7 @@ def _weights_a_token_meets(model: Any, kind: LayerKind) -> int:
     sizes = model.sizes_of(kind)
     mixer = _delta_net_weights(model) if kind.is_delta_net else _attention_weights(sizes)
     if not kind.is_moe:
-        of_input = 2 * getattr(model, "hidden_size_per_layer_input", 0)
+        of_input = 2 * model.layer_input_channels()
         return mixer + model.hidden_size * (matrices * sizes.ffn_hidden_size + of_input)
     shared = model.moe_shared_expert_intermediate_size or 0
     widths = model.moe_router_topk * (model.moe_ffn_hidden_size or model.ffn_hidden_size) + shared
@@ -59,8 +59,7 @@ def _attention_weights(model: Any) -> int:
         return queries + down + latent * keys_and_values + value * hidden
     groups = model.num_query_groups or heads
     gates = 1 if model.attention_output_gate else 0
-    keys_and_values = getattr(model, "num_kv_projections", 2)
-    return hidden * ((2 + gates) * query + keys_and_values * query // heads * groups)
+    return hidden * ((2 + gates) * query + model.num_kv_projections * query // heads * groups)
 
 
 def _channels(model: Any) -> tuple[int, int]:

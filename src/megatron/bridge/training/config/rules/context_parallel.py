@@ -81,14 +81,8 @@ def check_heads_are_shared_evenly(cfg: RunSections, world_size: int) -> None:
     if model.context_parallel_size == 1:
         return
     ranks = {"a2a": model.context_parallel_size, "a2a+p2p": (model.hierarchical_context_parallel_sizes or [1])[0]}
-    heads = {
-        "num_attention_heads": model.num_attention_heads,
-        "num_query_groups": model.num_query_groups or model.num_attention_heads,
-    }
-    if getattr(model, "num_global_query_groups", None):  # of Gemma 4's layers without a window
-        heads["num_global_query_groups"] = model.num_global_query_groups
     for exchange in (one for one in ranks if one in exchanges):
-        for name, number in heads.items():
+        for name, number in model.heads_by_field().items():
             if number % (model.tensor_model_parallel_size * ranks[exchange]):
                 raise ValueError(
                     f"model.cp_comm_type={exchange} with model.{name}={number}: expected a multiple of model."
