@@ -51,8 +51,8 @@ def main() -> None:
     ours = [*train, "--output", arguments.output, *arguments.overrides]
     step("4/7 finetune", HERE / "train.py", ours, num_processes)
     if arguments.stock_iters:
-        stock = ["checkpoint.save=null", "checkpoint.load=null", "validation.eval_iters=0"]
-        stock += ["scheduler.lr_decay_iters=25", *arguments.overrides, f"train.train_iters={arguments.stock_iters}"]
+        stock = ["scheduler.lr_decay_iters=25", *arguments.overrides, f"train.train_iters={arguments.stock_iters}"]
+        stock += ["checkpoint.save=null", "checkpoint.load=null", "validation.eval_iters=0"]
         stock = [*train, "--output", paths["stock"], "--stock-megatron-core", *stock]
         step("5/7 the same without the sync, for the picture", HERE / "train.py", stock, num_processes)
     exported = ["--megatron-path", paths["checkpoints"], "--hf-path", paths["exported"]]

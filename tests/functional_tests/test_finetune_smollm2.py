@@ -54,6 +54,7 @@ def test_without_the_sync_the_second_step_trains_random_weights(output):
     losses = _losses(output[0] / "without-sync/metrics.jsonl", "train")
     assert losses[0] < 4
     assert losses[1] > 8
+    assert _losses(output[0] / "without-sync/metrics.jsonl", "validation") == [], "the picture doesn't show them"
 
 
 GENERATE = """
