@@ -17,6 +17,9 @@ JOBS ?= 2
 # What depends on the CPU's vector unit: products, Adam's bits, resumes, the demonstration.
 CPU_TESTS = tests/unit_tests/utils/test_matrix_products.py $(addprefix tests/functional_tests/test_, \
 	finetune_smollm2.py resume_matrix.py offloaded_finetune.py flat_step.py repairs.py)
+# What another Python may read or write otherwise.
+CHECKPOINT_TESTS = $(addprefix tests/functional_tests/test_,load_cases.py resume_matrix.py offloaded_finetune.py) \
+	$(addprefix tests/unit_tests/,checkpoint core_repairs training)
 PARALLEL = --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 BIN := $(VENV)/bin
 # The version of the extra `local` that goes with this Core. It is built for Linux only; elsewhere its tests are skipped.
@@ -33,8 +36,9 @@ INSTALLED = $(VENV)/.installed-$(CORE)
 # The environment of another Core has its own folder, beside this one.
 venv_of = $(if $(filter $1,$(CORE)),$(VENV),.venv-core-$1)
 
-.PHONY: help install finetune finetune-lora model test quick unit functional test-gpu test-checkpoints test-cpu test-newest \
-	test-sync sync-matrix test-resume resume-matrix test-streams soak mutants fuzz bench coverage docs wheel lint format clean
+.PHONY: help install finetune finetune-lora model test quick unit functional test-gpu test-checkpoints test-python test-cpu \
+	test-newest test-sync sync-matrix test-resume resume-matrix test-streams soak mutants fuzz bench coverage docs wheel \
+	lint format clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -90,10 +94,12 @@ unit: install ## run the quick half of the tests; fetches no model
 functional: install model ## run the other half: whole runs, on 1 to 4 processes
 	$(BIN)/python -m pytest tests/functional_tests $(PARALLEL) $(ARGS)
 
-test-checkpoints: install ## run the checkpoint, load and resume tests: for another Python, beside `make quick`
-	$(BIN)/python -m pytest tests/unit_tests/checkpoint tests/unit_tests/core_repairs tests/unit_tests/training \
-		tests/functional_tests/test_load_cases.py tests/functional_tests/test_resume_matrix.py \
-		tests/functional_tests/test_offloaded_finetune.py $(PARALLEL) $(ARGS)
+test-checkpoints: install ## run the checkpoint, load and resume tests
+	$(BIN)/python -m pytest $(CHECKPOINT_TESTS) $(PARALLEL) $(ARGS)
+
+test-python: install ## run what depends on Python: the quick tests, and those of checkpoints, loads and resumes
+	$(BIN)/python -m pytest $(filter %.py,$(CHECKPOINT_TESTS)) tests/unit_tests \
+		$(addprefix --slow-below=,$(CHECKPOINT_TESTS)) $(PARALLEL) $(ARGS)
 
 # As on a CPU with AVX2 alone: `ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 make test-cpu`.
 test-cpu: install model ## run what depends on the CPU's vector unit: products, Adam's bits, resumes, the demonstration

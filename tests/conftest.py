@@ -37,15 +37,16 @@ def pytest_addoption(parser):
     parser.addoption("--sync-matrix", choices=("half", "whole"), default="half", help="how much of it runs")
     parser.addoption("--streams", default="", help="late or random:SEED: both matrices on adversarial streams")
     parser.addoption("--quick", action="store_true", help="only tests without ranks, other programs and models")
-    parser.addoption("--slow", action="store_true", help="only the tests that --quick leaves out")
+    parser.addoption(
+        "--slow-below", action="append", metavar="PATH", help="of the tests that --quick leaves out, only those in PATH"
+    )
     parser.addoption("--share", type=shares.share, help="1/2, 2/2, 1/4, ...: that part of the cases of long tests")
 
 
 def pytest_configure(config):
     gpus.hide_from_tests()
-    ranks.is_quick = config.getoption("--quick")
-    if ranks.is_quick and config.getoption("--slow"):
-        raise pytest.UsageError("--quick and --slow leave nothing: choose one")
+    if config.getoption("--quick") and config.getoption("--slow-below"):
+        raise pytest.UsageError("--quick leaves all slow tests out, those of --slow-below too: choose one")
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -55,9 +56,9 @@ def pytest_ignore_collect(collection_path, config):
 
 def pytest_collection_modifyitems(config, items):
     left_out = set()
-    asked = config.getoption("--quick"), config.getoption("--slow")
-    if any(asked):
-        left_out |= {item for item in items if quick.is_quick(item) != asked[0]}
+    paths = [] if config.getoption("--quick") else config.getoption("--slow-below")
+    if paths is not None:
+        left_out |= set(quick.slow_elsewhere(items, [config.rootpath / path for path in paths]))
     if share := config.getoption("--share"):
         left_out |= set(shares.left_to_others(items, share))
     if left_out:
@@ -67,6 +68,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
+    ranks.is_quick = quick.is_quick(item)
     if item.get_closest_marker("gpu") is None:
         return (yield)
     with gpus.gpu_test():

@@ -1,14 +1,16 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """What `--quick` runs: the tests that, with their fixtures, reach neither ranks nor another Python nor a real model.
+`--slow-below` runs these, and of the others those in the paths that it names.
 
 Found by following the names in a test's code through the functions and classes of tests/, so nothing is listed. A test
-that gets at ranks in a way that this doesn't see ends with an error under `--quick` (`run_on_ranks`).
+that gets at ranks in a way that this doesn't see ends with an error (`run_on_ranks`).
 """
 
 import functools
 import inspect
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 IGNORED = {"functional_tests"}
@@ -23,6 +25,11 @@ def is_quick(item: Any) -> bool:
         return False
     fixtures = [definition.func for used in item._fixtureinfo.name2fixturedefs.values() for definition in used]
     return not any(reaches_slow(_code_of(function)) for function in (item.function, *fixtures))
+
+
+def slow_elsewhere(items: list[Any], paths: list[Path]) -> list[Any]:
+    """The collected tests that are neither quick nor in one of these files and directories."""
+    return [item for item in items if not is_quick(item) and not any(map(item.path.is_relative_to, paths))]
 
 
 @functools.cache

@@ -35,7 +35,7 @@ MOST_THREADS = 48
 few such ranks take the time of those that work, and new ones are forked in a second."""
 
 is_quick = False
-"""Whether `--quick` was given: then a test that asks for ranks is an error."""
+"""Whether the running test is one that `--quick` runs: then it is an error that it asks for ranks."""
 
 
 class RankError(AssertionError):

@@ -40,7 +40,10 @@ RUN_BY = {
     r"make fuzz": ("functional_tests/test_fuzz.py", "tests.fuzz"),
     r"make bench( ARGS=.*)?": ("unit_tests/test_benchmarks.py", "bench.main("),
     r"make mutants": ("unit_tests/test_mutants.py", "mutants"),
-    r"make (quick|unit|functional|test-checkpoints|test-gpu|coverage|wheel)": (".github/workflows/tests.yml", "make"),
+    r"make (quick|unit|functional|test-checkpoints|test-python|test-gpu|coverage|wheel)": (
+        ".github/workflows/tests.yml",
+        "make",
+    ),
     r"\.venv/bin/pre-commit install": ("unit_tests/test_workflows.py", "pre-commit"),
     r"scripts/make_wheelhouse\.sh wheels": ("unit_tests/test_gpu_scripts.py", "make_wheelhouse.sh"),
     r"scripts/run_gpu_tests\.sh wheels 0\.19\.2": ("unit_tests/test_gpu_scripts.py", "run_gpu_tests.sh"),

@@ -5,6 +5,7 @@ import argparse
 
 import pytest
 
+from tests.rigs import quick
 from tests.rigs.shares import left_to_others, share
 
 TESTS = """
@@ -59,6 +60,14 @@ def test_more_shares_leave_nothing_out_and_run_nothing_twice(items):
     runs = [_run_by(items, f"{at}/3") - IN_ALL for at in (1, 2, 3)]
     assert set.union(*runs) | IN_ALL == {item.name for item in items}
     assert sum(map(len, runs)) == len(set.union(*runs))
+
+
+def test_long_tests_outside_the_paths_that_were_named_are_left_out(items):
+    names = {item.name for item in items}
+    directory = items[0].path.parent
+    assert quick.slow_elsewhere(items, [directory / "others", directory]) == []
+    left = {item.name for item in quick.slow_elsewhere(items, [directory / "others"])}
+    assert names - left == {"test_quick[1]", "test_quick[2]"}
 
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "2", "1/x", ""])
