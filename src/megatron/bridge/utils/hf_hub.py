@@ -77,15 +77,20 @@ def find_hf_directory(path: str | os.PathLike[str], *, with_weights: bool = True
     return found
 
 
-def note_commit(name: str, commit: str) -> None:
-    """Keep at which commit something of the hub was found, for `commits_of`. What is no commit is passed over.
+def note_commit(name: str, commit: str) -> bool:
+    """Keep at which commit something of the hub was found, for `commits_of`.
 
     Args:
         name: Its name on the hub; of a dataset, with `datasets/` before it.
         commit: What its snapshot is called.
+
+    Returns:
+        Whether that is a commit. What is none isn't kept.
     """
-    if _COMMIT.fullmatch(commit):
+    is_commit = _COMMIT.fullmatch(commit) is not None
+    if is_commit:
         _commits.setdefault(name, set()).add(commit)
+    return is_commit
 
 
 def commits_of(names: Iterable[str]) -> dict[str, str]:

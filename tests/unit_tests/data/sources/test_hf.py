@@ -84,15 +84,26 @@ def test_a_short_name_finds_what_was_fetched_before(hub_cache, tokenizer):
     assert commits_of(["datasets/rajpurkar/squad"]) == {"datasets/rajpurkar/squad": hub_cache.name}
 
 
-@pytest.mark.parametrize(("in_memory", "is_silent"), [(False, False), (True, False), (True, True)])
-def test_the_commit_is_known_wherever_the_library_puts_its_tables(tmp_path, monkeypatch, caplog, in_memory, is_silent):
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.mark.parametrize(
+    ("in_memory", "told", "why"),
+    [
+        (False, COMMIT, None),
+        (True, COMMIT, None),
+        (True, None, "the hub didn't tell: no network"),
+        (True, "default-0123456789abcdef", "it was found as 'default-0123456789abcdef', which is no commit"),
+        (False, "default-0123456789abcdef", "it was found as 'default-0123456789abcdef', which is no commit"),
+    ],
+)
+def test_the_commit_is_known_wherever_the_library_puts_its_tables(tmp_path, monkeypatch, caplog, in_memory, told, why):
     """One that it reads into memory, by `keep_in_memory` or because it is empty, has no file that tells."""
     datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_list([{"question": "q", "context": "c", "answers": {"text": ["a"]}}])
-    commit = "0123456789abcdef0123456789abcdef01234567"
     if not in_memory:
-        rows.save_to_disk(str(tmp_path / commit))
-        rows = datasets.load_from_disk(str(tmp_path / commit))
+        rows.save_to_disk(str(tmp_path / told))
+        rows = datasets.load_from_disk(str(tmp_path / told))
     asked = []
 
     class Library:
@@ -103,16 +114,18 @@ def test_the_commit_is_known_wherever_the_library_puts_its_tables(tmp_path, monk
         @staticmethod
         def load_dataset_builder(path, name=None, cache_dir=None, revision=None, **more):
             asked.append(more)
-            if is_silent:
+            if told is None:
                 raise ConnectionError("no network")
-            return SimpleNamespace(hash=commit)
+            return SimpleNamespace(hash=told)
 
     monkeypatch.setattr(hf_loading, "_library", lambda where: Library)
     monkeypatch.setattr("megatron.bridge.utils.hf_hub._commits", {})
     options = {"keep_in_memory": True, "split": None, "encoding": "utf-8"}
     hf_loading.load_from_hub(HFDatasetSourceConfig(dataset_name="some/data", hf_kwargs=options))
-    assert commits_of(["datasets/some/data"]) == ({} if is_silent else {"datasets/some/data": commit})
-    assert ("its commit isn't recorded" in caplog.text) == is_silent
+    assert commits_of(["datasets/some/data"]) == ({} if why else {"datasets/some/data": COMMIT})
+    said = [record.getMessage() for record in caplog.records]
+    assert all("its commit isn't recorded" in line and f"({why})" in line for line in said)
+    assert len(said) == (1 if why else 0)
     assert asked == ([{"encoding": "utf-8"}] if in_memory else [])
 
 

@@ -72,7 +72,7 @@ def load_from_hub(source: HFDatasetSourceConfig) -> dict[str, Source]:
         found = _loaded(source, name, path=str(snapshot), name=source.subset)
         note_commit(f"datasets/{name}", snapshot.name)
     else:
-        note_commit(f"datasets/{name}", _folder_of_tables(found) or _hash_of_builder(source))
+        _record_commit(source, _folder_of_tables(found))
     return _by_split(found, source.title, alone="train")
 
 
@@ -83,25 +83,36 @@ def _folder_of_tables(found: Any) -> str:
     return Path(files[0]).parent.name if files else ""
 
 
+def _record_commit(source: HFDatasetSourceConfig, folder: str) -> None:
+    """Keep the commit that the folder of a dataset's tables is called; of one in memory, the hub is asked once more.
+
+    What can't be recorded is said in one line.
+    """
+    try:
+        commit = folder or _hash_of_builder(source)
+    except Exception as error:  # as of `_loaded`; the rows are there
+        reason = f"the hub didn't tell: {_one_line(error)}"
+    else:
+        if note_commit(f"datasets/{source.dataset_name}", commit):
+            return
+        reason = f"it was found as {commit!r}, which is no commit"
+    logger.warning(
+        "%s: its commit isn't recorded, so a resume can't say whether the data is another (%s); give the dataset's "
+        "revision as a commit",
+        source.title,
+        reason,
+    )
+
+
 def _hash_of_builder(source: HFDatasetSourceConfig) -> str:
-    """The same of a dataset that was read into memory, by asking the hub once more; empty if it gives no answer."""
+    """What the library calls the state of a dataset on the hub: the commit, as a rule."""
     library = _library(str(source.dataset_name))
     of_rows, of_builders = (
         set(signature(load).parameters) for load in (library.load_dataset, library.load_dataset_builder)
     )
     asked = {name: value for name, value in (source.hf_kwargs or {}).items() if name not in of_rows - of_builders}
     wanted = {"path": source.dataset_name, "name": source.subset, "revision": source.revision, **asked}
-    try:
-        builder = library.load_dataset_builder(**wanted, cache_dir=source.cache_dir or _datasets_cache())
-    except Exception as error:  # as of `_loaded`; the rows are there
-        logger.warning(
-            "%s: its commit isn't recorded, so a resume can't say whether the data is another (the hub didn't tell: "
-            "%s); give the dataset's revision as a commit",
-            source.title,
-            _one_line(error),
-        )
-        return ""
-    return str(builder.hash)
+    return str(library.load_dataset_builder(**wanted, cache_dir=source.cache_dir or _datasets_cache()).hash)
 
 
 class _NotThereError(Exception):
