@@ -76,6 +76,16 @@ def test_a_grouped_product_that_no_layer_is_built_with_is_refused():
         provider.finalize()
 
 
+@pytest.mark.parametrize("cls", [LlamaModelProvider, MixtralModelProvider])
+def test_fused_operations_without_grouped_experts_are_refused(cls):
+    provider = tiny(cls, num_query_groups=2, transformer_impl="local")
+    if not hasattr(provider, "use_transformer_engine_op_fuser"):
+        pytest.skip("this Core has no such field")
+    provider.use_transformer_engine_op_fuser = True
+    with pytest.raises(ValueError, match="use_transformer_engine_op_fuser=True: .* no effect; leave it unset"):
+        provider.finalize()
+
+
 def test_pipeline_needs_no_dtype_of_its_own():
     provider = tiny(pipeline_model_parallel_size=2, params_dtype=torch.bfloat16, bf16=True)
     provider.finalize()

@@ -201,6 +201,7 @@ class GPTModelProvider(RemembersSetFields, TransformerConfig, FamilySizes, Model
                 setattr(self, name, None)
         left_open = [name for name in _INIT_METHODS if getattr(self, name) is None]
         self._switch_off_fusions()
+        self._check_op_fuser()
         if self.pipeline_model_parallel_size > 1 and self.pipeline_dtype is None:
             self.pipeline_dtype = self.params_dtype
         super().__post_init__()  # Core's, of the configuration class that comes next
@@ -224,6 +225,16 @@ class GPTModelProvider(RemembersSetFields, TransformerConfig, FamilySizes, Model
             reasons.setdefault("it has no factor for cosine and sine", []).append(name)
         if reasons:
             logger.info("fusions off: %s", "; ".join(f"{', '.join(names)} ({why})" for why, names in reasons.items()))
+
+    def _check_op_fuser(self) -> None:
+        """Core's specs of dense layers take it as an argument that nothing hands them; grouped experts look it up."""
+        if getattr(self, "use_transformer_engine_op_fuser", False) and not (
+            self.num_moe_experts and self.moe_grouped_gemm
+        ):
+            raise ValueError(
+                "model.use_transformer_engine_op_fuser=True: of Core's layers only grouped experts are built with it, "
+                "and the model has none, so it would have no effect; leave it unset"
+            )
 
     def padded_vocab_size(self) -> int:
         """Rows of the embedding over all tensor-parallel ranks.
