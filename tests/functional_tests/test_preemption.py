@@ -1,6 +1,7 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """SIGTERM: all ranks save at the next step boundary and end with a code of their own; started again, they resume."""
 
+import os
 import random
 import signal
 import subprocess
@@ -12,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from megatron.bridge.checkpoint import iterations
-from megatron.bridge.training.config import TrainingConfig
+from megatron.bridge.training.config import CheckpointConfig, TrainingConfig
+from megatron.bridge.training.monitoring.interrupt import ended_by_interrupt
 from megatron.bridge.training.monitoring.preemption import Preempted, catch_exit_signal
-from megatron.bridge.utils.exit_codes import PREEMPTED
+from megatron.bridge.utils.exit_codes import INTERRUPTED, PREEMPTED
 from tests.soak.rank import STEPS
 from tests.soak.restarted_rank import KILLED_AT
 from tests.soak.run import RANKS, Run, check_equal, wait_for_saves, warm_up
@@ -128,6 +130,28 @@ def test_without_the_option_the_signal_ends_the_process_as_ever(tmp_path):
     _terminate(run, range(RANKS))
     assert run.join(SECONDS)
     assert [process.exitcode for process in run.processes] == [-signal.SIGTERM] * RANKS
+
+
+def test_ctrl_c_ends_all_ranks_with_one_line(tmp_path):
+    run = Run(tmp_path / "run")
+    run.start()
+    wait_for_saves(run, 2)  # the second is being written
+    for process in run.processes:
+        os.kill(process.pid, signal.SIGINT)
+    assert run.join(SECONDS), run.errors()
+    assert [process.exitcode for process in run.processes] == [INTERRUPTED] * RANKS, run.errors()
+    said, other = run.said(0), run.said(1)
+    saved = iterations.read_tracker(run.checkpoints).iteration
+    assert f"interrupted by SIGINT: the newest checkpoint in {run.checkpoints} is of step {saved}, " in said
+    assert "interrupted by" not in other and "Traceback" not in said + other
+    assert iterations.is_complete(iterations.checkpoint_name(run.checkpoints, saved))
+
+
+def test_an_interrupted_run_that_a_script_catches_is_a_keyboard_interrupt(caplog):
+    with pytest.raises(KeyboardInterrupt) as caught, ended_by_interrupt(CheckpointConfig()):
+        raise KeyboardInterrupt
+    assert isinstance(caught.value, SystemExit) and caught.value.code == INTERRUPTED
+    assert "nothing was saved (checkpoint.save is not set); exit code 130" in caplog.text
 
 
 def test_a_caught_signal_is_given_back_except_on_the_way_out():

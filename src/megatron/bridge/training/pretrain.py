@@ -11,6 +11,7 @@ from megatron.bridge.training.eval import evaluate_once, evaluate_split
 from megatron.bridge.training.initialize import destroy_global_state, initialize_distributed
 from megatron.bridge.training.micro_batches import bind_forward_step
 from megatron.bridge.training.monitoring.hang_watchdog import watched
+from megatron.bridge.training.monitoring.interrupt import ended_by_interrupt
 from megatron.bridge.training.monitoring.metrics import MetricsLogger, open_loggers
 from megatron.bridge.training.monitoring.preemption import catch_exit_signal
 from megatron.bridge.training.monitoring.profiling import build_profilers
@@ -46,6 +47,7 @@ def pretrain(
         Preempted: A signal stopped the run (`train.exit_signal_handler`). A SystemExit with its own exit code.
         Hung: No rank took a step within the timeout. A SystemExit with its own exit code. A rank that is stuck outside
             a collective ends without an exception.
+        Interrupted: SIGINT ended the run. A SystemExit with its own exit code, and a KeyboardInterrupt.
     """
     train_from_config(config, forward_step_func, callbacks, load_required=False)
 
@@ -58,6 +60,17 @@ def train_from_config(
     load_required: bool,
 ) -> None:
     """`pretrain`, and `finetune` where `load_required`: a run that finds nothing to load must not start."""
+    with ended_by_interrupt(config.checkpoint):
+        _run_in_process_group(config, forward_step_func, callbacks, load_required=load_required)
+
+
+def _run_in_process_group(
+    config: ConfigContainer,
+    forward_step_func: Callable,
+    callbacks: Sequence[Callback] | CallbackManager | None,
+    *,
+    load_required: bool,
+) -> None:
     owns_process_group = initialize_distributed(config)
     try:
         with raise_on_all_ranks("checking the configuration"):

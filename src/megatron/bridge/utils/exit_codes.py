@@ -13,6 +13,9 @@ PREEMPTED = 75
 Megatron-LM ends with 0 in this case, which a script can't tell from a finished run.
 """
 
+INTERRUPTED = 130
+"""SIGINT ended the run: as a shell would say it, 128 + SIGINT."""
+
 HUNG = 124
 """A rank made no progress within the timeout. Its stacks are in its log. The same code as that of coreutils' `timeout`.
 """
