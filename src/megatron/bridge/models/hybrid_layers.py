@@ -4,17 +4,16 @@
 They are made of the layers of a block spec, Core's local ones or Transformer Engine's.
 """
 
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron.bridge.models.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
-from megatron.bridge.models.layer_specs import with_each_layer
+from megatron.bridge.models.layer_specs import with_attention, with_each_layer
 
 
 class GatedSelfAttention(SelfAttention):
@@ -36,20 +35,18 @@ class GatedSelfAttention(SelfAttention):
 class AttentionOfItsKind:
     """Builds a layer's attention, or the Gated DeltaNet in its place, as `linear_attention_freq` says."""
 
-    def __new__(
-        cls, config: TransformerConfig, layer_number: int, *, submodules: Any, linear: Any, **options: Any
-    ) -> Any:
+    def __new__(cls, config: TransformerConfig, layer_number: int, *, submodules: Any, **options: Any) -> Any:
         """Build it.
 
         Args:
             config: The model's configuration.
             layer_number: From 1, over all pipeline stages.
-            submodules: Attention's.
-            linear: Gated DeltaNet's.
+            submodules: Attention's, whose linear layers Gated DeltaNet has too.
             options: Core's, for either.
         """
         if is_delta_net(config, layer_number):
             options.pop("attn_mask_type", None)
+            linear = GatedDeltaNetSubmodules(submodules.linear_qkv, submodules.linear_proj)
             return GatedDeltaNet(config, linear, layer_number, **options)
         return GatedSelfAttention(config, submodules, layer_number, **options)
 
@@ -71,13 +68,4 @@ def delta_net_spec(block: Any) -> TransformerBlockSubmodules:
     Raises:
         ValueError: A spec of another form, which says nothing of its linear layers.
     """
-    return with_each_layer(block, _of_its_kind)
-
-
-def _of_its_kind(layer: ModuleSpec) -> ModuleSpec:
-    attention = layer.submodules.self_attention
-    if attention.module is not SelfAttention:
-        raise ValueError(f"model.transformer_layer_spec has attention of {attention.module}: expected {SelfAttention}")
-    linear = GatedDeltaNetSubmodules(attention.submodules.linear_qkv, attention.submodules.linear_proj)
-    either = replace(attention, module=AttentionOfItsKind, params={**(attention.params or {}), "linear": linear})
-    return replace(layer, submodules=replace(layer.submodules, self_attention=either))
+    return with_each_layer(block, partial(with_attention, module=AttentionOfItsKind))

@@ -11,6 +11,7 @@ from typing import Any
 from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -106,6 +107,24 @@ def with_each_layer(block: Any, change: Callable[[ModuleSpec], ModuleSpec]) -> T
             "(TransformerBlockSubmodules), such as local_layer_spec or transformer_engine_layer_spec"
         )
     return dataclasses.replace(block, layer_specs=[change(layer) for layer in block.layer_specs])
+
+
+def with_attention(layer: ModuleSpec, module: type) -> ModuleSpec:
+    """A layer's spec with another class in place of Core's attention, which takes the same arguments.
+
+    Args:
+        layer: It isn't changed.
+        module: The class.
+
+    Raises:
+        ValueError: The layer's attention isn't Core's `SelfAttention`.
+    """
+    parts = layer.submodules
+    given = parts.self_attention
+    if given.module is not SelfAttention:
+        raise ValueError(f"model.transformer_layer_spec has attention of {given.module}: expected {SelfAttention}")
+    attention = dataclasses.replace(given, module=module)
+    return dataclasses.replace(layer, submodules=dataclasses.replace(parts, self_attention=attention))
 
 
 def replace_norms(spec: Any, replaced: tuple[type, ...], norm: type = TorchNorm) -> None:

@@ -19,6 +19,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.utils import is_layer_window_attention
 
+from megatron.bridge.models.layer_specs import with_attention
+
 
 class NormThenAdd(torch.nn.Module):
     """Normalises what attention or MLP gives before it is added to the residual.
@@ -178,14 +180,9 @@ def sandwich_spec(
 def _sandwich(
     layer: ModuleSpec, options: dict[str, Any], attention: type[SelfAttention], after_mlp: type[NormThenAdd]
 ) -> ModuleSpec:
-    parts = layer.submodules
-    given = parts.self_attention
-    if given.module is not SelfAttention:
-        raise ValueError(f"model.transformer_layer_spec has attention of {given.module}: expected {SelfAttention}")
-
+    parts = with_attention(layer, attention).submodules
     parts = replace(
         parts,
-        self_attention=replace(given, module=attention),
         self_attn_bda=ModuleSpec(module=NormThenAdd, params={"add": parts.self_attn_bda, **options}),
         mlp_bda=ModuleSpec(module=after_mlp, params={"add": parts.mlp_bda, **options}),
     )

@@ -4,16 +4,15 @@
 Shapes: S sequence, B batch, D channels of a head that turn, L positions that have angles (S or more).
 """
 
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer.attention import SelfAttention
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from megatron.bridge.models.layer_specs import with_each_layer
+from megatron.bridge.models.layer_specs import with_attention, with_each_layer
 from megatron.bridge.models.rope_by_length import keep_position_ids
 
 
@@ -129,15 +128,7 @@ def scaled_queries_spec(block: Any) -> TransformerBlockSubmodules:
     Raises:
         ValueError: A spec of another form, or with another attention.
     """
-    return with_each_layer(block, _with_scaled_queries)
-
-
-def _with_scaled_queries(layer: ModuleSpec) -> ModuleSpec:
-    given = layer.submodules.self_attention
-    if given.module is not SelfAttention:
-        raise ValueError(f"model.transformer_layer_spec has attention of {given.module}: expected {SelfAttention}")
-    attention = replace(given, module=SelfAttentionWithScaledQueries)
-    return replace(layer, submodules=replace(layer.submodules, self_attention=attention))
+    return with_each_layer(block, partial(with_attention, module=SelfAttentionWithScaledQueries))
 
 
 def hand_scales_to_layers(model: Any, config: Any) -> None:
