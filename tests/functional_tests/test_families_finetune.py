@@ -2,8 +2,8 @@
 """Families with layers of their own, from Hugging Face through training, offload and a checkpoint to an export.
 
 DeepSeek-V3 has latent attention and a biased router; GLM-4.5 the router too, shared experts and a dense first layer;
-Gemma 3 has norms around attention and MLP, Gemma 4's E2B keys that layers share and inputs of each layer's own; GPT-OSS
-has sinks, and experts with biases that come as MXFP4.
+Gemma 3 has norms around attention and MLP, Gemma 4's E2B keys that layers share and inputs of each layer's own, its
+26B-A4B experts beside each MLP; GPT-OSS has sinks, and experts with biases that come as MXFP4.
 """
 
 import json
@@ -30,6 +30,7 @@ FAMILIES = {
     "deepseek_v3": (TP2_EP2, ("norm", "router"), 4 * 4 + 1 + 3),
     "gemma3": ({}, ("norm",), 4 * 6 + 1),
     "gemma4_e2b": ({}, ("norm", "layer_input.", "per_layer_inputs.projection"), 6 * 9 - 3 + 3),
+    "gemma4_experts": (TP2_EP2, ("norm", "router"), 4 * (9 + 3) + 1),
     "glm4_moe": (TP2_EP2, ("norm", "router"), 4 * 4 + 1 + 3),
     "gpt_oss": (TP2_EP2, ("norm", "router", "linear_proj.bias"), 4 * 5 + 1),
 }
@@ -183,6 +184,7 @@ def _gradients_on_rank(directory, sizes, tokens):
         ("mixtral", ("TP1 ETP2",)),
         ("olmo2", ("TP2 SP",)),
         ("gemma4_e2b", ("TP2", "TP2 SP")),
+        ("gemma4_experts", ("TP2 EP2 ETP1",)),
     ],
 )
 def test_every_weight_gets_the_gradient_of_one_rank(tmp_path, model, layouts):

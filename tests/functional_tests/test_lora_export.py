@@ -193,18 +193,20 @@ def test_experts_adapters_are_named_one_by_one_and_peft_stacks_them(tmp_path, ca
     torch.testing.assert_close(_logits(merged), ours, rtol=1e-4, atol=1e-4)
 
 
-BESIDE_EXPERTS = ("deepseek_v3", "qwen3_next")
+BESIDE_EXPERTS = ("deepseek_v3", "gemma4_experts", "qwen3_next")
 
 
 @pytest.mark.parametrize("name", BESIDE_EXPERTS)
 def test_default_targets_beside_experts_give_peft_the_logits_of_the_run(tmp_path, name):
-    """Latent attention or Gated DeltaNet, experts, shared ones and an MLP: peft adapts the last two as parameters."""
+    """Latent attention or Gated DeltaNet, experts, shared ones and MLPs: peft adapts the last two as parameters."""
     hf = save_tiny_model(tmp_path / "hf", MODELS[name].architecture, **MODELS[name].options)
     vocab_size = MODELS[name].options["vocab_size"]
     defaults = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
     ours = run_on_ranks(_export_one, 1, tmp_path, defaults, dropout=0.1)[0][..., :vocab_size]
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert config["lora_dropout"] == 0 and any("shared_expert" in name for name in config["target_parameters"])
+    assert config["lora_dropout"] == 0
+    beside = ".mlp.gate_proj" if name == "gemma4_experts" else "shared_expert"
+    assert any(beside in name for name in config["target_parameters"])
     base = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
     before = _logits(base)[..., :vocab_size]
     loaded = _logits(peft.PeftModel.from_pretrained(base, tmp_path / "adapter"))[..., :vocab_size]

@@ -33,7 +33,7 @@ class TinyModel:
 
     @property
     def has_experts(self) -> bool:
-        return bool(self.options.get("num_experts_per_tok"))
+        return bool(self.options.get("num_experts_per_tok") or self.options.get("top_k_experts"))
 
 
 _EXPERTS = {"num_experts_per_tok": 2, "head_dim": 8}
@@ -156,6 +156,23 @@ MODELS = {
             "final_logit_softcapping": 3.0,
         },
         is_on_one_stage=True,
+    ),
+    "gemma4_experts": TinyModel(
+        "Gemma4ForCausalLM",
+        "experts beside an MLP and in one tensor a layer, a router with scales, heads of two sizes, capped logits",
+        {
+            **_TWO_SIZES,
+            **_ODD,
+            "global_head_dim": 12,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 16,
+            "final_logit_softcapping": 3.0,
+        },
+        layouts=("one process", "TP2", "TP2 SP", "PP2", "EP2", "TP2 EP2 ETP1"),
     ),
     "gemma4_images": TinyModel(
         "Gemma4ForConditionalGeneration",

@@ -172,6 +172,20 @@ THE_CONVERSION = (
         f"{_GRADIENTS}[gemma4_e2b-layouts3]",
     ),
     _converted_wrongly(
+        "experts beside an MLP",
+        "their weights aren't multiplied by each expert's number",
+        "gemma4_experts:ScaledRouter.routing",
+        expression("weights * self.per_expert_scale", "weights"),
+        f"{_CELL}[gemma4_experts-one_process]",
+    ),
+    _converted_wrongly(
+        "gradients of a router's scales",
+        "with sequence parallelism each rank has that of its part of the sequence",
+        "gemma4_experts:ScaledRouter.__init__",
+        expression("config.sequence_parallel", "False"),
+        f"{_GRADIENTS}[gemma4_experts-layouts4]",
+    ),
+    _converted_wrongly(
         "a language model's adapters",
         "peft would look for them in the model around it",
         "conversion.adapter_export:AdapterExport.save_hf_adapter",

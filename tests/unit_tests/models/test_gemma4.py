@@ -1,13 +1,22 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
 """What Gemma 4's configuration asks for and can't be built is refused by the key's name."""
 
+import re
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+from megatron.bridge.models.activation_memory import layer_bytes_per_token
 from megatron.bridge.models.families import build_provider
 from megatron.bridge.models.gemma4 import Gemma4ModelProvider
+from megatron.bridge.models.gemma4_experts import ScaledRouter, experts_beside_mlp_spec
 from megatron.bridge.models.gemma4_layers import NormThenAddAndScale, cap_logits
+from megatron.bridge.models.layer_kinds import LayerKind
+from megatron.bridge.models.router_gemm import repair_router_gemm
 from tests.rigs.families import MODELS
 from tests.rigs.ranks import run_on_ranks
 from tests.unit_tests.models.tiny_llama import SMALL, megatron_logits, some_tokens
@@ -16,8 +25,8 @@ FULL = {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta"
 SLIDING = {"rope_type": "default", "rope_theta": 1e4}
 
 
-def provider_with(**changes):
-    config = transformers.Gemma4TextConfig(**{**SMALL, **MODELS["gemma4"].options, **changes}).to_dict()
+def provider_with(model="gemma4", **changes):
+    config = transformers.Gemma4TextConfig(**{**SMALL, **MODELS[model].options, **changes}).to_dict()
     return build_provider({**config, "architectures": ["Gemma4ForCausalLM"]})
 
 
@@ -25,7 +34,6 @@ def provider_with(**changes):
     "changes",
     [
         {"vocab_size_per_layer_input": 8, "hidden_size_per_layer_input": 8},
-        {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16},
         {"use_bidirectional_attention": "all"},
         {"attention_bias": True},
         {"hidden_activation": "silu"},
@@ -40,6 +48,82 @@ def test_what_cannot_be_built_is_refused_by_name(changes):
     with pytest.raises(ValueError, match=rf"config\.json: .*{next(iter(changes))}") as refused:
         provider_with(**changes)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_experts", None),
+        ("top_k_experts", 1),
+        ("moe_intermediate_size", None),
+        ("num_kv_shared_layers", 2),
+        ("hidden_size_per_layer_input", 8),
+    ],
+)
+def test_experts_that_cannot_be_built_are_refused_by_name(key, value):
+    with pytest.raises(ValueError, match=rf"config\.json: {key}={value}") as refused:
+        provider_with("gemma4_experts", vocab_size_per_layer_input=101, **{key: value})
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("moe_shared_expert_overlap", True),
+        ("moe_shared_expert_gate", True),
+        ("moe_shared_expert_intermediate_size", None),
+        ("moe_layer_freq", [1, 1, 0, 1]),
+        ("num_kv_shared_layers", 2),
+        ("hidden_size_per_layer_input", 8),
+    ],
+)
+def test_what_experts_beside_an_mlp_cannot_have_is_refused(field, value):
+    provider = provider_with("gemma4_experts")
+    setattr(provider, field, value)
+    with pytest.raises(ValueError, match=rf"model\.{field}={re.escape(str(value))} .*set it to") as refused:
+        provider.finalize()
+    assert "\n" not in str(refused.value)
+
+
+def test_layers_without_cores_experts_are_refused():
+    block = TransformerBlockSubmodules(layer_specs=[get_gpt_layer_local_spec()], layer_norm=torch.nn.Identity)
+    with pytest.raises(ValueError, match=r"model\.transformer_layer_spec has .*MLP.*: expected .*MoELayer"):
+        experts_beside_mlp_spec(block)
+
+
+def kept_by_router_on_rank():
+    """Bytes of each token and channel that the router keeps for its backward pass, in bf16, its input aside."""
+    from megatron.core import parallel_state
+
+    provider = provider_with("gemma4_experts")
+    provider.params_dtype, provider.hidden_size, provider.num_attention_heads = torch.bfloat16, 4096, 8
+    provider.finalize()
+    provider.initialize_model_parallel()
+    groups = SimpleNamespace(tp=parallel_state.get_tensor_model_parallel_group(), cp=None, tp_cp=None, tp_dp_cp=None)
+    repair_router_gemm()
+    router = ScaledRouter(provider, pg_collection=groups)
+    residual = torch.randn(256, 1, 4096, dtype=torch.bfloat16, requires_grad=True)
+    outside = {one.data_ptr() for one in (residual, *router.parameters())}
+    kept = {}
+
+    def keep(tensor):
+        if tensor.data_ptr() not in outside:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        router(residual)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 256 / 4096
+
+
+def test_the_estimate_counts_what_the_router_keeps_and_two_norms_inputs():
+    (of_router,) = run_on_ranks(kept_by_router_on_rank, 1)
+    provider = provider_with("gemma4_experts")
+    provider.finalize()
+    layer = layer_bytes_per_token(provider, LayerKind(is_moe=True))
+    experts, mlp = 2 * (4 * 32 + 6 * 16), 6 * 48
+    without = layer_bytes_per_token(provider, LayerKind()) - 6 * 48 + experts + mlp
+    assert layer - without == 32 * (round(of_router) + 2 * 2)
 
 
 def test_full_layers_have_sizes_of_their_own():

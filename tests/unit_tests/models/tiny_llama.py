@@ -52,6 +52,8 @@ def save_tiny_model(
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):
                 torch.nn.init.uniform_(parameter, 0.5, 1.5)
+            elif name.endswith(("router.scale", "per_expert_scale")):
+                torch.nn.init.uniform_(parameter, 0.5, 1.5)
             elif name.endswith("A_log"):  # a state that lasts, and little rounding
                 torch.nn.init.uniform_(parameter, -3, 0)
         for name, buffer in model.named_buffers():
@@ -99,6 +101,7 @@ def megatron_logits(chunks: list, tokens: torch.Tensor) -> torch.Tensor | None:
     from megatron.core.utils import unwrap_model
 
     batch, length = tokens.shape
+    tokens = tokens.cuda()  # those of another process lie on the host, and so would all that is made of them
     positions = torch.arange(length)[None].expand(batch, -1)
     output = None
     with torch.no_grad():

@@ -8,6 +8,10 @@ same count for a gated MLP, grouped queries and no dropout, with fused attention
     norms and their outputs       8 H                      / TP with sequence parallelism
     norms of what attention and
     MLP give (Gemma 3, GLM-4)     4 H                      / TP with sequence parallelism
+    norms of what experts and the
+    MLP beside them give (Gemma 4),
+    and what its router normalises
+    in FP32 and scales           12 H                      / TP with sequence parallelism
     attention                     2 (Q + 2 K) + 2 Q        / TP
     norms of queries and keys     2 (Q + K)                / TP
     MLP                           2 F (gate) + 2 F (up) + 2 F (product)     / TP
@@ -66,7 +70,8 @@ def layer_bytes_per_token(model: GPTModelProvider, kind: LayerKind) -> float:
     etp = model.expert_tensor_parallel_size or tp
     routed = 4 * model.hidden_size + 2 * (gates + 1) * (model.moe_ffn_hidden_size or model.ffn_hidden_size) / etp
     shared = 2 * (gates + 1) * (model.moe_shared_expert_intermediate_size or 0) / tp
-    return norms + attention + shared + model.moe_router_topk * routed * etp / tp
+    beside = 12 * model.hidden_size / sequence if isinstance(model, Gemma4ModelProvider) else 0
+    return norms + attention + shared + beside + model.moe_router_topk * routed * etp / tp
 
 
 def _mixer_bytes(model: GPTModelProvider, kind: LayerKind) -> float:

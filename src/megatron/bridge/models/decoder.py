@@ -203,19 +203,20 @@ def expert_mappings(
     """Router and experts of a layer, in Core's module for each expert and in Transformer Engine's grouped one.
 
     Args:
-        block: Hugging Face's name of the layer's experts' block.
+        block: Hugging Face's name of the layer's experts' block; empty: they are in none.
         gate: Its name of an expert's gate matrix.
         up: Its name of the matrix that the gate multiplies.
         down: Its name of the output matrix.
         router: Its name of the router.
         kind: "weight" or "bias".
     """
-    expert = f"{HF_LAYER}{block}.experts.{{expert}}."
+    within = f"{HF_LAYER}{block}." if block else HF_LAYER
+    expert = f"{within}experts.{{expert}}."
     gate, up, down = (f"{expert}{name}.{kind}" for name in (gate, up, down))
     one_module, grouped = f"{LAYER}mlp.experts.local_experts.{{expert}}.", f"{LAYER}mlp.experts."
     output = split_columns if kind == "weight" else replicated
     return (
-        replicated(f"{LAYER}mlp.router.{kind}", f"{HF_LAYER}{block}.{router}.{kind}"),
+        replicated(f"{LAYER}mlp.router.{kind}", f"{within}{router}.{kind}"),
         fused_gate_up(f"{one_module}linear_fc1.{kind}", gate=gate, up=up),
         output(f"{one_module}linear_fc2.{kind}", down),
         fused_gate_up(f"{grouped}linear_fc1.{kind}{{expert}}", gate=gate, up=up),

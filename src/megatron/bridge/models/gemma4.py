@@ -3,13 +3,13 @@
 
 These turn a quarter of each head, and may take their keys as values. Values are normalised, each layer's output is
 scaled, and logits are capped. The last layers of E2B and E4B take keys and values of layers before them, and each layer
-has an input of its own.
+has an input of its own. 26B-A4B has experts beside each MLP.
 """
 
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from megatron.core.models.gpt import GPTModel
 
@@ -26,6 +26,13 @@ from megatron.bridge.models.decoder import (
 )
 from megatron.bridge.models.families import ModelFamily
 from megatron.bridge.models.gemma3 import NORM_MAPPINGS, Gemma3ModelProvider
+from megatron.bridge.models.gemma4_experts import (
+    EXPERT_MAPPINGS,
+    EXPERT_STACKS,
+    check_experts_beside_mlp,
+    experts_beside_mlp_spec,
+    fields_of_experts,
+)
 from megatron.bridge.models.gemma4_layers import (
     NormThenAddAndScale,
     RotaryOfEachSize,
@@ -61,6 +68,8 @@ class Gemma4ModelProvider(Gemma3ModelProvider):
     """Whether the MLP of these layers is twice as wide."""
     hidden_size_per_layer_input: int = 0
     """Channels of the input that each layer has of its own. 0: they have none."""
+    moe_router_dtype: Literal["fp32", "fp64"] | None = "fp32"
+    moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex"] = "alltoall"
     hetereogenous_dist_checkpoint: bool = True  # layers differ in shape, so a checkpoint has each by itself
 
     def finalize(self) -> None:
@@ -89,6 +98,8 @@ class Gemma4ModelProvider(Gemma3ModelProvider):
             )
         if self._has_context():
             self._check_context()
+        if self.num_moe_experts:
+            check_experts_beside_mlp(self)
         super().finalize()
 
     def _has_context(self) -> bool:
@@ -160,6 +171,8 @@ class Gemma4ModelProvider(Gemma3ModelProvider):
 
     def _layer_spec(self, vp_stage: int | None) -> LayerSpec:
         block = GPTModelProvider._layer_spec(self, vp_stage)
+        if self.num_moe_experts:
+            block = experts_beside_mlp_spec(block)
         if not self._has_context():
             return sandwich_spec(block, self, attention=SelfAttentionOfItsSize, after_mlp=NormThenAddAndScale)
         spec = sandwich_spec(block, self, attention=SelfAttentionOfItsSize)
@@ -173,7 +186,6 @@ class Gemma4ModelProvider(Gemma3ModelProvider):
 def _provider_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     expect_value(hf, "hidden_activation", "gelu_pytorch_tanh")
     expect_value(hf, "attention_bias", False)
-    expect_value(hf, "enable_moe_block", False)
     if hf["hidden_size_per_layer_input"]:
         expect_value(hf, "vocab_size_per_layer_input", hf["vocab_size"])
     if hf["use_bidirectional_attention"] == "all":  # "vision" is about images
@@ -184,6 +196,7 @@ def _provider_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     fields = {
         **decoder_fields({**hf, "rope_parameters": plain, "per_layer_config": None}),
         **window_fields(hf, layer_types=hf["layer_types"]),
+        **fields_of_experts(hf),
         "rotary_percent": full.get("partial_rotary_factor", 1.0),
         "rotary_base_local": sliding["rope_theta"],
         "global_kv_channels": of_full.get("head_dim", hf["head_dim"]),
@@ -255,6 +268,7 @@ FAMILY = ModelFamily(
         ),
         split_columns(f"{LAYER}self_attention.linear_proj.weight", f"{_ATTENTION}o_proj.weight"),
         *mlp_mappings("weight"),
+        *EXPERT_MAPPINGS,
         replicated(f"{LAYER}mlp_bda.layer_scalar", f"{HF_LAYER}layer_scalar"),
         replicated(f"{LAYER}layer_scalar", f"{HF_LAYER}layer_scalar"),
         replicated(f"{LAYER}layer_input.gate.weight", f"{HF_LAYER}per_layer_input_gate.weight"),
@@ -264,5 +278,6 @@ FAMILY = ModelFamily(
         replicated("per_layer_inputs.projection.weight", "model.per_layer_model_projection.weight"),
         replicated("per_layer_inputs.norm.weight", "model.per_layer_projection_norm.weight"),
     ),
+    expert_stacks=EXPERT_STACKS,
     write_own_keys=_write_own_keys,
 )

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""Gemma 4's sizes without experts, as language models."""
+"""Gemma 4, as language models."""
 
 from typing import Any
 
@@ -52,6 +52,27 @@ FAMILY = Family(
             },
             full=Layout(gpus=4, tp=2),
             adapters=Layout(),
+        ),
+        "gemma4_26b_a4b": ModelSize(
+            hf_name="google/gemma-4-26B-A4B",
+            parameters=25_233_141_790,
+            fields={
+                **_sizes(30, sliding=5),
+                "hidden_size": 2816,
+                "ffn_hidden_size": 2112,
+                "num_attention_heads": 16,
+                "num_query_groups": 8,
+                "num_global_query_groups": 2,
+                "seq_length": 262144,
+                "window_size": (1023, 0),
+                "num_moe_experts": 128,
+                "moe_router_topk": 8,
+                "moe_ffn_hidden_size": 704,
+                "moe_shared_expert_intermediate_size": 2112,
+                "moe_grouped_gemm": True,
+            },
+            full=Layout(gpus=16, ep=8),
+            adapters=Layout(gpus=4, ep=4),
         ),
         "gemma4_31b": ModelSize(
             hf_name="google/gemma-4-31B",

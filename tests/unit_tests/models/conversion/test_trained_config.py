@@ -105,6 +105,7 @@ CHANGES = {
     "a factor of the scaling": ("llama3", {"rope_scaling_factor": 2.0}),
     "epsilon": ("qwen2", {"layernorm_epsilon": 3e-4}),
     "experts of a token": ("mixtral", {"moe_router_topk": 3}),
+    "experts of a token beside the MLP": ("gemma4_experts", {"moe_router_topk": 3}),
     "experts' weights": ("qwen3_moe", {"moe_router_pre_softmax": True, "moe_router_topk": 1}),
     "both rotary bases": ("gemma3_images", {"rotary_base": 500_000, "rotary_base_local": 77.0}),
     "cap and rotary base": ("gemma4", {"final_logit_softcapping": 5.0, "rotary_base": 77.0, "rotary_percent": 0.5}),

@@ -17,7 +17,7 @@ BATCH, SEQ = 2, 128
 """Of two chunks of a Gated DeltaNet layer."""
 FAMILIES = (
     *("deepseek_v2", "deepseek_v3", "gemma3", "gemma4", "gemma4_e2b", "glm4_moe", "gpt_oss", "qwen3_next"),
-    *("qwen3_5", "mixtral"),
+    *("qwen3_5", "mixtral", "gemma4_experts"),
 )
 
 

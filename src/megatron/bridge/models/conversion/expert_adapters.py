@@ -20,7 +20,7 @@ from megatron.bridge.models.conversion.stacked_adapters import stack_adapters
 from megatron.bridge.models.families import ModelFamily
 
 _PREFIX = "base_model.model."
-_EXPERT = re.compile(r"\.layers\.(\d+)\..*\.experts\.\d+\.")
+_EXPERT = re.compile(r"\.layers\.(\d+)\.(?:.*\.)?experts\.\d+\.")
 
 
 @dataclass(frozen=True)

@@ -207,9 +207,14 @@ def stack_experts(
             continue
         if part.stack not in begun:
             outputs, *inputs = tensor.shape
-            begun[part.stack] = tensor.new_empty((num_experts, *inputs, outputs * part.of)), set()
+            rows = (*inputs, outputs * part.of)
+            rows = (rows[-1], *inputs) if part.part_after_part else rows
+            begun[part.stack] = tensor.new_empty((num_experts, *rows)), set()
         stack, found = begun[part.stack]
-        stack[part.expert, ..., part.position :: part.of] = tensor.movedim(0, -1)
+        if part.part_after_part:
+            stack[part.expert].chunk(part.of)[part.position].copy_(tensor)
+        else:
+            stack[part.expert, ..., part.position :: part.of] = tensor.movedim(0, -1)
         found.add(name)
         if len(found) == num_experts * part.of:
             del begun[part.stack]

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from megatron.bridge.models.conversion.expert_stacks import ExpertStack
 
 _PREFIX = "base_model.model."
-_LAYER = re.compile(r"\.layers\.(\d+)\..*\.experts\.\d+\.")
+_LAYER = re.compile(r"\.layers\.(\d+)\.(?:.*\.)?experts\.\d+\.")
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,8 @@ def config_as_trained(hf_config: Mapping[str, Any], trained: GPTModelProvider) -
     if "layernorm_epsilon" in differing:
         changed["rms_norm_eps"] = trained.layernorm_epsilon
     if "moe_router_topk" in differing:
-        changed["num_experts_per_tok"] = trained.moe_router_topk
+        key = "top_k_experts" if "top_k_experts" in changed else "num_experts_per_tok"  # Gemma 4's name, the others'
+        changed[key] = trained.moe_router_topk
     if "moe_router_pre_softmax" in differing:
         changed["norm_topk_prob"] = not trained.moe_router_pre_softmax
     if "moe_router_topk_scaling_factor" in differing:
