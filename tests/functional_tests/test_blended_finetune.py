@@ -11,6 +11,8 @@ from tests.rigs.on_ranks import Recorder, differing
 from tests.rigs.ranks import run_on_ranks
 from tests.rigs.tiny import VOCAB_SIZE, tiny_config
 
+pytestmark = pytest.mark.any_core  # which samples a run takes; packed rows and resumes have tests of their own
+
 SEQ_LENGTH = 32
 SIZES = {"books": (40, 9), "code": (60, 5)}
 

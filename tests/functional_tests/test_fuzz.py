@@ -77,6 +77,7 @@ WORK = {
 }
 
 
+@pytest.mark.any_core
 def test_what_becomes_of_a_process_is_told(monkeypatch, capsys):
     jobs = [Job(name, work) for name, (work, _) in WORK.items()]
     run_jobs([job for job in jobs if job.name != "hangs"], at_once=4)

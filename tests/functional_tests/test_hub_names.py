@@ -15,6 +15,8 @@ from tests.rigs.tiny import tiny_config
 from tests.unit_tests.data.conftest import write_tokenizer
 from tests.unit_tests.models.tiny_llama import save_tiny_llama
 
+pytestmark = pytest.mark.any_core  # how a name becomes a directory; adapters and exports have tests of their own
+
 NAME = "some-org/Tiny-1B"
 
 

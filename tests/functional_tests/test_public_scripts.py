@@ -229,6 +229,7 @@ def test_a_checkpoint_manager_of_ones_own(run, model, data, tmp_path):
     run("checkpoint_manager", model, data, tmp_path)
 
 
+@pytest.mark.any_core
 @pytest.mark.skipif(importlib.util.find_spec("nemo_run") is None, reason="nemo_run is not installed")
 def test_a_launch_with_plugins(tmp_path):
     command = [sys.executable, str(SCRIPTS / "launch_nemo_run.py"), str(SCRIPTS / "quick_start_pretrain.py")]

@@ -73,6 +73,7 @@ print("entered", first.backend)
 """
 
 
+@pytest.mark.any_core
 def test_a_process_enters_one_device_once():
     done = subprocess.run(
         [sys.executable, "-c", IN_A_PROCESS_OF_ITS_OWN], capture_output=True, text=True, timeout=300, check=False
