@@ -86,7 +86,7 @@ def mutated(mutant: Mutant, root: Path) -> ast.Module:
 def copy_repository(root: Path, to: Path) -> None:
     """What tests need, without what an earlier run left; the data stays where it is."""
     for folder in ("src", "tests"):
-        shutil.copytree(root / folder, to / folder, ignore=shutil.ignore_patterns(".pytest_cache"))
+        shutil.copytree(root / folder, to / folder, ignore=shutil.ignore_patterns(".pytest_cache", "*.egg-info"))
     shutil.copy2(root / "pyproject.toml", to)
     for name in ("data", "scripts"):
         if (root / name).exists():
