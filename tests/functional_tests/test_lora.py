@@ -1,125 +1,25 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""LoRA in a run: only adapters train, the same ones at every layout; they are all that is saved, and resume exactly."""
+"""LoRA in a run: only adapters train; they are all that is saved, resume exactly, and can be left out and merged."""
 
 import dataclasses
 
 import pytest
 import torch
 
-from megatron.bridge.models.layer_specs import has_transformer_engine, transformer_engine_layer_spec
-from tests.rigs.grouped_experts import grouped_layer_spec
-from tests.rigs.load import planned_directories
-from tests.rigs.on_ranks import Recorder, differing, make_pretrained
+from tests.rigs.lora import AWARE, EP2, EXPERTS, HALF, PP2, SHARED, TP2, lora_config, make_bases, train
+from tests.rigs.on_ranks import Recorder, differing
 from tests.rigs.ranks import RankError, run_on_ranks
-from tests.rigs.tiny import tiny_config
-
-# A trained B: with B zero, A has no gradient at first and half of the path would go untested.
-LORA = {"dim": 4, "alpha": 8, "lora_B_init_method": "normal"}
-SIZES = {"num_layers": 4}
-EXPERTS = {
-    "num_moe_experts": 4,
-    "moe_router_topk": 2,
-    "moe_ffn_hidden_size": 32,
-    "moe_token_dispatcher_type": "alltoall",
-    "expert_tensor_parallel_size": 1,
-}
-HALF = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.5}
-AWARE = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 1.0, "use_precision_aware_optimizer": True}
-TP2, PP2, EP2 = ({f"{axis}_parallel_size": 2} for axis in ("tensor_model", "pipeline_model", "expert_model"))
-LAYOUTS = {
-    "TP 2": TP2,
-    "TP 2, sequence parallel": {**TP2, "sequence_parallel": True},
-    "PP 2": PP2,
-    "PP 2 x VP 2": {
-        **PP2,
-        "virtual_pipeline_model_parallel_size": 2,
-        "overlap_p2p_comm": True,
-        "batch_p2p_comm": False,
-    },
-    "recomputed": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-}
-EXPERT_LAYOUTS = {
-    "TP 2, experts too": {**EXPERTS, **TP2, "sequence_parallel": True, "expert_tensor_parallel_size": 2},
-    "EP 2, grouped experts": {**EXPERTS, **EP2, "transformer_layer_spec": grouped_layer_spec},
-    "TP 2, grouped experts too": {
-        **EXPERTS,
-        **TP2,
-        "sequence_parallel": True,
-        "expert_tensor_parallel_size": 2,
-        "transformer_layer_spec": grouped_layer_spec,
-    },
-}
-
-
-class Witness(Recorder):
-    """Keeps what the optimizer owns too."""
-
-    def on_train_step_end(self, context):
-        super().on_train_step_end(context)
-        self.rates = {group["lr"] for group in context.optimizer.param_groups if group["params"]}
-
-    def on_train_start(self, context):
-        super().on_train_start(context)
-        children = getattr(context.optimizer, "chained_optimizers", [context.optimizer])
-        self.owned = sum(param.numel() for child in children for param in child.model_param_group_index_map)
-        params = [param for chunk in context.model for param in chunk.parameters()]
-        self.trained = sum(param.numel() for param in params if param.requires_grad)
-        self.all = sum(param.numel() for param in params)
-
-
-def _config(
-    directory, *, lora=None, scheme="lora", model=None, optimizer=None, precision="fp32", ratio=None, **checkpoint
-):
-    from megatron.bridge.recipes.common import default_peft_config
-    from megatron.bridge.training.config import LoRAPlusOverrideProvider
-
-    kind = "experts" if (model or {}).get("num_moe_experts") else "dense"
-    cfg = tiny_config(
-        directory,
-        model={**SIZES, **(model or {})},
-        train={"micro_batch_size": 4},
-        optimizer={"lr": 1e-2, **(optimizer or {})},
-        checkpoint={
-            "save": None,
-            "pretrained_checkpoint": f"{directory}/{kind}",
-            "dist_ckpt_optim_fully_reshardable": True,
-            **checkpoint,
-        },
-    )
-    cfg.peft = default_peft_config(scheme, **{**LORA, **(lora or {})})
-    cfg.mixed_precision = precision
-    cfg.optimizer_config_override_provider = ratio and LoRAPlusOverrideProvider(lr_ratio=ratio)
-    return cfg
-
-
-def _train(directory, *, callback=Witness, **options):
-    from megatron.bridge.training.finetune import finetune
-    from megatron.bridge.training.gpt_step import forward_step
-
-    witness = callback()
-    with planned_directories() as witness.planned:
-        finetune(_config(directory, **options), forward_step, callbacks=[witness])
-    return witness
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    path = tmp_path_factory.mktemp("lora")
-    run_on_ranks(make_pretrained, 2, path / "dense", model=SIZES)
-    run_on_ranks(make_pretrained, 2, path / "experts", model={**SIZES, **EXPERTS})
-    return path
+    return make_bases(tmp_path_factory.mktemp("lora"))
 
 
 @pytest.fixture(scope="module")
 def trained(directory):
     """A run of three steps that saved its adapters after each."""
-    return run_on_ranks(_train, 2, directory, save=f"{directory}/adapters", save_interval=1)
-
-
-@pytest.fixture(scope="module")
-def trained_dora(directory):
-    """The same with DoRA."""
-    return run_on_ranks(_train, 2, directory, scheme="dora", save=f"{directory}/dora", save_interval=1)
+    return run_on_ranks(train, 2, directory, save=f"{directory}/adapters", save_interval=1)
 
 
 def test_only_adapters_are_trained_and_have_optimizer_state(trained):
@@ -139,109 +39,6 @@ def test_a_checkpoint_holds_only_adapters(directory, trained):
     assert shapes["optimizer.state.exp_avg.decoder.layers.mlp.linear_fc1.adapter.linear_out.weight"] == (4, 256, 4)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_computes_and_trains_the_same(directory, trained, layout):
-    _check_layout(directory, trained, layout, run="adapters")
-
-
-@pytest.mark.parametrize("layout", ["TP 2", "TP 2, sequence parallel"])
-def test_every_layout_computes_and_trains_the_same_dora(directory, trained_dora, layout):
-    _check_layout(directory, trained_dora, layout, run="dora", scheme="dora")
-
-
-@pytest.fixture(scope="module")
-def trained_canonical(directory):
-    """The same with an adapter for each part of fused layers."""
-    return run_on_ranks(_train, 2, directory, scheme="canonical_lora", save=f"{directory}/parts", save_interval=1)
-
-
-def test_every_layout_computes_and_trains_the_same_canonical(directory, trained_canonical):
-    _check_layout(directory, trained_canonical, "TP 2, sequence parallel", run="parts", scheme="canonical_lora")
-
-
-_DORA_OF_EXPERTS = {"scheme": "dora", "lora": {"target_modules": ["linear_fc1", "linear_fc2"]}}
-"""DoRA has all of LoRA's matrices, and lengths."""
-
-
-@pytest.fixture(scope="module")
-def trained_experts(directory):
-    """The same with experts, each a module."""
-    run = {"save": f"{directory}/experts-dora", "save_interval": 1}
-    return run_on_ranks(_train, 2, directory, model=EXPERTS, **run, **_DORA_OF_EXPERTS)
-
-
-@pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
-def test_experts_of_every_form_compute_and_train_the_same(directory, trained_experts, layout):
-    _check_layout(directory, trained_experts, layout, run="experts-dora", **_DORA_OF_EXPERTS)
-
-
-SHARED_LAYOUTS = {
-    "EP 2, grouped experts": EXPERT_LAYOUTS["EP 2, grouped experts"],
-    "TP 2, EP 2, experts whole": {**EXPERTS, **TP2, **EP2, "sequence_parallel": True},
-    "TP 2, experts too": EXPERT_LAYOUTS["TP 2, experts too"],
-}
-_SHARED = {"lora": {"share_expert_adapters": True}}
-
-
-@pytest.fixture(scope="module")
-def trained_shared(directory):
-    """Adapters that all experts of a layer share."""
-    run = {"save": f"{directory}/experts-shared", "save_interval": 1}
-    return run_on_ranks(_train, 2, directory, model=EXPERTS, **run, **_SHARED)
-
-
-@pytest.mark.parametrize("layout", SHARED_LAYOUTS)
-def test_adapters_that_experts_share_compute_and_train_the_same(directory, trained_shared, layout):
-    """In the second layout, ranks have other experts and other tokens, and the adapter whole."""
-    _check_layout(directory, trained_shared, layout, run="experts-shared", **_SHARED)
-
-
-def test_adapters_that_experts_share_are_stored_once(trained_shared):
-    """Two matrices of each layer's experts, with an A and a B each: no axis of experts."""
-    names = [name for name in trained_shared[0].weights_after if ".experts." in name and ".adapter." in name]
-    assert len(names) == SIZES["num_layers"] * 2 * 2
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not has_transformer_engine(), reason="Transformer Engine is not installed")
-@pytest.mark.parametrize("is_shared", [False, True], ids=["each its own", "shared"])
-def test_transformer_engines_grouped_experts_train_as_modules_of_their_own(directory, tmp_path, is_shared):
-    """From the same weights, and from the adapters that the grouped form saved after a step."""
-    options = {"precision": "bf16_mixed", "lora": {"share_expert_adapters": is_shared}}
-    model = {**EXPERTS, "transformer_layer_spec": transformer_engine_layer_spec}
-    grouped = {**model, "moe_grouped_gemm": True}
-    run = str(tmp_path / "grouped")
-    (whole,) = run_on_ranks(_train, 1, directory, model=grouped, save=run, save_interval=1, **options)
-    (alone,) = run_on_ranks(_train, 1, directory, model=model, **options)
-    (resumed,) = run_on_ranks(_train, 1, directory, model=model, load=run, ckpt_step=1, **options)
-    assert alone.losses == pytest.approx(whole.losses, abs=2e-2)
-    assert resumed.losses == pytest.approx(whole.losses[1:], abs=2e-2)
-    assert differing(whole.weights_before, whole.weights_after) != {}
-
-
-def _check_layout(directory, trained, layout, *, run, **options):
-    """From the adapters of the first step, two more with all state; gradients that some rank lacks would show."""
-    options["load"] = f"{directory}/{run}"
-    if "experts" in layout:
-        options["model"] = EXPERTS
-    changed = {
-        **options,
-        "model": {**LAYOUTS, **EXPERT_LAYOUTS, **SHARED_LAYOUTS}[layout],
-        "ckpt_step": 1,
-        "save": f"{directory}/new-{run}",
-    }
-    resumed = run_on_ranks(_train, 2, directory, **changed)
-    assert resumed[-1].losses == pytest.approx(trained[-1].losses[1:], rel=1e-4)
-    base = "experts" if "experts" in layout else "dense"
-    assert resumed[0].planned == [base, run]  # the weights underneath and the adapters, each once
-    again = run_on_ranks(_train, 2, directory, **{**options, "load": changed["save"], "finetune": True})
-    for uninterrupted, other in zip(trained, again, strict=True):
-        for name, weight in uninterrupted.weights_after.items():
-            torch.testing.assert_close(
-                other.weights_before[name], weight, rtol=1e-3, atol=2e-4, msg=f"{layout}: {name}"
-            )
-
-
 EXACT = {
     "no offload": {"precision": "bf16_mixed"},
     "half, LoRA+": {"precision": "bf16_mixed", "optimizer": HALF, "ratio": 4.0},
@@ -258,21 +55,21 @@ EXACT = {
     },
     "half, DoRA": {"precision": "bf16_mixed", "optimizer": HALF, "scheme": "dora"},
     "half, experts": {"precision": "bf16_mixed", "optimizer": HALF, "model": {**EXPERTS, **EP2}},
-    "half, shared by experts": {"precision": "bf16_mixed", "optimizer": HALF, "model": {**EXPERTS, **EP2}, **_SHARED},
+    "half, shared by experts": {"precision": "bf16_mixed", "optimizer": HALF, "model": {**EXPERTS, **EP2}, **SHARED},
 }
 
 
 @pytest.mark.parametrize("cell", EXACT)
 def test_a_resumed_run_equals_the_uninterrupted_one(directory, cell):
     options, run = EXACT[cell], f"{directory}/{cell}"
-    whole = run_on_ranks(_train, 2, directory, save=run, save_interval=1, **options)
-    resumed = run_on_ranks(_train, 2, directory, load=run, ckpt_step=1, **options)
+    whole = run_on_ranks(train, 2, directory, save=run, save_interval=1, **options)
+    resumed = run_on_ranks(train, 2, directory, load=run, ckpt_step=1, **options)
     for uninterrupted, continued in zip(whole, resumed, strict=True):
         assert continued.losses == uninterrupted.losses[1:]
         assert differing(continued.weights_after, uninterrupted.weights_after) == {}
         assert differing(continued.weights_before, continued.weights_after) != {}
         assert continued.rates == uninterrupted.rates and len(continued.rates) == (2 if "ratio" in options else 1)
-    weights_only = run_on_ranks(_train, 2, directory, load=run, load_optim=False, **options)
+    weights_only = run_on_ranks(train, 2, directory, load=run, load_optim=False, **options)
     for uninterrupted, continued in zip(whole, weights_only, strict=True):
         assert differing(continued.weights_before, uninterrupted.weights_after) == {}
 
@@ -308,7 +105,7 @@ def _logits(context):
     ("scheme", "layout"), [("lora", {}), ("lora", TP2), ("dora", {}), ("dora", TP2), ("canonical_lora", TP2)]
 )
 def test_adapters_can_be_left_out_and_merged(directory, layout, scheme):
-    for run in run_on_ranks(_train, 2, directory, callback=Disabled, model=layout, scheme=scheme):
+    for run in run_on_ranks(train, 2, directory, callback=Disabled, model=layout, scheme=scheme):
         assert (run.adapted - run.disabled).abs().max() > 1e-3
         torch.testing.assert_close(run.merged, run.adapted, rtol=1e-4, atol=1e-5)
 
@@ -370,7 +167,7 @@ def test_what_cannot_work_is_refused_in_one_line(directory, trained, case):
     options, message = REFUSED[case]
     options = {k: v.format(directory=directory) if isinstance(v, str) else v for k, v in options.items()}
     with pytest.raises(RankError, match=message):
-        run_on_ranks(_train, 2, directory, **options)
+        run_on_ranks(train, 2, directory, **options)
 
 
 def test_a_run_without_peft_refuses_adapters(directory, trained):
@@ -382,7 +179,7 @@ def _train_whole(directory):
     from megatron.bridge.training.finetune import finetune
     from megatron.bridge.training.gpt_step import forward_step
 
-    cfg = _config(directory, load=f"{directory}/adapters")
+    cfg = lora_config(directory, load=f"{directory}/adapters")
     cfg.peft = None
     finetune(cfg, forward_step)
 
@@ -412,7 +209,7 @@ def _adapted_names(directory, lora):
     from megatron.bridge.training.config import runtime_config_update
     from megatron.bridge.utils.distributed import model_parallel_groups
 
-    cfg = _config(directory, lora=lora, model=PP2)
+    cfg = lora_config(directory, lora=lora, model=PP2)
     runtime_config_update(cfg)
     with model_parallel_groups(1, 2):
         (chunk,) = cfg.model.provide_distributed_model(wrap_with_ddp=False, pre_wrap_hook=cfg.peft)
@@ -425,7 +222,7 @@ def test_options_can_be_overridden_and_written(directory):
     from megatron.bridge.utils.overrides import apply_overrides
     from megatron.bridge.utils.yaml_io import from_yaml_dict, to_yaml_dict
 
-    cfg = _config(directory)
+    cfg = lora_config(directory)
     apply_overrides(cfg, ["peft.dim=16", "peft.target_modules=[linear_qkv]"])
     assert (cfg.peft.dim, cfg.peft.target_modules) == (16, ["linear_qkv"])
     read = from_yaml_dict(to_yaml_dict(cfg.peft))

@@ -5,9 +5,10 @@ from tests.mutants.changes import condition, expression, returning, several, val
 from tests.mutants.rows.mutant import Mutant
 
 _LORA = "tests/functional_tests/test_lora.py::test_"
-_FORMS = f"{_LORA}experts_of_every_form_compute_and_train_the_same"
-_SHARE = f"{_LORA}adapters_that_experts_share_"
-_SAME = f"{_LORA}every_layout_computes_and_trains_the_same"
+_LAYOUTS = "tests/functional_tests/test_lora_layouts.py::test_"
+_FORMS = f"{_LAYOUTS}experts_of_every_form_compute_and_train_the_same"
+_SHARE = f"{_LAYOUTS}adapters_that_experts_share_"
+_SAME = f"{_LAYOUTS}every_layout_computes_and_trains_the_same"
 _SOME = "tests/functional_tests/test_lora_in_some_layers.py::test_"
 _NUMBER = f"{_SOME}an_expert_has_one_number_and_one_adapter_at_every_layout"
 _FROZEN = "tests/functional_tests/test_frozen_weights.py::test_"
