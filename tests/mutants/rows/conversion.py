@@ -249,6 +249,20 @@ THE_CONVERSION = (
         f"{_UNIT}hf_config.py::test_window_of_each_spelling[Mistral-config2-expected2]",
     ),
     _converted_wrongly(
+        "gate and up of a Granite 4, in one tensor",
+        "change places",
+        "conversion.mapping:_gate_up_in_one",
+        value(1, "parts[::-1]", of="_one_after_the_other"),
+        f"{_CELL}[granite4-TP2_SP]",
+    ),
+    _converted_wrongly(
+        "a Granite 4 without rotary positions",
+        "it has them",
+        "granite4:_provider_fields",
+        condition("position_embedding_type", becomes="True"),
+        f"{_CELL}[granite4_nope-PP2]",
+    ),
+    _converted_wrongly(
         "gate and up of an expert",
         "change places",
         "mixtral:FAMILY",
