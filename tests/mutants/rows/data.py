@@ -62,7 +62,9 @@ THE_DATA = (
         breaks="a run on another column of conversations trains on the tokens that were kept of the first",
         where="megatron.bridge.data.sources.renamed:RenamedSource.digest",
         change=expression("self.columns.messages_column", "None"),
-        tests=("tests/unit_tests/data/sources/test_hf.py::test_the_column_that_is_named_is_learned_wherever_rows_lie",),
+        tests=(
+            "tests/unit_tests/data/test_preprocessing_config.py::test_the_column_that_is_named_is_learned_wherever_rows_lie",
+        ),
     ),
     Mutant(
         name="ranks with other samples",

@@ -1,5 +1,8 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-"""A real tokenizer, small enough to train in a test: byte-level BPE with ChatML and pad == eos, as SmolLM2 has."""
+"""A real tokenizer, small enough to train in a test: byte-level BPE with ChatML and pad == eos, as SmolLM2 has.
+
+And rows to read with it.
+"""
 
 import json
 from pathlib import Path
@@ -9,6 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from megatron.bridge.data.config import TokenizerConfig
 from megatron.bridge.data.tokenizer import HuggingFaceTokenizer, build_tokenizer
+from tests.unit_tests.data.hf_data import ROWS
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|begin|>"]
 # The generation block is invisible in the text; transformers uses it to tell the assistant's tokens.
@@ -70,3 +74,13 @@ def write_jsonl(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def squad(tmp_path):
+    """A local copy of SQuAD as JSON lines: its directory."""
+    for split, rows in (("train", ROWS), ("validation", ROWS[:3])):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "squad").mkdir(exist_ok=True)
+        (tmp_path / "squad" / f"{split}.jsonl").write_text(lines)
+    return tmp_path / "squad"
