@@ -1,13 +1,16 @@
 # Copyright (c) 2026, the Megatron Bridge finetuning authors. Licensed under the Apache License, Version 2.0.
-from types import SimpleNamespace
-
 import pytest
 
+from megatron.bridge.models import Gemma4ModelProvider, GLM45ModelProvider
 from megatron.bridge.models.conversion.left_out import config_of_export, may_be_ignored, say_what_is_left_out
 from megatron.bridge.models.glm4_moe import FAMILY
 
-MODEL = SimpleNamespace(
-    num_layers=46, share_embeddings_and_output_weights=False, moe_shared_expert_intermediate_size=1408
+MODEL = GLM45ModelProvider(
+    num_layers=46,
+    hidden_size=64,
+    num_attention_heads=4,
+    share_embeddings_and_output_weights=False,
+    moe_shared_expert_intermediate_size=1408,
 )
 LAST, FURTHER = "model.layers.45.mlp.gate.weight", "model.layers.46.eh_proj.weight"
 
@@ -49,7 +52,7 @@ def test_a_model_with_code_of_its_own_is_exported_as_one_that_needs_none():
 
 def test_keys_of_layers_that_take_anothers_are_left_out_and_named():
     """Published files of Gemma 4's E2B and E4B hold them."""
-    model = SimpleNamespace(**{**vars(MODEL), "num_layers": 4, "num_kv_shared_layers": 2})
+    model = Gemma4ModelProvider(num_layers=4, hidden_size=64, num_attention_heads=4, num_kv_shared_layers=2)
     taken = [f"model.layers.2.self_attn.{name}.weight" for name in ("k_proj", "v_proj", "k_norm")]
     needed = ["model.layers.1.self_attn.k_proj.weight", "model.layers.2.self_attn.q_proj.weight"]
     assert [may_be_ignored(name, model, FAMILY) for name in (*taken, *needed)] == [True] * 3 + [False] * 2
